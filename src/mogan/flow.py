@@ -1,0 +1,170 @@
+"""Optical flow: RAFT frozen, chunked and differentiable; the motion picture a discriminator sees; warping.
+
+Shapes: ``video_BCFHW`` in [-1, 1]; flow ``(B, 2, F - 1, H, W)`` in pixels per frame, channels (u right, v down).
+A flow estimator is any callable from a video to such a flow.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from torchvision.models.optical_flow import RAFT, raft_large
+from torchvision.models.optical_flow import raft as tv
+
+FlowEstimator = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class RaftConfig:
+    """Widths of a small torchvision ``RAFT``; the defaults are the lab's (stride 8, two correlation levels)."""
+
+    feature_layers: tuple[int, ...] = (24, 24, 32, 48, 64)
+    context_layers: tuple[int, ...] = (24, 24, 32, 48, 96)
+    hidden: int = 48
+    correlation_levels: int = 2
+    correlation_radius: int = 3
+    motion_channels: int = 48
+
+    def build(self) -> RAFT:
+        """A RAFT of this size with random weights."""
+        correlation = tv.CorrBlock(num_levels=self.correlation_levels, radius=self.correlation_radius)
+        motion = tv.MotionEncoder(
+            in_channels_corr=correlation.out_channels,
+            corr_layers=(64, 48),
+            flow_layers=(32, 16),
+            out_channels=self.motion_channels,
+        )
+        context = self.context_layers[-1] - self.hidden
+        recurrent = tv.RecurrentBlock(
+            input_size=motion.out_channels + context,
+            hidden_size=self.hidden,
+            kernel_size=((1, 5), (5, 1)),
+            padding=((0, 2), (2, 0)),
+        )
+        block = tv.ResidualBlock
+        return RAFT(
+            feature_encoder=tv.FeatureEncoder(
+                block=block, layers=self.feature_layers, norm_layer=nn.InstanceNorm2d
+            ),
+            context_encoder=tv.FeatureEncoder(block=block, layers=self.context_layers, norm_layer=nn.BatchNorm2d),
+            corr_block=correlation,
+            update_block=tv.UpdateBlock(
+                motion_encoder=motion,
+                recurrent_block=recurrent,
+                flow_head=tv.FlowHead(in_channels=self.hidden, hidden_size=64),
+            ),
+            mask_predictor=tv.MaskPredictor(in_channels=self.hidden, hidden_size=64, multiplier=0.25),
+        )
+
+
+def save_raft(model: RAFT, config: RaftConfig, folder: Path) -> None:
+    """Write ``config.json`` and half-precision ``model.safetensors``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(asdict(config), indent=2) + "\n")
+    state = {k: v.half().contiguous() if v.is_floating_point() else v for k, v in model.state_dict().items()}
+    save_file(state, folder / "model.safetensors")
+
+
+def load_raft(path: str | Path) -> RAFT:
+    """Load a RAFT: a folder written by :func:`save_raft`, or torchvision's ``raft_large`` weights as a ``.pth`` file."""
+    path = Path(path)
+    if (path / "config.json").is_file():
+        raw = json.loads((path / "config.json").read_text())
+        model = RaftConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()}).build()
+        model.load_state_dict(load_file(path / "model.safetensors"))
+    elif path.suffix in (".pth", ".pt", ".safetensors") and path.is_file():
+        state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, weights_only=True)
+        model = raft_large()
+        model.load_state_dict(state)
+    else:
+        raise ValueError(
+            f"no flow network at {path}: give a folder with config.json and model.safetensors, or the .pth file of "
+            "torchvision's raft_large (raft_large_C_T_SKHT_V2 or raft_large_C_T_V1)"
+        )
+    return model.float().eval().requires_grad_(False)
+
+
+class RaftFlow(nn.Module):
+    """RAFT as a function of a whole video, in fp32, over chunks of frame pairs.
+
+    Chunks are checkpointed when gradients are wanted, so peak memory depends on ``pairs_per_chunk`` and not on the
+    length of the clip.
+
+    Args:
+        raft: a torchvision ``RAFT``; frozen here.
+        iterations: refinement steps (12 in training, 20 in VBench's dynamic degree).
+        pairs_per_chunk: frame pairs estimated at once.
+    """
+
+    def __init__(self, raft: RAFT, iterations: int = 12, pairs_per_chunk: int = 16):
+        super().__init__()
+        self.raft = raft.float().eval().requires_grad_(False)
+        self.iterations = iterations
+        self.pairs_per_chunk = pairs_per_chunk
+
+    def train(self, mode: bool = True) -> "RaftFlow":
+        """Stay in evaluation mode: RAFT's batch statistics are frozen with its weights."""
+        return super().train(False)
+
+    def _pairs(self, first: Tensor, second: Tensor) -> Tensor:
+        pad_h, pad_w = -first.shape[-2] % 8, -first.shape[-1] % 8
+        if pad_h or pad_w:
+            pad = (pad_w // 2, pad_w - pad_w // 2, pad_h // 2, pad_h - pad_h // 2)
+            first, second = F.pad(first, pad, mode="replicate"), F.pad(second, pad, mode="replicate")
+        flow = self.raft(first, second, num_flow_updates=self.iterations)[-1]
+        if pad_h or pad_w:
+            flow = flow[..., pad[2] : flow.shape[-2] - pad[3], pad[0] : flow.shape[-1] - pad[1]]
+        return flow
+
+    def forward(self, video_BCFHW: Float[Tensor, "b 3 f h w"]) -> Float[Tensor, "b 2 f-1 h w"]:
+        """Flow between neighbouring frames of a video in [-1, 1]."""
+        b, c, f, h, w = video_BCFHW.shape
+        if f < 2:
+            raise ValueError("optical flow needs at least two frames")
+        frames = video_BCFHW.float().transpose(1, 2)
+        first, second = frames[:, :-1].reshape(-1, c, h, w), frames[:, 1:].reshape(-1, c, h, w)
+        flows = []
+        device_type = video_BCFHW.device.type
+        with torch.autocast(device_type, enabled=False):
+            for one, two in zip(first.split(self.pairs_per_chunk), second.split(self.pairs_per_chunk), strict=True):
+                if torch.is_grad_enabled() and one.requires_grad:
+                    flows.append(checkpoint(self._pairs, one, two, use_reentrant=False))
+                else:
+                    flows.append(self._pairs(one, two))
+        return torch.cat(flows).view(b, f - 1, 2, h, w).transpose(1, 2)
+
+
+def motion_picture(
+    flow_BCFHW: Float[Tensor, "b 2 f h w"], max_flow: float
+) -> Float[Tensor, "b 3 f+1 h w"]:
+    """Flow as the three-channel clip a video VAE can encode (MoGAN, appendix A), scaled to about [-1, 1].
+
+    The last field is repeated so that the clip has as many frames as the video it came from; the magnitude is the third
+    channel. ``u`` and ``v`` are divided by ``max_flow`` pixels per frame; the magnitude, which has no sign, is mapped so
+    that 0 is -1 and ``max_flow`` is 1. Nothing is clipped: clipping would cut the gradient of fast motion.
+    """
+    flow = torch.cat([flow_BCFHW, flow_BCFHW[:, :, -1:]], dim=2) / max_flow
+    # sqrt has no slope at a still pixel; the offset (a millionth of max_flow) keeps its gradient finite
+    magnitude = (flow.square().sum(1, keepdim=True) + 1e-12).sqrt()
+    return torch.cat([flow, 2 * magnitude - 1], dim=1)
+
+
+def warp(image_BCHW: Float[Tensor, "b c h w"], flow_BCHW: Float[Tensor, "b 2 h w"]) -> Float[Tensor, "b c h w"]:
+    """Pull ``image`` back along ``flow``: the result at p is the image at p + flow(p), bilinear, border repeated."""
+    h, w = image_BCHW.shape[-2:]
+    y, x = torch.meshgrid(
+        torch.arange(h, device=image_BCHW.device, dtype=flow_BCHW.dtype),
+        torch.arange(w, device=image_BCHW.device, dtype=flow_BCHW.dtype),
+        indexing="ij",
+    )
+    grid_x = 2 * (x + flow_BCHW[:, 0]) / max(w - 1, 1) - 1
+    grid_y = 2 * (y + flow_BCHW[:, 1]) / max(h - 1, 1) - 1
+    grid = torch.stack([grid_x, grid_y], dim=-1).to(image_BCHW.dtype)
+    return F.grid_sample(image_BCHW, grid, mode="bilinear", padding_mode="border", align_corners=True)
