@@ -6,19 +6,25 @@ is a diffusers folder that stock ``WanPipeline`` opens, beside a ``raft/`` folde
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKLWan
+from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch import Tensor, nn
 from tqdm import tqdm
+from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
-from mogan.flow import RaftConfig, load_raft, save_raft
+from mogan.denoiser import Denoiser
+from mogan.flow import RaftConfig, save_raft
 from mogan.lab.muon import muon_and_adamw
-from mogan.lab.world import FRAMES, exact_flow, make_scene, render
+from mogan.lab.world import COLOURS, DIRECTIONS, FRAMES, SHAPES, exact_flow, make_scene, render
+from mogan.schedule import add_noise, shift
+from mogan.wan import encode_video, fast_dtype, fold_padding
 
 TRAIN_SEED, HELD_OUT_SEED = 1, 2
 
@@ -142,6 +148,30 @@ def train_vae(out: Path, work: Path, steps: int, pool: int = 1500) -> None:
     half.save_pretrained(out / "teacher" / "vae")
 
 
+def polish_decoder(out: Path, work: Path, steps: int, pool: int = 1500) -> None:
+    """Stage 5: sharpen the decoder alone; the latents stay, so everything trained on them stays valid."""
+    vae = _fast_convolutions(AutoencoderKLWan.from_pretrained(out / "teacher" / "vae")).float()
+    vae.encoder.requires_grad_(False)
+    vae.quant_conv.requires_grad_(False)
+    clips = torch.cat([rendered_clips(pool // 2, TRAIN_SEED), rendered_clips(pool // 2, TRAIN_SEED, "rich")])
+
+    def loss_of(step: int, share: float) -> Tensor:
+        frames, batch = ((5, 10), (17, 3))[step % 2]
+        index = torch.randint(len(clips), (batch,))
+        first = int(torch.randint(FRAMES - frames + 1, (1,)))
+        video = to_video(clips[index, :, first : first + frames])
+        if torch.rand(()) < 0.2:
+            video = _as_motion_picture(video)
+        with torch.autocast("cpu", torch.bfloat16):
+            with torch.no_grad():
+                mean = vae.encode(video).latent_dist.mean
+            decoded = vae.decode(mean + 0.03 * mean.std() * torch.randn_like(mean), return_dict=False)[0].float()
+        return F.mse_loss(decoded, video) + 0.05 * F.l1_loss(decoded, video)
+
+    run_stage("decoder", vae, loss_of, work, steps=steps, lr=2e-3)
+    vae.half().save_pretrained(out / "teacher" / "vae.polished")
+
+
 def _as_motion_picture(video: Tensor) -> Tensor:
     """A stand-in for encoded flow: the clip's own shapes, flat-coloured on a flat ground with a saturated third channel."""
     strength = torch.rand(len(video), 1, 1, 1, 1)
@@ -204,6 +234,104 @@ def train_raft(out: Path, work: Path, steps: int, stop_at: int | None = None) ->
     save_raft(raft, config, out / "raft")
 
 
+TRANSFORMER_CONFIG = {
+    "patch_size": (1, 2, 2),
+    "num_attention_heads": 4,
+    "attention_head_dim": 32,
+    "in_channels": 24,
+    "out_channels": 24,
+    "text_dim": 64,
+    "freq_dim": 128,
+    "ffn_dim": 512,
+    "num_layers": 6,
+    "rope_max_seq_len": 64,
+}
+
+
+def caption_words() -> list[str]:
+    """Every word the world can say, and those of the discriminator's fixed prompt."""
+    text = "a and the camera pans over at rest moving bouncing falling spinning video with good motion"
+    return sorted({*text.split(), *COLOURS, *SHAPES, *DIRECTIONS})
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """One token per word of the world, ``</s>`` at the end as T5 has it."""
+    vocabulary = {word: i for i, word in enumerate(["<pad>", "</s>", "<unk>", *caption_words()])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=512
+    )
+
+
+def build_text_encoder() -> UMT5EncoderModel:
+    """A small random UMT5 encoder for :func:`build_tokenizer`."""
+    config = UMT5Config(
+        vocab_size=3 + len(caption_words()), d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4, dropout_rate=0.0
+    )
+    return UMT5EncoderModel(config)
+
+
+def world_latents(vae: AutoencoderKLWan, work: Path, count: int) -> tuple[Tensor, list[str]]:
+    """Latents and captions of the teacher's world, encoded once and kept in ``work``."""
+    path = work / "latents.safetensors"
+    captions = [make_scene(TRAIN_SEED, i).caption for i in range(count)]
+    if not path.is_file() or len(load_file(path)["latents"]) != count:
+        vae = vae.to(fast_dtype())
+        parts = []
+        with torch.no_grad():
+            for first in tqdm(range(0, count, 50), desc="lab latents", mininterval=5):
+                clips = rendered_clips(min(50, count - first), TRAIN_SEED, offset=first)
+                parts.append(encode_video(vae, to_video(clips)).half())
+        save_file({"latents": torch.cat(parts)}, path)
+    return load_file(path)["latents"], captions
+
+
+class _TextToVideo(nn.Module):
+    """Transformer and text encoder trained together; afterwards the text encoder is frozen for good."""
+
+    def __init__(self):
+        super().__init__()
+        self.transformer = fold_padding(WanTransformer3DModel(**TRANSFORMER_CONFIG))
+        self.text_encoder = build_text_encoder()
+
+    def forward(self, x: Tensor, sigma: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
+        hidden = self.text_encoder(tokens, mask).last_hidden_state * mask[..., None]
+        text = F.pad(hidden, (0, 0, 0, 1))  # the last row is padding, as FoldedPadding expects
+        return Denoiser(self.transformer, fast_dtype()).velocity(x, sigma, text)
+
+
+def train_teacher(out: Path, work: Path, steps: int, clips: int = 8000, batch: int = 32) -> None:
+    """Stage 3: text encoder and transformer by flow matching on the world's latents, prompt dropped one time in ten."""
+    torch.manual_seed(0)
+    vae = AutoencoderKLWan.from_pretrained(out / "teacher" / "vae")
+    latents, captions = world_latents(vae, work, clips)
+    tokenizer = build_tokenizer()
+    tokens = tokenizer([*captions, ""], padding="longest", return_tensors="pt")
+    model = _TextToVideo()
+
+    def loss_of(step: int, share: float) -> Tensor:
+        index = torch.randint(len(latents), (batch,))
+        x0 = latents[index].float()
+        sigma = shift(torch.rand(batch), 3.0)
+        noise = torch.randn_like(x0)
+        index = torch.where(torch.rand(batch) < 0.1, len(captions), index)
+        ids, mask = tokens.input_ids[index], tokens.attention_mask[index]
+        velocity = model(add_noise(x0, noise, sigma), sigma, ids, mask)
+        return F.mse_loss(velocity, noise - x0)
+
+    run_stage("teacher", model, loss_of, work, steps=steps, lr=2e-3, is_matrix=_hidden_matrix, ema_decay=0.998)
+    model.transformer.half().save_pretrained(out / "teacher" / "transformer")
+    model.text_encoder.save_pretrained(out / "teacher" / "text_encoder")
+    tokenizer.save_pretrained(out / "teacher" / "tokenizer")
+
+
+def _hidden_matrix(name: str, parameter: nn.Parameter) -> bool:
+    return ".block" in name and parameter.ndim == 2 and "table" not in name and "embed" not in name
+
+
 if __name__ == "__main__":
     import sys
 
@@ -215,3 +343,7 @@ if __name__ == "__main__":
         train_vae(out, work, steps)
     elif stage == "raft":
         train_raft(out, work, steps, int(sys.argv[4]) if len(sys.argv) > 4 else None)
+    elif stage == "decoder":
+        polish_decoder(out, work, steps)
+    elif stage == "teacher":
+        train_teacher(out, work, steps)

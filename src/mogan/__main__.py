@@ -1,0 +1,7 @@
+"""``python -m mogan`` is ``mogan``."""
+
+import sys
+
+from mogan.cli import main
+
+sys.exit(main())

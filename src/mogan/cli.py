@@ -1,0 +1,68 @@
+"""``mogan``: names of commands -> functions. Modules are imported only when their command is used."""
+
+import importlib
+import sys
+
+from mogan.errors import UserError
+
+COMMANDS = {
+    "demo": ("mogan.lab.demo:demo", "post-train the lab's student, evaluate it, write a report"),
+    "prepare": ("mogan.prepare:prepare", "video files or prompts -> a cache to train on"),
+    "train": ("mogan.train:train", "train a recipe on a cache; the same command resumes"),
+    "sample": ("mogan.sample:sample", "prompts and seeds -> folders of mp4"),
+    "evaluate": ("mogan.evaluation.evaluate:evaluate", "folders of clips -> results.json"),
+    "report": ("mogan.report:report", "results and runs -> one HTML page"),
+    "export": ("mogan.export:export", "a run's student -> a diffusers folder"),
+    "survey build": ("mogan.survey.build:build", "pair the clips of two or more systems for human voting"),
+    "survey serve": ("mogan.survey.serve:serve", "serve a survey on this machine"),
+    "survey analyze": ("mogan.survey.analyze:analyze", "votes -> win / tie / lose with intervals"),
+    "lab render": ("mogan.lab.render:render", "render captioned clips of the laboratory's world"),
+    "lab build": ("mogan.lab.build:build", "train the laboratory's tiny family from nothing"),
+}
+
+
+def usage() -> str:
+    """The list of commands."""
+    width = max(map(len, COMMANDS))
+    lines = [f"  mogan {name:<{width}}  {text}" for name, (_, text) in COMMANDS.items()]
+    return "Post-train few-step video generators so that they move well.\n\n" + "\n".join(lines) + (
+        "\n\n`mogan COMMAND --help` explains a command. Start with `mogan demo`."
+    )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command. Exit codes: 0 done, 2 a mistake the user can fix (one sentence on standard error)."""
+    words = sys.argv[1:] if arguments is None else arguments
+    if words and words[0] == "--version":
+        from mogan import __version__
+
+        print(f"mogan {__version__}")
+        return 0
+    name = " ".join(words[:2]) if " ".join(words[:2]) in COMMANDS else " ".join(words[:1])
+    if name not in COMMANDS:
+        group = [n for n in COMMANDS if n.split()[0] == name]
+        if words and words[0] not in ("-h", "--help", *(n.split()[0] for n in COMMANDS)):
+            print(f"mogan: no command {words[0]!r}\n\n{usage()}", file=sys.stderr)
+            return 2
+        if group:
+            print("\n".join(f"  mogan {n}  {COMMANDS[n][1]}" for n in group))
+        else:
+            print(usage())
+        return 0 if not words or words[-1] in ("-h", "--help") else 2
+    import tyro
+
+    module, function = COMMANDS[name][0].split(":")
+    command = getattr(importlib.import_module(module), function)
+    try:
+        tyro.cli(command, prog=f"mogan {name}", args=words[len(name.split()) :])
+    except UserError as error:
+        print(f"mogan {name}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"mogan {name}: interrupted; the same command goes on where it stopped", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,247 @@
+"""What a folder of videos holds: its captions, its shots, clips of one length, how much they move."""
+
+import csv
+import json
+from collections import deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from mogan.errors import UserError
+from mogan.flow import FlowEstimator
+from mogan.video import SUFFIXES, Frame
+
+FILE_COLUMNS = ("file_name", "video", "video_path", "path")
+CAPTION_COLUMNS = ("caption", "text", "prompt")
+
+# A cut is a pair of frames whose thumbnails (16 x 16, 0 to 255) differ on average by more than CUT_FLOOR, by more than
+# CUT_DEVIATIONS median absolute deviations above the median of the CUT_RADIUS pairs on either side, and by more than
+# CUT_ISOLATION times either neighbouring pair: quick motion and shaking last for several pairs, a cut for one.
+CUT_FLOOR = 14.0
+CUT_DEVIATIONS = 8.0
+CUT_RADIUS = 24
+CUT_ISOLATION = 2.0
+
+
+@dataclass(frozen=True)
+class Source:
+    """A video file, its name in the folder (POSIX), its caption; ``problem`` says why it cannot be used."""
+
+    path: Path
+    name: str
+    caption: str | None
+    problem: str | None = None
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A run of frames within one shot. ``start`` counts resampled frames; ``repeats`` were shown twice to reach the rate."""
+
+    start: int
+    start_s: float
+    repeats: int
+    frames_FHWC: np.ndarray
+
+
+@dataclass(frozen=True)
+class ShortShot:
+    """A shot too short to hold a clip."""
+
+    start: int
+    start_s: float
+    frames: int
+
+
+# ---------------------------------------------------------------------------------------------- files and captions
+
+
+def scan(folder: str | Path, default_caption: str | None = None) -> list[Source]:
+    """Videos of a folder and of the folders in it, with captions, sorted by name.
+
+    A caption is the row of ``metadata.jsonl`` or ``metadata.csv`` at the top of the folder, else the text file beside the
+    video (``name.txt`` beside ``name.mp4``), else ``default_caption``.
+
+    Raises:
+        UserError: the folder is missing, holds no video, or its metadata cannot be read.
+    """
+    folder = Path(folder)
+    if folder.is_file() and folder.suffix.lower() in SUFFIXES:
+        captions, files, folder = {}, {folder.name: folder}, folder.parent
+    elif folder.is_dir():
+        captions = _read_metadata(folder)
+        found = (p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and not p.name.startswith("."))
+        files = {p.relative_to(folder).as_posix(): p for p in found}
+        files |= {name: folder / name for name in captions if name not in files}
+    else:
+        raise UserError(f"{folder} is not a folder of videos, a video, or a .txt file of prompts")
+    if not files:
+        raise UserError(f"{folder} holds no video ({', '.join(SUFFIXES)})")
+    return [_source(files[name], name, captions.get(name), default_caption) for name in sorted(files)]
+
+
+def _source(path: Path, name: str, caption: str | None, default: str | None) -> Source:
+    if not path.exists():
+        return Source(path, name, caption, "listed in the metadata but not there")
+    beside = path.with_suffix(".txt")
+    if caption is None and beside.is_file():
+        try:
+            caption = beside.read_text(encoding="utf-8-sig").strip()
+        except UnicodeDecodeError:
+            return Source(path, name, None, f"its caption {beside.name} is not UTF-8 text")
+    if caption is None:
+        caption = default
+    problem = None if caption is not None else "no caption: add a row to metadata.jsonl, a .txt file, or give --caption"
+    return Source(path, name, caption, problem)
+
+
+def _read_metadata(folder: Path) -> dict[str, str]:
+    """Captions by file name; empty when there is no metadata file."""
+    paths = [p for p in (folder / "metadata.jsonl", folder / "metadata.csv") if p.is_file()]
+    if len(paths) > 1:
+        raise UserError(f"{folder} holds both metadata.jsonl and metadata.csv: keep one")
+    if not paths:
+        return {}
+    path = paths[0]
+    captions: dict[str, str] = {}
+    try:
+        lines = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text: save it as UTF-8") from error
+    for number, row in _rows(path, lines):
+        name = next((row[c] for c in FILE_COLUMNS if row.get(c)), None)
+        caption = next((row[c] for c in CAPTION_COLUMNS if row.get(c) is not None), None)
+        if not isinstance(name, str) or (caption is not None and not isinstance(caption, str)):
+            wanted = f"{' | '.join(FILE_COLUMNS)} and {' | '.join(CAPTION_COLUMNS)}"
+            raise UserError(f"{path} line {number} needs the columns {wanted}")
+        name = name.removeprefix("./").replace("\\", "/")
+        if name in captions:
+            raise UserError(f"{path} line {number} names {name} a second time: keep one caption per file")
+        if caption is not None:
+            captions[name] = caption.strip()
+    return captions
+
+
+def _rows(path: Path, text: str) -> Iterator[tuple[int, dict]]:
+    if path.suffix == ".csv":
+        reader = csv.DictReader(text.splitlines(keepends=True))
+        for row in reader:
+            yield reader.line_num, row
+        return
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise UserError(f"{path} line {number} is not JSON ({error.msg})") from error
+            if not isinstance(row, dict):
+                raise UserError(f"{path} line {number} is not a JSON object")
+            yield number, row
+
+
+# ---------------------------------------------------------------------------------------------- shots and clips
+
+
+def clips_of(frames: Iterable[Frame], length: int) -> Iterator[Clip | ShortShot]:
+    """Non-overlapping clips of ``length`` frames, none across a shot cut; shots without room for one are reported.
+
+    What remains of a shot after its last full clip is left out.
+    """
+    held: list[Frame] = []
+    made = 0
+    for frame, starts_shot in shots(frames):
+        if starts_shot:
+            if held and not made:
+                yield ShortShot(held[0].index, held[0].time_s, len(held))
+            held, made = [], 0
+        held.append(frame)
+        if len(held) == length:
+            yield make_clip(held)
+            held, made = [], made + 1
+    if held and not made:
+        yield ShortShot(held[0].index, held[0].time_s, len(held))
+
+
+def make_clip(frames: list[Frame]) -> Clip:
+    """Stack neighbouring frames."""
+    repeats = sum(a.image_HWC is b.image_HWC for a, b in zip(frames, frames[1:], strict=False))
+    return Clip(frames[0].index, frames[0].time_s, repeats, np.stack([f.image_HWC for f in frames]))
+
+
+def shots(frames: Iterable[Frame]) -> Iterator[tuple[Frame, bool]]:
+    """Every frame, and whether a shot starts with it; at most ``CUT_RADIUS + 3`` frames are held at a time."""
+    waiting: deque[Frame] = deque()
+    thumbs: deque[np.ndarray] = deque(maxlen=3)
+    scores: list[float] = []  # scores[i] belongs to the pair (i, i + 1)
+    decided = 0
+    for frame in frames:
+        thumbs.append(_thumbnail(frame.image_HWC))
+        if len(thumbs) == 1:
+            yield frame, True
+            continue
+        waiting.append(frame)
+        scores.append(_difference(thumbs[-2], thumbs[-1]))
+        if len(thumbs) == 3:
+            _settle(scores, *thumbs)
+        while decided + CUT_RADIUS + 1 < len(scores):  # the newest score may still change
+            yield waiting.popleft(), _is_cut(scores, decided)
+            decided += 1
+    while waiting:
+        yield waiting.popleft(), _is_cut(scores, decided)
+        decided += 1
+
+
+def _settle(scores: list[float], before: np.ndarray, middle: np.ndarray, after: np.ndarray) -> None:
+    """Correct the last two scores for a middle frame that belongs to neither side.
+
+    A flash or a decoding fault differs from both neighbours, which resemble each other: no cut. A cut in a video whose
+    frame rate was converted often passes through a mixture of both shots: one cut, not two halves of one.
+    """
+    skip = _difference(before, after)
+    if _difference(middle, (before + after) // 2) < 0.2 * skip:
+        scores[-2], scores[-1] = skip, 0.0
+    else:
+        scores[-2], scores[-1] = min(scores[-2], skip), min(scores[-1], skip)
+
+
+def _is_cut(scores: list[float], pair: int) -> bool:
+    beside = max((scores[i] for i in (pair - 1, pair + 1) if 0 <= i < len(scores)), default=0.0)
+    if scores[pair] <= max(CUT_FLOOR, CUT_ISOLATION * beside):
+        return False
+    around = np.array(scores[max(0, pair - CUT_RADIUS) : pair + CUT_RADIUS + 1])
+    median = np.median(around)
+    return bool(scores[pair] > median + CUT_DEVIATIONS * np.median(np.abs(around - median)))
+
+
+def _thumbnail(image_HWC: np.ndarray) -> np.ndarray:
+    return cv2.resize(image_HWC, (16, 16), interpolation=cv2.INTER_AREA).astype(np.int16)
+
+
+def _difference(a: np.ndarray, b: np.ndarray) -> float:
+    return float(np.abs(a - b).mean())
+
+
+# ---------------------------------------------------------------------------------------------- motion
+
+
+def to_video(frames_FHWC: np.ndarray) -> Float[Tensor, "1 3 f h w"]:
+    """uint8 frames as a batch of one video in [-1, 1], fp32."""
+    return torch.from_numpy(frames_FHWC).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
+
+
+def motion_of(frames_FHWC: np.ndarray, estimate_flow: FlowEstimator) -> float:
+    """How much a clip moves: mean over frame pairs of the mean length of the longest 5 % of flow vectors, pixels per frame.
+
+    The top 5 % is VBench's measure (dynamic degree): a small thing that moves counts, a large background at rest does not
+    dilute it.
+    """
+    with torch.no_grad():
+        flow = estimate_flow(to_video(frames_FHWC))[0].float()
+    length_FN = flow.square().sum(0).sqrt().flatten(1)
+    top = max(1, int(0.05 * length_FN.shape[1]))
+    return float(length_FN.topk(top, dim=1).values.mean())

@@ -1,0 +1,148 @@
+"""A complete description of a run: frozen dataclasses, no defaults that belong to a paper. Recipes fill them in."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optimizer:
+    """AdamW for one network.
+
+    Attributes:
+        lr: learning rate.
+        betas: AdamW's.
+        weight_decay: decoupled.
+        clip: largest gradient norm of an update; larger ones are scaled down.
+    """
+
+    lr: float
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 0.0
+    clip: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Update:
+    """One kind of step within an iteration.
+
+    Attributes:
+        learns: the network that learns: ``student``, ``fake_score`` or ``discriminator``.
+        by: the objective that judges: ``dmd``, ``gan`` or ``flow_matching``.
+        times: repetitions within one iteration.
+        batch: clips per step.
+        accumulate: the batch is processed in this many parts.
+        optimizer: name of the optimiser; updates that share a name share its moments. Defaults to ``learns``.
+    """
+
+    learns: str
+    by: str
+    times: int = 1
+    batch: int
+    accumulate: int = 1
+    optimizer: str | None = None
+
+    @property
+    def optimizer_name(self) -> str:
+        """The optimiser this update steps."""
+        return self.optimizer or self.learns
+
+    @property
+    def label(self) -> str:
+        """Name in logs."""
+        return f"{self.learns}<{self.by}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DMDConfig:
+    """Distribution matching; see :class:`mogan.objectives.dmd.DMD`."""
+
+    guidance: float
+    shift: float
+    low: float = 0.02
+    high: float = 0.98
+
+
+@dataclass(frozen=True, kw_only=True)
+class GANConfig:
+    """Adversarial objective and its discriminator; see :class:`mogan.objectives.gan.GAN`.
+
+    Attributes:
+        space: ``motion`` (decoded optical flow, MoGAN) or ``latent`` (the ablation).
+        blocks: first blocks of the transformer that form the trunk; ``taps``: after which of them heads read.
+        prompt: what the trunk is told; ``sigma``: the noise level it is told.
+        window: latent frames decoded; ``starts``: where a window may begin, one is drawn per update.
+        max_flow: pixels per frame drawn as 1.
+        flow: flow estimator (see :func:`mogan.wan.load_flow`); ``flow_iterations``: its refinement steps.
+    """
+
+    space: str
+    blocks: int
+    taps: tuple[int, ...]
+    prompt: str = "a video with good motion"
+    sigma: float = 0.0
+    student_weight: float = 0.5
+    judge_weight: float = 0.5
+    r1: float = 0.3
+    r2: float = 0.3
+    noise: float = 0.01
+    normalise: bool
+    window: int
+    starts: tuple[int, ...] = (0,)
+    max_flow: float
+    flow: str
+    flow_iterations: int = 12
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlowMatchingConfig:
+    """Flow matching on clips; see :class:`mogan.objectives.flow_matching.FlowMatching`."""
+
+    shift: float
+    drop_text: float = 0.1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Everything a run is made of. Written as JSON beside every checkpoint.
+
+    Attributes:
+        recipe: name of the recipe it came from.
+        sigmas: the student's levels, descending from 1, final 0 implied.
+        plan: the updates of one iteration, in order.
+        optimizers: by name, see ``Update.optimizer``.
+        ema: decay of the student's averaged weights, which are what is sampled and exported.
+        negative_prompt: the teacher's unconditional branch.
+        precision: ``auto`` (bf16 where the hardware has it), ``bf16`` or ``fp32``.
+        save_every, sample_every: iterations between checkpoints and between sample sheets.
+        keep: checkpoints kept.
+        checkpointing: recompute the transformers' activations in the backward pass.
+    """
+
+    recipe: str
+    sigmas: tuple[float, ...]
+    plan: tuple[Update, ...]
+    optimizers: dict[str, Optimizer]
+    iterations: int
+    ema: float
+    dmd: DMDConfig | None = None
+    gan: GANConfig | None = None
+    flow_matching: FlowMatchingConfig | None = None
+    negative_prompt: str = ""
+    precision: str = "auto"
+    checkpointing: bool = False
+    seed: int = 0
+    save_every: int = 50
+    sample_every: int = 50
+    sample_prompts: int = 4
+    keep: int = 2
+
+    def __post_init__(self):
+        levels = (*self.sigmas, 0.0)
+        if any(a <= b for a, b in zip(levels, levels[1:], strict=False)) or self.sigmas[0] != 1.0:
+            raise ValueError(f"sigmas must fall from 1 to above 0, not {self.sigmas}")
+        for update in self.plan:
+            if update.optimizer_name not in self.optimizers:
+                raise ValueError(f"{update.label}: no optimiser named {update.optimizer_name}")
+            if getattr(self, update.by, None) is None:
+                raise ValueError(f"{update.label}: the config has no {update.by}")
+            if update.batch % update.accumulate:
+                raise ValueError(f"{update.label}: batch {update.batch} does not split into {update.accumulate} parts")

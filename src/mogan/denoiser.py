@@ -1,0 +1,84 @@
+"""A stock Wan transformer seen as ``x0 = denoiser(x, sigma, text)``; guidance; feature taps.
+
+Every sampler and every objective talks to a network through this one contract. Shape letters: B C F H W latents,
+L text tokens, D width.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from mogan.schedule import velocity_to_x0
+
+
+class Denoiser(nn.Module):
+    """Wraps a ``WanTransformer3DModel``; weights stay in their dtype, the network computes in ``dtype``.
+
+    Args:
+        transformer: called as ``transformer(x, timestep, text, return_dict=False)[0]``, predicts velocity.
+        dtype: dtype of the matrix products (autocast); the prediction is always returned in fp32.
+    """
+
+    def __init__(self, transformer: nn.Module, dtype: torch.dtype = torch.float32):
+        super().__init__()
+        self.transformer = transformer
+        self.dtype = dtype
+
+    def velocity(
+        self, x_BCFHW: Float[Tensor, "b c f h w"], sigma: Float[Tensor, "b *f"], text_BLD: Float[Tensor, "b l d"]
+    ) -> Float[Tensor, "b c f h w"]:
+        """Predict ``noise - x0`` at noise level ``sigma``, one per sample or one per sample and latent frame."""
+        timestep = 1000.0 * sigma  # exact: no table look-up
+        if timestep.ndim == 2:
+            patch_f, patch_h, patch_w = self.transformer.config.patch_size
+            tokens = (x_BCFHW.shape[-2] // patch_h) * (x_BCFHW.shape[-1] // patch_w)
+            timestep = timestep[:, ::patch_f].repeat_interleave(tokens, dim=1)
+        with torch.autocast(x_BCFHW.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            out = self.transformer(x_BCFHW, timestep, text_BLD, return_dict=False)[0]
+        return out.float()
+
+    def forward(self, x_BCFHW: Tensor, sigma: Tensor, text_BLD: Tensor) -> Tensor:
+        """Predict the clean latent."""
+        return velocity_to_x0(x_BCFHW, self.velocity(x_BCFHW, sigma, text_BLD), sigma)
+
+
+def guided_velocity(
+    denoiser: Denoiser, x: Tensor, sigma: Tensor, text_BLD: Tensor, null_BLD: Tensor, guidance: float
+) -> Tensor:
+    """Classifier-free guidance in the diffusers convention, ``uncond + guidance (cond - uncond)``.
+
+    DMD code often writes ``cond + w (cond - uncond)``; that is ``guidance = w + 1``. Both halves run as one batch.
+    """
+    if guidance == 1.0:
+        return denoiser.velocity(x, sigma, text_BLD)
+    both = denoiser.velocity(torch.cat([x, x]), torch.cat([sigma, sigma]), torch.cat([text_BLD, null_BLD]))
+    cond, uncond = both.chunk(2)
+    return uncond + guidance * (cond - uncond)
+
+
+@contextmanager
+def frozen(*modules: nn.Module) -> Iterator[None]:
+    """Within the block these modules' parameters receive no gradient, though gradients may pass through them."""
+    parameters = [p for m in modules for p in m.parameters() if p.requires_grad]
+    for p in parameters:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in parameters:
+            p.requires_grad_(True)
+
+
+@contextmanager
+def taps(blocks: nn.ModuleList, at: Sequence[int]) -> Iterator[list[Tensor]]:
+    """Collect the outputs of ``blocks[i]`` for ``i`` in ``at`` (ascending) during the calls inside the ``with`` block."""
+    features: list[Tensor] = []
+    handles = [blocks[i].register_forward_hook(lambda module, args, out: features.append(out)) for i in at]
+    try:
+        yield features
+    finally:
+        for handle in handles:
+            handle.remove()

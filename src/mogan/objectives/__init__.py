@@ -1,0 +1,30 @@
+"""Ways of judging a rollout.
+
+An objective owns the networks that chase the student. ``student_loss(rollout, batch, generator)`` sends gradient into
+the student and into nothing else; ``judge_loss(rollout, batch, generator)`` trains the objective's own networks on a
+rollout without gradient. Both return the loss and a dictionary of scalars worth logging.
+"""
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from mogan.data import Batch
+from mogan.rollout import Rollout
+
+Loss = tuple[Tensor, dict[str, Tensor]]
+
+
+class Objective(Protocol):
+    """What the training loop asks of an objective."""
+
+    needs_rollout: bool
+
+    def student_loss(self, rollout: Rollout, batch: Batch, generator: torch.Generator) -> Loss:
+        """Loss whose gradient reaches the student only."""
+        ...
+
+    def judge_loss(self, rollout: Rollout, batch: Batch, generator: torch.Generator) -> Loss:
+        """Loss whose gradient reaches the objective's own networks only."""
+        ...

@@ -1,0 +1,95 @@
+"""Distribution matching distillation with backward simulation (DMD2, arXiv 2405.14867; rectified-flow form).
+
+The student's sample is noised; the teacher says where the data lies, the fake score where the student's own samples lie;
+the difference is the gradient of KL(student || teacher) with respect to the sample.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from mogan.data import Batch
+from mogan.denoiser import Denoiser, guided_velocity
+from mogan.objectives import Loss
+from mogan.rollout import Rollout, normal
+from mogan.schedule import add_noise, draw_sigma, velocity_to_x0
+
+
+def dmd_direction(x0: Tensor, real: Tensor, fake: Tensor) -> Tensor:
+    """``(fake - real) / mean |x0 - real|``, the mean per sample (DMD eq. 8 in x0 space, as CausVid and Self-Forcing).
+
+    Moving ``x0`` against this direction goes from where the student's samples are to where the teacher's are.
+    """
+    scale = (x0 - real).abs().mean(dim=tuple(range(1, x0.ndim)), keepdim=True)
+    return (fake - real) / scale.clamp(min=1e-8)
+
+
+class DMD:
+    """Distribution matching. Owns the fake score.
+
+    Args:
+        teacher: frozen multi-step denoiser.
+        fake_score: denoiser of the student's samples, trained by :meth:`judge_loss`.
+        null_1LD: embedding of the empty (or negative) prompt.
+        guidance: of the teacher, diffusers convention.
+        shift: shift of the levels at which samples are compared.
+        low: least level, ``high`` largest; levels are clamped after shifting.
+        direction: ``(x0, real, fake) -> gradient``; where variants of DMD differ.
+    """
+
+    needs_rollout = True
+
+    def __init__(
+        self,
+        teacher: Denoiser,
+        fake_score: Denoiser,
+        null_1LD: Tensor,
+        *,
+        guidance: float,
+        shift: float,
+        low: float = 0.02,
+        high: float = 0.98,
+        direction: Callable[[Tensor, Tensor, Tensor], Tensor] = dmd_direction,
+    ):
+        self.teacher, self.fake_score, self.null_1LD = teacher, fake_score, null_1LD
+        self.guidance, self.shift, self.low, self.high = guidance, shift, low, high
+        self.direction = direction
+
+    def _noised(self, rollout: Rollout, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+        x0 = rollout.x0_BCFHW.detach()
+        sigma = draw_sigma(len(x0), generator, low=self.low, high=self.high, k=self.shift).to(x0.device)
+        noise = normal(x0.shape, generator, x0.device)
+        return add_noise(x0, noise, sigma), noise, sigma
+
+    def student_loss(self, rollout: Rollout, batch: Batch, generator: torch.Generator) -> Loss:
+        """``0.5 mean (x - sg(x - g))^2``, whose gradient with respect to ``x`` is ``g / numel``."""
+        x0 = rollout.x0_BCFHW
+        with torch.no_grad():
+            x_t, _, sigma = self._noised(rollout, generator)
+            null = _like(self.null_1LD, rollout.text_BLD)
+            text, null = _same_length(rollout.text_BLD, null)
+            velocity = guided_velocity(self.teacher, x_t, sigma, text, null, self.guidance)
+            real = velocity_to_x0(x_t, velocity, sigma)
+            fake = self.fake_score(x_t, sigma, rollout.text_BLD)
+            gradient = torch.nan_to_num(self.direction(x0.detach(), real, fake))
+        loss = 0.5 * (x0 - (x0.detach() - gradient)).square().mean()
+        return loss, {"direction": gradient.square().mean().sqrt()}
+
+    def judge_loss(self, rollout: Rollout, batch: Batch, generator: torch.Generator) -> Loss:
+        """Flow matching of the fake score on the student's samples: ``E ||v - (noise - x0)||^2`` (MoGAN eq. 3)."""
+        x_t, noise, sigma = self._noised(rollout, generator)
+        velocity = self.fake_score.velocity(x_t, sigma, rollout.text_BLD)
+        loss = (velocity - (noise - rollout.x0_BCFHW.detach())).square().mean()
+        return loss, {}
+
+
+def _like(null_1LD: Tensor, text_BLD: Tensor) -> Tensor:
+    return null_1LD.to(text_BLD).expand(len(text_BLD), -1, -1)
+
+
+def _same_length(one_BLD: Tensor, two_BLD: Tensor) -> tuple[Tensor, Tensor]:
+    """Pad the shorter text with zero rows; rows past the last token are padding and mean the same at any length."""
+    length = max(one_BLD.shape[1], two_BLD.shape[1])
+    pad = torch.nn.functional.pad
+    return tuple(pad(t, (0, 0, 0, length - t.shape[1])) for t in (one_BLD, two_BLD))  # type: ignore[return-value]

@@ -1,0 +1,88 @@
+"""Adversarial objectives: MoGAN's on optical flow, and the latent-space one it is compared with.
+
+Both are one class; they differ in what the discriminator is shown.
+"""
+
+
+import torch
+from torch import Tensor
+
+from mogan.data import Batch
+from mogan.denoiser import frozen
+from mogan.discriminator import Discriminator, approximate_penalty, discriminator_loss, generator_loss
+from mogan.objectives import Loss
+from mogan.observation import MotionObservation, motion_amount, saturation
+from mogan.rollout import Rollout, normal
+
+
+class GAN:
+    """Logistic adversarial loss with approximate R1 and R2 (MoGAN eq. 4-8). Owns the discriminator.
+
+    Args:
+        discriminator: real-or-generated network.
+        observe: what it is shown of a latent; ``None`` shows the latent itself (the paper's "video-space" ablation).
+        student_weight: lambda_1; judge_weight: lambda_2.
+        r1, r2: weights of the penalties on real and on generated observations; 0 leaves the extra pass out.
+        noise: sigma of the penalties, in units of the discriminator's (normalised) input.
+        normalise: divide the penalties by ``noise`` squared; see :func:`mogan.discriminator.approximate_penalty`.
+    """
+
+    needs_rollout = True
+
+    def __init__(
+        self,
+        discriminator: Discriminator,
+        observe: MotionObservation | None,
+        *,
+        student_weight: float,
+        judge_weight: float,
+        r1: float,
+        r2: float,
+        noise: float,
+        normalise: bool,
+    ):
+        self.discriminator, self.observe = discriminator, observe
+        self.student_weight, self.judge_weight = student_weight, judge_weight
+        self.r1, self.r2, self.noise, self.normalise = r1, r2, noise, normalise
+
+    def _observe(self, rollout: Rollout, start: int) -> tuple[Tensor, dict[str, Tensor]]:
+        if self.observe is None:
+            return rollout.x0_BCFHW, {}
+        seen = self.observe(rollout.x0_BCFHW, start)
+        with torch.no_grad():
+            logs = {
+                "motion": motion_amount(seen.flow_BCFHW).mean(),
+                "saturation": saturation(seen.video_BCFHW).mean(),
+            }
+        return seen.latent_BCFHW, logs
+
+    def student_loss(self, rollout: Rollout, batch: Batch, generator: torch.Generator) -> Loss:
+        """``lambda_1 E softplus(-D(o))``; gradient passes through the discriminator and the observation, not into them."""
+        observation, logs = self._observe(rollout, batch.window_start or 0)
+        with frozen(self.discriminator):
+            logits = self.discriminator(observation)
+        return self.student_weight * generator_loss(logits), logs | {"fake_logit": logits.detach().mean()}
+
+    def judge_loss(self, rollout: Rollout, batch: Batch, generator: torch.Generator) -> Loss:
+        """``lambda_2`` (logistic) ``+ r1 R1 + r2 R2`` on real observations of the batch and on the student's."""
+        with torch.no_grad():
+            fake, logs = self._observe(rollout, batch.window_start or 0)
+        real = batch.latent_BCFHW if self.observe is None else batch.observation_BCFHW
+        assert real is not None, "the batch holds no real observations"
+        real = real.to(fake)
+        real_logits, fake_logits = self.discriminator(real), self.discriminator(fake)
+        loss = self.judge_weight * discriminator_loss(real_logits, fake_logits)
+        logs = logs | {
+            "real_logit": real_logits.detach().mean(),
+            "fake_logit": fake_logits.detach().mean(),
+            "gap": (real_logits.detach().mean() - fake_logits.detach().mean()),
+        }
+        for name, weight, seen, logits in (("r1", self.r1, real, real_logits), ("r2", self.r2, fake, fake_logits)):
+            if weight:
+                noise = normal(seen.shape, generator, seen.device)
+                penalty = approximate_penalty(self.discriminator, seen, logits, noise, self.noise, self.normalise)
+                loss = loss + weight * penalty
+                logs[name] = penalty.detach()
+        return loss, logs
+
+

@@ -1,0 +1,64 @@
+"""What MoGAN's discriminator sees of a clip: decode a window, estimate flow, draw it, encode it.
+
+The chain is differentiable from the flow's latents back to the student's; nothing in it is trained.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from mogan.flow import FlowEstimator, motion_picture
+from mogan.wan import decode_window, encode_video
+
+
+@dataclass(frozen=True)
+class Observed:
+    """Latents for the discriminator, and the flow and frames they were made of (for logs and pictures)."""
+
+    latent_BCFHW: Float[Tensor, "b c f h w"]
+    flow_BCFHW: Float[Tensor, "b 2 g h2 w2"]
+    video_BCFHW: Float[Tensor, "b 3 g2 h2 w2"]
+
+
+@dataclass(frozen=True)
+class MotionObservation:
+    """``latent -> decode window -> flow -> motion picture -> encode`` (MoGAN, figure 2 and appendix A).
+
+    Attributes:
+        vae: frozen autoencoder.
+        flow: frozen flow estimator on video in [-1, 1].
+        window: latent frames decoded with gradient (MoGAN: 12 of 21).
+        max_flow: pixels per frame that the picture draws as 1.
+    """
+
+    vae: torch.nn.Module
+    flow: FlowEstimator
+    window: int
+    max_flow: float
+
+    def __call__(self, latent_BCFHW: Float[Tensor, "b c f h w"], start: int) -> Observed:
+        """Observe latent frames ``start ... start + window - 1``.
+
+        A window inside the clip decodes to ``4 window`` frames and one at its start to ``4 window - 3``. The encoder takes
+        ``4 k + 1`` frames, so the last ``4 window - 3`` are used in both cases: every window looks alike.
+        """
+        video = decode_window(self.vae, latent_BCFHW, start, self.window)
+        video = video[:, :, -(4 * self.window - 3) :]
+        flow = self.flow(video)
+        latent = encode_video(self.vae, motion_picture(flow, self.max_flow))
+        return Observed(latent, flow, video)
+
+
+def motion_amount(flow_BCFHW: Float[Tensor, "b 2 f h w"]) -> Float[Tensor, " b"]:
+    """How much a clip moves: mean over frame pairs of the mean of the largest 5 % flow magnitudes, pixels per frame."""
+    magnitude = flow_BCFHW.square().sum(1).sqrt().flatten(2)
+    return magnitude.topk(max(1, magnitude.shape[-1] // 20), dim=-1).values.mean((1, 2))
+
+
+def saturation(video_BCFHW: Float[Tensor, "b 3 f h w"]) -> Float[Tensor, " b"]:
+    """Mean HSV saturation of a clip in [-1, 1], between 0 (grey) and 1."""
+    rgb = (video_BCFHW + 1) / 2
+    high, low = rgb.amax(1), rgb.amin(1)
+    return ((high - low) / high.clamp(min=1e-3)).mean((1, 2, 3))

@@ -1,0 +1,518 @@
+"""Video files to a cache: scan, cut, measure motion, choose, encode.
+
+Two passes over the videos. The first decodes everything and measures the motion of every clip; what is kept is then known,
+and the second encodes only that. Both continue where a killed run stopped: every finished file is on disk under its final
+name, and ``index.jsonl`` is derived from those at the end.
+"""
+
+import hashlib
+import json
+import queue
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cache as once
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import numpy as np
+import tyro
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from mogan import data
+from mogan.clips import ShortShot, Source, clips_of, make_clip, motion_of, scan, to_video
+from mogan.errors import UserError
+from mogan.flow import FlowEstimator
+from mogan.video import probe, read_frames, replacing
+
+if TYPE_CHECKING:
+    from mogan.wan import Geometry
+
+DISCRIMINATOR_PROMPT = "a video with good motion"  # MoGAN, section 3.3: what its discriminator is always told
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a run of :func:`prepare_cache` found and did; ``notes`` are sentences worth telling the user."""
+
+    kept: int
+    dropped: int
+    skipped: int
+    encoded: int
+    threshold: float | None
+    notes: tuple[str, ...]
+
+
+# ---------------------------------------------------------------------------------------------- the command
+
+
+def prepare(
+    source: Annotated[Path, tyro.conf.Positional],
+    *,
+    out: Path,
+    model: str = "lab",
+    motion_rich: bool = False,
+    min_motion: float | None = None,
+    motion_quantile: float | None = None,
+    caption: str | None = None,
+    flow: str = "lab",
+    fps: int | None = None,
+    height: int | None = None,
+    width: int | None = None,
+    frames: int | None = None,
+    extra_prompts: tuple[str, ...] = (DISCRIMINATOR_PROMPT,),
+    workers: int = 2,
+    device: str | None = None,
+) -> None:
+    """Turn a folder of videos, or a file of prompts, into a cache to train on.
+
+    Captions come from `metadata.jsonl` or `metadata.csv` in the folder, or from `name.txt` beside `name.mp4`. Videos are brought
+    to the model's frame rate and size, split at shot cuts and into clips of the model's length; each clip's motion is
+    measured, its latent and the embedding of its caption are stored. Run the same command again after a kill, or after adding
+    videos: what is done is not done again.
+
+    The cache says why a clip is not in it: `dropped.jsonl` (moves too little, shot too short), `skipped.jsonl` (broken files,
+    no caption); `motion.png` shows how much the clips move.
+
+    Args:
+        source: a folder of videos, one video, or a .txt file with a prompt per line (no videos: for recipes that need none).
+        out: folder of the cache.
+        model: "lab", a diffusers folder, or a hub id.
+        motion_rich: keep only clips that move; the next two options say how much.
+        min_motion: mean of the fastest 5 % of pixels, pixels per frame at the model's size. Default: VBench's own threshold
+            for a moving pair of frames, brought to this size and rate (0.75 for the lab, 5.6 for 480 x 832 at 16 fps).
+        motion_quantile: keep only the share above this quantile, 0.7 for the liveliest 30 %. With min-motion, both must hold.
+        caption: for videos that have none.
+        flow: "lab", "farneback" (classical, no weights), or the path of RAFT weights.
+        fps: instead of the model's.
+        height: instead of the model's, pixels.
+        width: instead of the model's, pixels.
+        frames: of a clip, 4 k + 1, instead of the model's.
+        extra_prompts: prompts to embed besides the captions and the empty prompt.
+        workers: videos decoded at a time.
+        device: for the networks; "cuda" where there is one.
+    """
+    import torch
+
+    from mogan import wan
+
+    if not motion_rich and (min_motion is not None or motion_quantile is not None):
+        raise UserError("--min-motion and --motion-quantile choose among clips: add --motion-rich")
+    folder = wan.resolve_model(model)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    text = once(lambda: wan.load_text(folder, device))
+    text_facts = {"model": model} | {part: wan.fingerprint(folder, part) for part in ("text_encoder", "tokenizer")}
+    if source.suffix.lower() == ".txt":
+        count = prepare_prompts(source, out, text_facts, lambda p: text()(p), extra_prompts)
+        print(f"{count} prompts cached in {out}")
+        return
+    made_for = wan.geometry(folder)
+    geometry = wan.Geometry(
+        fps or made_for.fps, height or made_for.height, width or made_for.width, frames or made_for.frames
+    )
+    _check_geometry(geometry)
+    vae = once(lambda: wan.load_vae(folder, wan.fast_dtype(device)).to(device))
+    estimator = once(lambda: _on(device, wan.load_flow(flow)))
+    if motion_rich and min_motion is None:
+        min_motion = 0.0 if motion_quantile is not None else vbench_threshold(geometry)
+    summary = prepare_cache(
+        source,
+        out,
+        geometry=geometry,
+        fingerprints=text_facts | {"vae": wan.fingerprint(folder, "vae"), "flow": flow_fingerprint(flow)},
+        encode_video=lambda video: wan.encode_video(vae(), video.to(device)).cpu(),
+        encode_text=lambda prompts: text()(prompts),
+        estimate_flow=lambda video: estimator()(video.to(device)).cpu(),
+        min_motion=min_motion,
+        motion_quantile=motion_quantile,
+        caption=caption,
+        extra_prompts=extra_prompts,
+        workers=workers,
+    )
+    for note in summary.notes:
+        print(note)
+    done = f"{summary.encoded} encoded now" if summary.encoded else "all were there already, nothing to do"
+    moving = "" if summary.threshold is None else f" that move at least {summary.threshold:.2f} px/frame"
+    print(f"{summary.kept} clips{moving} in {out} ({done}); {summary.dropped} dropped, {summary.skipped} files skipped")
+
+
+def vbench_threshold(geometry: "Geometry") -> float:
+    """VBench's dynamic degree calls a pair of frames moving above 6 px on a 256 px side at 8 fps; here at this rate and size."""
+    return 6.0 * min(geometry.height, geometry.width) / 256 * 8 / geometry.fps
+
+
+def flow_fingerprint(name: str) -> str:
+    """What stands for a flow estimator in ``cache.json``: its name if it has no weights, else a hash of them."""
+    from mogan import wan
+
+    if name == "farneback":
+        return name
+    path = wan.lab_folder() / "raft" if name == "lab" else Path(name)
+    return wan.fingerprint(path.parent, path.name) if path.is_dir() else _sha(path)
+
+
+def _on(device: str, estimator: FlowEstimator) -> FlowEstimator:
+    return estimator.to(device) if isinstance(estimator, nn.Module) else estimator
+
+
+def _check_geometry(geometry: "Geometry") -> None:
+    if geometry.frames % 4 != 1 or geometry.frames < 5:
+        raise UserError(f"--frames must be 4 k + 1 and at least 5 (the autoencoder's rule), not {geometry.frames}")
+    if geometry.height % 16 or geometry.width % 16 or min(geometry.height, geometry.width, geometry.fps) <= 0:
+        raise UserError(f"--height and --width must be multiples of 16, not {geometry.height} and {geometry.width}")
+
+
+# ---------------------------------------------------------------------------------------------- the work
+
+
+def prepare_prompts(
+    source: str | Path,
+    out: str | Path,
+    fingerprints: dict[str, str],
+    encode_text: Callable[[list[str]], list[Tensor]],
+    extra_prompts: Sequence[str] = (),
+) -> int:
+    """Cache prompts alone: one per line, empty lines ignored, each once. Returns how many."""
+    source, out = Path(source), Path(out)
+    if not source.is_file():
+        raise UserError(f"{source} is not there")
+    try:
+        lines = source.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{source} is not UTF-8 text: save it as UTF-8") from error
+    prompts = list(dict.fromkeys(line.strip() for line in lines if line.strip()))
+    if not prompts:
+        raise UserError(f"{source} holds no prompt: write one per line")
+    _claim(out, {"contents": "prompts"} | fingerprints)
+    data.ensure_text(out, [*prompts, "", *extra_prompts], encode_text)
+    _write_jsonl(out / "index.jsonl", [{"id": data.text_path(out, p).stem, "caption": p} for p in prompts])
+    return len(prompts)
+
+
+def prepare_cache(
+    source: str | Path,
+    out: str | Path,
+    *,
+    geometry: "Geometry",
+    fingerprints: dict[str, str],
+    encode_video: Callable[[Tensor], Tensor],
+    encode_text: Callable[[list[str]], list[Tensor]],
+    estimate_flow: FlowEstimator,
+    min_motion: float | None = None,
+    motion_quantile: float | None = None,
+    caption: str | None = None,
+    extra_prompts: Sequence[str] = (),
+    workers: int = 2,
+) -> Summary:
+    """Fill a cache from a folder of videos; see :func:`prepare` for what the options mean.
+
+    Args:
+        source: folder of videos, or one video.
+        out: folder of the cache.
+        geometry: frame rate, size and length of a clip.
+        fingerprints: what else decides the contents; kept in ``cache.json`` and compared by later runs (``model`` is a
+            name and is not compared).
+        encode_video: ``(1, 3, F, H, W)`` in [-1, 1] to a normalised latent ``(1, C, F', H', W')``.
+        encode_text: prompts to embeddings ``(L, D)``.
+        estimate_flow: video to flow in pixels per frame.
+        min_motion: keep clips that move at least so much, pixels per frame.
+        motion_quantile: keep clips at or above this quantile of motion.
+        caption: for videos that have none.
+        extra_prompts: embedded besides the captions and "".
+        workers: videos decoded at a time; each holds about two clips in memory.
+
+    Raises:
+        UserError: the cache was made with other settings, or no clip is left.
+    """
+    out = Path(out)
+    if motion_quantile is not None and not 0 <= motion_quantile < 1:
+        raise UserError(f"--motion-quantile must be at least 0 and below 1, not {motion_quantile}")
+    if workers < 1:
+        raise UserError("--workers must be at least 1")
+    sources = scan(source, caption)
+    size = {k: getattr(geometry, k) for k in ("fps", "height", "width", "frames")}
+    _claim(out, {"contents": "clips"} | size | fingerprints)
+
+    usable = [s for s in sources if s.problem is None]
+    records = _measure(usable, out, geometry, estimate_flow, workers)
+    skipped = [{"source": s.name, "reason": s.problem} for s in sources if s.problem]
+    skipped += [{"source": s.name, "reason": r["error"]} for s, r in zip(usable, records, strict=True) if r["error"]]
+    found = [entry for s, r in zip(usable, records, strict=True) for entry in _entries(s, r)]
+    threshold = _threshold([e["motion"] for e in found], min_motion, motion_quantile)
+    kept = [e for e in found if threshold is None or e["motion"] >= threshold]
+    dropped = _dropped(usable, records, found, threshold, geometry)
+    _write_jsonl(out / "skipped.jsonl", skipped)
+    _write_jsonl(out / "dropped.jsonl", dropped)
+    if found:
+        _draw_motion(out / "motion.png", [e["motion"] for e in found], threshold)
+
+    encoded = _encode(usable, kept, out, geometry, encode_video, workers)
+    if kept:
+        data.ensure_text(out, [*(e["caption"] for e in kept), "", *extra_prompts], encode_text)
+    _write_jsonl(out / "index.jsonl", kept)
+    if not kept:
+        most = f"; the liveliest moves {max(e['motion'] for e in found):.2f} px/frame" if found else ""
+        raise UserError(f"no clip is left of {source} (see {out}/dropped.jsonl and skipped.jsonl){most}")
+    return Summary(len(kept), len(dropped), len(skipped), encoded, threshold, _notes(usable, records, geometry))
+
+
+def _claim(out: Path, facts: dict[str, Any]) -> None:
+    """Write ``cache.json``, or make sure that an earlier run wrote the same."""
+    there = data.read_facts(out)
+    if there is not None:
+        different = data.differences(there, {k: v for k, v in facts.items() if k != "model"})
+        if different:
+            raise UserError(f"the cache in {out} {different}: use the same options, or another --out")
+        return
+    if out.exists() and any(out.iterdir()):
+        raise UserError(f"{out} is not empty and not a cache: give another --out")
+    with replacing(out / "cache.json") as temporary:
+        temporary.write_text(json.dumps({"format": data.FORMAT, "version": data.VERSION} | facts, indent=2) + "\n")
+
+
+# ---------------------------------------------------------------------------------------------- pass 1: measure
+
+
+def _measure(
+    sources: list[Source], out: Path, geometry: "Geometry", estimate_flow: FlowEstimator, workers: int
+) -> list[dict]:
+    """One record per source: its clips and how much they move, its short shots, or why it cannot be read.
+
+    Records lie in ``sources/``; a file that was measured and has not changed is not opened again. While a long file is
+    being measured, its record is renewed now and then, so that a kill costs little.
+    """
+    records = {s.name: _known(out, s) for s in sources}
+    todo = [s for s in sources if not records[s.name]["done"]]
+    bar = tqdm(total=len(todo), desc="measure", unit="file", disable=not todo)
+    with bar:
+        for source, item in _in_threads(todo, lambda s: _read_clips(s, geometry), workers):
+            record = records[source.name]
+            if isinstance(item, dict):
+                record |= item
+            elif isinstance(item, ShortShot):
+                record["short"].append({"start_s": round(item.start_s, 3), "frames": item.frames})
+            elif isinstance(item, Done):
+                if item.error:
+                    record |= {"error": item.error, "clips": [], "short": []}
+                record["done"] = item.error is None  # a file that failed is tried again next time
+                del record["known"]
+                _write_record(out, source, record)
+                bar.update()
+            else:
+                motion = record["known"].get(item.start)
+                if motion is None:
+                    motion = round(motion_of(item.frames_FHWC, estimate_flow), 4)
+                clip = {"start": item.start, "start_s": round(item.start_s, 3), "repeats": item.repeats}
+                record["clips"].append(clip | {"motion": motion})
+                if len(record["clips"]) % 16 == 0:
+                    _write_record(out, source, {k: v for k, v in record.items() if k != "known"})
+    return [records[s.name] for s in sources]
+
+
+def _read_clips(source: Source, geometry: "Geometry") -> Iterator[Any]:
+    """In a worker: facts of the file, then its clips and short shots."""
+    found = probe(source.path)
+    yield {"source_fps": found.fps, "source_height": found.height, "source_width": found.width}
+    size = (geometry.height, geometry.width)
+    yield from clips_of(read_frames(source.path, fps=geometry.fps, size=size), geometry.frames)
+
+
+def _known(out: Path, source: Source) -> dict:
+    """The record an earlier run left, if the file is still the same, else an empty one.
+
+    ``known`` keeps the motions of a record that was not finished.
+    """
+    stat = source.path.stat()
+    stamp = {"bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns}
+    path = _record_path(out, source)
+    old = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    if old and any(old[k] != v for k, v in stamp.items()):
+        same = old["bytes"] == stat.st_size and old["sha"] == _sha(source.path)
+        old = old | stamp if same else None
+    if old and old["done"]:
+        return old
+    known = {c["start"]: c["motion"] for c in old["clips"]} if old else {}
+    sha = old["sha"] if old else _sha(source.path)
+    fresh = {"source": source.name, "sha": sha, "done": False, "error": None, "clips": [], "short": []}
+    return fresh | stamp | {"known": known}
+
+
+def _record_path(out: Path, source: Source) -> Path:
+    return out / "sources" / f"{hashlib.sha256(source.name.encode()).hexdigest()[:16]}.json"
+
+
+def _write_record(out: Path, source: Source, record: dict) -> None:
+    with replacing(_record_path(out, source)) as temporary:
+        temporary.write_text(json.dumps(record, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _sha(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:32]
+
+
+# ---------------------------------------------------------------------------------------------- choose
+
+
+def _entries(source: Source, record: dict) -> list[dict]:
+    """Index lines of a source's clips. The id follows from name, contents and start, so a changed file gets new ones."""
+    stem = "".join(c if c.isascii() and c.isalnum() else "-" for c in source.path.stem).strip("-")[:40] or "clip"
+    mark = hashlib.sha256(f"{source.name}\0{record['sha']}".encode()).hexdigest()[:8]
+    return [
+        {"id": f"{stem}-{mark}-{clip['start']:06d}", "source": source.name, "caption": source.caption}
+        | {"start": clip["start"], "start_s": clip["start_s"], "motion": clip["motion"], "repeats": clip["repeats"]}
+        | {"sha": record["sha"]}
+        for clip in record["clips"]
+    ]
+
+
+def _threshold(motions: list[float], min_motion: float | None, quantile: float | None) -> float | None:
+    if min_motion is None and quantile is None:
+        return None
+    least = min_motion or 0.0
+    return max(least, float(np.quantile(motions, quantile))) if quantile is not None and motions else least
+
+
+def _dropped(sources, records, found, threshold, geometry) -> list[dict]:
+    rows = [
+        {"source": s.name, "start_s": short["start_s"]}
+        | {"reason": f"shot too short: {short['frames']} of {geometry.frames} frames"}
+        for s, r in zip(sources, records, strict=True)
+        for short in r["short"]
+    ]
+    slow = [e for e in found if threshold is not None and e["motion"] < threshold]
+    return rows + [
+        {"source": e["source"], "start_s": e["start_s"], "motion": e["motion"]}
+        | {"reason": f"moves {e['motion']:.2f} px/frame, less than {threshold:.2f}"}
+        for e in slow
+    ]
+
+
+def _notes(sources: list[Source], records: list[dict], geometry: "Geometry") -> tuple[str, ...]:
+    read = [(s, r) for s, r in zip(sources, records, strict=True) if r["done"]]
+    slow = [s.name for s, r in read if r["source_fps"] and r["source_fps"] < 0.75 * geometry.fps]
+    small = [s.name for s, r in read if r["source_height"] < geometry.height or r["source_width"] < geometry.width]
+    notes = []
+    if slow:
+        notes.append(
+            f"{len(slow)} videos have far fewer than {geometry.fps} frames per second (first {slow[0]}): frames were "
+            "repeated, see `repeats` in index.jsonl; repeated frames teach stutter"
+        )
+    if small:
+        size = f"{geometry.height} x {geometry.width}"
+        notes.append(f"{len(small)} videos are smaller than {size} (first {small[0]}): they were enlarged")
+    return tuple(notes)
+
+
+def _draw_motion(path: Path, motions: list[float], threshold: float | None) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 3.5), layout="constrained")
+    axes = figure.add_subplot()
+    axes.hist(motions, bins=min(60, max(10, len(motions) // 4)), color="0.6")
+    if threshold is not None:
+        kept = sum(m >= threshold for m in motions)
+        label = f"kept from {threshold:.2f}: {kept} of {len(motions)} clips"
+        axes.axvline(threshold, color="tab:red", label=label)
+        axes.legend()
+    axes.set(xlabel="motion: mean of the fastest 5 % of pixels, pixels per frame", ylabel="clips")
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=120)
+
+
+# ---------------------------------------------------------------------------------------------- pass 2: encode
+
+
+def _encode(
+    sources: list[Source], kept: list[dict], out: Path, geometry: "Geometry", encode_video: Callable, workers: int
+) -> int:
+    """Store the latents of kept clips that are not there yet; returns how many."""
+    missing: dict[str, list[dict]] = {}
+    for entry in kept:
+        if not data.clip_path(out, entry["id"]).exists():
+            missing.setdefault(entry["source"], []).append(entry)
+    jobs = [s for s in sources if s.name in missing]
+    total = sum(map(len, missing.values()))
+    size = (geometry.height, geometry.width)
+
+    def read(source: Source) -> Iterator[tuple[dict, np.ndarray]]:
+        entries = {e["start"]: e for e in missing[source.name]}
+        only = {start + i for start in entries for i in range(geometry.frames)}
+        held = []
+        for frame in read_frames(source.path, fps=geometry.fps, size=size, only=only):
+            held.append(frame)
+            if len(held) == geometry.frames:
+                yield entries[held[0].index], make_clip(held).frames_FHWC
+                held = []
+
+    with tqdm(total=total, desc="encode", unit="clip", disable=not total) as bar:
+        for source, item in _in_threads(jobs, read, workers):
+            if isinstance(item, Done):
+                if item.error:
+                    raise UserError(
+                        f"{source.path} changed while it was read ({item.error}): run the same command again"
+                    )
+                continue
+            entry, frames_FHWC = item
+            latent = encode_video(to_video(frames_FHWC))[0]
+            data.save_latent(out, entry["id"], latent, {"source": source.name, "sha": entry["sha"]})
+            bar.update()
+    return total
+
+
+# ---------------------------------------------------------------------------------------------- threads
+
+
+@dataclass(frozen=True)
+class Done:
+    """A worker has finished a job, or could not (``error``)."""
+
+    error: str | None = None
+
+
+def _in_threads(jobs: Iterable, work: Callable[[Any], Iterator], workers: int) -> Iterator[tuple[Any, Any]]:
+    """Run ``work(job)`` in threads; yield ``(job, item)`` for each of its items, then ``(job, Done)``.
+
+    FFmpeg works outside Python's lock, so threads are enough. At most ``workers`` items wait at a time. A UserError ends its
+    job; any other exception is raised here.
+    """
+    items: queue.Queue = queue.Queue(maxsize=workers)
+    stop = threading.Event()
+
+    def put(item: Any) -> bool:
+        while not stop.is_set():
+            try:
+                items.put(item, timeout=0.1)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    def run(job: Any) -> None:
+        try:
+            for item in work(job):
+                if not put((job, item)):
+                    return
+            put((job, Done()))
+        except UserError as error:
+            put((job, Done(str(error))))
+        except BaseException as error:
+            put((job, error))
+
+    jobs = list(jobs)
+    pool = ThreadPoolExecutor(workers)
+    try:
+        for job in jobs:
+            pool.submit(run, job)
+        left = len(jobs)
+        while left:
+            job, item = items.get()
+            if isinstance(item, BaseException):
+                raise item
+            left -= isinstance(item, Done)
+            yield job, item
+    finally:
+        stop.set()
+        pool.shutdown(wait=True, cancel_futures=True)

@@ -1,0 +1,181 @@
+"""Recipes: functions that return one complete :class:`mogan.config.Config`.
+
+The value of a paper stands beside each number with its place; a number without one was chosen here. Any importable
+``module:function`` works as a recipe, so yours can live outside this package.
+"""
+
+import importlib
+from dataclasses import replace
+
+from mogan.config import Config, DMDConfig, FlowMatchingConfig, GANConfig, Optimizer, Update
+from mogan.errors import UserError
+from mogan.schedule import shifted_levels
+
+ABLATIONS = ("no-dmd", "no-r1r2", "latent-gan")
+
+
+def dmd_lab() -> Config:
+    """The lab's 3-step student from its teacher: DMD2 with backward simulation, on prompts alone."""
+    return Config(
+        recipe="dmd_lab",
+        sigmas=shifted_levels(3, 3.0),
+        plan=(
+            Update(learns="student", by="dmd", batch=16),
+            Update(learns="fake_score", by="dmd", times=4, batch=16),
+        ),
+        optimizers={"student": Optimizer(lr=1e-4, betas=(0.0, 0.999)), "fake_score": Optimizer(lr=2e-4, betas=(0.0, 0.999))},
+        dmd=DMDConfig(guidance=3.0, shift=3.0),
+        iterations=400,
+        ema=0.98,
+        save_every=25,
+        sample_every=100,
+    )
+
+
+def mogan_lab() -> Config:
+    """MoGAN on the lab's student: 3 of 5 latent frames, 4 of 6 blocks, minutes on two cores."""
+    return Config(
+        recipe="mogan_lab",
+        sigmas=shifted_levels(3, 3.0),
+        plan=(  # appendix B
+            Update(learns="student", by="dmd", batch=8),
+            Update(learns="fake_score", by="dmd", times=4, batch=8),
+            Update(learns="student", by="gan", batch=8),
+            Update(learns="discriminator", by="gan", batch=8),
+        ),
+        optimizers={
+            "student": Optimizer(lr=5e-5, betas=(0.0, 0.999)),
+            "fake_score": Optimizer(lr=1e-4, betas=(0.0, 0.999)),
+            "discriminator": Optimizer(lr=1e-4, betas=(0.0, 0.999)),
+        },
+        dmd=DMDConfig(guidance=3.0, shift=3.0),
+        gan=GANConfig(
+            space="motion",
+            blocks=4,
+            taps=(1, 2, 3),
+            normalise=True,
+            window=3,
+            starts=(0, 1, 2),
+            max_flow=4.0,
+            flow="lab",
+            flow_iterations=6,
+        ),
+        iterations=120,
+        ema=0.95,
+        save_every=20,
+        sample_every=40,
+    )
+
+
+def flow_matching_lab() -> Config:
+    """Supervised fine-tuning of the lab's teacher on real clips."""
+    return Config(
+        recipe="flow_matching_lab",
+        sigmas=shifted_levels(50, 3.0),
+        plan=(Update(learns="student", by="flow_matching", batch=16),),
+        optimizers={"student": Optimizer(lr=1e-4)},
+        flow_matching=FlowMatchingConfig(shift=3.0),
+        iterations=200,
+        ema=0.99,
+        save_every=50,
+        sample_every=100,
+    )
+
+
+def dmd2_wan_1_3b() -> Config:
+    """The 3-step warm start MoGAN post-trains: DMD2 on Wan2.1-T2V-1.3B.
+
+    MoGAN does not give its warm-start recipe; these are the values of CausVid's bidirectional stage, the only public
+    3-step one (steps 1000/757/522, shift 8, guidance 3.5 written as ``cond + w (cond - uncond)``, so 4.5 here).
+    """
+    lr = Optimizer(lr=2e-6, betas=(0.9, 0.999), weight_decay=0.01, clip=10.0)  # CausVid lr, betas; Self-Forcing wd, clip
+    return Config(
+        recipe="dmd2_wan_1_3b",
+        sigmas=(1.0, 0.757, 0.522),  # CausVid
+        plan=(
+            Update(learns="student", by="dmd", batch=64, accumulate=64),
+            Update(learns="fake_score", by="dmd", times=5, batch=64, accumulate=64),  # DMD2: 5 to 1
+        ),
+        optimizers={"student": lr, "fake_score": lr},
+        dmd=DMDConfig(guidance=4.5, shift=8.0),
+        iterations=1000,  # CausVid: saturates at about 1K
+        ema=0.99,  # Self-Forcing
+        negative_prompt=WAN_NEGATIVE_PROMPT,
+        checkpointing=True,
+        save_every=50,
+        sample_every=100,
+    )
+
+
+def mogan_wan_1_3b() -> Config:
+    """MoGAN as published, on a 3-step Wan2.1-T2V-1.3B (section 5.1 and appendices A and B)."""
+    lr = Optimizer(lr=1e-5, betas=(0.0, 0.999), weight_decay=0.01, clip=10.0)  # lr: 5.1; the rest as Self-Forcing
+    return Config(
+        recipe="mogan_wan_1_3b",
+        sigmas=(1.0, 0.757, 0.522),
+        plan=(  # order and 4 fake-score updates: appendix B; batches 64 and 16: 5.1
+            Update(learns="student", by="dmd", batch=16, accumulate=16),
+            Update(learns="fake_score", by="dmd", times=4, batch=64, accumulate=64),
+            Update(learns="student", by="gan", batch=16, accumulate=16),
+            Update(learns="discriminator", by="gan", batch=64, accumulate=64),
+        ),
+        optimizers={"student": lr, "fake_score": lr, "discriminator": lr},
+        dmd=DMDConfig(guidance=4.5, shift=8.0),
+        gan=GANConfig(
+            space="motion",
+            blocks=16,  # 5.1
+            taps=(7, 13, 15),  # 5.1
+            student_weight=0.5,  # lambda_1, 5.1
+            judge_weight=0.5,  # lambda_2, 5.1
+            r1=0.3,  # 5.1
+            r2=0.3,  # 5.1
+            noise=0.01,  # 5.1
+            normalise=True,  # as printed the effective weight is 3e-5; see docs/methods/mogan.md
+            window=12,  # 5.1; decodes to 45 or 48 frames, 45 are used
+            starts=tuple(range(10)),  # every window inside 21 latent frames
+            max_flow=144.0,  # 0.15 of the diagonal of 480 x 832 (VideoJAM's scale)
+            flow="raft_large_C_T_SKHT_V2.pth",
+            flow_iterations=12,
+        ),
+        iterations=800,  # "early stop at step 800", appendix B
+        ema=0.99,
+        negative_prompt=WAN_NEGATIVE_PROMPT,
+        checkpointing=True,
+        save_every=50,
+        sample_every=100,
+    )
+
+
+# The negative prompt of Wan's own inference code, which its teacher is meant to be guided with.
+WAN_NEGATIVE_PROMPT = (
+    "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，丑陋的，"
+    "残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，三条腿，"
+    "背景人很多，倒着走"
+)
+
+
+def ablate(config: Config, ablation: str) -> Config:
+    """One row of MoGAN's Table 2: ``no-dmd``, ``no-r1r2`` or ``latent-gan``; everything else stays."""
+    if ablation not in ABLATIONS or config.gan is None:
+        raise UserError(f"--ablation takes {', '.join(ABLATIONS)} and a recipe with a discriminator")
+    name = f"{config.recipe}_{ablation.replace('-', '_')}"
+    if ablation == "no-dmd":
+        plan = tuple(u for u in config.plan if u.by != "dmd")
+        return replace(config, recipe=name, plan=plan, dmd=None)
+    if ablation == "no-r1r2":
+        return replace(config, recipe=name, gan=replace(config.gan, r1=0.0, r2=0.0))
+    return replace(config, recipe=name, gan=replace(config.gan, space="latent"))
+
+
+def find_recipe(name: str) -> Config:
+    """The config of a recipe by name, or of any importable ``module:function``."""
+    module, _, function = name.rpartition(":")
+    known = sorted(n for n, f in globals().items() if callable(f) and getattr(f, "__annotations__", {}).get("return") is Config and n not in ("ablate", "find_recipe"))
+    try:
+        found = getattr(importlib.import_module(module), function) if module else globals()[name]
+        config = found()
+    except (ImportError, AttributeError, KeyError, TypeError) as error:
+        raise UserError(f"no recipe {name!r}: use one of {', '.join(known)}, or module:function of your own") from error
+    if not isinstance(config, Config):
+        raise UserError(f"{name} does not return a mogan Config; use one of {', '.join(known)}")
+    return config

@@ -1,0 +1,235 @@
+"""Sampling to folders of mp4: a student with its own levels, a teacher with many guided steps.
+
+A clip depends on its prompt and its seed alone, not on the batch it was made in: seed ``k`` gives what
+``torch.manual_seed(k)`` followed by a call of the stock pipeline gives.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from diffusers import UniPCMultistepScheduler
+from torch import Tensor
+from tqdm import tqdm
+
+from mogan import wan
+from mogan.denoiser import Denoiser, guided_velocity
+from mogan.errors import UserError
+from mogan.rollout import normal, roll_out
+from mogan.video import write_video
+
+
+def seeded(seeds: list[int]) -> list[torch.Generator]:
+    """One generator per clip."""
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+@torch.no_grad()
+def sample_student(
+    student: Denoiser, text_BLD: Tensor, shape: tuple[int, ...], sigmas: tuple[float, ...], seeds: list[int]
+) -> Tensor:
+    """Latents of one clip per seed, by the student's own steps."""
+    generators = seeded(seeds)
+    noise = normal(torch.Size((len(seeds), *shape)), generators, text_BLD.device)
+    return roll_out(student, noise, text_BLD, sigmas, generators).x0_BCFHW
+
+
+@torch.no_grad()
+def sample_teacher(
+    teacher: Denoiser,
+    text_BLD: Tensor,
+    null_1LD: Tensor,
+    shape: tuple[int, ...],
+    seeds: list[int],
+    *,
+    steps: int,
+    guidance: float,
+    shift: float,
+    solver: str = "unipc",
+) -> Tensor:
+    """Latents of one clip per seed, by ``steps`` guided steps of UniPC (Wan's own solver) or Euler."""
+    x = normal(torch.Size((len(seeds), *shape)), seeded(seeds), text_BLD.device)
+    scheduler = UniPCMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift, solver_order=2
+    )
+    scheduler.set_timesteps(steps, device=x.device)
+    length = max(text_BLD.shape[1], null_1LD.shape[1])
+    text = torch.nn.functional.pad(text_BLD, (0, 0, 0, length - text_BLD.shape[1]))
+    null = torch.nn.functional.pad(null_1LD, (0, 0, 0, length - null_1LD.shape[1])).expand(len(text), -1, -1)
+    levels = scheduler.sigmas.to(x.device)
+    for i, timestep in enumerate(scheduler.timesteps):
+        sigma = levels[i].expand(len(x)).float()
+        velocity = guided_velocity(teacher, x, sigma, text, null, guidance)
+        if solver == "euler":
+            x = x + (levels[i + 1] - levels[i]) * velocity
+        else:
+            x = scheduler.step(velocity, timestep, x, return_dict=False)[0]
+    return x
+
+
+@dataclass(frozen=True)
+class Job:
+    """One clip to make: ``index`` counts the seeds of a prompt from 0."""
+
+    prompt: str
+    index: int
+    seed: int
+
+    @property
+    def file(self) -> str:
+        """VBench's name, ``{prompt}-{index}.mp4``."""
+        return f"{safe_name(self.prompt)}-{self.index}.mp4"
+
+
+def safe_name(prompt: str) -> str:
+    """A prompt as a file name: the prompt itself, path separators replaced, cut to what file systems take."""
+    name = prompt.replace("/", "_").replace("\0", "").strip() or "empty"
+    return name.encode()[:240].decode(errors="ignore")
+
+
+def read_prompts(path: Path) -> list[str]:
+    """Prompts of a text file, one per line, or of a jsonl file with ``prompt``, ``caption`` or ``text``."""
+    if not path.is_file():
+        raise UserError(f"no prompts at {path}: give a .txt file with one prompt per line")
+    lines = [line.strip() for line in path.read_text().splitlines() if line.strip()]
+    if path.suffix == ".jsonl":
+        rows = [json.loads(line) for line in lines]
+        lines = [next((row[k] for k in ("prompt", "caption", "text") if k in row), "") for row in rows]
+    unique = list(dict.fromkeys(line for line in lines if line))
+    if not unique:
+        raise UserError(f"{path} holds no prompts: write one per line")
+    return unique
+
+
+def sample(
+    *,
+    prompts: Path,
+    out: Path,
+    model: str = "lab",
+    mode: Literal["auto", "student", "teacher"] = "auto",
+    seeds: int = 1,
+    first_seed: int = 0,
+    steps: int = 50,
+    guidance: float = 3.0,
+    shift: float = 3.0,
+    solver: Literal["unipc", "euler"] = "unipc",
+    batch: int = 16,
+    limit: int | None = None,
+    shard: str = "0/1",
+    device: str = "auto",
+) -> None:
+    """Sample clips for every prompt and seed into a folder of mp4 files; run it again to go on where it stopped.
+
+    Args:
+        prompts: text file with one prompt per line (or jsonl).
+        out: folder for the clips and samples.jsonl.
+        model: lab, lab-teacher, a diffusers folder, an export, or a training run.
+        mode: few steps at the student's own levels, or many guided steps; auto asks the model.
+        seeds: clips per prompt.
+        first_seed: seed of the first clip of every prompt; the others follow.
+        steps: steps of a teacher.
+        guidance: guidance of a teacher.
+        shift: level shift of a teacher.
+        solver: solver of a teacher.
+        batch: clips made at once.
+        limit: use only so many prompts.
+        shard: i/n makes every n-th clip, starting with the i-th: for many GPUs.
+        device: auto, cpu or cuda.
+    """
+    target = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    lines = read_prompts(prompts)[:limit]
+    jobs = shard_of([Job(p, k, first_seed + k) for p in lines for k in range(seeds)], shard)
+    source = open_generator(model)
+    few_steps = source.sigmas is not None if mode == "auto" else mode == "student"
+    if few_steps and source.sigmas is None:
+        raise UserError(f"{model} does not say at which levels it samples (no mogan.json): use --mode teacher")
+    how = {"sigmas": list(source.sigmas or ())} if few_steps else {"steps": steps, "guidance": guidance, "shift": shift}
+    out.mkdir(parents=True, exist_ok=True)
+    todo = [job for job in jobs if not (out / job.file).is_file()]
+    if not todo:
+        print(f"{out}: all {len(jobs)} clips are there")
+        return
+    encode = wan.load_text(source.folder)
+    vae = wan.load_vae(source.folder).to(target)
+    denoiser = Denoiser(source.load().to(target).eval(), wan.fast_dtype(target))
+    shape = wan.latent_shape(source.folder, source.geometry)
+    null = wan.stack_text(encode([""]), target)
+    with tqdm(total=len(jobs), initial=len(jobs) - len(todo), desc=f"sample {out.name}", unit="clip") as bar:
+        for first in range(0, len(todo), batch):
+            part = todo[first : first + batch]
+            text = wan.stack_text(encode([job.prompt for job in part]), target)
+            numbers = [job.seed for job in part]
+            if few_steps:
+                assert source.sigmas is not None
+                latents = sample_student(denoiser, text, shape, source.sigmas, numbers)
+            else:
+                latents = sample_teacher(
+                    denoiser, text, null, shape, numbers, steps=steps, guidance=guidance, shift=shift, solver=solver
+                )
+            with torch.no_grad():
+                video = wan.decode_video(vae, latents)
+            for job, frames in zip(part, to_frames(video), strict=True):
+                write_video(out / job.file, frames, source.geometry.fps)
+                record = {"file": job.file, "prompt": job.prompt, "index": job.index, "seed": job.seed}
+                _append(out / "samples.jsonl", record | {"system": out.name, "fps": source.geometry.fps} | how)
+            bar.update(len(part))
+
+
+def to_frames(video_BCFHW: Tensor):
+    """Video in [-1, 1] to uint8 arrays ``(B, F, H, W, 3)``."""
+    return ((video_BCFHW + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 4, 1).cpu().numpy()
+
+
+def shard_of(jobs: list[Job], shard: str) -> list[Job]:
+    """Jobs of shard ``i/n``."""
+    try:
+        number, count = (int(part) for part in shard.split("/"))
+    except ValueError:
+        number, count = -1, 0
+    if not 0 <= number < count:
+        raise UserError(f"--shard takes i/n with 0 <= i < n, not {shard}")
+    return jobs[number::count]
+
+
+@dataclass(frozen=True)
+class Generator:
+    """Where a generator's parts lie: a diffusers folder, or a training run on top of one."""
+
+    folder: Path
+    sigmas: tuple[float, ...] | None
+    geometry: wan.Geometry
+    run: Path | None = None
+
+    def load(self) -> torch.nn.Module:
+        """The transformer; of a run, with the averaged weights of its newest checkpoint."""
+        transformer = wan.load_transformer(self.folder)
+        if self.run is not None:
+            from mogan.checkpoint import latest_checkpoint, load_checkpoint
+
+            newest = latest_checkpoint(self.run)
+            if newest is None:
+                raise UserError(f"{self.run} has no checkpoint yet: let it train until it has saved one")
+            transformer.load_state_dict(load_checkpoint(newest)["ema"])
+        return transformer
+
+
+def open_generator(name: str) -> Generator:
+    """Find a generator by model name, diffusers folder, hub id or training run."""
+    run = Path(name)
+    if (run / "run.json").is_file():
+        facts = json.loads((run / "run.json").read_text())
+        folder = wan.resolve_model(facts["student"])
+        sigmas = tuple(json.loads((run / "config.json").read_text())["sigmas"])
+        return Generator(folder, sigmas, wan.geometry(folder), run)
+    folder = wan.resolve_model(name)
+    sigmas = wan.model_facts(folder).get("sigmas")
+    return Generator(folder, tuple(sigmas) if sigmas else None, wan.geometry(folder))
+
+
+def _append(path: Path, record: dict) -> None:
+    with path.open("a") as file:
+        file.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+

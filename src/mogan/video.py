@@ -1,0 +1,331 @@
+"""Video files in and out, contact sheets, flow pictures.
+
+Frames are uint8 RGB arrays ``(H, W, 3)``; clips are ``(F, H, W, 3)``. Decoding streams: memory does not grow with the file.
+"""
+
+import os
+from collections.abc import Container, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import av
+import numpy as np
+from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from mogan.errors import UserError
+
+SUFFIXES = (".mp4", ".webm", ".mov", ".avi", ".mkv", ".m4v", ".gif")
+
+_AREA = Interpolation.AREA | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
+_BT709 = 1  # the number of BT.709 in FFmpeg's lists of matrices, primaries and transfer curves
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What a file says about its video. Sizes are as displayed, after rotation; ``frames`` is None if it does not say."""
+
+    fps: float | None
+    width: int
+    height: int
+    frames: int | None
+    duration_s: float
+
+
+class Frame(NamedTuple):
+    """One frame: its number in the (resampled) video, the time it has in the source, its picture."""
+
+    index: int
+    time_s: float
+    image_HWC: np.ndarray
+
+
+class _Decoded(NamedTuple):
+    """A decoded frame, when it appears and disappears (seconds), how much wider than tall its pixels are."""
+
+    time_s: float
+    end_s: float
+    frame: av.VideoFrame
+    aspect: float
+
+
+# ---------------------------------------------------------------------------------------------- reading
+
+
+def probe(path: str | Path) -> Probe:
+    """Open a file, decode its first frame and say what it holds.
+
+    Raises:
+        UserError: the file is missing, empty, not a video, has no picture, or the first frame cannot be decoded.
+    """
+    first = next(read_frames(path))
+    with _opened(Path(path)) as (container, stream):
+        rate = stream.average_rate or stream.guessed_rate
+        declared = _declared_duration(container, stream)
+        frames = stream.frames or None
+        if declared is None:
+            declared = frames / float(rate) if frames and rate else 0.0
+    height, width = first.image_HWC.shape[:2]
+    return Probe(float(rate) if rate else None, width, height, frames, declared)
+
+
+def read_frames(
+    path: str | Path,
+    *,
+    fps: float | None = None,
+    size: tuple[int, int] | None = None,
+    only: Container[int] | None = None,
+) -> Iterator[Frame]:
+    """Decode a file frame by frame; rotation that the file asks for is applied.
+
+    Args:
+        path: mp4, webm, mov, avi, mkv, gif: whatever FFmpeg decodes.
+        fps: resample: frame ``k`` is the source frame nearest to ``k / fps`` seconds. A source slower than that repeats
+            frames; the repeats are the *same array*, so ``a is b`` finds them.
+        size: ``(height, width)``: scale by area averaging until the picture covers it, then cut the centre out.
+        only: numbers of the frames wanted; others are neither scaled nor yielded (a ``range`` or a set).
+
+    Raises:
+        UserError: as :func:`probe`, or the file breaks or ends before the length it declares. Frames before the break
+            have been yielded by then.
+    """
+    decoded = _decode(Path(path))
+    reformatter = VideoReformatter()  # keeps its scaler from frame to frame
+    last, image = None, np.empty(0)
+    for index, shown in enumerate(decoded) if fps is None else _resample(decoded, fps):
+        if only is None or index in only:
+            if shown is not last:
+                last, image = shown, _picture(reformatter, shown, size)
+            yield Frame(index, shown.time_s, image)
+
+
+def read_video(path: str | Path) -> tuple[np.ndarray, float | None]:
+    """A whole file: uint8 ``(F, H, W, 3)`` and its frame rate (None if the file does not say)."""
+    frames = [frame.image_HWC for frame in read_frames(path)]
+    with _opened(Path(path)) as (_, stream):
+        rate = stream.average_rate or stream.guessed_rate
+    return np.stack(frames), float(rate) if rate else None
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
+    if not path.is_file():
+        raise UserError(f"{path} is not there")
+    if path.stat().st_size == 0:
+        raise UserError(f"{path} is empty (0 bytes)")
+    try:
+        container = av.open(str(path), metadata_errors="replace")
+    except (av.FFmpegError, OSError, ValueError) as error:
+        raise UserError(f"{path} is not a video that FFmpeg can open ({_reason(error)})") from error
+    with container:
+        cover = av.stream.Disposition.attached_pic
+        streams = [s for s in container.streams.video if not s.disposition & cover]
+        if not streams:
+            kind = "only sound" if container.streams.audio else "no video stream"
+            raise UserError(f"{path} holds {kind}, no pictures")
+        yield container, streams[0]
+
+
+def _reason(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__
+
+
+def _declared_duration(container, stream) -> float | None:
+    """Seconds of picture the file says it has. Matroska times streams in a tag, or not at all when cut off."""
+    if stream.duration:
+        return float(stream.duration * stream.time_base)
+    tag = next((v for k, v in stream.metadata.items() if k.upper().startswith("DURATION")), None)
+    if tag:
+        hours, minutes, seconds = (float(part) for part in tag.split(":"))
+        return 3600 * hours + 60 * minutes + seconds
+    if container.duration and len(container.streams) == 1:
+        return container.duration / av.time_base
+    return None
+
+
+def _decode(path: Path) -> Iterator[_Decoded]:
+    """Frames with their times in seconds from the first; times always increase."""
+    with _opened(path) as (container, stream):
+        stream.thread_type = "AUTO"
+        rate = stream.average_rate or stream.guessed_rate
+        step = 1 / float(rate) if rate else 1 / 25
+        aspect = float(stream.sample_aspect_ratio or 1)
+        origin, time_s, end = None, -step, 0.0
+        try:
+            for frame in container.decode(stream):
+                stamp = frame.time
+                if origin is None:
+                    origin = stamp or 0.0
+                # files without time stamps, or with disordered ones, advance by the nominal step
+                in_order = stamp is not None and stamp - origin > time_s
+                time_s = stamp - origin if in_order else time_s + step
+                end = time_s + (float(frame.duration * frame.time_base) if frame.duration else step)
+                yield _Decoded(time_s, end, frame, aspect)
+        except (av.FFmpegError, OSError, ValueError) as error:
+            raise UserError(f"{path} breaks after {max(end, 0):.2f} s ({_reason(error)}): get it again") from error
+        if origin is None:
+            raise UserError(f"{path} holds no frame that can be decoded")
+        declared = _declared_duration(container, stream)
+        if declared is not None and end < declared - max(0.5, 0.05 * declared):
+            raise UserError(f"{path} ends after {end:.2f} s of the {declared:.2f} s it declares: it is truncated")
+
+
+def _resample(decoded: Iterable[_Decoded], fps: float) -> Iterator[tuple[int, _Decoded]]:
+    """``(k, frame nearest to k / fps)`` for every ``k`` until the last frame disappears."""
+    index, held = 0, None
+    for shown in decoded:
+        while held is not None and index / fps <= (held.time_s + shown.time_s) / 2:
+            yield index, held
+            index += 1
+        held = shown
+    while held is not None and index / fps < held.end_s - 1e-3:  # containers round times to a millisecond
+        yield index, held
+        index += 1
+
+
+def _picture(reformatter: VideoReformatter, shown: _Decoded, size: tuple[int, int] | None) -> np.ndarray:
+    frame, aspect = shown.frame, shown.aspect
+    turns = round(frame.rotation / 90) % 4  # quarter turns, counter-clockwise, as np.rot90 counts
+    if size is None:
+        image = reformatter.reformat(frame, format="rgb24", interpolation=_AREA).to_ndarray()
+    else:
+        height, width = size if turns % 2 == 0 else size[::-1]
+        scale = max(height / frame.height, width / (frame.width * aspect))
+        tall, wide = max(height, round(frame.height * scale)), max(width, round(frame.width * aspect * scale))
+        image = reformatter.reformat(frame, wide, tall, "rgb24", interpolation=_AREA).to_ndarray()
+        top, left = (tall - height) // 2, (wide - width) // 2
+        image = image[top : top + height, left : left + width]
+    return np.ascontiguousarray(np.rot90(image, turns))
+
+
+# ---------------------------------------------------------------------------------------------- writing
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary name beside ``path``, with its suffix, that takes its place when the block ends well.
+
+    The name is always the same, so what a killed process leaves is overwritten by the next.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".tmp-{path.name}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_video(path: str | Path, frames_FHWC: Iterable[np.ndarray], fps: float, crf: int = 16) -> None:
+    """Write H.264 (yuv420p, BT.709) tagged with exactly ``fps``; the same frames give the same bytes.
+
+    Args:
+        path: ends in .mp4, .mov or .mkv.
+        frames_FHWC: uint8 ``(F, H, W, 3)``, or any iterable of frames; even height and width.
+        fps: frames per second.
+        crf: x264's constant rate factor, 0 lossless to 51; 16 is visually transparent.
+    """
+    rate = Fraction(fps).limit_denominator(1001)
+    with replacing(Path(path)) as temporary, av.open(str(temporary), "w", options={"movflags": "+faststart"}) as out:
+        stream: Any = out.add_stream("libx264", rate=rate, options={"crf": str(crf), "preset": "medium"})
+        stream.pix_fmt = "yuv420p"
+        stream.thread_count = 1  # x264 gives other bytes for other numbers of threads
+        context = stream.codec_context
+        context.colorspace = context.color_primaries = context.color_trc = _BT709
+        context.color_range = int(ColorRange.MPEG)
+        count = 0
+        for count, image in enumerate(frames_FHWC, 1):
+            if image.dtype != np.uint8 or image.ndim != 3 or image.shape[0] % 2 or image.shape[1] % 2:
+                raise ValueError(f"frames must be uint8, H W 3, with even sides, not {image.dtype} {image.shape}")
+            if count == 1:
+                stream.height, stream.width = image.shape[:2]
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
+            frame = frame.reformat(format="yuv420p", dst_colorspace=Colorspace.ITU709)
+            frame.pts, frame.time_base = count - 1, 1 / rate
+            out.mux(stream.encode(frame))
+        if not count:
+            raise ValueError("a video needs at least one frame")
+        out.mux(stream.encode(None))
+
+
+# ---------------------------------------------------------------------------------------------- pictures
+
+
+def contact_sheet(
+    clips: Sequence[np.ndarray | str | Path],
+    path: str | Path,
+    columns: int = 8,
+    titles: Sequence[str] | None = None,
+    height: int = 128,
+) -> None:
+    """Write a PNG with one row per clip: ``columns`` frames spread evenly from the first to the last.
+
+    Args:
+        clips: uint8 ``(F, H, W, 3)`` arrays or paths of videos.
+        path: where to write.
+        columns: frames per row; a shorter clip shows each of its frames once.
+        titles: a line of text above each row.
+        height: of a frame in the sheet, pixels.
+    """
+    if not clips:
+        raise ValueError("a contact sheet needs at least one clip")
+    rows = []
+    for number, clip in enumerate(clips):
+        frames = clip if isinstance(clip, np.ndarray) else read_video(clip)[0]
+        picked = frames[np.linspace(0, len(frames) - 1, min(columns, len(frames))).round().astype(int)]
+        width = max(1, round(height * frames.shape[2] / frames.shape[1]))
+        way = Image.Resampling.NEAREST if frames.shape[1] < height else Image.Resampling.BOX
+        strip = np.concatenate([np.asarray(Image.fromarray(f).resize((width, height), way)) for f in picked], 1)
+        rows.append((titles[number] if titles else "", strip))
+    margin = 18 if titles else 2
+    sheet = Image.new("RGB", (max(s.shape[1] for _, s in rows), len(rows) * (height + margin)), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=13)
+    for number, (title, strip) in enumerate(rows):
+        top = number * (height + margin)
+        draw.text((3, top + 1), title, fill="black", font=font)
+        sheet.paste(Image.fromarray(strip), (0, top + margin))
+    with replacing(Path(path).with_suffix(".png")) as temporary:
+        sheet.save(temporary)
+
+
+def flow_picture(flow: np.ndarray | Tensor, max_flow: float) -> np.ndarray:
+    """Flow as colours on a fixed scale: hue is direction, saturation is speed, white is still.
+
+    The wheel is that of Baker et al., "A Database and Evaluation Methodology for Optical Flow" (2011). A speed of
+    ``max_flow`` has full saturation whatever else is in the picture, and faster motion looks the same, so pictures made
+    with one ``max_flow`` can be compared.
+
+    Args:
+        flow: ``(2, H, W)`` or ``(F, 2, H, W)``, pixels per frame.
+        max_flow: speed of full saturation, pixels per frame.
+
+    Returns:
+        uint8 ``(H, W, 3)`` or ``(F, H, W, 3)``.
+    """
+    field = np.asarray(flow.detach().cpu().float() if isinstance(flow, Tensor) else flow, np.float64)
+    if field.ndim not in (3, 4) or field.shape[-3] != 2:
+        raise ValueError(f"flow must be (2, H, W) or (F, 2, H, W), not {field.shape}")
+    u, v = field[..., 0, :, :] / max_flow, field[..., 1, :, :] / max_flow
+    speed = np.minimum(np.hypot(u, v), 1.0)[..., None]
+    wheel = _colour_wheel()
+    place = (np.arctan2(-v, -u) / np.pi + 1) / 2 * (len(wheel) - 1)
+    low = np.floor(place).astype(int)
+    part = (place - low)[..., None]
+    hue = (1 - part) * wheel[low] + part * wheel[(low + 1) % len(wheel)]
+    return np.floor(255 * (1 - speed * (1 - hue))).astype(np.uint8)
+
+
+def _colour_wheel() -> np.ndarray:
+    """Baker's 55 hues in [0, 1]: red, yellow, green, cyan, blue, magenta and back, finer where the eye is."""
+    corners = np.array([[1, 0, 0], [1, 1, 0], [0, 1, 0], [0, 1, 1], [0, 0, 1], [1, 0, 1], [1, 0, 0]], float)
+    steps = (15, 6, 4, 11, 13, 6)
+    arcs = [
+        corners[i] + np.floor(255 * np.arange(n) / n)[:, None] / 255 * (corners[i + 1] - corners[i])
+        for i, n in enumerate(steps)
+    ]
+    return np.concatenate(arcs)

@@ -1,0 +1,96 @@
+"""A complete tiny Wan family with random weights, made once per test run: what the code needs, in a second."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
+
+from mogan.data import ensure_text, save_latent
+from mogan.export import save_student
+from mogan.flow import RaftConfig, save_raft
+from mogan.lab.build import build_text_encoder, build_tokenizer
+from mogan.wan import encode_video, fingerprint, load_text, load_transformer, load_vae
+
+torch.set_num_threads(1)
+
+SIGMAS = (1.0, 6 / 7, 0.6)
+CAPTIONS = ["a red circle moving left", "a blue square falling", "a green cross at rest", "a red square spinning"]
+
+VAE = {
+    "base_dim": 4,
+    "z_dim": 4,
+    "dim_mult": [1, 2, 2],
+    "num_res_blocks": 1,
+    "attn_scales": [],
+    "temperal_downsample": [True, True],
+    "patch_size": 2,
+    "in_channels": 12,
+    "out_channels": 12,
+    "scale_factor_spatial": 8,
+    "scale_factor_temporal": 4,
+    "latents_mean": [0.1, -0.1, 0.2, 0.0],
+    "latents_std": [0.9, 1.1, 1.0, 0.8],
+}
+TRANSFORMER = {
+    "patch_size": (1, 2, 2),
+    "num_attention_heads": 2,
+    "attention_head_dim": 12,
+    "in_channels": 4,
+    "out_channels": 4,
+    "text_dim": 64,
+    "freq_dim": 32,
+    "ffn_dim": 32,
+    "num_layers": 4,
+    "rope_max_seq_len": 32,
+}
+
+
+@pytest.fixture(scope="session")
+def family(tmp_path_factory) -> Path:
+    """``teacher/`` (a stock pipeline folder), ``student/`` (an export) and ``raft/``, all random; 32 x 32, 13 frames."""
+    folder = tmp_path_factory.mktemp("family")
+    torch.manual_seed(0)
+    pipeline = WanPipeline(
+        tokenizer=build_tokenizer(),
+        text_encoder=build_text_encoder(),
+        vae=AutoencoderKLWan(**VAE),
+        transformer=WanTransformer3DModel(**TRANSFORMER),
+        scheduler=UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0),
+    )
+    pipeline.save_pretrained(folder / "teacher")
+    facts = {"fps": 16, "height": 32, "width": 32, "frames": 13}
+    (folder / "teacher" / "mogan.json").write_text(json.dumps(facts))
+    student = load_transformer(folder / "teacher")
+    save_student(student, folder / "teacher", folder / "student", SIGMAS, torch.float32, card="a test")
+    config = RaftConfig((8, 8, 8, 8, 16), (8, 8, 8, 8, 16), 8, 2, 2, 16)
+    save_raft(config.build(), config, folder / "raft")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def cache(family, tmp_path_factory) -> Path:
+    """A cache of eight random clips for the family, as ``mogan prepare`` would have written it."""
+    folder = tmp_path_factory.mktemp("cache")
+    vae, generator = load_vae(family / "teacher", torch.float32), torch.Generator().manual_seed(1)
+    entries = []
+    for number in range(8):
+        video = torch.rand(1, 3, 13, 32, 32, generator=generator) * 2 - 1
+        with torch.no_grad():
+            save_latent(folder, f"clip{number}", encode_video(vae, video)[0], {})
+        entries.append({"id": f"clip{number}", "caption": CAPTIONS[number % 4]})
+    facts = {
+        "format": "mogan-cache",
+        "version": 1,
+        "contents": "clips",
+        "vae": fingerprint(family / "teacher", "vae"),
+        "fps": 16,
+        "height": 32,
+        "width": 32,
+        "frames": 13,
+    }
+    (folder / "cache.json").write_text(json.dumps(facts))
+    (folder / "index.jsonl").write_text("".join(json.dumps(e) + "\n" for e in entries))
+    ensure_text(folder, ["", *CAPTIONS], load_text(family / "teacher"))
+    return folder

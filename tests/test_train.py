@@ -1,0 +1,216 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_recipes import dmd, flow_matching, mogan
+
+from mogan.assemble import assemble
+from mogan.checkpoint import checkpoints, latest_checkpoint, load_checkpoint
+from mogan.config import Optimizer
+from mogan.data import open_cache
+from mogan.errors import UserError
+from mogan.recipes import ABLATIONS, ablate
+from mogan.train import Position, run_training, step
+
+RECIPES = {
+    "mogan": mogan,
+    "dmd": dmd,
+    "flow_matching": flow_matching,
+    **{a: (lambda a=a: ablate(mogan(), a)) for a in ABLATIONS},
+}
+
+
+@pytest.fixture(autouse=True)
+def _raft(family, monkeypatch):
+    monkeypatch.setenv("MOGAN_TEST_RAFT", str(family / "raft"))
+
+
+def build(config, family, cache, run=None):
+    student = str(family / "student") if config.gan else None
+    return assemble(config, open_cache(cache), model=str(family / "teacher"), student=student, run=run, device="cpu")
+
+
+def weights(parts):
+    return {name: [p.clone() for p in network.parameters()] for name, network in parts.networks.items()}
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_each_update_moves_its_own_network_and_no_other(recipe, family, cache):
+    config = RECIPES[recipe]()
+    parts = build(config, family, cache)
+    frozen = {"vae": parts.vae, "flow": parts.flow, "dmd": getattr(parts.objectives.get("dmd"), "teacher", None)}
+    for index, update in enumerate(config.plan):
+        before = weights(parts)
+        step(parts, update, Position(0, 0, index, 0))
+        for name, network in parts.networks.items():
+            moved = any(not torch.equal(a, b) for a, b in zip(before[name], network.parameters(), strict=True))
+            assert moved == (name == update.learns), (update.label, name)
+        for name, network in frozen.items():
+            if network is not None:
+                assert all(p.grad is None and not p.requires_grad for p in network.parameters()), name
+        for name, network in parts.networks.items():
+            if name != update.learns:
+                others = [u for u in config.plan[:index] if u.learns == name]
+                if not others:
+                    assert all(p.grad is None for p in network.parameters()), (update.label, name)
+
+
+def test_accumulation_gives_the_same_gradient_as_one_batch_when_the_draws_agree(family, cache):
+    config = flow_matching()
+    whole = build(config, family, cache)
+    from mogan.train import draw, split
+
+    update = replace(config.plan[0], batch=4)
+    batch = draw(whole, update, Position(0, 0, 0, 0))
+    pieces = split(batch, 2)
+    assert [p.ids for p in pieces] == [batch.ids[:2], batch.ids[2:]]
+    assert torch.equal(torch.cat([p.latent_BCFHW for p in pieces]), batch.latent_BCFHW)
+
+
+def test_average_follows_the_student(family, cache):
+    parts = build(dmd(), family, cache)
+    before = {k: v.clone() for k, v in parts.average.items()}
+    step(parts, parts.config.plan[0], Position(0, 0, 0, 0))
+    live = parts.networks["student"].transformer.state_dict()
+    for key, value in parts.average.items():
+        expected = before[key] + (1 - parts.config.ema) * (live[key] - before[key])
+        torch.testing.assert_close(value, expected)
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_weights_change(family, cache, tmp_path):
+    parts = build(dmd(), family, cache, tmp_path)
+    before = weights(parts)
+    parts.objectives["dmd"].student_loss = lambda r, b, g: (r.x0_BCFHW.sum() * float("nan"), {})
+    with pytest.raises(UserError, match=r"iteration 7, student<dmd.*learning rate"):
+        step(parts, parts.config.plan[0], Position(0, 7, 0, 0))
+    after = weights(parts)
+    assert all(torch.equal(a, b) for n in before for a, b in zip(before[n], after[n], strict=True))
+
+
+def test_recipe_with_a_discriminator_wants_a_student(family, cache):
+    with pytest.raises(UserError, match="--student"):
+        assemble(mogan(), open_cache(cache), model=str(family / "teacher"), run=None)
+
+
+def test_student_made_for_other_levels_is_refused(family, cache):
+    config = replace(mogan(), sigmas=(1.0, 0.5))
+    with pytest.raises(UserError, match="levels"):
+        build(config, family, cache)
+
+
+def run_cli(family, cache, out, *more):
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent), "MOGAN_TEST_RAFT": str(family / "raft")}
+    command = [sys.executable, "-W", "ignore", "-m", "mogan", "train", "tiny_recipes:mogan"]
+    command += ["--model", str(family / "teacher"), "--student", str(family / "student"), "--data", str(cache)]
+    environment |= {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [*command, "--out", str(out), *more], env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+
+
+def wait_for(condition, process, seconds=120):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def final(run):
+    return load_checkpoint(latest_checkpoint(run))
+
+
+def flat(value, path=""):
+    if isinstance(value, dict):
+        return {k: v for key, item in value.items() for k, v in flat(item, f"{path}/{key}").items()}
+    return {path: value}
+
+
+def assert_same(a, b):
+    a, b = flat(a), flat(b)
+    assert a.keys() == b.keys()
+    for key in a:
+        same = torch.equal(a[key], b[key]) if isinstance(a[key], torch.Tensor) else a[key] == b[key]
+        assert same, key
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(family, cache, tmp_path_factory):
+    out = tmp_path_factory.mktemp("run")
+    process = run_cli(family, cache, out, "--iterations", "4")
+    assert process.wait(300) == 0, process.stderr.read()
+    return out
+
+
+@pytest.mark.slow
+def test_killed_and_resumed_run_ends_with_identical_weights(family, cache, uninterrupted, tmp_path):
+    process = run_cli(family, cache, tmp_path, "--iterations", "4")
+    wait_for(lambda: latest_checkpoint(tmp_path) is not None, process)
+    wait_for(lambda: (tmp_path / "metrics.jsonl").read_text().count('"iteration": 1') >= 2, process)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    process = run_cli(family, cache, tmp_path, "--iterations", "4")
+    assert process.wait(300) == 0, process.stderr.read()
+    assert_same(final(uninterrupted), final(tmp_path))
+
+    def log(run):
+        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        return [{k: v for k, v in line.items() if k != "seconds"} for line in lines]
+
+    assert log(uninterrupted) == log(tmp_path)
+
+
+@pytest.mark.slow
+def test_sigterm_saves_first(family, cache, tmp_path):
+    process = run_cli(family, cache, tmp_path, "--iterations", "500", "--save-every", "1000")
+    wait_for(lambda: (tmp_path / "metrics.jsonl").is_file() and (tmp_path / "metrics.jsonl").read_text(), process)
+    process.terminate()
+    assert process.wait(60) != 0
+    assert latest_checkpoint(tmp_path) is not None
+    assert "goes on from there" in process.stderr.read()
+
+
+@pytest.mark.slow
+def test_another_recipe_does_not_resume_a_run(family, cache, uninterrupted):
+    process = run_cli(family, cache, uninterrupted, "--lr", "1e-3")
+    assert process.wait(120) == 2
+    assert "another optimizers" in process.stderr.read()
+
+
+def test_only_the_newest_checkpoints_are_kept_and_none_is_half_written(family, cache, tmp_path):
+    config = replace(flow_matching(), iterations=5, keep=2)
+    (tmp_path / "checkpoints").mkdir()
+    run_training(build(config, family, cache, tmp_path), tmp_path)
+    assert [p.name for p in checkpoints(tmp_path)] == ["000004", "000005"]
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["000004", "000005"]
+
+
+def test_full_disk_while_saving_keeps_the_old_checkpoint(family, cache, tmp_path, monkeypatch):
+    config = replace(flow_matching(), iterations=1)
+    run_training(build(config, family, cache, tmp_path), tmp_path)
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    longer = build(replace(config, iterations=2), family, cache, tmp_path)
+    with pytest.raises(UserError, match="free some disk space"):
+        run_training(longer, tmp_path)
+    assert [p.name for p in checkpoints(tmp_path)] == ["000001"]
+
+
+def test_two_updates_may_have_their_own_optimiser_states(family, cache):
+    config = mogan()
+    plan = tuple(replace(u, optimizer="student_motion") if u.label == "student<gan" else u for u in config.plan)
+    config = replace(config, plan=plan, optimizers=config.optimizers | {"student_motion": Optimizer(lr=1e-5)})
+    parts = build(config, family, cache)
+    step(parts, plan[0], Position(0, 0, 0, 0))
+    assert parts.optimizers["student"].state
+    assert not parts.optimizers["student_motion"].state

@@ -1,0 +1,27 @@
+"""Recipes at the size of the test family; everything else as in the lab's."""
+
+import os
+from dataclasses import replace
+
+from mogan import recipes
+from mogan.config import Config
+
+
+def shrink(config: Config) -> Config:
+    plan = tuple(replace(u, batch=2, times=min(u.times, 2)) for u in config.plan)
+    gan = config.gan and replace(
+        config.gan, blocks=3, taps=(0, 1, 2), window=2, starts=(0, 1), flow=os.environ["MOGAN_TEST_RAFT"], flow_iterations=2
+    )
+    return replace(config, plan=plan, gan=gan, iterations=3, save_every=1, sample_every=100, sample_prompts=0, precision="fp32")
+
+
+def mogan() -> Config:
+    return shrink(recipes.mogan_lab())
+
+
+def dmd() -> Config:
+    return shrink(recipes.dmd_lab())
+
+
+def flow_matching() -> Config:
+    return shrink(recipes.flow_matching_lab())
