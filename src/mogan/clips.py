@@ -5,6 +5,7 @@ import json
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import cv2
@@ -41,7 +42,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Clip:
-    """A run of frames within one shot. ``start`` counts resampled frames; ``repeats`` were shown twice to reach the rate."""
+    """Frames of one shot. ``start`` counts resampled frames; ``repeats`` of them only repeat the one before."""
 
     start: int
     start_s: float
@@ -64,8 +65,8 @@ class ShortShot:
 def scan(folder: str | Path, default_caption: str | None = None) -> list[Source]:
     """Videos of a folder and of the folders in it, with captions, sorted by name.
 
-    A caption is the row of ``metadata.jsonl`` or ``metadata.csv`` at the top of the folder, else the text file beside the
-    video (``name.txt`` beside ``name.mp4``), else ``default_caption``.
+    A caption is the row of ``metadata.jsonl`` or ``metadata.csv`` at the top of the folder, else the text file beside
+    the video (``name.txt`` beside ``name.mp4``), else ``default_caption``.
 
     Raises:
         UserError: the folder is missing, holds no video, or its metadata cannot be read.
@@ -157,20 +158,20 @@ def clips_of(frames: Iterable[Frame], length: int) -> Iterator[Clip | ShortShot]
     for frame, starts_shot in shots(frames):
         if starts_shot:
             if held and not made:
-                yield ShortShot(held[0].index, held[0].time_s, len(held))
+                yield ShortShot(held[0].number, held[0].time_s, len(held))
             held, made = [], 0
         held.append(frame)
         if len(held) == length:
             yield make_clip(held)
             held, made = [], made + 1
     if held and not made:
-        yield ShortShot(held[0].index, held[0].time_s, len(held))
+        yield ShortShot(held[0].number, held[0].time_s, len(held))
 
 
 def make_clip(frames: list[Frame]) -> Clip:
     """Stack neighbouring frames."""
-    repeats = sum(a.image_HWC is b.image_HWC for a, b in zip(frames, frames[1:], strict=False))
-    return Clip(frames[0].index, frames[0].time_s, repeats, np.stack([f.image_HWC for f in frames]))
+    repeats = sum(a.image_HWC is b.image_HWC for a, b in pairwise(frames))
+    return Clip(frames[0].number, frames[0].time_s, repeats, np.stack([f.image_HWC for f in frames]))
 
 
 def shots(frames: Iterable[Frame]) -> Iterator[tuple[Frame, bool]]:
@@ -235,10 +236,10 @@ def to_video(frames_FHWC: np.ndarray) -> Float[Tensor, "1 3 f h w"]:
 
 
 def motion_of(frames_FHWC: np.ndarray, estimate_flow: FlowEstimator) -> float:
-    """How much a clip moves: mean over frame pairs of the mean length of the longest 5 % of flow vectors, pixels per frame.
+    """Pixels per frame that a clip moves: mean over frame pairs of the mean length of the longest 5 % of flow vectors.
 
-    The top 5 % is VBench's measure (dynamic degree): a small thing that moves counts, a large background at rest does not
-    dilute it.
+    The top 5 % is VBench's measure (dynamic degree): a small thing that moves counts, a large background at rest does
+    not dilute it.
     """
     with torch.no_grad():
         flow = estimate_flow(to_video(frames_FHWC))[0].float()

@@ -182,23 +182,25 @@ def draw_batch(
     if want and not cache.has_clips:
         raise UserError(f"{cache.path} holds prompts alone; this recipe needs videos: prepare a folder of them")
     first = (iteration * ranks + rank) * size
-    chosen = [cache.entries[_clip_at(len(cache), seed, update, repeat, first + i)] for i in range(size)]
+    chosen = [cache.entries[clip_at(len(cache), seed, update, repeat, first + i)] for i in range(size)]
     ids = [entry["id"] for entry in chosen]
     start = None
     if starts:
         rng = np.random.default_rng([seed, 1, update, repeat, iteration])
-        start = int(starts[rng.integers(len(starts))])
+        start = int(starts[int(rng.integers(len(starts)))])
     latent = observation = None
     if "latent" in want:
         latent = torch.stack([cache.latent(i) for i in ids])
     if "observation" in want:
-        assert observations is not None and start is not None, "observations need their folder and starts"
+        assert observations is not None, "observations lie in the folder that ensure_observations returned"
+        assert start is not None, "observations were made for window starts: say which"
         observation = torch.stack([cache.observation(observations, i, start) for i in ids])
     prompts = [entry["caption"] for entry in chosen]
     return Batch(ids, prompts, [cache.text(p) for p in prompts], latent, observation, start)
 
 
-def _clip_at(count: int, seed: int, update: int, repeat: int, position: int) -> int:
+def clip_at(count: int, seed: int, update: int, repeat: int, position: int) -> int:
+    """Number of the clip at a position of the endless walk of ``(update, repeat)`` through ``count`` clips."""
     epoch, place = divmod(position, count)
     return int(_order(count, seed, update, repeat, epoch)[place])
 

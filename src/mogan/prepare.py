@@ -1,16 +1,13 @@
 """Video files to a cache: scan, cut, measure motion, choose, encode.
 
-Two passes over the videos. The first decodes everything and measures the motion of every clip; what is kept is then known,
-and the second encodes only that. Both continue where a killed run stopped: every finished file is on disk under its final
-name, and ``index.jsonl`` is derived from those at the end.
+Two passes over the videos. The first decodes everything and measures the motion of every clip; what is kept is then
+known, and the second encodes only that. Both continue where a killed run stopped: every finished file is on disk under
+its final name, and ``index.jsonl`` is derived from those at the end.
 """
 
 import hashlib
 import json
-import queue
-import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache as once
 from pathlib import Path
@@ -22,10 +19,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from mogan import data
-from mogan.clips import ShortShot, Source, clips_of, make_clip, motion_of, scan, to_video
+from mogan.clips import Source, make_clip, scan, to_video
 from mogan.errors import UserError
 from mogan.flow import FlowEstimator
-from mogan.video import probe, read_frames, replacing
+from mogan.measure import Done, file_sha, in_threads, measure
+from mogan.video import read_frames, replacing
 
 if TYPE_CHECKING:
     from mogan.wan import Geometry
@@ -68,22 +66,23 @@ def prepare(
 ) -> None:
     """Turn a folder of videos, or a file of prompts, into a cache to train on.
 
-    Captions come from `metadata.jsonl` or `metadata.csv` in the folder, or from `name.txt` beside `name.mp4`. Videos are brought
-    to the model's frame rate and size, split at shot cuts and into clips of the model's length; each clip's motion is
-    measured, its latent and the embedding of its caption are stored. Run the same command again after a kill, or after adding
-    videos: what is done is not done again.
+    Captions come from `metadata.jsonl` or `metadata.csv` in the folder, or from `name.txt` beside `name.mp4`. Videos
+    are brought to the model's frame rate and size, split at shot cuts and into clips of the model's length; each clip's
+    motion is measured, its latent and the embedding of its caption are stored. Run the same command again after a kill,
+    or after adding videos: what is done is not done again.
 
-    The cache says why a clip is not in it: `dropped.jsonl` (moves too little, shot too short), `skipped.jsonl` (broken files,
-    no caption); `motion.png` shows how much the clips move.
+    The cache says why a clip is not in it: `dropped.jsonl` (moves too little, shot too short), `skipped.jsonl` (broken
+    file, no caption); `motion.png` shows how much the clips move.
 
     Args:
-        source: a folder of videos, one video, or a .txt file with a prompt per line (no videos: for recipes that need none).
+        source: a folder of videos, one video, or a .txt file with a prompt per line (for recipes that need no videos).
         out: folder of the cache.
         model: "lab", a diffusers folder, or a hub id.
         motion_rich: keep only clips that move; the next two options say how much.
-        min_motion: mean of the fastest 5 % of pixels, pixels per frame at the model's size. Default: VBench's own threshold
+        min_motion: mean of the fastest 5 % of pixels, pixels per frame at the model's size. Default: VBench's threshold
             for a moving pair of frames, brought to this size and rate (0.75 for the lab, 5.6 for 480 x 832 at 16 fps).
-        motion_quantile: keep only the share above this quantile, 0.7 for the liveliest 30 %. With min-motion, both must hold.
+        motion_quantile: keep only what moves more than this share of the clips, 0.7 for the liveliest 30 %. Beside
+            min-motion both must hold.
         caption: for videos that have none.
         flow: "lab", "farneback" (classical, no weights), or the path of RAFT weights.
         fps: instead of the model's.
@@ -113,7 +112,7 @@ def prepare(
         fps or made_for.fps, height or made_for.height, width or made_for.width, frames or made_for.frames
     )
     _check_geometry(geometry)
-    vae = once(lambda: wan.load_vae(folder, wan.fast_dtype(device)).to(device))
+    vae = once(lambda: _on(device, wan.load_vae(folder, wan.fast_dtype(device))))
     estimator = once(lambda: _on(device, wan.load_flow(flow)))
     if motion_rich and min_motion is None:
         min_motion = 0.0 if motion_quantile is not None else vbench_threshold(geometry)
@@ -139,7 +138,7 @@ def prepare(
 
 
 def vbench_threshold(geometry: "Geometry") -> float:
-    """VBench's dynamic degree calls a pair of frames moving above 6 px on a 256 px side at 8 fps; here at this rate and size."""
+    """Pixels per frame above which VBench's dynamic degree calls a pair moving: 6 at 256 px and 8 fps, scaled."""
     return 6.0 * min(geometry.height, geometry.width) / 256 * 8 / geometry.fps
 
 
@@ -150,11 +149,11 @@ def flow_fingerprint(name: str) -> str:
     if name == "farneback":
         return name
     path = wan.lab_folder() / "raft" if name == "lab" else Path(name)
-    return wan.fingerprint(path.parent, path.name) if path.is_dir() else _sha(path)
+    return wan.fingerprint(path.parent, path.name) if path.is_dir() else file_sha(path)
 
 
-def _on(device: str, estimator: FlowEstimator) -> FlowEstimator:
-    return estimator.to(device) if isinstance(estimator, nn.Module) else estimator
+def _on(device: str, network: Any) -> Any:
+    return network.to(device) if isinstance(network, nn.Module) else network
 
 
 def _check_geometry(geometry: "Geometry") -> None:
@@ -236,7 +235,7 @@ def prepare_cache(
     _claim(out, {"contents": "clips"} | size | fingerprints)
 
     usable = [s for s in sources if s.problem is None]
-    records = _measure(usable, out, geometry, estimate_flow, workers)
+    records = measure(usable, out, geometry, estimate_flow, workers)
     skipped = [{"source": s.name, "reason": s.problem} for s in sources if s.problem]
     skipped += [{"source": s.name, "reason": r["error"]} for s, r in zip(usable, records, strict=True) if r["error"]]
     found = [entry for s, r in zip(usable, records, strict=True) for entry in _entries(s, r)]
@@ -248,13 +247,12 @@ def prepare_cache(
     if found:
         _draw_motion(out / "motion.png", [e["motion"] for e in found], threshold)
 
-    encoded = _encode(usable, kept, out, geometry, encode_video, workers)
-    if kept:
-        data.ensure_text(out, [*(e["caption"] for e in kept), "", *extra_prompts], encode_text)
-    _write_jsonl(out / "index.jsonl", kept)
     if not kept:
         most = f"; the liveliest moves {max(e['motion'] for e in found):.2f} px/frame" if found else ""
         raise UserError(f"no clip is left of {source} (see {out}/dropped.jsonl and skipped.jsonl){most}")
+    encoded = _encode(usable, kept, out, geometry, encode_video, workers)
+    data.ensure_text(out, [*(e["caption"] for e in kept), "", *extra_prompts], encode_text)
+    _write_jsonl(out / "index.jsonl", kept)
     return Summary(len(kept), len(dropped), len(skipped), encoded, threshold, _notes(usable, records, geometry))
 
 
@@ -272,92 +270,17 @@ def _claim(out: Path, facts: dict[str, Any]) -> None:
         temporary.write_text(json.dumps({"format": data.FORMAT, "version": data.VERSION} | facts, indent=2) + "\n")
 
 
-# ---------------------------------------------------------------------------------------------- pass 1: measure
-
-
-def _measure(
-    sources: list[Source], out: Path, geometry: "Geometry", estimate_flow: FlowEstimator, workers: int
-) -> list[dict]:
-    """One record per source: its clips and how much they move, its short shots, or why it cannot be read.
-
-    Records lie in ``sources/``; a file that was measured and has not changed is not opened again. While a long file is
-    being measured, its record is renewed now and then, so that a kill costs little.
-    """
-    records = {s.name: _known(out, s) for s in sources}
-    todo = [s for s in sources if not records[s.name]["done"]]
-    bar = tqdm(total=len(todo), desc="measure", unit="file", disable=not todo)
-    with bar:
-        for source, item in _in_threads(todo, lambda s: _read_clips(s, geometry), workers):
-            record = records[source.name]
-            if isinstance(item, dict):
-                record |= item
-            elif isinstance(item, ShortShot):
-                record["short"].append({"start_s": round(item.start_s, 3), "frames": item.frames})
-            elif isinstance(item, Done):
-                if item.error:
-                    record |= {"error": item.error, "clips": [], "short": []}
-                record["done"] = item.error is None  # a file that failed is tried again next time
-                del record["known"]
-                _write_record(out, source, record)
-                bar.update()
-            else:
-                motion = record["known"].get(item.start)
-                if motion is None:
-                    motion = round(motion_of(item.frames_FHWC, estimate_flow), 4)
-                clip = {"start": item.start, "start_s": round(item.start_s, 3), "repeats": item.repeats}
-                record["clips"].append(clip | {"motion": motion})
-                if len(record["clips"]) % 16 == 0:
-                    _write_record(out, source, {k: v for k, v in record.items() if k != "known"})
-    return [records[s.name] for s in sources]
-
-
-def _read_clips(source: Source, geometry: "Geometry") -> Iterator[Any]:
-    """In a worker: facts of the file, then its clips and short shots."""
-    found = probe(source.path)
-    yield {"source_fps": found.fps, "source_height": found.height, "source_width": found.width}
-    size = (geometry.height, geometry.width)
-    yield from clips_of(read_frames(source.path, fps=geometry.fps, size=size), geometry.frames)
-
-
-def _known(out: Path, source: Source) -> dict:
-    """The record an earlier run left, if the file is still the same, else an empty one.
-
-    ``known`` keeps the motions of a record that was not finished.
-    """
-    stat = source.path.stat()
-    stamp = {"bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns}
-    path = _record_path(out, source)
-    old = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-    if old and any(old[k] != v for k, v in stamp.items()):
-        same = old["bytes"] == stat.st_size and old["sha"] == _sha(source.path)
-        old = old | stamp if same else None
-    if old and old["done"]:
-        return old
-    known = {c["start"]: c["motion"] for c in old["clips"]} if old else {}
-    sha = old["sha"] if old else _sha(source.path)
-    fresh = {"source": source.name, "sha": sha, "done": False, "error": None, "clips": [], "short": []}
-    return fresh | stamp | {"known": known}
-
-
-def _record_path(out: Path, source: Source) -> Path:
-    return out / "sources" / f"{hashlib.sha256(source.name.encode()).hexdigest()[:16]}.json"
-
-
-def _write_record(out: Path, source: Source, record: dict) -> None:
-    with replacing(_record_path(out, source)) as temporary:
-        temporary.write_text(json.dumps(record, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _sha(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:32]
+def _write_jsonl(path: Path, rows: list[dict]) -> None:
+    with replacing(path) as temporary:
+        lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        temporary.write_text("".join(lines), encoding="utf-8")
 
 
 # ---------------------------------------------------------------------------------------------- choose
 
 
 def _entries(source: Source, record: dict) -> list[dict]:
-    """Index lines of a source's clips. The id follows from name, contents and start, so a changed file gets new ones."""
+    """Index lines of a source's clips. An id follows from name, contents and start: a changed file gets new ones."""
     stem = "".join(c if c.isascii() and c.isalnum() else "-" for c in source.path.stem).strip("-")[:40] or "clip"
     mark = hashlib.sha256(f"{source.name}\0{record['sha']}".encode()).hexdigest()[:8]
     return [
@@ -444,11 +367,11 @@ def _encode(
         for frame in read_frames(source.path, fps=geometry.fps, size=size, only=only):
             held.append(frame)
             if len(held) == geometry.frames:
-                yield entries[held[0].index], make_clip(held).frames_FHWC
+                yield entries[held[0].number], make_clip(held).frames_FHWC
                 held = []
 
     with tqdm(total=total, desc="encode", unit="clip", disable=not total) as bar:
-        for source, item in _in_threads(jobs, read, workers):
+        for source, item in in_threads(jobs, read, workers):
             if isinstance(item, Done):
                 if item.error:
                     raise UserError(
@@ -460,59 +383,3 @@ def _encode(
             data.save_latent(out, entry["id"], latent, {"source": source.name, "sha": entry["sha"]})
             bar.update()
     return total
-
-
-# ---------------------------------------------------------------------------------------------- threads
-
-
-@dataclass(frozen=True)
-class Done:
-    """A worker has finished a job, or could not (``error``)."""
-
-    error: str | None = None
-
-
-def _in_threads(jobs: Iterable, work: Callable[[Any], Iterator], workers: int) -> Iterator[tuple[Any, Any]]:
-    """Run ``work(job)`` in threads; yield ``(job, item)`` for each of its items, then ``(job, Done)``.
-
-    FFmpeg works outside Python's lock, so threads are enough. At most ``workers`` items wait at a time. A UserError ends its
-    job; any other exception is raised here.
-    """
-    items: queue.Queue = queue.Queue(maxsize=workers)
-    stop = threading.Event()
-
-    def put(item: Any) -> bool:
-        while not stop.is_set():
-            try:
-                items.put(item, timeout=0.1)
-                return True
-            except queue.Full:
-                continue
-        return False
-
-    def run(job: Any) -> None:
-        try:
-            for item in work(job):
-                if not put((job, item)):
-                    return
-            put((job, Done()))
-        except UserError as error:
-            put((job, Done(str(error))))
-        except BaseException as error:
-            put((job, error))
-
-    jobs = list(jobs)
-    pool = ThreadPoolExecutor(workers)
-    try:
-        for job in jobs:
-            pool.submit(run, job)
-        left = len(jobs)
-        while left:
-            job, item = items.get()
-            if isinstance(item, BaseException):
-                raise item
-            left -= isinstance(item, Done)
-            yield job, item
-    finally:
-        stop.set()
-        pool.shutdown(wait=True, cancel_futures=True)

@@ -1,6 +1,7 @@
 """Video files in and out, contact sheets, flow pictures.
 
-Frames are uint8 RGB arrays ``(H, W, 3)``; clips are ``(F, H, W, 3)``. Decoding streams: memory does not grow with the file.
+Frames are uint8 RGB arrays ``(H, W, 3)``; clips are ``(F, H, W, 3)``. Decoding streams: memory does not
+grow with the file.
 """
 
 import os
@@ -27,7 +28,7 @@ _BT709 = 1  # the number of BT.709 in FFmpeg's lists of matrices, primaries and 
 
 @dataclass(frozen=True)
 class Probe:
-    """What a file says about its video. Sizes are as displayed, after rotation; ``frames`` is None if it does not say."""
+    """What a file says about its video; sizes are as displayed, after rotation, ``frames`` None if it does not say."""
 
     fps: float | None
     width: int
@@ -39,7 +40,7 @@ class Probe:
 class Frame(NamedTuple):
     """One frame: its number in the (resampled) video, the time it has in the source, its picture."""
 
-    index: int
+    number: int
     time_s: float
     image_HWC: np.ndarray
 

@@ -21,9 +21,9 @@ def render(
 ) -> None:
     """Render captioned clips of moving sprites: a folder that `mogan prepare` reads like any other.
 
-    Every clip is 64 x 64 pixels, 17 frames, 16 frames per second. The caption names shape, colour and kind of motion, never
-    its speed. The same seed always gives the same clips, and clip number k does not depend on how many are made. Running the
-    command again continues where it stopped, and a larger number of clips adds to those that are there.
+    Every clip is 64 x 64 pixels, 17 frames, 16 frames per second. The caption names shape, colour and kind of motion,
+    never its speed. The same seed always gives the same clips, and clip number k does not depend on how many are made.
+    Running the command again continues where it stopped; a larger number of clips adds to those that are there.
 
     Args:
         out: folder for the mp4 files and `metadata.jsonl`.
