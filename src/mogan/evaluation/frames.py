@@ -1,0 +1,87 @@
+"""Frames of a video file, one at a time."""
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from functools import cached_property
+from pathlib import Path
+
+import av
+import numpy as np
+
+from mogan.errors import UserError
+
+Frames = Iterable[np.ndarray]
+KEPT_BYTES = 256 * 2**20  # a clip that decodes to less than this is kept, a longer one is decoded again for every pass
+DECODER = f"PyAV {av.__version__} (rgb24; equal to OpenCV's frames bit for bit on H.264 yuv420p)"
+
+
+def read_fps(path: Path) -> float | None:
+    """The average frame rate in the container's tag; None where there is none."""
+    with _open(path) as container:
+        rate = container.streams.video[0].average_rate
+    return float(rate) if rate else None
+
+
+def read_frames(path: Path) -> Iterator[np.ndarray]:
+    """Every frame of a file as uint8 ``(H, W, 3)``, RGB, without holding more than one.
+
+    Raises:
+        UserError: the file cannot be opened, holds no picture, or breaks in the middle.
+    """
+    count = 0
+    with _open(path) as container:
+        try:
+            for frame in container.decode(video=0):
+                count += 1
+                yield frame.to_ndarray(format="rgb24")
+        except av.FFmpegError as error:
+            raise UserError(f"{path} breaks off after {count} frames ({error}): write it again") from error
+    if count == 0:
+        raise UserError(f"{path} holds no frame: write it again")
+
+
+class Clip:
+    """A file as an iterable of frames that can be gone through any number of times; short ones are decoded once."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.fps = read_fps(path)
+        self._kept: list[np.ndarray] | None = None
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        if self._kept is not None:
+            yield from self._kept
+            return
+        kept: list[np.ndarray] | None = []
+        for frame in read_frames(self.path):
+            if kept is not None:
+                kept = [*kept, frame] if (len(kept) + 1) * frame.nbytes <= KEPT_BYTES else None
+            yield frame
+        self._kept = kept
+
+    @cached_property
+    def shape(self) -> tuple[int, int, int]:
+        """Frames, height and width, counted by decoding: containers' own counts can be wrong."""
+        count, size = 0, (0, 0)
+        for frame in self:
+            if count and frame.shape[:2] != size:
+                raise UserError(f"{self.path} changes its size in the middle: write it again at one size")
+            count, size = count + 1, frame.shape[:2]
+        return count, *size
+
+    @cached_property
+    def sha256(self) -> str:
+        """Hash of the file."""
+        with self.path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _open(path: Path) -> "av.container.InputContainer":
+    try:
+        container = av.open(str(path))
+    except (av.FFmpegError, OSError) as error:
+        raise UserError(f"{path} is not a readable video ({error}): write it again or take it out") from error
+    if not container.streams.video:
+        container.close()
+        raise UserError(f"{path} has no video stream: take it out")
+    return container

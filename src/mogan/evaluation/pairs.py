@@ -1,0 +1,49 @@
+"""Optical flow between chosen frames, in batches whose size does not depend on the length of the clip."""
+
+from collections.abc import Iterable, Iterator
+from itertools import islice, pairwise
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mogan.evaluation.frames import Frames
+from mogan.flow import FlowEstimator
+
+PIXELS_AT_ONCE = 2_000_000  # about five pairs at 832 x 480, where RAFT's correlation takes 0.2 GB a pair
+
+Pair = tuple[np.ndarray, np.ndarray]
+
+
+def to_video(frames: Iterable[np.ndarray], device: torch.device | str = "cpu") -> Tensor:
+    """uint8 frames ``(H, W, 3)`` as one video ``(1, 3, F, H, W)`` in [-1, 1]; exact for all 256 levels."""
+    stack = torch.from_numpy(np.stack(list(frames))).to(device)
+    return (2 * (stack.permute(3, 0, 1, 2)[None].float() / 255) - 1).contiguous()
+
+
+@torch.inference_mode()
+def flow_of_pairs(pairs: Iterable[Pair], flow: FlowEstimator) -> Iterator[np.ndarray]:
+    """Flow from the first to the second frame of every pair: float32 ``(2, H, W)``, one at a time."""
+    device = device_of(flow)
+    source = iter(pairs)
+    first = next(source, None)
+    if first is None:
+        return
+    size = max(1, min(32, PIXELS_AT_ONCE // (first[0].shape[0] * first[0].shape[1])))
+    batch = [first, *islice(source, size - 1)]
+    while batch:
+        videos = torch.cat([to_video(pair, device) for pair in batch])
+        yield from flow(videos)[:, :, 0].float().cpu().numpy()
+        batch = list(islice(source, size))
+
+
+def neighbours(frames: Frames) -> Iterator[Pair]:
+    """Every frame with the one after it."""
+    return pairwise(frames)
+
+
+def device_of(flow: FlowEstimator) -> torch.device:
+    """Where the estimator wants its frames."""
+    parameters = getattr(flow, "parameters", None)
+    first = next(parameters(), None) if callable(parameters) else None
+    return first.device if first is not None else torch.device("cpu")
