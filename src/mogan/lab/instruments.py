@@ -1,7 +1,8 @@
 """What truly moves in a clip of the lab's world, measured without any flow network.
 
-The caption says which colour and shape to look for, so the subject is found by its colour, followed by its centroid, and held
-to the law of motion that the caption names. Positions are pixels (x right, y down), speeds pixels per frame, angles radians.
+The caption says which colour and shape to look for, so the subject is found by its colour, followed by its centroid,
+and held to the law of motion that the caption names. Positions are pixels (x right, y down), speeds pixels per frame,
+angles radians.
 """
 
 import re
@@ -56,11 +57,12 @@ def parse_caption(caption: str) -> Caption | None:
 
 
 def cover(frames_FHW3: np.ndarray, colour: str) -> np.ndarray:
-    """How much of every pixel the named colour covers: ``(F, H, W)`` in [0, 1], soft at outlines; zero if it is not there.
+    """How much of every pixel the named colour covers: ``(F, H, W)`` in [0, 1], soft at outlines; zero if it is not
+    there.
 
-    Chroma (a pixel minus its own grey) is measured from the background's, along the direction of the named colour; what points
-    aside, such as another sprite, is taken off. The scale is the clip's own, so pale or blurred sprites are found as long as
-    they keep a third of the chroma.
+    Chroma (a pixel minus its own grey) is measured from the background's, along the direction of the named colour;
+    what points aside, such as another sprite, is taken off. The scale is the clip's own, so pale or blurred sprites
+    are found as long as they keep a third of the chroma.
     """
     pixels = frames_FHW3.astype(np.float32)
     chroma = pixels - pixels.mean(-1, keepdims=True)
@@ -130,8 +132,9 @@ def _largest(cover_HW: np.ndarray) -> np.ndarray:
 def camera_path(frames_FHW3: np.ndarray, caption: Caption) -> np.ndarray:
     """Where the background lies in every frame, ``(F, 2)``, from zero: translation only, sprites masked.
 
-    Each frame is registered to the one before by least squares on brightness (Lucas and Kanade 1981, iterated, with an offset
-    of brightness), because the lab's background is smooth: it has gradients everywhere and no corners to correlate.
+    Each frame is registered to the one before by least squares on brightness (Lucas and Kanade 1981, iterated, with an
+    offset of brightness), because the lab's background is smooth: it has gradients everywhere and no corners to
+    correlate.
     """
     grey = cv2.GaussianBlur
     smooth = np.stack([grey(f.astype(np.float32).mean(-1), (0, 0), 1.0) for f in frames_FHW3])
@@ -172,9 +175,9 @@ def _shift(one: np.ndarray, two: np.ndarray, seen: np.ndarray) -> np.ndarray:
 def read_instruments(frames: Sequence[np.ndarray] | np.ndarray, caption: str) -> dict[str, float]:
     """Every number of one clip; NaN where the subject was not found or the number does not apply to its kind.
 
-    ``speed`` (over chords of a quarter second, so that shimmer does not count: of the camera in a pan, of the rim in a spin,
-    of the centroid otherwise), ``net``, ``path``, ``wobble``, ``straightness``, ``pulsing``, ``spin``, ``pan``, ``still``,
-    ``physics``, ``direction``, ``colour``, ``shape``, ``identity``.
+    ``speed`` (over chords of a quarter second, so that shimmer does not count: of the camera in a pan, of the rim in a
+    spin, of the centroid otherwise), ``net``, ``path``, ``wobble``, ``straightness``, ``pulsing``, ``spin``, ``pan``,
+    ``still``, ``physics``, ``direction``, ``colour``, ``shape``, ``identity``.
     """
     said = parse_caption(caption)
     if said is None:
@@ -322,7 +325,7 @@ def _broken_bases(frames: int) -> np.ndarray:
 
 
 def _best_shape(clip: np.ndarray, subject: Track, said: Caption) -> str:
-    """The shape whose outline, at the subject's place and area, covers it best over a few frames (soft Jaccard index)."""
+    """The shape whose outline, at the subject's place and area, fits it best over a few frames (soft Jaccard)."""
     masks = cover(clip, said.colour)
     chosen = np.flatnonzero(subject.free_F)[:: max(1, int(subject.free_F.sum()) // 4)][:4]
     turns = np.linspace(0, np.pi, 12, endpoint=False) * 2 if said.kind == "rotating" else np.zeros(1)

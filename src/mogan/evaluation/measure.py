@@ -1,0 +1,107 @@
+"""All numbers of one clip."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from mogan.evaluation import appearance, motion, pixels
+from mogan.evaluation.flow_statistics import (
+    Tracks,
+    camera_split,
+    occluded,
+    per_eighth,
+    round_trip,
+    summarise,
+    trajectory_smoothness,
+    warping_error,
+)
+from mogan.evaluation.frames import Clip
+from mogan.evaluation.pairs import flow_of_pairs, neighbours
+from mogan.flow import FlowEstimator
+
+VERSION = 1  # raise it when a number changes its meaning: cached values of another version are not used
+
+Values = dict[str, float]
+Instruments = Callable[[np.ndarray, str], Values]  # frames (F, H, W, 3) and caption
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Numbers of one clip with what they were measured on; ``pair_scores`` are dynamic degree's."""
+
+    values: Values
+    frames: int
+    height: int
+    width: int
+    fps: float | None
+    pair_scores: tuple[float, ...]
+    threshold: float
+
+
+def measure(clip: Clip, flow: FlowEstimator, interpolate: motion.Interpolator, *, quick: bool = False) -> Measured:
+    """Everything :mod:`mogan.evaluation` knows of one clip.
+
+    Args:
+        clip: frames; gone through several times, one at a time.
+        flow: estimator of optical flow.
+        interpolate: for motion smoothness.
+        quick: leave out what needs flow in both directions, and the static filter.
+
+    Raises:
+        UserError: the file cannot be read to its end.
+    """
+    frames, height, width = clip.shape
+    values: Values = {}
+    degree = motion.dynamic_degree(clip, clip.fps, flow)
+    values["dynamic_degree"] = float(degree.decision)
+    if frames >= 3:
+        values["motion_smoothness"] = motion.motion_smoothness(clip, interpolate)
+        values["motion_score"] = motion.motion_score(values["motion_smoothness"], values["dynamic_degree"])
+        values["pixel_jerk"] = pixels.pixel_jerk(clip)
+    if frames >= 2:
+        values["temporal_flickering"] = motion.temporal_flickering(clip)
+        gaps = pixels.differences(clip)
+        values["frozen"] = pixels.frozen(gaps).share
+        values["cuts"] = float(len(pixels.cuts(gaps)))
+        values |= _flow_values(clip, flow, quick=quick)
+        if not quick:
+            values["static"] = float(motion.static_filter(clip, flow).decision)
+    values["saturation"] = appearance.saturation(clip)
+    values["contrast"] = appearance.contrast(clip)
+    return Measured(values, frames, height, width, clip.fps, degree.scores, degree.threshold)
+
+
+def _flow_values(clip: Clip, flow: FlowEstimator, *, quick: bool) -> Values:
+    _, height, width = clip.shape
+    side = min(height, width)
+    sums: dict[str, list[float]] = {}
+    tracks = Tracks((height, width))
+    backward = flow_of_pairs(((two, one) for one, two in neighbours(clip)), flow) if not quick else None
+    for (one, two), there in zip(neighbours(clip), flow_of_pairs(neighbours(clip), flow), strict=True):
+        found = summarise(there)
+        row = {
+            "flow_mean": per_eighth(found.mean, clip.fps, side),
+            "flow_median": per_eighth(found.median, clip.fps, side),
+            "flow_top5": per_eighth(found.top5, clip.fps, side),
+            "flow_px_mean": found.mean,
+            "flow_px_top5": found.top5,
+            "moving_share": found.moving,
+        }
+        if backward is not None:
+            back = next(backward)
+            hidden = occluded(there, back)
+            split = camera_split(there)
+            row |= {
+                "round_trip": round_trip(there, back),
+                "occluded": float(hidden.mean()),
+                "warping_error": warping_error(one, two, there, hidden),
+                "camera_motion": split.camera,
+                "object_motion": split.rest_top5,
+            }
+        tracks.follow(there)
+        for name, value in row.items():
+            sums.setdefault(name, []).append(value)
+    values = {name: float(np.mean(column)) for name, column in sums.items()}
+    smooth = trajectory_smoothness(tracks.array, clip.fps, side)
+    return values | {"acceleration": smooth.acceleration, "log_jerk": smooth.log_jerk}

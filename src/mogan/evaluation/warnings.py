@@ -1,0 +1,87 @@
+"""What would mislead a reader of the numbers, in words."""
+
+from typing import Any
+
+from mogan.evaluation.clips import System
+
+
+def warnings_about(system: System, clips: list[dict[str, Any]], how: dict[str, Any]) -> list[str]:
+    """One sentence for each thing about these clips that bends the numbers."""
+    good = [clip for clip in clips if "error" not in clip]
+    found = []
+    failed = len(clips) - len(good)
+    if failed:
+        found.append(f"{failed} of {len(clips)} clips could not be read and are left out: see failed")
+    if system.missing:
+        found.append(f"{len(system.missing)} files are listed but not there, such as {system.missing[0]}")
+    if system.unlisted:
+        found.append(
+            f"{len(system.unlisted)} videos are in no list and were not measured, such as {system.unlisted[0]}"
+        )
+    found += _about_tags(how["fps"]) + _about_lengths(how["frames"])
+    if len(how["resolution"]) > 1:
+        found.append("clips differ in size: thresholds scale with the shorter side, pixels per frame do not")
+    return found + _about_numbers(clips, good)
+
+
+def _about_tags(tags: list[float | None]) -> list[str]:
+    found = []
+    if None in tags:
+        found.append(
+            "clips without a frame rate: dynamic degree then compares neighbouring frames, as for 8 frames a second"
+        )
+    if 10.0 in tags:
+        found.append(
+            "clips are tagged 10 frames a second, the default of diffusers' export_to_video: if the model made 16, tag "
+            "them 16, for dynamic degree depends on it"
+        )
+    if len(tags) > 1:
+        found.append(
+            f"frame rates differ ({', '.join(str(t) for t in tags)}): dynamic degree has another rule for each"
+        )
+    return found
+
+
+def _about_lengths(lengths: list[int]) -> list[str]:
+    found = []
+    if lengths and lengths[0] < 4:
+        found.append(
+            "clips with fewer than four frames: dynamic degree calls a still clip of two frames dynamic, as VBench does"
+        )
+    if len(lengths) > 1:
+        found.append(f"clips differ in length ({lengths[0]} to {lengths[-1]} frames)")
+    return found
+
+
+def _about_numbers(clips: list[dict[str, Any]], good: list[dict[str, Any]]) -> list[str]:
+    found = []
+    prompts = len({clip["prompt"] for clip in clips})
+    if prompts < 2:
+        found.append("one prompt only: no interval can be given")
+    elif prompts < 20:
+        found.append(f"only {prompts} prompts: the intervals are rough and too narrow")
+    if len(good) >= 20:
+        dynamic = [clip["values"]["dynamic_degree"] for clip in good]
+        if sum(dynamic) in (0, len(dynamic)):
+            found.append(
+                "dynamic degree is the same for every clip and tells nothing more: look at the flow statistics"
+            )
+    close = [
+        clip
+        for clip in good
+        if clip["pair_scores"] and abs(_deciding(clip) - clip["threshold"]) < 0.1 * clip["threshold"]
+    ]
+    if len(close) > 0.2 * len(good):
+        found.append(
+            f"{len(close)} of {len(good)} clips lie within a tenth of dynamic degree's threshold: little flips many"
+        )
+    if sum(bool(clip["values"].get("cuts")) for clip in good):
+        found.append("some clips hold a cut, which dominates every number of motion")
+    return found
+
+
+def _deciding(clip: dict[str, Any]) -> float:
+    """The pair score that decides: the one ranked at the needed count."""
+    scores = sorted(clip["pair_scores"], reverse=True)
+    needed = round(4 * (len(scores) + 1) / 16)
+    return float(scores[max(needed, 1) - 1])

@@ -1,0 +1,362 @@
+"""Warping error, consistency, totals, distributions, TAP-Vid, intervals: known answers."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mogan.errors import UserError
+from mogan.evaluation.aggregate import QUALITY, SEMANTIC, vbench_totals
+from mogan.evaluation.appearance import (
+    aesthetic_score,
+    consistency,
+    consistency_score,
+    middle_indices,
+    musiq_size,
+    saturation,
+)
+from mogan.evaluation.distribution import Moments, frechet, fvmd, fvmd_histograms, jedi, polynomial_mmd, tap_vid
+from mogan.evaluation.flow_statistics import (
+    Tracks,
+    camera_split,
+    occluded,
+    per_eighth,
+    round_trip,
+    summarise,
+    trajectory_smoothness,
+    warping_error,
+)
+from mogan.evaluation.statistics import mean_interval, wasserstein, wasserstein_interval
+
+# ---------------------------------------------------------------- warping error, W1 to W4
+
+
+def constant(u, v, h=48, w=128):
+    return np.stack([np.full((h, w), u, np.float32), np.full((h, w), v, np.float32)])
+
+
+def test_a_still_clip_warps_onto_itself():
+    frame = np.random.default_rng(0).integers(0, 256, (48, 128, 3), dtype=np.uint8)
+    still = constant(0, 0)
+    assert warping_error(frame, frame, still, occluded(still, still)) == 0.0
+
+
+def test_an_exact_flow_leaves_no_error_inside():
+    wide = np.random.default_rng(0).integers(0, 256, (48, 160, 3), dtype=np.uint8)
+    first, second = wide[:, 5:133], wide[:, :128]  # moves five pixels to the right
+    there, back = constant(5, 0), constant(-5, 0)
+    hidden = occluded(there, back)
+    assert not hidden.any()
+    hidden[:, -5:] = True  # left the picture
+    assert warping_error(first, second, there, hidden) < 1e-12
+
+
+@pytest.mark.parametrize("k", [1, 4, 8])
+def test_no_flow_on_a_moving_cosine_leaves_its_closed_form(k):
+    x = np.arange(128)
+    rows = [127.5 + 100 * np.cos(2 * np.pi * (x - k * t) / 64) for t in (0, 1)]
+    first, second = (np.repeat(np.repeat(row[None, :, None], 48, 0), 3, 2).astype(np.float32) for row in rows)
+    still = constant(0, 0)
+    hidden = occluded(still, still)
+    assert not hidden.any()
+    expected = 2 * 100**2 * np.sin(np.pi * k / 64) ** 2 / 255**2
+    assert warping_error(first, second, still, hidden) == pytest.approx(expected, rel=1e-4)
+
+
+def test_with_nothing_visible_the_warping_error_is_zero():
+    frame = np.zeros((48, 128, 3), np.uint8)
+    assert warping_error(frame, frame + 255, constant(0, 0), np.ones((48, 128), bool)) == 0.0
+
+
+def test_motion_that_does_not_return_and_motion_boundaries_are_occluded():
+    assert occluded(constant(3, 0), constant(3, 0)).all()
+    half = constant(0, 0)
+    half[0, :, 64:] = 4
+    hidden = occluded(half, -half)
+    assert hidden[:, 63].all()
+    assert not hidden[:, :60].any()
+
+
+def test_round_trip_is_zero_for_flow_that_returns():
+    assert round_trip(constant(3, 1), constant(-3, -1)) == pytest.approx(0, abs=1e-6)
+    assert round_trip(constant(3, 4), constant(0, 0)) == pytest.approx(5)
+
+
+# ---------------------------------------------------------------- flow statistics
+
+
+def test_summary_of_a_field_and_its_unit():
+    field = constant(0, 0, 64, 64)
+    field[0, :8] = 3.0
+    found = summarise(field)
+    assert (found.mean, found.median, found.moving) == (pytest.approx(0.375), 0.0, 0.125)
+    assert found.top5 == 3.0
+    # at 480 lines and 16 frames a second VBench's line of 11.25 px per two frames is 6.0
+    assert per_eighth(5.625, 16, 480) == pytest.approx(6.0)
+    assert per_eighth(6.0, None, 256) == pytest.approx(6.0)
+
+
+def test_a_pan_is_the_camera_and_a_small_thing_is_not():
+    field = constant(2.0, -1.0, 64, 96)
+    field[:, 16:36, 30:50] = 0.0
+    found = camera_split(field)
+    assert found.camera == pytest.approx(np.hypot(2, 1), abs=0.05)
+    assert found.rest_top5 == pytest.approx(np.hypot(2, 1), abs=0.05)
+    assert found.rest == pytest.approx(np.hypot(2, 1) * 400 / (64 * 96), abs=0.02)
+    still = camera_split(constant(0, 0, 64, 96))
+    assert (still.camera, still.rest) == (pytest.approx(0, abs=1e-4), pytest.approx(0, abs=1e-4))
+
+
+def test_points_ride_on_constant_flow_without_acceleration_and_jitter_is_seen():
+    tracks = Tracks((64, 96))
+    for _ in range(8):
+        tracks.follow(constant(1.5, 0.5, 64, 96))
+    found = tracks.array
+    assert found.shape == (9, 144, 2)
+    assert np.allclose(found[-1] - found[0], [12, 4], atol=1e-4)
+    smooth = trajectory_smoothness(found, 16, 64)
+    assert smooth.acceleration == pytest.approx(0, abs=1e-3)
+    shaken = found + np.random.default_rng(0).normal(0, 0.5, found.shape)
+    rough = trajectory_smoothness(shaken, 16, 64)
+    assert rough.acceleration > 1
+    assert rough.log_jerk < smooth.log_jerk
+    parabola = np.zeros((9, 1, 2))
+    parabola[:, 0, 0] = 0.5 * 4 * np.arange(9) ** 2  # 4 px per frame^2
+    assert trajectory_smoothness(parabola, 16, 64).acceleration == pytest.approx(4 * 256 / 64)
+    assert trajectory_smoothness(parabola, 16, 64).jerk == pytest.approx(0, abs=1e-9)
+    assert np.isnan(trajectory_smoothness(np.zeros((9, 4, 2)), 16, 64).jerk)
+
+
+# ---------------------------------------------------------------- consistency and preprocessing, C1 to C7
+
+
+def test_consistency_of_equal_orthogonal_and_opposite_features():
+    one = np.array([3.0, 4.0])
+    assert consistency(np.stack([one] * 4)) == pytest.approx([1.0] * 3)
+    assert consistency(np.eye(4)) == [0.0] * 3
+    assert consistency(np.stack([one, -one, one])) == pytest.approx([0.0, 0.5])
+
+
+@pytest.mark.parametrize("r", [0.0, 0.3, 0.9])
+def test_consistency_of_alternating_features(r):
+    a, b = np.array([1.0, 0.0]), np.array([r, np.sqrt(1 - r * r)])
+    assert np.mean(consistency(np.stack([a, b, a]))) == pytest.approx((3 * r + 1) / 4)
+
+
+def test_long_clips_count_more_by_frame_than_by_clip():
+    assert consistency_score([[1.0] * 9, [0.0]]) == pytest.approx(0.9)
+    assert consistency_score([[1.0] * 9, [0.0]], per_frame=False) == pytest.approx(0.5)
+
+
+def test_features_that_are_not_finite_are_refused():
+    with pytest.raises(ValueError, match="not finite"):
+        consistency(np.array([[1.0, np.nan], [0, 1]]))
+    with pytest.raises(ValueError, match="not finite"):
+        Moments().add(np.full((3, 2), np.inf))
+    with pytest.raises(ValueError, match="not finite"):
+        jedi(np.full((3, 2), np.nan), np.ones((3, 2)))
+
+
+def test_sizes_and_indices_of_the_preprocessing():
+    assert aesthetic_score(np.ones(768), np.zeros(768), 5.0) == 0.5
+    sizes = {
+        (480, 832): (295, 512), (720, 1280): (288, 512), (768, 1360): (289, 512), (480, 720): (341, 512),
+        (1080, 1920): (288, 512), (512, 512): (512, 512),
+    }  # fmt: skip
+    assert {size: musiq_size(*size) for size in sizes} == sizes
+    assert middle_indices(81) == [4, 14, 24, 34, 44, 54, 64, 75]
+    assert middle_indices(3) == [0, 1, 2, 2, 2, 2, 2, 2]
+
+
+def test_saturation_of_grey_and_of_pure_colour():
+    assert saturation([np.full((4, 4, 3), 90, np.uint8)]) == 0.0
+    assert saturation([np.array([[[200, 0, 0], [0, 0, 0]]], np.uint8)]) == 0.5
+
+
+# ---------------------------------------------------------------- VBench totals, A1 to A5
+
+EVERY = {**QUALITY, **SEMANTIC}
+
+
+@pytest.mark.parametrize(
+    ("raw", "expected"),
+    [
+        ({name: high for name, (_, high, _) in EVERY.items()}, (1, 1, 1)),
+        (dict.fromkeys(EVERY, 1.0), (1.0013194, 1.6912551, 1.1393066)),
+        (dict.fromkeys(EVERY, 0.5), (0.1433609, 0.8454519, 0.2837791)),
+        ({"motion_smoothness": 0.98, "dynamic_degree": 0.9}, (-0.1281483, -0.0003514, -0.1025889)),
+        ({}, (-0.7145977, -0.0003514, -0.5717485)),
+    ],
+)
+def test_totals_have_the_golden_values(raw, expected):
+    found = vbench_totals(raw, fill_missing=True)
+    assert (found.quality, found.semantic, found.total) == pytest.approx(expected, abs=6e-8)
+
+
+def test_partial_totals_are_refused_with_what_is_missing():
+    with pytest.raises(UserError, match="scene"):
+        vbench_totals({name: 1.0 for name in EVERY if name != "scene"})
+
+
+# ---------------------------------------------------------------- Frechet and MMD, P1 to P8
+
+
+def test_frechet_of_equal_sets_is_zero_and_of_a_shift_its_square():
+    features = np.random.default_rng(0).normal(0, 3, (200, 6))
+    one = Moments().add(features)
+    trace = np.trace(one.covariance(unbiased=False))
+    assert abs(frechet(one, one)) < 1e-6 * trace
+    shift = np.arange(6.0)
+    assert frechet(one, Moments().add(features + shift)) == pytest.approx(shift @ shift, rel=1e-6)
+
+
+def test_the_two_covariance_conventions_differ_where_they_must():
+    one, two = Moments().add(np.array([[-1.0], [1.0]])), Moments().add(np.array([[-2.0], [2.0]]))
+    assert frechet(one, two) == pytest.approx(1.0)
+    assert frechet(one, two, unbiased=True) == pytest.approx(2.0)
+
+
+def test_moments_do_not_depend_on_order_or_batches():
+    features = np.random.default_rng(0).normal(5, 1, (60, 4))
+    whole = Moments().add(features)
+    parts = Moments()
+    for chunk in np.array_split(features[::-1], 7):
+        parts.add(chunk)
+    assert np.allclose(whole.mean, parts.mean, atol=1e-12)
+    assert np.allclose(whole.covariance(unbiased=True), np.cov(features.T), atol=1e-12)
+    assert np.allclose(whole.covariance(unbiased=True), parts.covariance(unbiased=True), atol=1e-12)
+
+
+def test_frechet_agrees_with_the_closed_form_of_commuting_covariances():
+    rng = np.random.default_rng(1)
+    base = rng.normal(size=(500, 3))
+    base = (base - base.mean(0)) @ np.linalg.inv(np.linalg.cholesky(np.cov(base.T, bias=True))).T
+    scales = np.array([0.5, 2.0, 3.0])
+    found = frechet(Moments().add(base), Moments().add(base * scales))
+    assert found == pytest.approx(((1 - scales) ** 2).sum(), rel=1e-9)
+
+
+def test_jedi_of_known_features():
+    assert jedi(np.array([[1.0, 0.0]]), np.array([[0.0, 1.0]])) == pytest.approx(50.0)
+    x = np.random.default_rng(0).normal(size=(20, 5))
+    assert jedi(x, -x) == pytest.approx(0.0, abs=1e-12)
+    assert polynomial_mmd(x, -x, degree=3) > 0
+
+
+# ---------------------------------------------------------------- FVMD, V1 to V5
+
+
+def drifting(speed: float, clips: int = 1) -> np.ndarray:
+    tracks = np.zeros((clips, 16, 400, 2))
+    tracks[..., 1] = speed * np.arange(16)[:, None]
+    return tracks
+
+
+def test_histograms_of_still_points_are_empty():
+    found = fvmd_histograms(drifting(0))
+    assert found.shape == (1, 2, 4, 4, 4, 8)
+    assert found[0, 0].size == found[0, 1].size == 512
+    assert not found.any()
+
+
+@pytest.mark.parametrize(
+    ("speed", "held"),
+    [(0.5, 12.5), (1, 12.5), (2, 25), (3, 25), (7, 37.5), (15, 50), (31, 62.5), (63, 75), (127, 87.5), (200, 100)],
+)
+def test_constant_speed_fills_one_bin_of_velocity_and_none_of_acceleration(speed, held):
+    velocity, acceleration = fvmd_histograms(drifting(speed))[0]
+    assert not acceleration.any()
+    assert (np.count_nonzero(velocity, axis=-1) == 1).all()
+    assert np.allclose(velocity[1:].sum(-1), held)
+    assert np.allclose(velocity[0].sum(-1), 0.75 * held)
+
+
+def test_fvmd_of_equal_sets_is_zero_and_slightly_negative_in_the_reference():
+    tracks = np.cumsum(np.random.default_rng(0).normal(size=(6, 16, 400, 2)), axis=1)
+    features = fvmd_histograms(tracks)[:, :, :1, :2]
+    assert fvmd(features, features) == pytest.approx(0, abs=1e-9 * np.square(features).sum())
+    still = fvmd_histograms(drifting(0, clips=3))
+    assert fvmd(still, still, reference=True) == pytest.approx(-2 * 1e-5 * 1024, abs=1e-9)
+
+
+# ---------------------------------------------------------------- TAP-Vid, T1 to T5
+
+
+def test_tap_vid_of_known_errors():
+    rng = np.random.default_rng(0)
+    true = rng.uniform(0, 256, (30, 12, 2))
+    shown, hidden = np.zeros((30, 12), bool), np.ones((30, 12), bool)
+    perfect = tap_vid(true, shown, true, shown)
+    assert (perfect.average_jaccard, perfect.occlusion_accuracy, perfect.position_accuracy) == (1, 1, 1)
+    # off by d everywhere: a threshold above d gives Jaccard 1, one at or below gives 0
+    assert tap_vid(true, shown, true + np.array([3, 0]), shown).average_jaccard == pytest.approx(0.6)
+    whole = np.round(true)
+    assert tap_vid(whole, shown, whole + np.array([4, 0]), shown).average_jaccard == pytest.approx(0.4)
+    some = rng.random((30, 12)) < 0.3
+    found = tap_vid(true, some, true, hidden)
+    assert found.average_jaccard == 0
+    assert found.occlusion_accuracy == pytest.approx(some.mean())
+    scaled = tap_vid(true * 480 / 256, shown, (true + np.array([3, 0])) * 480 / 256, shown)
+    assert scaled.average_jaccard == pytest.approx(0.4)
+
+
+# ---------------------------------------------------------------- intervals
+
+
+def test_interval_ignores_copies_of_an_answer_but_not_more_prompts():
+    rng = np.random.default_rng(0)
+    values = rng.normal(size=40)
+    prompts = list(range(40))
+    once = mean_interval(values, prompts)
+    five = mean_interval(np.repeat(values, 5), np.repeat(prompts, 5).tolist())
+    assert five.ci95 == pytest.approx(once.ci95)
+    assert (once.n, five.n) == (40, 200)
+    naive = 1.96 * values.std(ddof=1) / np.sqrt(40)
+    assert (once.ci95[1] - once.ci95[0]) / 2 == pytest.approx(naive, rel=0.15)
+    assert mean_interval(values, prompts) == once
+
+
+def test_interval_covers_the_truth_about_as_often_as_it_says():
+    rng = np.random.default_rng(1)
+    hits = 0
+    for _ in range(100):
+        offsets = np.repeat(rng.normal(size=30), 4)
+        found = mean_interval(offsets + rng.normal(size=120), np.repeat(np.arange(30), 4).tolist())
+        hits += found.ci95[0] <= 0 <= found.ci95[1]
+    assert hits >= 86
+
+
+def test_nothing_is_claimed_from_one_prompt_or_from_nothing():
+    assert mean_interval([1.0, 3.0], ["a", "a"]).ci95 is None
+    assert np.isnan(mean_interval([float("nan")], ["a"]).mean)
+    assert mean_interval([1.0, float("nan"), 2.0], ["a", "b", "c"]).n == 2
+
+
+def test_two_factors_widen_the_interval():
+    rng = np.random.default_rng(0)
+    runs = np.repeat([0.0, 1.0, 2.0], 40)
+    values = runs + rng.normal(0, 0.1, 120)
+    prompts = list(range(40)) * 3
+    one, two = mean_interval(values, prompts), mean_interval(values, prompts, runs.tolist())
+    assert two.ci95[1] - two.ci95[0] > 3 * (one.ci95[1] - one.ci95[0])
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    st.lists(st.floats(-50, 50), min_size=1, max_size=12),
+    st.lists(st.floats(-50, 50), min_size=1, max_size=12),
+    st.floats(-5, 5),
+)
+def test_wasserstein_is_a_distance_that_measures_shifts(one, two, shift):
+    assert wasserstein(one, one) == 0
+    assert wasserstein(one, two) == pytest.approx(wasserstein(two, one), abs=1e-9)
+    assert wasserstein(one, np.array(one) + shift) == pytest.approx(abs(shift), abs=1e-9)
+    assert wasserstein(one, two) >= abs(np.mean(one) - np.mean(two)) - 1e-9
+
+
+def test_wasserstein_of_unequal_sizes_and_its_interval():
+    assert wasserstein([0.0], [0.0, 2.0]) == pytest.approx(1.0)
+    values = np.random.default_rng(0).normal(1.0, 0.2, 60)
+    found = wasserstein_interval(values, list(range(60)), [0.0] * 10)
+    assert found.ci95[0] < found.mean < found.ci95[1]
+    assert found.mean == pytest.approx(values.mean())
