@@ -17,7 +17,7 @@ def farneback(video_BCFHW: Tensor) -> Tensor:
 def dis(video_BCFHW: Tensor) -> Tensor:
     """Dense inverse search flow (Kroeger et al. 2016, medium preset) of a video in [-1, 1]."""
     solver = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
-    return _over(video_BCFHW, lambda one, two: solver.calc(one, two, None))
+    return _over(video_BCFHW, lambda one, two: solver.calc(one, two, None))  # type: ignore[call-overload]
 
 
 def _farneback_pair(one: np.ndarray, two: np.ndarray) -> np.ndarray:

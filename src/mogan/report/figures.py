@@ -1,0 +1,159 @@
+"""The pictures of a report: intervals, distributions, curves. Each is a matplotlib figure; :func:`to_svg` inlines it."""
+
+import io
+import math
+import re
+from collections.abc import Sequence
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.figure import Figure
+
+from mogan.evaluation.names import METRICS
+from mogan.report.sources import Curves, Result
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#8A6D00", "#56B4E9", "#5C5C5C", "#B22222")  # Okabe and Ito
+HEADLINES = (
+    "dynamic_degree", "motion_smoothness", "motion_score", "flow_top5", "lab_net", "lab_speed", "lab_wobble", "lab_pulsing",
+    "warping_error", "log_jerk", "saturation", "appearance_distance",
+)  # fmt: skip
+SPREADS = ("flow_top5", "lab_speed", "lab_wobble", "motion_smoothness", "warping_error", "saturation")
+SHORT = ("loss",)
+POINTS = 300
+INK = "#1c2733"
+
+plt.rcParams |= {
+    "svg.fonttype": "none", "svg.hashsalt": "mogan", "font.family": "sans-serif", "font.size": 9,
+    "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": "#8795a1", "axes.labelcolor": INK,
+    "xtick.color": INK, "ytick.color": INK, "text.color": INK, "axes.titlesize": 9.5, "axes.titlelocation": "left",
+    "axes.grid": True, "grid.color": "#e3e8ec", "grid.linewidth": 0.7, "axes.axisbelow": True,
+}  # fmt: skip
+
+
+def to_svg(figure: Figure, label: str) -> str:
+    """The figure as an ``<svg>`` element that scales with the page, with a name for those who do not see it."""
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None}, transparent=True)
+    plt.close(figure)
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
+    svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1)
+    return svg.replace("<svg", f'<svg role="img" aria-label="{label}"', 1)
+
+
+def interval_figure(results: Sequence[Result]) -> Figure | None:
+    """One small panel per headline metric: mean and 95 % interval of every system."""
+    names = [n for n in HEADLINES if any(n in r.metrics for r in results)]
+    if not names:
+        return None
+    columns = min(3, len(names))
+    rows = math.ceil(len(names) / columns)
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(9, rows * (0.75 + 0.24 * len(results))), squeeze=False, layout="constrained"
+    )
+    for axis, name in zip(axes.flat, names, strict=False):
+        for row, result in enumerate(results):
+            metric = result.metrics.get(name)
+            if metric is None:
+                continue
+            if metric["ci95"]:
+                axis.plot(metric["ci95"], [row, row], color=COLOURS[row % len(COLOURS)], lw=2.4, solid_capstyle="round")
+            axis.plot(metric["mean"], row, "o", color=COLOURS[row % len(COLOURS)], ms=5.5)
+        axis.set_yticks(range(len(results)), [r.name for r in results])
+        axis.set_ylim(len(results) - 0.5, -0.5)
+        axis.grid(axis="y", visible=False)
+        axis.locator_params(axis="x", nbins=4)
+        unit = f" ({METRICS[name].unit})" if METRICS[name].unit else ""
+        axis.set_title(METRICS[name].label + unit)
+    for axis in axes.flat[len(names) :]:
+        axis.set_visible(False)
+    for axis in axes[:, 1:].flat:
+        axis.set_yticklabels([])
+    return figure
+
+
+def spread_figure(results: Sequence[Result]) -> Figure | None:
+    """Every clip as a dot, per system, with quartiles; n beside the names."""
+    names = [n for n in SPREADS if any(c["values"].get(n) is not None for r in results for c in r.good)]
+    if not names:
+        return None
+    columns = min(2, len(names))
+    rows = math.ceil(len(names) / columns)
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(9, rows * (0.9 + 0.36 * len(results))), squeeze=False, layout="constrained"
+    )
+    rng = np.random.default_rng(0)
+    for axis, name in zip(axes.flat, names, strict=False):
+        labels = []
+        for row, result in enumerate(results):
+            values = np.array([v for c in result.good if (v := c["values"].get(name)) is not None], float)
+            labels.append(f"{result.name}  n={values.size}")
+            if not values.size:
+                continue
+            shown = values if values.size <= POINTS else rng.choice(values, POINTS, replace=False)
+            axis.plot(
+                shown,
+                row + rng.uniform(-0.26, 0.26, shown.size),
+                ".",
+                color=COLOURS[row % len(COLOURS)],
+                ms=3.5,
+                alpha=0.55,
+            )
+            low, middle, high = np.quantile(values, (0.25, 0.5, 0.75))
+            axis.plot([low, high], [row, row], color=INK, lw=1.6)
+            axis.plot([middle], [row], "|", color=INK, ms=13, mew=1.8)
+        if name == "flow_top5":
+            axis.axvline(6, color="#8795a1", lw=1, ls="--")
+            axis.text(6, -0.62, " VBench's line", fontsize=7.5, color="#5b6b78", va="bottom")
+        axis.set_yticks(range(len(results)), labels)
+        axis.set_ylim(len(results) - 0.4, -0.6)
+        axis.grid(axis="y", visible=False)
+        unit = f" ({METRICS[name].unit})" if METRICS[name].unit else ""
+        axis.set_title(METRICS[name].label + unit, pad=10)
+    for axis in axes.flat[len(names) :]:
+        axis.set_visible(False)
+    return figure
+
+
+def curve_figure(runs: Sequence[Curves]) -> Figure | None:
+    """Every number a run logs, one panel per update and quantity, several runs in one panel."""
+    keys = list(dict.fromkeys(key for run in runs for key, points in run.series.items() if len(points) > 1))
+    keys = [k for k in keys if k[1] != "seconds"] + [k for k in keys if k[1] == "seconds"]
+    keys.sort(key=lambda key: (key[1] == "seconds", key[1] not in SHORT))
+    if not keys:
+        return None
+    columns = min(3, len(keys))
+    rows = math.ceil(len(keys) / columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(9, 1.75 * rows), squeeze=False, layout="constrained")
+    for axis, key in zip(axes.flat, keys, strict=False):
+        for number, run in enumerate(runs):
+            if key not in run.series:
+                continue
+            x, y = np.array(sorted(run.series[key]), float).T
+            colour = COLOURS[number % len(COLOURS)]
+            every = max(1, len(x) // POINTS)
+            axis.plot(x[::every], y[::every], color=colour, lw=0.7, alpha=0.35)
+            axis.plot(x[::every], _smooth(y)[::every], color=colour, lw=1.6, label=run.name)
+        axis.set_title(f"{key[0]}: {key[1]}" if key[0] else key[1])
+        axis.locator_params(axis="both", nbins=4)
+    for axis in axes.flat[len(keys) :]:
+        axis.set_visible(False)
+    for axis in axes[-1]:
+        axis.set_xlabel("iteration")
+    if len(runs) > 1:
+        figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside upper left", ncols=4, frameon=False)
+    return figure
+
+
+def _smooth(values: np.ndarray) -> np.ndarray:
+    """Exponential mean over about a twentieth of the run."""
+    keep = math.exp(-1 / max(1.0, len(values) / 20))
+    mean, out = values[0], []
+    for value in values:
+        mean = keep * mean + (1 - keep) * value
+        out.append(mean)
+    return np.array(out)

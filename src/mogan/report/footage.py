@@ -1,0 +1,194 @@
+"""The clips of a report: which are shown, and their flow pictures under one scale."""
+
+import base64
+import math
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+
+from mogan.errors import UserError
+from mogan.evaluation.evaluate import estimator
+from mogan.evaluation.frames import Clip
+from mogan.evaluation.pairs import flow_of_pairs, neighbours
+from mogan.flow import FlowEstimator
+from mogan.report.sources import Result
+from mogan.video import flow_picture, write_video
+
+FLOW_SIDE = 256  # flow pictures of larger clips are made at this shorter side
+BUDGET = 48 * 2**20  # bytes of video in one page
+
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Shot:
+    """One clip as the page shows it; ``video`` and ``flow`` are data URIs, empty where the file is gone."""
+
+    system: str
+    video: str
+    flow: str
+    width: int
+    small: bool
+    words: str
+
+
+@dataclass(frozen=True)
+class Row:
+    """The clips of all systems for one prompt and number."""
+
+    title: str
+    index: int
+    shots: tuple[Shot, ...]
+
+
+@dataclass(frozen=True)
+class Footage:
+    """Everything that moves in the page. ``scale`` is the speed of full colour in the flow pictures."""
+
+    rows: tuple[Row, ...]
+    extremes: tuple[Row, ...]
+    scale: float
+    unit: str
+    flow_name: str
+    left_out: int
+
+
+def choose(results: list[Result], count: int) -> list[tuple[str, int]]:
+    """Prompts and numbers that every system has, evenly spaced in their order: not picked by anyone's eye or by score."""
+    keys = [list(dict.fromkeys((c["prompt"], c["index"]) for c in r.good)) for r in results]
+    common = sorted(set.intersection(*map(set, keys))) if keys else []
+    firsts: dict[str, int] = {}
+    for prompt, index in common:
+        firsts.setdefault(prompt, index)
+    pool = list(firsts.items()) if len(firsts) >= min(count, len(common)) else common
+    if len(pool) <= count:
+        return pool
+    return [pool[int(i)] for i in np.linspace(0, len(pool) - 1, count).round()]
+
+
+EXTREMES = (
+    ("flow_top5", min, "the stillest"),
+    ("flow_top5", max, "the liveliest"),
+    ("motion_smoothness", min, "the least smooth"),
+    ("lab_wobble", max, "the most wobbling"),
+    ("warping_error", max, "the largest warping error"),
+)
+
+
+def gather(results: list[Result], count: int) -> Footage:
+    """Videos and flow pictures of the chosen rows and of each system's extremes, as data URIs, within a size limit."""
+    clips = {(r.name, c["prompt"], c["index"]): (r, c) for r in results for c in r.good}
+    keys = choose(results, count)
+    wanted = [(f"{prompt}", index, [clips[r.name, prompt, index] for r in results]) for prompt, index in keys]
+    edges = []
+    for metric, pick, words in EXTREMES:
+        cells = []
+        for result in results:
+            pool = [c for c in result.good if c["values"].get(metric) is not None]
+            if pool:
+                cells.append((result, pick(pool, key=lambda c: c["values"][metric])))
+        if cells and len(results[0].good) > 2:
+            edges.append((words, -1, cells))
+    flow, name = _flow_of(results)
+    camera = _Camera(flow, [cell for _, _, cells in [*wanted, *edges] for cell in cells])
+    rows = [row for title, index, cells in wanted if (row := camera.row(title, index, cells))]
+    extremes = [row for title, index, cells in edges if (row := camera.row(title, index, cells))]
+    left = len(wanted) + len(edges) - len(rows) - len(extremes)
+    unit = "px/frame" if camera.native else f"px/frame at {FLOW_SIDE} px"
+    return Footage(tuple(rows), tuple(extremes), camera.scale, unit, name, left)
+
+
+def _flow_of(results: list[Result]) -> tuple[FlowEstimator, str]:
+    """The estimator the numbers were made with; Farneback's where it is not on this machine."""
+    name = next((r.how["flow"]["name"] for r in results if "flow" in r.how), "farneback")
+    try:
+        return estimator(name)[0], name
+    except UserError:
+        return estimator("farneback")[0], "farneback"
+
+
+class _Camera:
+    """Reads clips, estimates their flow once, and fixes one scale for all of them before any picture is made."""
+
+    def __init__(self, flow: FlowEstimator, cells: list[tuple[Result, Record]]):
+        self.native = True
+        self._fields: dict[str, np.ndarray] = {}
+        self._cache: dict[str, tuple[str, str]] = {}
+        self._spent = 0
+        speeds = []
+        for result, clip in cells:
+            path = result.base / clip["file"]
+            if str(path) in self._fields or not path.is_file():
+                continue
+            frames = [self._reduce(frame) for frame in Clip(path)]
+            fields = np.stack(list(flow_of_pairs(neighbours(frames), flow))) if len(frames) > 1 else np.zeros((0, 2, 8,
+            8)) self._fields[str(path)] = fields.astype(np.float16)
+            if fields.size:
+                speeds.append(float(np.quantile(np.hypot(fields[:, 0], fields[:, 1]), 0.99)))
+        self.scale = _round_up(max(np.quantile(speeds, 0.9), 0.5)) if speeds else 1.0
+
+    def _reduce(self, frame: np.ndarray) -> np.ndarray:
+        side = min(frame.shape[:2])
+        if side <= FLOW_SIDE:
+            return frame
+        self.native = False
+        height, width = (8 * round(n * FLOW_SIDE / side / 8) for n in frame.shape[:2])
+        return cv2.resize(frame, (width, height), interpolation=cv2.INTER_AREA)
+
+    def row(self, title: str, index: int, cells: list[tuple[Result, Record]]) -> Row | None:
+        """None where the page would grow beyond its budget."""
+        if self._spent > BUDGET:
+            return None
+        return Row(title, index, tuple(self._shot(result, clip, with_prompt=index < 0) for result, clip in cells))
+
+    def _shot(self, result: Result, clip: Record, *, with_prompt: bool) -> Shot:
+        path = result.base / clip["file"]
+        if str(path) not in self._fields:
+            return Shot(result.name, "", "", 192, False, f"{clip['file']} is not there any more")
+        if str(path) not in self._cache:
+            fps = clip["fps"] or 8.0
+            fields = self._fields[str(path)].astype(np.float32)
+            fields = np.concatenate([fields, fields[-1:]])
+            flow = _encode(flow_picture(fields, self.scale), fps, 20) if len(fields) else ""
+            with path.open("rb") as file:
+                data = file.read()
+            video = _uri(data) if path.suffix.lower() == ".mp4" else _encode(np.stack(list(Clip(path))), fps, 16)
+            self._spent += len(flow) + len(video)
+            self._cache[str(path)] = (video, flow)
+        video, flow = self._cache[str(path)]
+        width = int(clip["width"])
+        shown = width if width > 192 else 192
+        return Shot(result.name, video, flow, shown, width < 192, _words(clip, with_prompt=with_prompt))
+
+
+def _words(clip: Record, *, with_prompt: bool) -> str:
+    values = clip["values"]
+    parts = [f"{clip['prompt']} ({clip['index']})"] if with_prompt else []
+    parts.append("dynamic" if values.get("dynamic_degree") else "not dynamic")
+    for name, words in (("flow_top5", "top 5 % {:.2g}"), ("lab_speed", "speed {:.2g}"), ("motion_smoothness", "smooth
+    {:.3f}")):
+        if values.get(name) is not None:
+            parts.append(words.format(values[name]))
+    return " · ".join(parts)
+
+
+def _encode(frames: np.ndarray, fps: float, crf: int) -> str:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "clip.mp4"
+        even = frames[:, : frames.shape[1] // 2 * 2, : frames.shape[2] // 2 * 2]
+        write_video(path, even, fps, crf)
+        return _uri(path.read_bytes())
+
+
+def _uri(data: bytes) -> str:
+    return "data:video/mp4;base64," + base64.b64encode(data).decode()
+
+
+def _round_up(value: float) -> float:
+    """To the next of 1, 1.5, 2, 3, 5, 7 times a power of ten."""
+    power = 10 ** math.floor(math.log10(value))
+    return next(power * step for step in (1, 1.5, 2, 3, 5, 7, 10) if power * step >= value * 0.999)

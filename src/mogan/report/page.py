@@ -1,0 +1,216 @@
+"""``mogan report``: results and runs to one HTML file that opens anywhere."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from mogan import __version__
+from mogan.errors import UserError
+from mogan.evaluation.names import METRICS
+from mogan.evaluation.statistics import mean_interval
+from mogan.report.figures import COLOURS, curve_figure, interval_figure, spread_figure, to_svg
+from mogan.report.footage import Footage, gather
+from mogan.report.sources import Curves, Result, read_sources
+from mogan.video import contact_sheet, replacing
+
+GROUPS = {
+    "Motion by VBench's rules": ("dynamic_degree", "motion_smoothness", "motion_score", "temporal_flickering", "static"),
+    "Truth of the lab, tracked without flow": tuple(name for name in METRICS if name.startswith("lab_")),
+    "Flow": (
+        "flow_mean", "flow_median", "flow_top5", "flow_px_mean", "flow_px_top5", "moving_share", "camera_motion",
+        "object_motion", "round_trip", "occluded", "warping_error", "acceleration", "log_jerk",
+    ),
+    "Pixels and look": ("pixel_jerk", "frozen", "cuts", "saturation", "contrast", "appearance_distance"),
+}  # fmt: skip
+COMPARED = ("dynamic_degree", "motion_smoothness", "flow_top5", "lab_net", "lab_speed", "lab_wobble", "lab_pulsing",
+"saturation") FIRST = ("lab_speed", "flow_top5", "dynamic_degree")
+
+
+@dataclass(frozen=True)
+class Line:
+    """One metric of the headline table: a cell per system."""
+
+    label: str
+    unit: str
+    arrow: str
+    about: str
+    cells: tuple[tuple[str, str, str], ...]  # mean, interval, n
+
+
+def report(
+    inputs: Annotated[tuple[Path, ...], tyro.conf.Positional],
+    *,
+    out: Path = Path("report.html"),
+    clips: int = 6,
+    title: str = "How it moves",
+    figures: Path | None = None,
+) -> None:
+    """Write one HTML page from results and runs; it needs no network and no other file.
+
+    Args:
+        inputs: results.json files and folders of runs (metrics.jsonl), in the order to show them.
+        out: the page.
+        clips: prompts shown side by side.
+        title: heading of the page.
+        figures: folder for the figures and sheets of clips as PNG, for papers.
+
+    Raises:
+        UserError: nothing to show, or an input of another format.
+    """
+    if not inputs:
+        raise UserError("name at least one results.json or folder of a run: mogan report results.json RUN --out
+        report.html")
+    results, curves = read_sources(inputs)
+    shown = [r for r in results if r.clips]
+    footage = gather(shown, clips) if shown else Footage((), (), 1.0, "px/frame", "", 0)
+    pictures = {
+        "intervals": (interval_figure(results), "Means and 95 % intervals of the headline metrics, by system"),
+        "spread": (spread_figure(shown), "Distributions over clips, by system"),
+        "curves": (curve_figure(curves), "Training curves"),
+    }
+    if figures:
+        _write_pictures(figures, pictures, shown, footage)
+    environment = Environment(
+        loader=PackageLoader("mogan.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+        lstrip_blocks=True
+    )
+    html = environment.get_template("report.html").render(
+        title=title,
+        version=__version__,
+        systems=[(r.name, COLOURS[i % len(COLOURS)], len(r.good)) for i, r in enumerate(results)],
+        groups=_groups(results),
+        differences=_differences(shown),
+        svg={name: to_svg(figure, label) for name, (figure, label) in pictures.items() if figure is not None},
+        footage=footage,
+        prompts=_prompts(shown),
+        warnings=_warnings(results, curves),
+        how=[(r.name, _how(r)) for r in results if r.how],
+        failed=[(r.name, f["file"], f["reason"]) for r in results for f in r.how.get("failed", [])],
+        runs=[run.name for run in curves],
+    )
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(out) as temporary:
+        temporary.write_text(html, encoding="utf-8")
+    print(f"{out} ({out.stat().st_size / 2**20:.1f} MB)")
+
+
+# ---------------------------------------------------------------------------------------------- tables
+
+
+def _groups(results: list[Result]) -> list[tuple[str, list[Line]]]:
+    known = {name for names in GROUPS.values() for name in names}
+    others = tuple(dict.fromkeys(name for r in results for name in r.metrics if name not in known))
+    groups = []
+    for title, names in ({**GROUPS, "Other": others}).items():
+        lines = [_line(name, results) for name in names if any(name in r.metrics for r in results)]
+        if lines:
+            groups.append((title, lines))
+    return groups
+
+
+def _line(name: str, results: list[Result]) -> Line:
+    metric = METRICS.get(name)
+    cells = []
+    for result in results:
+        value = result.metrics.get(name)
+        if value is None:
+            cells.append(("–", "", ""))
+            continue
+        interval = f"{value['ci95'][0]:.3g} to {value['ci95'][1]:.3g}" if value.get("ci95") else "no interval"
+        cells.append((f"{value['mean']:.3g}", interval, str(value["n"])))
+    if metric is None:
+        return Line(name, "", "", "", tuple(cells))
+    arrow = {"higher": "↑", "lower": "↓", None: ""}[metric.better]
+    return Line(metric.label, metric.unit, arrow, metric.about, tuple(cells))
+
+
+def _differences(results: list[Result]) -> list[tuple[str, str, list[tuple[str, bool]]]]:
+    """Every other system minus the first, clip by clip on the same prompt and number, with its interval over prompts."""
+    if len(results) < 2:
+        return []
+    first = {(c["prompt"], c["index"]): c["values"] for c in results[0].good}
+    table = []
+    for name in COMPARED:
+        cells = []
+        for other in results[1:]:
+            pairs = [
+                (c["values"][name] - first[key][name], c["prompt"])
+                for c in other.good
+                if (key := (c["prompt"], c["index"])) in first
+                and c["values"].get(name) is not None
+                and first[key].get(name) is not None
+            ]
+            found = mean_interval([gap for gap, _ in pairs], [prompt for _, prompt in pairs])
+            if not found.n:
+                cells.append(("–", False))
+            elif found.ci95 is None:
+                cells.append((f"{found.mean:+.3g}", False))
+            else:
+                low, high = found.ci95
+                cells.append((f"{found.mean:+.3g} ({low:+.3g} to {high:+.3g}, n {found.n})", low > 0 or high < 0))
+        if any(text != "–" for text, _ in cells):
+            table.append((METRICS[name].label, METRICS[name].unit, cells))
+    return table
+
+
+def _prompts(results: list[Result]) -> dict[str, Any]:
+    """Mean per prompt, system and metric, for the table that sorts."""
+    if not results:
+        return {}
+    measured = [n for n in METRICS if any(c["values"].get(n) is not None for r in results for c in r.good)]
+    names = [n for n in FIRST if n in measured] + [n for n in measured if n not in FIRST]
+    rows = []
+    for prompt in sorted({c["prompt"] for r in results for c in r.good}):
+        row: dict[str, list[float | None]] = {}
+        for name in names:
+            row[name] = []
+            for result in results:
+                values = [v for c in result.good if c["prompt"] == prompt and (v := c["values"].get(name)) is not None]
+                row[name].append(float(f"{sum(values) / len(values):.4g}") if values else None)
+        rows.append({"prompt": prompt, "values": row})
+    labels = {n: METRICS[n].label + (f" ({METRICS[n].unit})" if METRICS[n].unit else "") for n in names}
+    return {"rows": rows, "metrics": labels, "systems": [r.name for r in results]}
+
+
+def _warnings(results: list[Result], curves: list[Curves]) -> list[tuple[str, str]]:
+    found = [(r.name, text) for r in results for text in r.how.get("warnings", [])]
+    found += [(run.name, text) for run in curves for text in run.warnings[-3:]]
+    flows = {json.dumps(r.how.get("flow"), sort_keys=True) for r in results if r.how}
+    if len(flows) > 1:
+        found.append(("all", "systems were measured with different flow estimators: their motion cannot be compared"))
+    prompts = {r.how["prompts"]["sha256"] for r in results if "prompts" in r.how}
+    if len(prompts) > 1:
+        found.append(("all", "systems were measured on different sets of prompts: compare the differences, not the
+        means"))
+    return found
+
+
+def _how(result: Result) -> list[tuple[str, str]]:
+    rows = []
+    for name, value in result.how.items():
+        if name in ("warnings", "failed"):
+            continue
+        if isinstance(value, dict):
+            rows.append((name, ", ".join(f"{k} {v}" for k, v in value.items())))
+        elif isinstance(value, list):
+            rows.append((name, ", ".join(" x ".join(map(str, v)) if isinstance(v, list) else str(v) for v in value)))
+        else:
+            rows.append((name, str(value)))
+    return rows
+
+
+def _write_pictures(folder: Path, pictures: dict[str, Any], results: list[Result], footage: Footage) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, (figure, _) in pictures.items():
+        if figure is not None:
+            figure.savefig(folder / f"{name}.png", dpi=200)
+    for number, row in enumerate(footage.rows):
+        chosen = [(r, c) for r in results for c in r.good if (c["prompt"], c["index"]) == (row.title, row.index)]
+        present = [(r, r.base / c["file"]) for r, c in chosen if (r.base / c["file"]).is_file()]
+        if present:
+            titles = [f"{r.name}: {row.title}" for r, _ in present]
+            contact_sheet([path for _, path in present], folder / f"clips-{number}.png", titles=titles)

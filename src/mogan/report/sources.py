@@ -1,0 +1,90 @@
+"""What a report is made of: results of evaluations, and the curves of runs."""
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mogan.errors import UserError
+
+
+@dataclass(frozen=True)
+class Result:
+    """One system of a ``results.json``; paths in it are relative to ``base``."""
+
+    name: str
+    base: Path
+    metrics: dict[str, Any]
+    how: dict[str, Any]
+    clips: list[dict[str, Any]]
+
+    @property
+    def good(self) -> list[dict[str, Any]]:
+        """Clips that could be measured."""
+        return [clip for clip in self.clips if "error" not in clip]
+
+
+@dataclass(frozen=True)
+class Curves:
+    """A run's numbers: ``series[(update, quantity)]`` is a list of ``(iteration, value)``."""
+
+    name: str
+    series: dict[tuple[str, str], list[tuple[int, float]]]
+    warnings: tuple[str, ...]
+
+
+def read_sources(inputs: tuple[Path, ...]) -> tuple[list[Result], list[Curves]]:
+    """Read ``results.json`` files and folders of runs; a folder may hold both.
+
+    Raises:
+        UserError: an input is neither, or is of another format.
+    """
+    results: list[Result] = []
+    curves: list[Curves] = []
+    for path in inputs:
+        found = [path] if path.is_file() else [p for p in (path / "results.json", path / "metrics.jsonl") if
+        p.is_file()] if not found:
+            raise UserError(f"{path} is neither a results.json nor a folder with results.json or metrics.jsonl")
+        for file in found:
+            if file.suffix == ".jsonl":
+                curves.append(_read_curves(file))
+            else:
+                results += _read_results(file, {r.name for r in results})
+    return results, curves
+
+
+def _read_results(path: Path, taken: set[str]) -> list[Result]:
+    try:
+        systems = json.loads(path.read_text())["systems"]
+        return [
+            Result(
+                f"{path.resolve().parent.name}/{name}" if name in taken else name,
+                path.parent,
+                dict(system["metrics"]),
+                dict(system.get("how", {})),
+                list(system.get("clips", [])),
+            )
+            for name, system in systems.items()
+        ]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is no results.json of this version: make it again with mogan evaluate") from error
+
+
+def _read_curves(path: Path) -> Curves:
+    series: dict[tuple[str, str], list[tuple[int, float]]] = {}
+    for line in path.read_text().splitlines():
+        try:
+            row = json.loads(line)
+            iteration, update = int(row["iteration"]), str(row["update"])
+        except (ValueError, KeyError, TypeError):
+            continue  # a line torn by a kill
+        for name, value in row.items():
+            if name in ("iteration", "update") or isinstance(value, bool) or not isinstance(value, int | float):
+                continue
+            if math.isfinite(value):
+                series.setdefault((update, name), []).append((iteration, float(value)))
+    if not series:
+        raise UserError(f"{path} holds no number yet: let the run make an iteration first")
+    notes = path.with_name("warnings.log")
+    return Curves(path.resolve().parent.name, series, tuple(notes.read_text().splitlines()) if notes.is_file() else ())
