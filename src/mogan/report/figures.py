@@ -1,4 +1,4 @@
-"""The pictures of a report: intervals, distributions, curves. Each is a matplotlib figure; :func:`to_svg` inlines it."""
+"""The pictures of a report: intervals, distributions, curves, as matplotlib figures; :func:`to_svg` inlines them."""
 
 import io
 import math
@@ -17,7 +17,8 @@ from mogan.report.sources import Curves, Result
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#8A6D00", "#56B4E9", "#5C5C5C", "#B22222")  # Okabe and Ito
 HEADLINES = (
-    "dynamic_degree", "motion_smoothness", "motion_score", "flow_top5", "lab_net", "lab_speed", "lab_wobble", "lab_pulsing",
+    "dynamic_degree", "motion_smoothness", "motion_score", "flow_top5", "lab_net", "lab_speed", "lab_wobble",
+    "lab_pulsing",
     "warping_error", "log_jerk", "saturation", "appearance_distance",
 )  # fmt: skip
 SPREADS = ("flow_top5", "lab_speed", "lab_wobble", "motion_smoothness", "warping_error", "saturation")

@@ -58,7 +58,7 @@ class Footage:
 
 
 def choose(results: list[Result], count: int) -> list[tuple[str, int]]:
-    """Prompts and numbers that every system has, evenly spaced in their order: not picked by anyone's eye or by score."""
+    """Prompts and numbers that every system has, evenly spaced in their order: picked by no eye and no score."""
     keys = [list(dict.fromkeys((c["prompt"], c["index"]) for c in r.good)) for r in results]
     common = sorted(set.intersection(*map(set, keys))) if keys else []
     firsts: dict[str, int] = {}
@@ -125,8 +125,9 @@ class _Camera:
             if str(path) in self._fields or not path.is_file():
                 continue
             frames = [self._reduce(frame) for frame in Clip(path)]
-            fields = np.stack(list(flow_of_pairs(neighbours(frames), flow))) if len(frames) > 1 else np.zeros((0, 2, 8,
-            8)) self._fields[str(path)] = fields.astype(np.float16)
+            found = list(flow_of_pairs(neighbours(frames), flow))
+            fields = np.stack(found) if found else np.zeros((0, 2, 8, 8))
+            self._fields[str(path)] = fields.astype(np.float16)
             if fields.size:
                 speeds.append(float(np.quantile(np.hypot(fields[:, 0], fields[:, 1]), 0.99)))
         self.scale = _round_up(max(np.quantile(speeds, 0.9), 0.5)) if speeds else 1.0
@@ -169,8 +170,8 @@ def _words(clip: Record, *, with_prompt: bool) -> str:
     values = clip["values"]
     parts = [f"{clip['prompt']} ({clip['index']})"] if with_prompt else []
     parts.append("dynamic" if values.get("dynamic_degree") else "not dynamic")
-    for name, words in (("flow_top5", "top 5 % {:.2g}"), ("lab_speed", "speed {:.2g}"), ("motion_smoothness", "smooth
-    {:.3f}")):
+    told = {"flow_top5": "top 5 % {:.2g}", "lab_speed": "speed {:.2g}", "motion_smoothness": "smooth {:.3f}"}
+    for name, words in told.items():
         if values.get(name) is not None:
             parts.append(words.format(values[name]))
     return " · ".join(parts)

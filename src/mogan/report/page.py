@@ -18,7 +18,9 @@ from mogan.report.sources import Curves, Result, read_sources
 from mogan.video import contact_sheet, replacing
 
 GROUPS = {
-    "Motion by VBench's rules": ("dynamic_degree", "motion_smoothness", "motion_score", "temporal_flickering", "static"),
+    "Motion by VBench's rules": (
+        "dynamic_degree", "motion_smoothness", "motion_score", "temporal_flickering", "static",
+    ),
     "Truth of the lab, tracked without flow": tuple(name for name in METRICS if name.startswith("lab_")),
     "Flow": (
         "flow_mean", "flow_median", "flow_top5", "flow_px_mean", "flow_px_top5", "moving_share", "camera_motion",
@@ -26,8 +28,17 @@ GROUPS = {
     ),
     "Pixels and look": ("pixel_jerk", "frozen", "cuts", "saturation", "contrast", "appearance_distance"),
 }  # fmt: skip
-COMPARED = ("dynamic_degree", "motion_smoothness", "flow_top5", "lab_net", "lab_speed", "lab_wobble", "lab_pulsing",
-"saturation") FIRST = ("lab_speed", "flow_top5", "dynamic_degree")
+COMPARED = (
+    "dynamic_degree",
+    "motion_smoothness",
+    "flow_top5",
+    "lab_net",
+    "lab_speed",
+    "lab_wobble",
+    "lab_pulsing",
+    "saturation",
+)
+FIRST = ("lab_speed", "flow_top5", "dynamic_degree")
 
 
 @dataclass(frozen=True)
@@ -62,8 +73,7 @@ def report(
         UserError: nothing to show, or an input of another format.
     """
     if not inputs:
-        raise UserError("name at least one results.json or folder of a run: mogan report results.json RUN --out
-        report.html")
+        raise UserError("name at least one results.json or folder of a run: mogan report results.json RUN")
     results, curves = read_sources(inputs)
     shown = [r for r in results if r.clips]
     footage = gather(shown, clips) if shown else Footage((), (), 1.0, "px/frame", "", 0)
@@ -75,8 +85,11 @@ def report(
     if figures:
         _write_pictures(figures, pictures, shown, footage)
     environment = Environment(
-        loader=PackageLoader("mogan.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
-        lstrip_blocks=True
+        loader=PackageLoader("mogan.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     html = environment.get_template("report.html").render(
         title=title,
@@ -129,7 +142,7 @@ def _line(name: str, results: list[Result]) -> Line:
 
 
 def _differences(results: list[Result]) -> list[tuple[str, str, list[tuple[str, bool]]]]:
-    """Every other system minus the first, clip by clip on the same prompt and number, with its interval over prompts."""
+    """Every other system minus the first, clip by clip on the same prompt and number, with an interval."""
     if len(results) < 2:
         return []
     first = {(c["prompt"], c["index"]): c["values"] for c in results[0].good}
@@ -184,8 +197,7 @@ def _warnings(results: list[Result], curves: list[Curves]) -> list[tuple[str, st
         found.append(("all", "systems were measured with different flow estimators: their motion cannot be compared"))
     prompts = {r.how["prompts"]["sha256"] for r in results if "prompts" in r.how}
     if len(prompts) > 1:
-        found.append(("all", "systems were measured on different sets of prompts: compare the differences, not the
-        means"))
+        found.append(("all", "systems were measured on different sets of prompts: compare the differences instead"))
     return found
 
 

@@ -43,8 +43,9 @@ def read_sources(inputs: tuple[Path, ...]) -> tuple[list[Result], list[Curves]]:
     results: list[Result] = []
     curves: list[Curves] = []
     for path in inputs:
-        found = [path] if path.is_file() else [p for p in (path / "results.json", path / "metrics.jsonl") if
-        p.is_file()] if not found:
+        inside = [path / "results.json", path / "metrics.jsonl"]
+        found = [path] if path.is_file() else [p for p in inside if p.is_file()]
+        if not found:
             raise UserError(f"{path} is neither a results.json nor a folder with results.json or metrics.jsonl")
         for file in found:
             if file.suffix == ".jsonl":
