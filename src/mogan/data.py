@@ -287,5 +287,7 @@ def clip_path(cache: Path, clip: str) -> Path:
 
 
 def _save(path: Path, tensors: dict[str, Tensor], facts: dict[str, str]) -> None:
+    # one key, since safetensors writes several in an order of its own and files would differ between runs
+    about = {"about": json.dumps(facts, sort_keys=True)}
     with replacing(path) as temporary:
-        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary, facts)
+        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary, about)
