@@ -10,7 +10,7 @@ from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, Wa
 from mogan.data import ensure_text, save_latent
 from mogan.export import save_student
 from mogan.flow import RaftConfig, save_raft
-from mogan.lab.build import build_text_encoder, build_tokenizer
+from mogan.lab.stages import build_text_encoder, build_tokenizer
 from mogan.wan import encode_video, fingerprint, load_text, load_transformer, load_vae
 
 torch.set_num_threads(1)

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_recipes import dmd, flow_matching, mogan
 
 from mogan.assemble import assemble
 from mogan.checkpoint import checkpoints, latest_checkpoint, load_checkpoint
@@ -18,6 +17,7 @@ from mogan.data import open_cache
 from mogan.errors import UserError
 from mogan.recipes import ABLATIONS, ablate
 from mogan.train import Position, run_training, step
+from tiny_recipes import dmd, flow_matching, mogan
 
 RECIPES = {
     "mogan": mogan,

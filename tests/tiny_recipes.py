@@ -10,9 +10,17 @@ from mogan.config import Config
 def shrink(config: Config) -> Config:
     plan = tuple(replace(u, batch=2, times=min(u.times, 2)) for u in config.plan)
     gan = config.gan and replace(
-        config.gan, blocks=3, taps=(0, 1, 2), window=2, starts=(0, 1), flow=os.environ["MOGAN_TEST_RAFT"], flow_iterations=2
+        config.gan,
+        blocks=3,
+        taps=(0, 1, 2),
+        window=2,
+        starts=(0, 1),
+        flow=os.environ["MOGAN_TEST_RAFT"],
+        flow_iterations=2,
     )
-    return replace(config, plan=plan, gan=gan, iterations=3, save_every=1, sample_every=100, sample_prompts=0, precision="fp32")
+    return replace(
+        config, plan=plan, gan=gan, iterations=3, save_every=1, sample_every=100, sample_prompts=0, precision="fp32"
+    )
 
 
 def mogan() -> Config:

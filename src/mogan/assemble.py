@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -41,17 +42,21 @@ class Assembly:
     observations: Path | None
     facts: dict[str, str] = field(default_factory=dict)
 
+    @property
+    def student(self) -> Denoiser:
+        """The network being post-trained."""
+        return cast(Denoiser, self.networks["student"])
+
     def update_average(self) -> None:
         """Exponential moving average of the student's weights, fp32."""
         with torch.no_grad():
-            live = self.networks["student"].transformer.state_dict()  # type: ignore[union-attr]
+            live = self.student.transformer.state_dict()
             torch._foreach_lerp_(list(self.average.values()), [live[k] for k in self.average], 1 - self.config.ema)
 
     @contextmanager
     def averaged_student(self) -> Iterator[Denoiser]:
         """The student with its averaged weights, for sampling; the live weights come back afterwards."""
-        student = self.networks["student"]
-        assert isinstance(student, Denoiser)
+        student = self.student
         live = {k: v.clone() for k, v in student.transformer.state_dict().items()}
         student.transformer.load_state_dict(self.average)
         try:
@@ -96,7 +101,8 @@ def assemble(
     if cache.has_clips:
         cache.require(vae=wan.fingerprint(base, "vae"))
     dtype = {"auto": wan.fast_dtype(target), "bf16": torch.bfloat16, "fp32": torch.float32}[config.precision]
-    networks: dict[str, nn.Module] = {"student": _denoiser(start, "transformer", config, dtype, target)}
+    student_network = _denoiser(start, "transformer", config, dtype, target)
+    networks: dict[str, nn.Module] = {"student": student_network}
     objectives: dict[str, Objective] = {}
     encode = wan.load_text(base)
     vae = wan.load_vae(base, dtype).to(target)
@@ -108,9 +114,7 @@ def assemble(
         networks["fake_score"] = fake
         null = wan.stack_text(encode([config.negative_prompt]), target)
         d = config.dmd
-        objectives["dmd"] = DMD(
-            teacher, fake, null, guidance=d.guidance, shift=d.shift, low=d.low, high=d.high
-        )
+        objectives["dmd"] = DMD(teacher, fake, null, guidance=d.guidance, shift=d.shift, low=d.low, high=d.high)
     if config.gan is not None:
         discriminator = _discriminator(config.gan, base, encode, dtype, target, config.seed)
         networks["discriminator"] = discriminator
@@ -134,9 +138,9 @@ def assemble(
     if config.flow_matching is not None:
         f = config.flow_matching
         objectives["flow_matching"] = FlowMatching(
-            networks["student"], encode([""])[0], shift=f.shift, drop_text=f.drop_text
+            student_network, encode([""])[0], shift=f.shift, drop_text=f.drop_text
         )
-    optimizers = {}
+    optimizers: dict[str, torch.optim.Optimizer] = {}
     for update in config.plan:
         if update.optimizer_name not in optimizers:
             o = config.optimizers[update.optimizer_name]
@@ -147,7 +151,7 @@ def assemble(
     size = wan.geometry(base)
     if cache.has_clips:
         size = wan.Geometry(**{k: cache.facts[k] for k in ("fps", "height", "width", "frames")})
-    average = {k: v.detach().clone() for k, v in networks["student"].transformer.state_dict().items()}
+    average = {k: v.detach().clone() for k, v in student_network.transformer.state_dict().items()}
     facts = {"model": str(base), "student": str(start), "data": str(cache.path)}
     shape = wan.latent_shape(base, size)
     return Assembly(

@@ -11,7 +11,7 @@ COMMANDS = {
     "train": ("mogan.train:train", "train a recipe on a cache; the same command resumes"),
     "sample": ("mogan.sample:sample", "prompts and seeds -> folders of mp4"),
     "evaluate": ("mogan.evaluation.evaluate:evaluate", "folders of clips -> results.json"),
-    "report": ("mogan.report:report", "results and runs -> one HTML page"),
+    "report": ("mogan.report.page:report", "results and runs -> one HTML page"),
     "export": ("mogan.export:export", "a run's student -> a diffusers folder"),
     "survey build": ("mogan.survey.build:build", "pair the clips of two or more systems for human voting"),
     "survey serve": ("mogan.survey.serve:serve", "serve a survey on this machine"),
@@ -25,8 +25,10 @@ def usage() -> str:
     """The list of commands."""
     width = max(map(len, COMMANDS))
     lines = [f"  mogan {name:<{width}}  {text}" for name, (_, text) in COMMANDS.items()]
-    return "Post-train few-step video generators so that they move well.\n\n" + "\n".join(lines) + (
-        "\n\n`mogan COMMAND --help` explains a command. Start with `mogan demo`."
+    return (
+        "Post-train few-step video generators so that they move well.\n\n"
+        + "\n".join(lines)
+        + ("\n\n`mogan COMMAND --help` explains a command. Start with `mogan demo`.")
     )
 
 

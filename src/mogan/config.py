@@ -1,6 +1,7 @@
 """A complete description of a run: frozen dataclasses, no defaults that belong to a paper. Recipes fill them in."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,9 +136,13 @@ class Config:
     sample_prompts: int = 4
     keep: int = 2
 
+    def with_budget(self, iterations: int) -> "Config":
+        """The same run, longer or shorter."""
+        return replace(self, iterations=iterations)
+
     def __post_init__(self):
         levels = (*self.sigmas, 0.0)
-        if any(a <= b for a, b in zip(levels, levels[1:], strict=False)) or self.sigmas[0] != 1.0:
+        if any(a <= b for a, b in pairwise(levels)) or self.sigmas[0] != 1.0:
             raise ValueError(f"sigmas must fall from 1 to above 0, not {self.sigmas}")
         for update in self.plan:
             if update.optimizer_name not in self.optimizers:

@@ -6,6 +6,7 @@ L text tokens, D width.
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -22,7 +23,9 @@ class Denoiser(nn.Module):
         dtype: dtype of the matrix products (autocast); the prediction is always returned in fp32.
     """
 
-    def __init__(self, transformer: nn.Module, dtype: torch.dtype = torch.float32):
+    transformer: Any
+
+    def __init__(self, transformer: Any, dtype: torch.dtype = torch.float32):
         super().__init__()
         self.transformer = transformer
         self.dtype = dtype
@@ -74,7 +77,7 @@ def frozen(*modules: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def taps(blocks: nn.ModuleList, at: Sequence[int]) -> Iterator[list[Tensor]]:
-    """Collect the outputs of ``blocks[i]`` for ``i`` in ``at`` (ascending) during the calls inside the ``with`` block."""
+    """Collect the outputs of ``blocks[i]`` for ``i`` in ``at`` (ascending), of calls inside the ``with`` block."""
     features: list[Tensor] = []
     handles = [blocks[i].register_forward_hook(lambda module, args, out: features.append(out)) for i in at]
     try:

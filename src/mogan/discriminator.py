@@ -6,6 +6,7 @@ that the transformer is told are fixed.
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -47,7 +48,7 @@ class Discriminator(nn.Module):
 
     def __init__(
         self,
-        transformer: nn.Module,
+        transformer: Any,
         text_1LD: Float[Tensor, "1 l d"],
         *,
         blocks: int,
@@ -62,7 +63,7 @@ class Discriminator(nn.Module):
         transformer.blocks = transformer.blocks[:blocks]
         for unused in (transformer.proj_out.weight, transformer.proj_out.bias, transformer.scale_shift_table):
             unused.requires_grad_(False)
-        self.transformer = transformer
+        self.transformer: Any = transformer
         self.tap_at = tuple(tap_at)
         self.sigma = sigma
         self.dtype = dtype
@@ -71,6 +72,7 @@ class Discriminator(nn.Module):
         self.final = nn.Sequential(
             nn.LayerNorm(width * len(tap_at)), nn.Linear(width * len(tap_at), width), nn.SiLU(), nn.Linear(width, 1)
         )
+        self.text_1LD: Tensor
         self.register_buffer("text_1LD", text_1LD)
 
     def forward(self, observation_BCFHW: Float[Tensor, "b c f h w"]) -> Float[Tensor, " b"]:

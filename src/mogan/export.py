@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import tyro
@@ -86,13 +86,13 @@ def export(
 
 
 def save_student(
-    transformer: torch.nn.Module,
+    transformer: Any,
     base: Path,
     out: Path,
     sigmas: tuple[float, ...],
     dtype: torch.dtype,
     card: str,
-    fake_score: torch.nn.Module | None = None,
+    fake_score: Any = None,
 ) -> None:
     """Write a student's folder under a temporary name, then rename it.
 

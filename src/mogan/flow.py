@@ -8,6 +8,7 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torchvision.models.optical_flow import RAFT, raft_large
 from torchvision.models.optical_flow import raft as tv
+
+from mogan.errors import UserError
 
 FlowEstimator = Callable[[Tensor], Tensor]
 
@@ -50,9 +53,7 @@ class RaftConfig:
         )
         block = tv.ResidualBlock
         return RAFT(
-            feature_encoder=tv.FeatureEncoder(
-                block=block, layers=self.feature_layers, norm_layer=nn.InstanceNorm2d
-            ),
+            feature_encoder=tv.FeatureEncoder(block=block, layers=self.feature_layers, norm_layer=nn.InstanceNorm2d),
             context_encoder=tv.FeatureEncoder(block=block, layers=self.context_layers, norm_layer=nn.BatchNorm2d),
             corr_block=correlation,
             update_block=tv.UpdateBlock(
@@ -77,14 +78,15 @@ def load_raft(path: str | Path) -> RAFT:
     path = Path(path)
     if (path / "config.json").is_file():
         raw = json.loads((path / "config.json").read_text())
-        model = RaftConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()}).build()
+        fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()}
+        model = RaftConfig(**fields).build()
         model.load_state_dict(load_file(path / "model.safetensors"))
     elif path.suffix in (".pth", ".pt", ".safetensors") and path.is_file():
         state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, weights_only=True)
         model = raft_large()
         model.load_state_dict(state)
     else:
-        raise ValueError(
+        raise UserError(
             f"no flow network at {path}: give a folder with config.json and model.safetensors, or the .pth file of "
             "torchvision's raft_large (raft_large_C_T_SKHT_V2 or raft_large_C_T_V1)"
         )
@@ -141,9 +143,7 @@ class RaftFlow(nn.Module):
         return torch.cat(flows).view(b, f - 1, 2, h, w).transpose(1, 2)
 
 
-def motion_picture(
-    flow_BCFHW: Float[Tensor, "b 2 f h w"], max_flow: float
-) -> Float[Tensor, "b 3 f+1 h w"]:
+def motion_picture(flow_BCFHW: Float[Tensor, "b 2 f h w"], max_flow: float) -> Float[Tensor, "b 3 f+1 h w"]:
     """Flow as the three-channel clip a video VAE can encode (MoGAN, appendix A), scaled to about [-1, 1].
 
     The last field is repeated so that the clip has as many frames as the video it came from; the magnitude is the third

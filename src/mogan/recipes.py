@@ -23,7 +23,10 @@ def dmd_lab() -> Config:
             Update(learns="student", by="dmd", batch=16),
             Update(learns="fake_score", by="dmd", times=4, batch=16),
         ),
-        optimizers={"student": Optimizer(lr=1e-4, betas=(0.0, 0.999)), "fake_score": Optimizer(lr=2e-4, betas=(0.0, 0.999))},
+        optimizers={
+            "student": Optimizer(lr=1e-4, betas=(0.0, 0.999)),
+            "fake_score": Optimizer(lr=2e-4, betas=(0.0, 0.999)),
+        },
         dmd=DMDConfig(guidance=3.0, shift=3.0),
         iterations=400,
         ema=0.98,
@@ -88,7 +91,9 @@ def dmd2_wan_1_3b() -> Config:
     MoGAN does not give its warm-start recipe; these are the values of CausVid's bidirectional stage, the only public
     3-step one (steps 1000/757/522, shift 8, guidance 3.5 written as ``cond + w (cond - uncond)``, so 4.5 here).
     """
-    lr = Optimizer(lr=2e-6, betas=(0.9, 0.999), weight_decay=0.01, clip=10.0)  # CausVid lr, betas; Self-Forcing wd, clip
+    lr = Optimizer(
+        lr=2e-6, betas=(0.9, 0.999), weight_decay=0.01, clip=10.0
+    )  # CausVid lr, betas; Self-Forcing wd, clip
     return Config(
         recipe="dmd2_wan_1_3b",
         sigmas=(1.0, 0.757, 0.522),  # CausVid
@@ -170,7 +175,13 @@ def ablate(config: Config, ablation: str) -> Config:
 def find_recipe(name: str) -> Config:
     """The config of a recipe by name, or of any importable ``module:function``."""
     module, _, function = name.rpartition(":")
-    known = sorted(n for n, f in globals().items() if callable(f) and getattr(f, "__annotations__", {}).get("return") is Config and n not in ("ablate", "find_recipe"))
+    known = sorted(
+        n
+        for n, f in globals().items()
+        if callable(f)
+        and getattr(f, "__annotations__", {}).get("return") is Config
+        and n not in ("ablate", "find_recipe")
+    )
     try:
         found = getattr(importlib.import_module(module), function) if module else globals()[name]
         config = found()

@@ -60,8 +60,8 @@ def sample_teacher(
     null = torch.nn.functional.pad(null_1LD, (0, 0, 0, length - null_1LD.shape[1])).expand(len(text), -1, -1)
     levels = scheduler.sigmas.to(x.device)
     for i, timestep in enumerate(scheduler.timesteps):
-        sigma = levels[i].expand(len(x)).float()
-        velocity = guided_velocity(teacher, x, sigma, text, null, guidance)
+        told = (timestep / 1000).expand(len(x)).float()  # UniPC rounds timesteps; the network is told what Wan tells it
+        velocity = guided_velocity(teacher, x, told, text, null, guidance)
         if solver == "euler":
             x = x + (levels[i + 1] - levels[i]) * velocity
         else:
@@ -118,6 +118,7 @@ def sample(
     batch: int = 16,
     limit: int | None = None,
     shard: str = "0/1",
+    precision: Literal["auto", "bf16", "fp32"] = "auto",
     device: str = "auto",
 ) -> None:
     """Sample clips for every prompt and seed into a folder of mp4 files; run it again to go on where it stopped.
@@ -136,6 +137,7 @@ def sample(
         batch: clips made at once.
         limit: use only so many prompts.
         shard: i/n makes every n-th clip, starting with the i-th: for many GPUs.
+        precision: of the networks; auto is fp32 for a few-step student on a CPU (as the stock pipeline there), else bf16.
         device: auto, cpu or cuda.
     """
     target = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
@@ -145,15 +147,20 @@ def sample(
     few_steps = source.sigmas is not None if mode == "auto" else mode == "student"
     if few_steps and source.sigmas is None:
         raise UserError(f"{model} does not say at which levels it samples (no mogan.json): use --mode teacher")
-    how = {"sigmas": list(source.sigmas or ())} if few_steps else {"steps": steps, "guidance": guidance, "shift": shift}
+    how: dict = (
+        {"sigmas": list(source.sigmas or ())} if few_steps else {"steps": steps, "guidance": guidance, "shift": shift}
+    )
     out.mkdir(parents=True, exist_ok=True)
     todo = [job for job in jobs if not (out / job.file).is_file()]
     if not todo:
         print(f"{out}: all {len(jobs)} clips are there")
         return
     encode = wan.load_text(source.folder)
-    vae = wan.load_vae(source.folder).to(target)
-    denoiser = Denoiser(source.load().to(target).eval(), wan.fast_dtype(target))
+    fast = wan.fast_dtype(target)
+    auto = torch.float32 if few_steps and target.type == "cpu" else fast
+    dtype = {"auto": auto, "bf16": torch.bfloat16, "fp32": torch.float32}[precision]
+    vae = wan.load_vae(source.folder, dtype).to(target)
+    denoiser = Denoiser(source.load().to(target).eval(), dtype)
     shape = wan.latent_shape(source.folder, source.geometry)
     null = wan.stack_text(encode([""]), target)
     with tqdm(total=len(jobs), initial=len(jobs) - len(todo), desc=f"sample {out.name}", unit="clip") as bar:
@@ -224,12 +231,10 @@ def open_generator(name: str) -> Generator:
         sigmas = tuple(json.loads((run / "config.json").read_text())["sigmas"])
         return Generator(folder, sigmas, wan.geometry(folder), run)
     folder = wan.resolve_model(name)
-    sigmas = wan.model_facts(folder).get("sigmas")
-    return Generator(folder, tuple(sigmas) if sigmas else None, wan.geometry(folder))
+    levels = wan.model_facts(folder).get("sigmas")
+    return Generator(folder, tuple(levels) if levels else None, wan.geometry(folder))
 
 
 def _append(path: Path, record: dict) -> None:
     with path.open("a") as file:
         file.write(json.dumps(record, ensure_ascii=False) + "\n")
-
-

@@ -28,7 +28,7 @@ def unshift(sigma, k: float):
 
 def shifted_levels(steps: int, k: float) -> tuple[float, ...]:
     """The usual levels of a ``steps``-step sampler: the shifted uniform grid from 1, final 0 implied."""
-    return tuple(shift(1 - i / steps, k) for i in range(steps))
+    return (1.0, *(shift(1 - i / steps, k) for i in range(1, steps)))
 
 
 def add_noise(x0: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import time
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -69,7 +70,7 @@ def draw(parts: Assembly, update: Update, where: Position) -> Batch:
     config = parts.config
     in_motion = update.by == "gan" and config.gan is not None and config.gan.space == "motion"
     if update.by == "flow_matching" or (update.learns == "discriminator" and not in_motion):
-        want = ("latent",)
+        want: tuple[str, ...] = ("latent",)
     else:
         want = ("observation",) if update.learns == "discriminator" else ()
     return draw_batch(
@@ -92,7 +93,7 @@ def split(batch: Batch, parts: int) -> list[Batch]:
     pieces = []
     for i in range(parts):
         window = slice(i * size, (i + 1) * size)
-        cut = {
+        cut: dict[str, Any] = {
             name: None if (value := getattr(batch, name)) is None else value[window]
             for name in ("prompts", "text", "ids", "latent_BCFHW", "observation_BCFHW")
         }
@@ -107,7 +108,7 @@ def rollout_for(parts: Assembly, update: Update, batch: Batch, where: Position, 
     generator = where.generator(2, part, RANK)
     noise = normal(torch.Size((len(batch.prompts), *parts.latent_shape)), generator, parts.device)
     return roll_out(
-        parts.networks["student"],
+        parts.student,
         noise,
         stack_text(batch.text, parts.device),
         parts.config.sigmas,
@@ -301,7 +302,7 @@ def train(
     """
     config = find_recipe(recipe)
     config = ablate(config, ablation) if ablation else config
-    chosen = {
+    chosen: dict[str, Any] = {
         "iterations": iterations,
         "seed": seed,
         "precision": precision,

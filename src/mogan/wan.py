@@ -114,7 +114,7 @@ def fast_dtype(device: str | torch.device = "cpu") -> torch.dtype:
 
 def load_vae(model: Path, dtype: torch.dtype | None = None) -> AutoencoderKLWan:
     """The frozen autoencoder, convolution weights in the layout CPUs convolve fastest."""
-    vae = _from_pretrained(AutoencoderKLWan, model, "vae").to(dtype or fast_dtype())
+    vae = _from_pretrained(AutoencoderKLWan, model, "vae", dtype or fast_dtype())
     for module in vae.modules():
         if isinstance(module, nn.Conv3d):
             module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last_3d)
@@ -123,19 +123,21 @@ def load_vae(model: Path, dtype: torch.dtype | None = None) -> AutoencoderKLWan:
 
 def load_transformer(model: Path, part: str = "transformer") -> WanTransformer3DModel:
     """A transformer in fp32 whose cross-attention folds the text padding (see :class:`FoldedPadding`)."""
-    transformer = _from_pretrained(WanTransformer3DModel, model, part).float()
+    transformer = _from_pretrained(WanTransformer3DModel, model, part, torch.float32)
     if transformer.config.image_dim is not None or transformer.config.added_kv_proj_dim is not None:
         raise UserError(f"{model} is image-conditioned; text-to-video transformers are what can be trained here")
     return fold_padding(transformer)
 
 
-def _from_pretrained(kind, model: Path, part: str):
+def _from_pretrained(kind, model: Path, part: str, dtype: torch.dtype):
     if not (model / part / "config.json").is_file():
         raise UserError(f"{model} has no {part}/config.json: is it a complete diffusers folder of a Wan model?")
     found = json.loads((model / part / "config.json").read_text()).get("_class_name")
     if found != kind.__name__:
         raise UserError(f"{model}/{part} holds a {found}, not a {kind.__name__}: only the Wan family is supported")
-    loaded, info = kind.from_pretrained(model / part, output_loading_info=True, local_files_only=True)
+    loaded, info = kind.from_pretrained(
+        model / part, torch_dtype=dtype, output_loading_info=True, local_files_only=True
+    )
     wrong = [*info["missing_keys"], *info["unexpected_keys"], *info.get("mismatched_keys", [])]
     if wrong:
         raise UserError(f"{model}/{part}: {len(wrong)} tensors do not fit its config, first {wrong[0]}; get it again")
@@ -231,7 +233,9 @@ def _statistics(vae: AutoencoderKLWan, like: Tensor) -> tuple[Tensor, Tensor]:
     return mean, torch.tensor(vae.config.latents_std, device=like.device).view(shape)
 
 
-def _recurrent(step: Callable, chunks: list[Tensor], cache: list, checkpointed: bool) -> tuple[list[Tensor], list]:
+def _recurrent(
+    step: Callable, chunks: list[tuple[Tensor, bool]], cache: list, checkpointed: bool
+) -> tuple[list[Tensor], list]:
     """Run ``step(chunk, cache, first) -> (out, cache)`` along time; each step may be recomputed in the backward pass.
 
     diffusers hides the convolutions' memory in the module and refuses checkpointing; passing it explicitly makes every

@@ -218,9 +218,7 @@ def _distance(sprite: Sprite, x, y):
         return np.maximum(np.abs(x), np.abs(y)) - 0.85 * r
     if sprite.shape == "triangle":
         return np.maximum(0.866 * np.abs(x) + 0.5 * y, -y) - 0.6 * r
-    return np.minimum(
-        np.maximum(np.abs(x) - r, np.abs(y) - 0.4 * r), np.maximum(np.abs(y) - r, np.abs(x) - 0.4 * r)
-    )
+    return np.minimum(np.maximum(np.abs(x) - r, np.abs(y) - 0.4 * r), np.maximum(np.abs(y) - r, np.abs(x) - 0.4 * r))
 
 
 def _texture(sprite: Sprite, x, y):

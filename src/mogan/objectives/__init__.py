@@ -5,13 +5,12 @@ the student and into nothing else; ``judge_loss(rollout, batch, generator)`` tra
 rollout without gradient. Both return the loss and a dictionary of scalars worth logging.
 """
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from mogan.data import Batch
-from mogan.rollout import Rollout
 
 Loss = tuple[Tensor, dict[str, Tensor]]
 
@@ -19,12 +18,12 @@ Loss = tuple[Tensor, dict[str, Tensor]]
 class Objective(Protocol):
     """What the training loop asks of an objective."""
 
-    needs_rollout: bool
+    needs_rollout: bool  # if False, ``rollout`` is None
 
-    def student_loss(self, rollout: Rollout, batch: Batch, generator: torch.Generator) -> Loss:
+    def student_loss(self, rollout: Any, batch: Batch, generator: torch.Generator) -> Loss:
         """Loss whose gradient reaches the student only."""
         ...
 
-    def judge_loss(self, rollout: Rollout, batch: Batch, generator: torch.Generator) -> Loss:
+    def judge_loss(self, rollout: Any, batch: Batch, generator: torch.Generator) -> Loss:
         """Loss whose gradient reaches the objective's own networks only."""
         ...

@@ -3,7 +3,6 @@
 Both are one class; they differ in what the discriminator is shown.
 """
 
-
 import torch
 from torch import Tensor
 
@@ -84,5 +83,3 @@ class GAN:
                 loss = loss + weight * penalty
                 logs[name] = penalty.detach()
         return loss, logs
-
-

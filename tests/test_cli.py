@@ -1,0 +1,116 @@
+import json
+import subprocess
+import sys
+
+import pytest
+
+from mogan.cli import COMMANDS, main
+from mogan.errors import UserError
+from mogan.recipes import ABLATIONS, ablate, dmd2_wan_1_3b, find_recipe, mogan_wan_1_3b
+from mogan.watch import Watch
+
+
+def test_without_arguments_it_lists_its_commands(capsys):
+    assert main([]) == 0
+    shown = capsys.readouterr().out
+    assert all(f"mogan {name}" in shown for name in COMMANDS)
+
+
+def test_unknown_command_is_one_clear_error(capsys):
+    assert main(["tarin"]) == 2
+    assert "no command 'tarin'" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_explains_itself(name):
+    done = subprocess.run([sys.executable, "-m", "mogan", *name.split(), "--help"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout) > 200
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "mogan_lap", "--data", "x", "--out", "y"], "mogan_lab"),
+        (["train", "mogan_lab", "--data", "no/such", "--out", "y"], "no/such is not a cache"),
+        (["train", "dmd_lab", "--ablation", "no-dmd", "--data", "x", "--out", "y"], "--ablation"),
+        (["sample", "--prompts", "no.txt", "--out", "y"], "one prompt per line"),
+        (["sample", "--prompts", "pyproject.toml", "--model", "./nowhere", "--out", "y"], "not a diffusers folder"),
+        (["export", "no/run", "--out", "y"], "not a training run"),
+    ],
+)
+def test_a_users_mistake_is_one_sentence_and_exit_code_2(arguments, message, capsys, tmp_path, monkeypatch):
+    (tmp_path / "pyproject.toml").write_text("x")
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
+
+
+def test_dry_run_prints_the_resolved_config(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert (
+        main(["train", "mogan_lab", "--data", "x", "--out", "y", "--iterations", "7", "--seed", "3", "--dry-run"]) == 0
+    )
+    shown = json.loads(capsys.readouterr().out)
+    assert (shown["iterations"], shown["seed"], shown["recipe"]) == (7, 3, "mogan_lab")
+    assert not (tmp_path / "y").exists()
+
+
+def test_mogan_has_the_papers_values():
+    config = mogan_wan_1_3b()
+    gan = config.gan
+    assert [(u.label, u.times, u.batch) for u in config.plan] == [
+        ("student<dmd", 1, 16),
+        ("fake_score<dmd", 4, 64),
+        ("student<gan", 1, 16),
+        ("discriminator<gan", 1, 64),
+    ]
+    assert (gan.student_weight, gan.judge_weight, gan.r1, gan.r2, gan.noise) == (0.5, 0.5, 0.3, 0.3, 0.01)
+    assert (gan.blocks, gan.taps, gan.window, gan.sigma) == (16, (7, 13, 15), 12, 0.0)
+    assert gan.prompt == "a video with good motion"
+    assert config.iterations == 800
+    assert {o.lr for o in config.optimizers.values()} == {1e-5}
+    assert max(gan.starts) + gan.window == 21
+    warm = dmd2_wan_1_3b()
+    assert warm.sigmas == (1.0, 0.757, 0.522)
+    assert warm.dmd.guidance == 3.5 + 1  # CausVid writes cond + w (cond - uncond)
+
+
+@pytest.mark.parametrize("ablation", ABLATIONS)
+def test_an_ablation_changes_one_thing(ablation):
+    config, whole = ablate(find_recipe("mogan_lab"), ablation), find_recipe("mogan_lab")
+    assert config.recipe == f"mogan_lab_{ablation.replace('-', '_')}"
+    changed = {f for f in vars(config) if f != "recipe" and getattr(config, f) != getattr(whole, f)}
+    assert changed == {"no-dmd": {"plan", "dmd"}, "no-r1r2": {"gan"}, "latent-gan": {"gan"}}[ablation]
+
+
+def test_recipes_may_live_elsewhere():
+    assert find_recipe("mogan.recipes:mogan_lab") == find_recipe("mogan_lab")
+    with pytest.raises(UserError, match="module:function"):
+        find_recipe("json:dumps")
+
+
+def watched(key, values, update="student<gan"):
+    watch, said = Watch(), []
+    for iteration, value in enumerate(values):
+        said += watch.read({"iteration": iteration, "update": update, "loss": value, key: value})
+    return said
+
+
+@pytest.mark.parametrize(
+    ("key", "values", "update", "word"),
+    [
+        ("motion", [1.0] * 5 + [0.5] * 15, "student<gan", "stiller"),
+        ("saturation", [0.4] * 5 + [0.55] * 15, "student<gan", "saturating"),
+        ("loss", [0.3] * 5 + [0.5] * 15, "fake_score<dmd", "lags"),
+        ("gap", [1.0] * 5 + [9.0] * 15, "discriminator<gan", "wins outright"),
+    ],
+)
+def test_warnings_come_in_words_and_once(key, values, update, word):
+    said = watched(key, values, update)
+    assert len(said) == 1
+    assert word in said[0]
+    assert watched(key, [values[0]] * 30, update) == []

@@ -1,0 +1,183 @@
+"""Sampling and export: what leaves the house must be what the house samples."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from diffusers import FlowMatchLCMScheduler, WanPipeline
+
+from conftest import CAPTIONS, SIGMAS
+from mogan import wan
+from mogan.assemble import assemble
+from mogan.checkpoint import write_atomically
+from mogan.data import open_cache
+from mogan.denoiser import Denoiser
+from mogan.errors import UserError
+from mogan.export import export, scheduler_for
+from mogan.sample import Job, read_prompts, safe_name, sample, sample_student, sample_teacher, shard_of
+from mogan.schedule import shifted_levels
+from mogan.train import run_training
+from mogan.video import read_video
+from tiny_recipes import mogan
+
+
+@pytest.mark.parametrize(
+    "sigmas",
+    [
+        (1.0, 0.757, 0.522),
+        (1.0, 6 / 7, 0.6),
+        (1.0, 0.9091, 0.7143),
+        (1.0, 0.5),
+        (1.0,),
+        shifted_levels(4, 5.0),
+        shifted_levels(4, 8.0),
+        shifted_levels(4, 1.0),
+        shifted_levels(8, 3.0),
+    ],
+)
+def test_stock_scheduler_visits_exactly_these_levels(sigmas, tmp_path):
+    scheduler_for(sigmas).save_pretrained(tmp_path)
+    stock = FlowMatchLCMScheduler.from_pretrained(tmp_path)
+    stock.set_timesteps(len(sigmas))
+    np.testing.assert_allclose(stock.sigmas, [*sigmas, 0.0], atol=2e-6)
+    np.testing.assert_allclose(stock.timesteps, [1000 * s for s in sigmas], atol=2e-3)
+
+
+def test_levels_no_stock_scheduler_reaches_are_refused():
+    with pytest.raises(UserError, match="no stock scheduler visits"):
+        scheduler_for((1.0, 0.9, 0.8, 0.2))
+
+
+@pytest.fixture(scope="module")
+def exported(family, cache, tmp_path_factory):
+    monkey = pytest.MonkeyPatch()
+    monkey.setenv("MOGAN_TEST_RAFT", str(family / "raft"))
+    folder = tmp_path_factory.mktemp("exported")
+    config = mogan()
+    run = folder / "run"
+    run.mkdir()
+    parts = assemble(
+        config, open_cache(cache), model=str(family / "teacher"), student=str(family / "student"), run=run, device="cpu"
+    )
+    from dataclasses import asdict
+
+    write_atomically(run / "config.json", json.dumps(asdict(config)))
+    write_atomically(run / "run.json", json.dumps(parts.facts))
+    run_training(parts, run)
+    export(run, out=folder / "export")
+    monkey.undo()
+    return folder
+
+
+@pytest.mark.slow
+def test_export_opens_in_stock_diffusers_without_us_and_visits_the_levels(exported):
+    code = """
+import sys, torch
+from diffusers import WanPipeline
+pipe = WanPipeline.from_pretrained(sys.argv[1])
+seen = []
+pipe.transformer.register_forward_pre_hook(lambda m, a, k: seen.append(k["timestep"][0].item()), with_kwargs=True)
+torch.manual_seed(3)
+frames = pipe(sys.argv[2], height=32, width=32, num_frames=13, num_inference_steps=3, guidance_scale=1.0, output_type="np").frames[0]
+assert "mogan" not in sys.modules
+torch.save({"seen": seen, "frames": torch.from_numpy(frames)}, sys.argv[3])
+"""
+    out = exported / "stock.pt"
+    subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code, str(exported / "export"), CAPTIONS[0], str(out)], check=True
+    )
+    stock = torch.load(out, weights_only=True)
+    np.testing.assert_allclose(stock["seen"], [1000 * s for s in SIGMAS], atol=2e-3)
+
+    sampled = exported / "sampled"
+    (exported / "prompts.txt").write_text(CAPTIONS[0] + "\n")
+    sample(prompts=exported / "prompts.txt", out=sampled, model=str(exported / "export"), first_seed=3)
+    student = Denoiser(wan.load_transformer(exported / "export").eval())
+    text = wan.stack_text(wan.load_text(exported / "export")([CAPTIONS[0]]))
+    latent = sample_student(student, text, (4, 4, 4, 4), SIGMAS, [3])
+    video = wan.decode_video(wan.load_vae(exported / "export", torch.float32), latent)
+    ours = (video[0].permute(1, 2, 3, 0) / 2 + 0.5).clamp(0, 1).numpy()
+    np.testing.assert_allclose(ours, stock["frames"], atol=2e-4)
+    frames, fps = read_video(sampled / f"{CAPTIONS[0]}-0.mp4")
+    assert fps == 16
+    assert np.abs(frames / 255 - ours).mean() < 0.1  # H.264 of noise
+
+
+def test_export_says_how_to_use_it(exported):
+    card = (exported / "export" / "README.md").read_text()
+    assert "num_inference_steps=3, guidance_scale=1.0" in card
+    assert json.loads((exported / "export" / "mogan.json").read_text())["sigmas"] == list(SIGMAS)
+    with pytest.raises(UserError, match="exists already"):
+        export(exported / "run", out=exported / "export")
+    with pytest.raises(UserError, match="not a training run"):
+        export(exported, out=exported / "x")
+
+
+def test_sampling_resumes_and_a_run_is_a_model(exported, tmp_path, capsys):
+    (tmp_path / "p.txt").write_text("\n".join(CAPTIONS[:2]))
+    sample(prompts=tmp_path / "p.txt", out=tmp_path / "s", model=str(exported / "run"), seeds=2)
+    lines = [json.loads(line) for line in (tmp_path / "s" / "samples.jsonl").read_text().splitlines()]
+    assert [(r["file"], r["seed"]) for r in lines] == [(f"{p}-{k}.mp4", k) for p in CAPTIONS[:2] for k in range(2)]
+    before = {p: p.read_bytes() for p in (tmp_path / "s").glob("*.mp4")}
+    removed = sorted(before)[1]
+    removed.unlink()
+    sample(prompts=tmp_path / "p.txt", out=tmp_path / "s", model=str(exported / "run"), seeds=2)
+    assert {p: p.read_bytes() for p in (tmp_path / "s").glob("*.mp4")} == before
+    sample(prompts=tmp_path / "p.txt", out=tmp_path / "s", model=str(exported / "run"), seeds=2)
+    assert "all 4 clips are there" in capsys.readouterr().out
+
+
+def test_teacher_sampling_integrates_a_known_velocity():
+    class Known(torch.nn.Module):
+        """Velocity of the straight path to the point 0.7: the exact solution is 0.7 from any noise."""
+
+        def forward(self, x, timestep, text, return_dict=False):
+            return ((x - 0.7) / (timestep / 1000).view(-1, 1, 1, 1, 1),)
+
+    text = torch.zeros(2, 3, 8)
+    for solver in ("unipc", "euler"):
+        x = sample_teacher(
+            Denoiser(Known()), text, text[:1], (2, 3, 4, 4), [0, 1], steps=10, guidance=1.0, shift=3.0, solver=solver
+        )
+        torch.testing.assert_close(x, torch.full_like(x, 0.7), atol=1e-3, rtol=0)
+
+
+def test_teacher_matches_the_stock_pipeline(family):
+    pipe = WanPipeline.from_pretrained(family / "teacher")
+    pipe.set_progress_bar_config(disable=True)
+    torch.manual_seed(5)
+    stock = pipe(
+        CAPTIONS[0], height=32, width=32, num_frames=13, num_inference_steps=4, guidance_scale=3.0, output_type="latent"
+    ).frames
+    encode = wan.load_text(family / "teacher")
+    teacher = Denoiser(wan.load_transformer(family / "teacher").eval())
+    ours = sample_teacher(
+        teacher,
+        wan.stack_text(encode([CAPTIONS[0]])),
+        wan.stack_text(encode([""])),
+        (4, 4, 4, 4),
+        [5],
+        steps=4,
+        guidance=3.0,
+        shift=3.0,
+    )
+    torch.testing.assert_close(ours, stock, atol=1e-3, rtol=1e-3)
+
+
+def test_prompts_files_and_shards(tmp_path):
+    (tmp_path / "p.txt").write_text("one\n\n two \none\n")
+    assert read_prompts(tmp_path / "p.txt") == ["one", "two"]
+    (tmp_path / "p.jsonl").write_text('{"caption": "three"}\n{"prompt": "four"}\n')
+    assert read_prompts(tmp_path / "p.jsonl") == ["three", "four"]
+    (tmp_path / "e.txt").write_text("\n")
+    with pytest.raises(UserError, match="holds no prompts"):
+        read_prompts(tmp_path / "e.txt")
+    jobs = [Job("p", k, k) for k in range(5)]
+    assert sorted((j for i in range(3) for j in shard_of(jobs, f"{i}/3")), key=lambda j: j.seed) == jobs
+    with pytest.raises(UserError, match="i/n"):
+        shard_of(jobs, "3/3")
+    assert safe_name("a/b") == "a_b"
+    assert len(safe_name("ä" * 500).encode()) <= 240

@@ -1,0 +1,154 @@
+import json
+import shutil
+
+import pytest
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
+
+from conftest import VAE
+from mogan import wan
+from mogan.errors import UserError
+
+WAN21 = {
+    "base_dim": 8,
+    "z_dim": 4,
+    "dim_mult": [1, 2, 2, 2],
+    "num_res_blocks": 1,
+    "attn_scales": [],
+    "temperal_downsample": [False, True, True],
+}
+
+
+@pytest.fixture(scope="module", params=["wan2.1", "wan2.2"])
+def vae(request):
+    torch.manual_seed(0)
+    config = WAN21 | {k: VAE[k] for k in ("latents_mean", "latents_std")} if request.param == "wan2.1" else VAE
+    return AutoencoderKLWan(**config).eval().requires_grad_(False)
+
+
+def full_decode(vae, z):
+    mean = torch.tensor(vae.config.latents_mean).view(1, -1, 1, 1, 1)
+    return vae.decode(z * torch.tensor(vae.config.latents_std).view(1, -1, 1, 1, 1) + mean).sample
+
+
+@pytest.mark.parametrize(("start", "length"), [(0, 4), (0, 2), (1, 2), (2, 2), (3, 1)])
+def test_window_is_the_full_decode_restricted_to_it_bit_for_bit(vae, start, length):
+    z = torch.randn(1, 4, 4, 4, 4)
+    first = 0 if start == 0 else 1 + 4 * (start - 1)
+    last = 1 + 4 * (start + length - 1)
+    assert torch.equal(wan.decode_window(vae, z, start, length), full_decode(vae, z)[:, :, first:last])
+
+
+@pytest.mark.parametrize(("start", "length"), [(0, 2), (1, 2)])
+def test_window_gradients_equal_the_unchecked_ones_and_stop_before_it(vae, start, length):
+    z = torch.randn(1, 4, 4, 4, 4, requires_grad=True)
+    weight = torch.randn(1, 3, 4 * length - (3 if start == 0 else 0), 32, 32)
+    (gradient,) = torch.autograd.grad((wan.decode_window(vae, z, start, length) * weight).sum(), z)
+    assert gradient[:, :, start : start + length].abs().sum() > 0
+    assert gradient[:, :, :start].abs().sum() == 0
+    assert gradient[:, :, start + length :].abs().sum() == 0
+
+    # the same function without checkpoints: plain autograd through the stock recurrence from a detached state
+    with torch.no_grad():
+        before = wan._empty_cache(vae.decoder)
+        x = vae.post_quant_conv(_denormalised(vae, z))
+        for i in range(start):
+            vae.decoder(x[:, :, i : i + 1], feat_cache=before, feat_idx=[0], first_chunk=i == 0)
+    x = vae.post_quant_conv(_denormalised(vae, z))
+    frames = [
+        vae.decoder(x[:, :, i : i + 1], feat_cache=before, feat_idx=[0], first_chunk=i == 0)
+        for i in range(start, start + length)
+    ]
+    video = torch.cat(frames, 2)
+    if vae.config.patch_size:
+        from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
+
+        video = unpatchify(video, patch_size=vae.config.patch_size)
+    (plain,) = torch.autograd.grad((video.clamp(-1, 1) * weight).sum(), z)
+    assert torch.equal(gradient, plain)
+
+
+def _denormalised(vae, z):
+    mean = torch.tensor(vae.config.latents_mean).view(1, -1, 1, 1, 1)
+    return z * torch.tensor(vae.config.latents_std).view(1, -1, 1, 1, 1) + mean
+
+
+def test_whole_decode_gradient_equals_the_stock_decoders(vae):
+    z = torch.randn(1, 4, 3, 4, 4, requires_grad=True)
+    weight = torch.randn(1, 3, 9, 32, 32)
+    (ours,) = torch.autograd.grad((wan.decode_window(vae, z) * weight).sum(), z)
+    (stock,) = torch.autograd.grad((full_decode(vae, z) * weight).sum(), z)
+    torch.testing.assert_close(ours, stock, rtol=1e-4, atol=1e-5)
+
+
+def test_encode_is_the_stock_mean_normalised(vae):
+    video = torch.rand(2, 3, 9, 32, 32) * 2 - 1
+    mean = torch.tensor(vae.config.latents_mean).view(1, -1, 1, 1, 1)
+    std = torch.tensor(vae.config.latents_std).view(1, -1, 1, 1, 1)
+    assert torch.equal(wan.encode_video(vae, video), (vae.encode(video).latent_dist.mean - mean) / std)
+    with pytest.raises(ValueError, match="4 k \\+ 1"):
+        wan.encode_video(vae, video[:, :, :8])
+
+
+def test_window_outside_the_clip_is_an_error(vae):
+    with pytest.raises(ValueError, match="does not lie within"):
+        wan.decode_window(vae, torch.zeros(1, 4, 3, 4, 4), 2, 2)
+
+
+def test_folded_padding_equals_attending_to_512_rows(family):
+    torch.manual_seed(0)
+    folded = wan.load_transformer(family / "teacher")
+    stock = WanTransformer3DModel.from_pretrained(family / "teacher" / "transformer")
+    texts = [torch.randn(5, 64), torch.randn(9, 64)]
+    x, t = torch.randn(2, 4, 4, 4, 4), torch.tensor([1000.0, 250.0])
+    padded = torch.stack([F.pad(e, (0, 0, 0, 512 - len(e))) for e in texts])
+    torch.testing.assert_close(folded(x, t, wan.stack_text(texts))[0], stock(x, t, padded)[0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(folded(x, t, padded)[0], stock(x, t, padded)[0], rtol=1e-4, atol=1e-5)
+
+
+def test_text_is_what_the_stock_pipeline_feeds_the_transformer(family):
+    pipe = WanPipeline.from_pretrained(family / "teacher")
+    prompts = ["A  red circle moving left", "a video with good motion"]
+    expected, _ = pipe.encode_prompt(prompts, do_classifier_free_guidance=False)
+    ours = wan.load_text(family / "teacher")(prompts)
+    for e, o in zip(expected, ours, strict=True):
+        torch.testing.assert_close(
+            F.pad(o, (0, 0, 0, 512 - len(o))),
+            e.float() if len(e) == 512 else F.pad(e, (0, 0, 0, 512 - len(e))),
+            rtol=1e-3,
+            atol=1e-4,
+        )
+
+
+def test_wrong_folders_are_told_apart(family, tmp_path):
+    with pytest.raises(UserError, match="model_index"):
+        wan.resolve_model(str(tmp_path))
+    with pytest.raises(UserError, match="no vae"):
+        wan.load_vae(tmp_path)
+    broken = tmp_path / "m"
+    shutil.copytree(family / "teacher", broken)
+    config = json.loads((broken / "vae" / "config.json").read_text())
+    (broken / "vae" / "config.json").write_text(json.dumps(config | {"_class_name": "AutoencoderKL"}))
+    with pytest.raises(UserError, match="only the Wan family"):
+        wan.load_vae(broken)
+    config = json.loads((broken / "transformer" / "config.json").read_text())
+    (broken / "transformer" / "config.json").write_text(json.dumps(config | {"num_layers": 5}))
+    with pytest.raises(UserError, match="tensors do not fit"):
+        wan.load_transformer(broken)
+
+
+def test_fingerprint_changes_with_weights(family, tmp_path):
+    copy = tmp_path / "m"
+    shutil.copytree(family / "teacher", copy)
+    assert wan.fingerprint(copy, "vae") == wan.fingerprint(family / "teacher", "vae")
+    AutoencoderKLWan(**VAE).save_pretrained(copy / "vae")
+    assert wan.fingerprint(copy, "vae") != wan.fingerprint(family / "teacher", "vae")
+
+
+def test_latent_shape_refuses_what_does_not_fit(family):
+    assert wan.latent_shape(family / "teacher", wan.Geometry(16, 32, 48, 13)) == (4, 4, 4, 6)
+    with pytest.raises(UserError, match="multiples of 16"):
+        wan.latent_shape(family / "teacher", wan.Geometry(16, 40, 32, 13))
+    with pytest.raises(UserError, match="4 k \\+ 1"):
+        wan.latent_shape(family / "teacher", wan.Geometry(16, 32, 32, 12))
