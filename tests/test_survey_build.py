@@ -8,13 +8,12 @@ import pytest
 
 pytest.importorskip("starlette", reason="needs the extra `survey`")
 
-from test_survey_study import NAMES, PROMPTS, make_clip, make_folders, make_survey
-
 from mogan.errors import UserError
 from mogan.survey import checks
 from mogan.survey.build import build, copy_clip
 from mogan.survey.folder import Item, read_survey
 from mogan.survey.pairing import named_folders, read_samples
+from test_survey_study import NAMES, PROMPTS, make_clip, make_folders, make_survey
 
 
 def test_pairs_are_same_prompt_and_number_under_names_that_tell_nothing(tmp_path):

@@ -51,13 +51,13 @@ def test_agreement_of_nothing_rated_twice_is_undefined():
 
 def test_two_systems_without_ties_have_log_odds_of_wins():
     fitted = st.davidson(np.array([[0, 30], [10, 0]]), np.zeros((2, 2)))
-    assert fitted.strength[0] - fitted.strength[1] == pytest.approx(np.log(30 / 10), abs=1e-3)
+    assert fitted.strength[0] - fitted.strength[1] == pytest.approx(np.log(30 / 10), abs=5e-3)
 
 
 def test_two_systems_with_ties_have_davidsons_closed_form():
     fitted = st.davidson(np.array([[0, 30], [10, 0]]), np.array([[0, 20], [20, 0]]))
-    assert fitted.strength[0] - fitted.strength[1] == pytest.approx(np.log(3), abs=1e-3)
-    assert fitted.tie == pytest.approx(np.log(20 / np.sqrt(30 * 10)), abs=1e-3)
+    assert fitted.strength[0] - fitted.strength[1] == pytest.approx(np.log(3), abs=5e-3)
+    assert fitted.tie == pytest.approx(np.log(20 / np.sqrt(30 * 10)), abs=5e-3)
 
 
 def test_davidson_recovers_strengths_from_exact_shares():
@@ -71,9 +71,13 @@ def test_davidson_recovers_strengths_from_exact_shares():
 
 
 def test_a_system_that_never_lost_gets_a_finite_strength():
-    fitted = st.davidson(np.array([[0, 9, 9], [0, 0, 5], [0, 4, 0]]), np.zeros((3, 3)))
+    wins = np.array([[0, 9, 9], [0, 0, 5], [0, 4, 0]])
+    fitted = st.davidson(wins, np.zeros((3, 3)))
     assert np.isfinite(fitted.strength).all()
     assert fitted.strength.argmax() == 0
+    many = st.davidson(np.stack([wins, wins.T]), np.zeros((2, 3, 3)))  # many at once are the same as one by one
+    assert many.strength[0] == pytest.approx(fitted.strength, abs=1e-6)
+    assert many.strength[1].argmin() == 0
 
 
 def crossed(prompts: int, raters: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

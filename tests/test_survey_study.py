@@ -113,7 +113,7 @@ def test_a_whole_study_by_script_finds_the_system_that_raters_prefer(tmp_path, m
             assert reply.json()["back"] == "https://app.prolific.com/submissions/complete?cc=DONE-1"
     results = analyze(folder)
     part = results["kept"]
-    assert part["raters"] == 4 and part["votes"] == 36
+    assert (part["raters"], part["votes"]) == (4, 36)
     assert results["raters"] == {"came": 4, "finished": 4, "excluded": {}}
     motion = {(c["first"], c["second"]): c for c in part["comparisons"] if c["question"] == "motion"}
     assert motion["quagga", "zebrafish"]["lose"]["value"] == 1

@@ -17,8 +17,8 @@ Z_POWER = 0.841621  # 80 %
 class Davidson(NamedTuple):
     """Log strengths (mean 0) and the log of the tie parameter."""
 
-    strength: Float[np.ndarray, "S"]
-    tie: float
+    strength: Float[np.ndarray, "*R S"]
+    tie: Float[np.ndarray, "*R"]
 
 
 def shares(outcomes: Int[np.ndarray, "N"], weights: Float[np.ndarray, "... N"] | None = None) -> np.ndarray:
@@ -122,44 +122,49 @@ def gwet_ac1(table: Float[np.ndarray, "U Q"]) -> float:
     return (agreement - chance) / (1 - chance)
 
 
-def davidson(wins: Float[np.ndarray, "S S"], ties: Float[np.ndarray, "S S"], ridge: float = 1e-4) -> Davidson:
-    """Bradley-Terry with ties (Davidson 1970) by Newton's method.
+def davidson(wins: Float[np.ndarray, "*R S S"], ties: Float[np.ndarray, "*R S S"], ridge: float = 1e-2) -> Davidson:
+    """Bradley-Terry with ties (Davidson 1970) by Newton's method, for one data set or many at once.
 
     ``wins[i, j]`` counts i over j, ``ties`` is symmetric. P(i wins) : P(j wins) : P(tie) is
     ``p_i : p_j : nu sqrt(p_i p_j)``; in logs a multinomial logit, hence concave. The penalty 1/2 ``ridge`` |x|^2 on
     log strengths and log nu keeps the answer finite for a system that never lost and for data without ties.
     """
-    size = len(wins)
-    pairs = [(i, j) for i in range(size) for j in range(i + 1, size) if wins[i, j] + wins[j, i] + ties[i, j]]
-    design = np.zeros((len(pairs), 3, size + 1))  # outcome logits as linear functions of (strengths, log nu)
-    counts = np.zeros((len(pairs), 3))
-    for row, (i, j) in enumerate(pairs):
-        design[row, 0, i] = design[row, 2, j] = 1
-        design[row, 1, [i, j]] = 0.5
-        design[row, 1, size] = 1
-        counts[row] = wins[i, j], ties[i, j], wins[j, i]
-    total = counts.sum(axis=1)
+    size = wins.shape[-1]
+    first, second = np.triu_indices(size, 1)
+    rows = np.arange(len(first))
+    design = np.zeros((len(first), 3, size + 1))  # outcome logits as linear functions of (strengths, log nu)
+    design[rows, 0, first] = design[rows, 2, second] = design[rows, 1, size] = 1
+    design[rows, 1, first] = design[rows, 1, second] = 0.5
+    counts = np.stack([wins[..., first, second], ties[..., first, second], wins[..., second, first]], axis=-1)
+    total = counts.sum(axis=-1, keepdims=True)
 
-    def objective(x: np.ndarray) -> float:
-        logits = design @ x
-        return float((counts * (logits - _logsumexp(logits))).sum() - ridge / 2 * x @ x)
+    def logits(x: np.ndarray) -> np.ndarray:
+        return np.einsum("poj,...j->...po", design, x)
 
-    x = np.zeros(size + 1)
-    for _ in range(100):
-        logits = design @ x
-        chance = np.exp(logits - _logsumexp(logits))
-        gradient = np.einsum("ro,rok->k", counts - total[:, None] * chance, design) - ridge * x
-        mean = np.einsum("ro,rok->rk", chance, design)
-        curvature = np.einsum("r,ro,rok,rol->kl", total, chance, design, design, optimize=True)
-        curvature += ridge * np.eye(size + 1) - np.einsum("r,rk,rl->kl", total, mean, mean)
-        step = np.linalg.solve(curvature, gradient)
-        scale = 1.0
-        while scale > 1e-6 and objective(x + scale * step) < objective(x):
-            scale /= 2
-        x = x + scale * step
-        if np.abs(step).max() < 1e-9:
+    def objective(x: np.ndarray) -> np.ndarray:
+        fit = logits(x)
+        return (counts * (fit - _logsumexp(fit))).sum(axis=(-2, -1)) - ridge / 2 * (x**2).sum(axis=-1)
+
+    x = np.zeros((*wins.shape[:-2], size + 1))
+    for _ in range(60):
+        fit = logits(x)
+        chance = np.exp(fit - _logsumexp(fit))
+        gradient = np.einsum("...po,poj->...j", counts - total * chance, design) - ridge * x
+        mean = np.einsum("...po,poj->...pj", chance, design)
+        spread = design - mean[..., None, :]
+        curvature = np.einsum("...po,...poj,...pok->...jk", total * chance, spread, spread) + ridge * np.eye(size + 1)
+        step = np.linalg.solve(curvature, gradient[..., None])[..., 0]
+        before = objective(x)
+        for _ in range(20):  # halve the steps that would go down
+            worse = objective(x + step) < before - 1e-12 * np.abs(before)
+            if not worse.any():
+                break
+            step = np.where(worse[..., None], step / 2, step)
+        x = x + step
+        if np.abs(step).max() < 1e-8:
             break
-    return Davidson(x[:size] - x[:size].mean(), float(x[size]))
+    strength = x[..., :size]
+    return Davidson(strength - strength.mean(axis=-1, keepdims=True), x[..., size])
 
 
 def detectable(

@@ -141,28 +141,30 @@ def _ranking(survey: Survey, votes: list[Vote], question: str, seed: int, draws:
     place = {name: k for k, name in enumerate(survey.systems)}
     first, second = (np.array([place[(vote.item.systems or ("", ""))[k]] for vote in votes]) for k in (0, 1))
 
-    def strengths(weights: np.ndarray) -> st.Davidson:
-        wins, ties = np.zeros((2, len(place), len(place)))
-        np.add.at(wins, (first[outcomes == 1], second[outcomes == 1]), weights[outcomes == 1])
-        np.add.at(wins, (second[outcomes == -1], first[outcomes == -1]), weights[outcomes == -1])
-        np.add.at(ties, (first[outcomes == 0], second[outcomes == 0]), weights[outcomes == 0])
-        return st.davidson(wins, ties + ties.T)
+    def fit(weights: np.ndarray) -> st.Davidson:
+        wins, ties = np.zeros((2, len(weights), len(place), len(place)))
+        for outcome, better, worse in ((1, first, second), (-1, second, first)):
+            won = outcomes == outcome
+            np.add.at(wins.transpose(1, 2, 0), (better[won], worse[won]), weights.T[won])
+        for a, b in ((first, second), (second, first)):
+            np.add.at(ties.transpose(1, 2, 0), (a[outcomes == 0], b[outcomes == 0]), weights.T[outcomes == 0])
+        return st.davidson(wins, ties)
 
-    fitted = strengths(np.ones(len(votes)))
+    whole = fit(np.ones((1, len(votes))))
     weights = st.bootstrap_weights(prompts, raters, draws, np.random.default_rng([seed, 2]))
-    drawn = np.stack([strengths(row).strength for row in weights if row.sum() > 0])
+    drawn = fit(weights[weights.sum(axis=1) > 0]).strength
     _, high = st.interval(drawn[:, :, None] - drawn[:, None, :])
     enough = len(set(prompts)) > 1
     return {
-        "tie_parameter": float(np.exp(fitted.tie)),
+        "tie_parameter": float(np.exp(whole.tie[0])),
         "systems": [
             {
                 "system": name,
-                "strength": float(fitted.strength[k]),
+                "strength": float(whole.strength[0, k]),
                 "ci95": st.interval(drawn[:, k]).tolist() if enough else None,
                 "rank": 1 + int((high[k] < 0).sum()) if enough else None,
             }
-            for name, k in sorted(place.items(), key=lambda pair: -fitted.strength[pair[1]])
+            for name, k in sorted(place.items(), key=lambda pair: -whole.strength[0, pair[1]])
         ],
     }
 
