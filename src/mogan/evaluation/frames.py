@@ -11,7 +11,7 @@ import numpy as np
 from mogan.errors import UserError
 
 Frames = Iterable[np.ndarray]
-KEPT_BYTES = 256 * 2**20  # a clip that decodes to less than this is kept, a longer one is decoded again for every pass
+KEPT_BYTES = 128 * 2**20  # a clip that decodes to less than this is kept, a longer one is decoded again for every pass
 DECODER = f"PyAV {av.__version__} (rgb24; equal to OpenCV's frames bit for bit on H.264 yuv420p)"
 
 
@@ -55,7 +55,9 @@ class Clip:
         kept: list[np.ndarray] | None = []
         for frame in read_frames(self.path):
             if kept is not None:
-                kept = [*kept, frame] if (len(kept) + 1) * frame.nbytes <= KEPT_BYTES else None
+                kept.append(frame)
+                if len(kept) * frame.nbytes > KEPT_BYTES:
+                    kept = None
             yield frame
         self._kept = kept
 
