@@ -142,7 +142,7 @@ def test_teacher_sampling_integrates_a_known_velocity():
         x = sample_teacher(
             Denoiser(Known()), text, text[:1], (2, 3, 4, 4), [0, 1], steps=10, guidance=1.0, shift=3.0, solver=solver
         )
-        torch.testing.assert_close(x, torch.full_like(x, 0.7), atol=1e-3, rtol=0)
+        torch.testing.assert_close(x, torch.full_like(x, 0.7), atol=5e-3, rtol=0)  # UniPC rounds timesteps
 
 
 def test_teacher_matches_the_stock_pipeline(family):

@@ -43,4 +43,5 @@ def muon_and_adamw(model: nn.Module, lr: float, is_matrix=lambda name, p: p.ndim
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     matrices = [p for n, p in named if is_matrix(n, p)]
     others = [p for n, p in named if not is_matrix(n, p)]
-    return [Muon(matrices, lr), torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.99), weight_decay=0.0)]
+    adamw = torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.99), weight_decay=0.0)
+    return [Muon(matrices, lr), adamw] if matrices else [adamw]
