@@ -129,40 +129,47 @@ def _largest(cover_HW: np.ndarray) -> np.ndarray:
     return cover_HW * cv2.dilate(piece, np.ones((3, 3), np.uint8))
 
 
-def camera_path(frames_FHW3: np.ndarray, caption: Caption) -> np.ndarray:
+def camera_path(frames_FHW3: np.ndarray, caption: Caption, subject: Track) -> np.ndarray:
     """Where the background lies in every frame, ``(F, 2)``, from zero: translation only, sprites masked.
 
     Each frame is registered to the one before by least squares on brightness (Lucas and Kanade 1981, iterated, with an
     offset of brightness), because the lab's background is smooth: it has gradients everywhere and no corners to
-    correlate.
+    correlate. A background of parallel waves does not show motion along them; there, and only there, the subject's own
+    motion decides, for what a camera pans over moves together.
     """
-    grey = cv2.GaussianBlur
-    smooth = np.stack([grey(f.astype(np.float32).mean(-1), (0, 0), 1.0) for f in frames_FHW3])
+    smooth = np.stack([cv2.GaussianBlur(f.astype(np.float32).mean(-1), (0, 0), 1.0) for f in frames_FHW3])
     hidden = np.zeros(smooth.shape, bool)
     for colour in (caption.colour, *caption.other_colours):
         for t, one in enumerate(cover(frames_FHW3, colour)):
             hidden[t] |= cv2.dilate((one > 0.05).astype(np.uint8), np.ones((9, 9), np.uint8)).astype(bool)
     path = [np.zeros(2)]
     for t in range(len(smooth) - 1):
-        path.append(path[-1] + _shift(smooth[t], smooth[t + 1], ~(hidden[t] | hidden[t + 1])))
+        both = subject.free_F[t] and subject.free_F[t + 1]
+        hint = subject.centres_F2[t + 1] - subject.centres_F2[t] if both else None
+        path.append(path[-1] + _shift(smooth[t], smooth[t + 1], ~(hidden[t] | hidden[t + 1]), hint))
     return np.stack(path)
 
 
-def _shift(one: np.ndarray, two: np.ndarray, seen: np.ndarray) -> np.ndarray:
-    """The translation d with ``two(p + d) = one(p) + constant`` where ``seen``, by least squares."""
+def _shift(one: np.ndarray, two: np.ndarray, seen: np.ndarray, hint: np.ndarray | None) -> np.ndarray:
+    """The translation d with ``two(p + d) = one(p) + constant`` where ``seen``, by least squares, drawn to the hint."""
     h, w = one.shape
     y, x = np.mgrid[:h, :w].astype(np.float32)
     inner = seen & (x >= 4) & (x < w - 4) & (y >= 4) & (y < h - 4)
-    shift = np.zeros(2)
     if inner.sum() < 50:
-        return shift
-    for _ in range(6):
-        moved = cv2.remap(
-            two, x + np.float32(shift[0]), y + np.float32(shift[1]), cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE
-        )
+        return np.zeros(2) if hint is None else hint
+    shift = np.zeros(2) if hint is None else np.clip(hint, -8, 8)
+    pull = 0.0 if hint is None else 0.02 * inner.sum()  # against gradients of about 1 to 2 grey levels per pixel
+    for _ in range(8):
+        to_x, to_y = x + np.float32(shift[0]), y + np.float32(shift[1])
+        moved = cv2.remap(two, to_x, to_y, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
         slope_y, slope_x = np.gradient((moved + one) / 2)
-        system = np.stack([slope_x[inner], slope_y[inner], np.ones(inner.sum(), np.float32)], 1).astype(np.float64)
-        step = np.linalg.lstsq(system, (one - moved)[inner].astype(np.float64), rcond=1e-4)[0][:2]
+        slopes = np.stack([slope_x[inner], slope_y[inner]], 1).astype(np.float64)
+        gap = (one - moved)[inner].astype(np.float64)
+        slopes, gap = slopes - slopes.mean(0), gap - gap.mean()
+        matrix, target = slopes.T @ slopes, slopes.T @ gap
+        if hint is not None:
+            matrix, target = matrix + pull * np.eye(2), target + pull * (hint - shift)
+        step = np.linalg.lstsq(matrix, target, rcond=1e-6)[0]
         shift = np.clip(shift + step, -8, 8)
         if np.abs(step).max() < 1e-3:
             break
@@ -204,7 +211,7 @@ def read_instruments(frames: Sequence[np.ndarray] | np.ndarray, caption: str) ->
     )
     values["colour"] = float(subject.found_F.mean())
     values["identity"] = _identity(subject)
-    camera = camera_path(clip, said) if said.kind == "pan" else np.zeros((len(clip), 2))
+    camera = camera_path(clip, said, subject) if said.kind == "pan" else np.zeros((len(clip), 2))
     if said.kind == "pan":
         values["pan"] = float(np.linalg.norm(camera[-1] - camera[0]) / max(len(clip) - 1, 1))
         values["speed"] = chord_speed(camera)
