@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 
+import cv2
 import numpy as np
 
 from mogan.evaluation.frames import Frames
@@ -24,6 +25,26 @@ def contrast(frames: Frames) -> float:
     """Mean over frames of the standard deviation of luma (BT.601), in [0, 1]."""
     weights = np.array([0.299, 0.587, 0.114], np.float32)
     return float(np.mean([float((frame.astype(np.float32) @ weights).std()) for frame in frames])) / 255.0
+
+
+def frame_features(frame: np.ndarray) -> np.ndarray:
+    """Forty numbers about the look of one frame, from no network, so that no training can have seen them.
+
+    Mean colour of a 3 x 3 grid (27), mean and deviation of saturation (2), energy of detail at three scales (3),
+    histogram of the directions of edges (8).
+    """
+    unit = frame.astype(np.float32) / 255
+    grid = cv2.resize(unit, (3, 3), interpolation=cv2.INTER_AREA).ravel()
+    high, low = unit.max(-1), unit.min(-1)
+    colourful = np.where(high > 0, (high - low) / np.maximum(high, 1 / 255), 0)
+    grey = unit.mean(-1)
+    smooth = [grey, *(cv2.GaussianBlur(grey, (0, 0), width) for width in (1.0, 2.0, 4.0))]
+    detail = [np.log10(1e-4 + float(np.abs(one - two).mean())) for one, two in pairwise(smooth)]
+    down, right = np.gradient(smooth[1])
+    strength = np.hypot(down, right)
+    bins = (np.arctan2(down, right) / (2 * np.pi) * 8).round().astype(int) % 8
+    edges = np.bincount(bins.ravel(), strength.ravel(), minlength=8)[:8] / (strength.sum() + 1e-6)
+    return np.concatenate([grid, [colourful.mean(), colourful.std()], detail, edges])
 
 
 def consistency(features_FD: np.ndarray) -> list[float]:

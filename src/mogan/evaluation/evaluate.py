@@ -4,8 +4,6 @@ import hashlib
 import importlib.metadata
 import json
 import math
-import os
-import platform
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,8 +21,10 @@ from mogan.evaluation.interpolators import blend, flow_warp
 from mogan.evaluation.measure import VERSION, measure
 from mogan.evaluation.motion import Interpolator
 from mogan.evaluation.names import METRICS
-from mogan.evaluation.statistics import RESAMPLES, SEED, mean_interval, wasserstein_interval
-from mogan.evaluation.warnings import warnings_about
+from mogan.evaluation.pairs import device_of
+from mogan.evaluation.provenance import how_measured, relative
+from mogan.evaluation.sets import set_metrics
+from mogan.evaluation.statistics import mean_interval
 from mogan.flow import FlowEstimator, RaftFlow
 from mogan.lab.instruments import parse_caption, read_instruments
 
@@ -91,9 +91,10 @@ def evaluate(
             raise UserError(f"no clip of {system.name} could be measured; the first says: {clips[0]['error']}")
         results["systems"][system.name] = {
             "metrics": _metrics(good, target),
-            "how": _how(system, clips, tools, out, real),
+            "how": how_measured(system, clips, tools.how, device_of(tools.flow), out, real),
             "clips": [
-                {**clip, "file": _relative(entry.path, out)} for clip, entry in zip(clips, system.clips, strict=True)
+                {**_without(clip, "features"), "file": relative(entry.path, out)}
+                for clip, entry in zip(clips, system.clips, strict=True)
             ],
         }
     _write(out, results)
@@ -115,10 +116,7 @@ def estimator(name: str, device: str | None = None) -> tuple[FlowEstimator, dict
         }
     from mogan.wan import load_flow
 
-    try:
-        found = load_flow(name, iterations=ITERATIONS)
-    except (ValueError, OSError) as error:
-        raise UserError(f"{error}; without weights, --flow farneback or --flow dis always works") from error
+    found = load_flow(name, iterations=ITERATIONS)
     how: dict[str, Any] = {"name": name, "iterations": ITERATIONS}
     if isinstance(found, RaftFlow):
         found = found.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -202,6 +200,7 @@ def _measure_clip(entry: Entry, tools: Tools, kept: _Kept) -> Record:
             "values": {name: _rounded(value) for name, value in values.items()},
             "pair_scores": [_rounded(score) for score in found.pair_scores],
             "threshold": found.threshold,
+            "features": list(found.features),
         }
         kept.put(key, record)
     return record
@@ -213,6 +212,10 @@ def _rounded(value: float) -> float | None:
 
 
 # ---------------------------------------------------------------------------------------------- together
+
+
+def _without(record: Record, name: str) -> Record:
+    return {key: value for key, value in record.items() if key != name}
 
 
 def _column(clips: list[Record], metric: str) -> list[float]:
@@ -228,54 +231,10 @@ def _metrics(clips: list[Record], target: list[Record] | None) -> dict[str, Any]
             found = mean_interval(_column(clips, name), prompts)
             if found.n:
                 metrics[name] = found.to_json()
-    if target is not None and "lab_speed" in metrics:
-        real = [v for v in _column([c for c in target if "error" not in c], "lab_speed") if math.isfinite(v)]
-        if real:
-            metrics["lab_speed_wasserstein"] = wasserstein_interval(
-                _column(clips, "lab_speed"), prompts, real
-            ).to_json()
+    if target is not None:
+        real = [clip for clip in target if "error" not in clip]
+        metrics |= {name: found.to_json() for name, found in set_metrics(clips, real).items()}
     return metrics
-
-
-def _how(system: System, clips: list[Record], tools: Tools, out: Path, reference: System | None) -> dict[str, Any]:
-    good = [clip for clip in clips if "error" not in clip]
-    prompts = sorted({clip["prompt"] for clip in clips})
-    how = {
-        **tools.how,
-        "folder": _relative(system.folder, out),
-        "naming": system.naming,
-        "fps": sorted({clip["fps"] for clip in good}, key=lambda fps: fps or 0),
-        "resolution": sorted({(clip["height"], clip["width"]) for clip in good}),
-        "frames": sorted({clip["frames"] for clip in good}),
-        "prompts": {"count": len(prompts), "sha256": hashlib.sha256("\n".join(prompts).encode()).hexdigest()},
-        "seeds": sorted({clip["seed"] for clip in clips if clip["seed"] is not None}),
-        "reference": {"folder": _relative(reference.folder, out), "clips": len(reference.clips)} if reference else None,
-        "interval": f"95 % percentile cluster bootstrap over prompts, {RESAMPLES} resamples, seed {SEED}",
-        "device": _device_name(tools.flow),
-        "packages": {
-            name: importlib.metadata.version(name)
-            for name in ("mogan", "torch", "torchvision", "numpy", "opencv-python-headless", "av")
-        }
-        | {"python": platform.python_version()},
-        "failed": [
-            {"file": entry.path.name, "reason": clip["error"]}
-            for entry, clip in zip(system.clips, clips, strict=True)
-            if "error" in clip
-        ],
-        "missing": list(system.missing),
-    }
-    return how | {"warnings": warnings_about(system, clips, how)}
-
-
-def _device_name(flow: FlowEstimator) -> str:
-    from mogan.evaluation.pairs import device_of
-
-    where = device_of(flow)
-    return torch.cuda.get_device_name(where) if where.type == "cuda" else f"{where.type} ({platform.machine()})"
-
-
-def _relative(path: Path, out: Path) -> str:
-    return Path(os.path.relpath(path.resolve(), out.resolve().parent)).as_posix()
 
 
 def _write(out: Path, results: dict[str, Any]) -> None:

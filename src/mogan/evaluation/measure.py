@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 
@@ -28,7 +29,7 @@ Instruments = Callable[[np.ndarray, str], Values]  # frames (F, H, W, 3) and cap
 
 @dataclass(frozen=True)
 class Measured:
-    """Numbers of one clip with what they were measured on; ``pair_scores`` are dynamic degree's."""
+    """Numbers of one clip with what they were measured on; ``pair_scores`` are dynamic degree's, ``features`` the middle frame's look."""
 
     values: Values
     frames: int
@@ -37,6 +38,7 @@ class Measured:
     fps: float | None
     pair_scores: tuple[float, ...]
     threshold: float
+    features: tuple[float, ...]
 
 
 def measure(clip: Clip, flow: FlowEstimator, interpolate: motion.Interpolator, *, quick: bool = False) -> Measured:
@@ -65,20 +67,23 @@ def measure(clip: Clip, flow: FlowEstimator, interpolate: motion.Interpolator, *
         values["frozen"] = pixels.frozen(gaps).share
         values["cuts"] = float(len(pixels.cuts(gaps)))
         values |= _flow_values(clip, flow, quick=quick)
-        if not quick:
-            values["static"] = float(motion.static_filter(clip, flow).decision)
     values["saturation"] = appearance.saturation(clip)
     values["contrast"] = appearance.contrast(clip)
-    return Measured(values, frames, height, width, clip.fps, degree.scores, degree.threshold)
+    middle = next(islice(clip, frames // 2, None))
+    features = tuple(float(f"{x:.6g}") for x in appearance.frame_features(middle))
+    return Measured(values, frames, height, width, clip.fps, degree.scores, degree.threshold, features)
 
 
 def _flow_values(clip: Clip, flow: FlowEstimator, *, quick: bool) -> Values:
-    _, height, width = clip.shape
+    count, height, width = clip.shape
     side = min(height, width)
+    tops: list[float] = []
     sums: dict[str, list[float]] = {}
     tracks = Tracks((height, width))
     backward = flow_of_pairs(((two, one) for one, two in neighbours(clip)), flow) if not quick else None
+    first = last = next(iter(clip))
     for (one, two), there in zip(neighbours(clip), flow_of_pairs(neighbours(clip), flow), strict=True):
+        last = two
         found = summarise(there)
         row = {
             "flow_mean": per_eighth(found.mean, clip.fps, side),
@@ -99,9 +104,15 @@ def _flow_values(clip: Clip, flow: FlowEstimator, *, quick: bool) -> Values:
                 "camera_motion": split.camera,
                 "object_motion": split.rest_top5,
             }
+            tops.append(motion.top_magnitude(there, 0.02))
         tracks.follow(there)
         for name, value in row.items():
             sums.setdefault(name, []).append(value)
     values = {name: float(np.mean(column)) for name, column in sums.items()}
+    if not quick and height % 8 == width % 8 == 0:  # else the rule wants padded frames, and flow of its own
+        ends = motion.end_scores(first, last, flow)
+        values["static"] = float(motion.static_decision(tuple(tops), ends, count, side).decision)
+    elif not quick:
+        values["static"] = float(motion.static_filter(clip, flow).decision)
     smooth = trajectory_smoothness(tracks.array, clip.fps, side)
     return values | {"acceleration": smooth.acceleration, "log_jerk": smooth.log_jerk}

@@ -58,11 +58,20 @@ def static_filter(frames: Frames, flow: FlowEstimator) -> Decision:
     """
     counted = _Counted(frames)
     scores = _top_share(counted, flow, 0.02)
-    threshold, count = 3.0 * counted.min_side / 256.0, round(2 * (counted.count / 16.0))
     if not scores:
-        return Decision(True, (), threshold, count)
-    ends = [(counted.first, counted.last), (counted.last, counted.first)]
-    extra = tuple(_top_magnitude(field, 0.02) for field in flow_of_pairs(map(_pad_pair, ends), flow))
+        return static_decision((), (), counted.count, counted.min_side)
+    return static_decision(scores, end_scores(counted.first, counted.last, flow), counted.count, counted.min_side)
+
+
+def end_scores(first: np.ndarray, last: np.ndarray, flow: FlowEstimator) -> tuple[float, ...]:
+    """The static filter's two extra scores: from the first frame to the last, and back."""
+    pairs = map(_pad_pair, [(first, last), (last, first)])
+    return tuple(top_magnitude(field, 0.02) for field in flow_of_pairs(pairs, flow))
+
+
+def static_decision(scores: tuple[float, ...], extra: tuple[float, ...], frames: int, min_side: int) -> Decision:
+    """The rule of :func:`static_filter` on scores already measured."""
+    threshold, count = 3.0 * min_side / 256.0, round(2 * (frames / 16.0))
     moved = sum(s > threshold for s in scores) > count or any(s > threshold * count * 2 for s in extra)
     return Decision(not moved, scores + extra, threshold, count)
 
@@ -85,7 +94,7 @@ class _Counted:
 
 def _top_share(frames: Frames, flow: FlowEstimator, share: float) -> tuple[float, ...]:
     pairs = map(_pad_pair, neighbours(frames))
-    return tuple(_top_magnitude(field, share) for field in flow_of_pairs(pairs, flow))
+    return tuple(top_magnitude(field, share) for field in flow_of_pairs(pairs, flow))
 
 
 def _pad_pair(pair: Pair) -> Pair:
@@ -98,8 +107,8 @@ def _pad_pair(pair: Pair) -> Pair:
     return np.pad(pair[0], around, mode="edge"), np.pad(pair[1], around, mode="edge")
 
 
-def _top_magnitude(flow_2HW: np.ndarray, share: float) -> float:
-    """Mean of the largest ``share`` of the magnitudes, summed in the reference's order (descending, float32)."""
+def top_magnitude(flow_2HW: np.ndarray, share: float) -> float:
+    """Mean of the largest ``share`` of the magnitudes, in pixels, summed in the reference's order (descending, float32)."""
     magnitude = np.sqrt(np.square(flow_2HW[0]) + np.square(flow_2HW[1])).ravel()
     count = int(magnitude.size * share)
     if count == 0:

@@ -38,14 +38,11 @@ def mean_interval(values: Sequence[float], *factors: Sequence[Hashable]) -> Inte
     if numbers.size == 0:
         return Interval(float("nan"), None, 0)
     weights = np.ones((RESAMPLES, numbers.size))
-    rng = np.random.default_rng(SEED)
-    for factor in factors:
-        names = [name for name, keep in zip(factor, kept, strict=True) if keep]
-        codes = _codes(names)
-        clusters = int(codes.max()) + 1
-        if clusters < 2:
+    for number, factor in enumerate(factors):
+        draws = cluster_draws([name for name, keep in zip(factor, kept, strict=True) if keep], RESAMPLES, number)
+        if draws is None:
             return Interval(float(numbers.mean()), None, numbers.size)
-        weights *= rng.multinomial(clusters, np.full(clusters, 1 / clusters), RESAMPLES)[:, codes]
+        weights *= draws
     total = weights.sum(1)
     means = (weights @ numbers)[total > 0] / total[total > 0]
     low, high = np.quantile(means, (0.025, 0.975))
@@ -60,14 +57,21 @@ def wasserstein_interval(values: Sequence[float], clusters: Sequence[Hashable], 
     if numbers.size == 0:
         return Interval(float("nan"), None, 0)
     distance = wasserstein(numbers, reference)
-    count = int(codes.max()) + 1
-    if count < 2:
+    draws = cluster_draws(codes.tolist(), RESAMPLES // 4)
+    if draws is None:
         return Interval(distance, None, numbers.size)
-    rng = np.random.default_rng(SEED)
-    draws = rng.multinomial(count, np.full(count, 1 / count), RESAMPLES // 4)[:, codes]
     found = [wasserstein(np.repeat(numbers, draw), reference) for draw in draws]
     low, high = np.quantile(found, (0.025, 0.975))
     return Interval(distance, (float(low), float(high)), numbers.size)
+
+
+def cluster_draws(clusters: Sequence[Hashable], resamples: int, stream: int = 0) -> np.ndarray | None:
+    """How often every value is drawn in every resample of whole clusters: ``(resamples, N)``; None with one cluster."""
+    codes = _codes(clusters)
+    count = int(codes.max()) + 1
+    if count < 2:
+        return None
+    return np.random.default_rng([SEED, stream]).multinomial(count, np.full(count, 1 / count), resamples)[:, codes]
 
 
 def wasserstein(one: Sequence[float] | np.ndarray, two: Sequence[float] | np.ndarray) -> float:

@@ -1,0 +1,59 @@
+"""What a result must say about itself so that it can be repeated."""
+
+import hashlib
+import importlib.metadata
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mogan.evaluation.clips import System
+from mogan.evaluation.statistics import RESAMPLES, SEED
+from mogan.evaluation.warnings import warnings_about
+
+
+def how_measured(
+    system: System,
+    clips: list[dict[str, Any]],
+    settings: dict[str, Any],
+    device: torch.device,
+    out: Path,
+    reference: System | None,
+) -> dict[str, Any]:
+    """Settings, material, versions, failures and warnings of one system, for ``results.json``."""
+    good = [clip for clip in clips if "error" not in clip]
+    prompts = sorted({clip["prompt"] for clip in clips})
+    how = {
+        **settings,
+        "folder": relative(system.folder, out),
+        "naming": system.naming,
+        "fps": sorted({clip["fps"] for clip in good}, key=lambda fps: fps or 0),
+        "resolution": sorted({(clip["height"], clip["width"]) for clip in good}),
+        "frames": sorted({clip["frames"] for clip in good}),
+        "prompts": {"count": len(prompts), "sha256": hashlib.sha256("\n".join(prompts).encode()).hexdigest()},
+        "seeds": sorted({clip["seed"] for clip in clips if clip["seed"] is not None}),
+        "reference": {"folder": relative(reference.folder, out), "clips": len(reference.clips)} if reference else None,
+        "interval": f"95 % percentile cluster bootstrap over prompts, {RESAMPLES} resamples, seed {SEED}",
+        "device": torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"{device.type} ({platform.machine()})",
+        "packages": {
+            name: importlib.metadata.version(name)
+            for name in ("mogan", "torch", "torchvision", "numpy", "opencv-python-headless", "av")
+        }
+        | {"python": platform.python_version()},
+        "failed": [
+            {"file": entry.path.name, "reason": clip["error"]}
+            for entry, clip in zip(system.clips, clips, strict=True)
+            if "error" in clip
+        ],
+        "missing": list(system.missing),
+    }
+    return how | {"warnings": warnings_about(system, clips, how)}
+
+
+def relative(path: Path, out: Path) -> str:
+    """A path as seen from the folder of ``out``, so that results and clips can move together."""
+    return Path(os.path.relpath(path.resolve(), out.resolve().parent)).as_posix()

@@ -1,0 +1,245 @@
+"""``mogan evaluate`` from folders to results.json: what it reads, what it says, what it survives."""
+
+import json
+import math
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+from mogan.errors import UserError
+from mogan.evaluation.clips import find_systems, read_folder
+from mogan.evaluation.evaluate import evaluate, table
+from mogan.evaluation.frames import Clip
+from mogan.evaluation.measure import measure
+from mogan.evaluation.sets import appearance_distance
+from mogan.lab.world import make_scene, render
+from mogan.video import write_video
+
+
+def write_clips(folder, seed, *, motion="rich", prompts=2, count=2, fps=16):
+    folder.mkdir(parents=True)
+    lines = []
+    for prompt in range(prompts):
+        text = make_scene(1, prompt, motion="rich").caption
+        for index in range(count):
+            scene = make_scene(seed + index, prompt, motion=motion, frames=9)
+            name = f"{text}-{index}.mp4"
+            write_video(folder / name, render(scene), fps)
+            lines.append({"file": name, "prompt": text, "index": index, "seed": 100 + index, "system": folder.name})
+    (folder / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("systems")
+    return write_clips(root / "teacher", 1), write_clips(root / "student", 50, motion="all")
+
+
+@pytest.fixture(scope="module")
+def results(folders, tmp_path_factory):
+    out = tmp_path_factory.mktemp("results") / "results.json"
+    evaluate(folders, out=out, flow="farneback", reference=folders[0])
+    return out
+
+
+def test_results_have_the_documented_shape(results):
+    systems = json.loads(results.read_text())["systems"]
+    assert list(systems) == ["teacher", "student"]
+    for system in systems.values():
+        assert set(system) == {"metrics", "how", "clips"}
+        for metric in system["metrics"].values():
+            assert set(metric) == {"mean", "ci95", "n"}
+            low, high = metric["ci95"] or (-math.inf, math.inf)
+            assert low - 1e-9 <= metric["mean"] <= high + 1e-9
+        assert len(system["clips"]) == 4
+        for clip in system["clips"]:
+            assert (results.parent / clip["file"]).is_file()
+            assert {"prompt", "index", "seed", "sha256", "frames", "fps", "values"} <= set(clip)
+    expected = {
+        "dynamic_degree", "motion_smoothness", "motion_score", "temporal_flickering", "flow_top5", "warping_error", "cuts",
+        "saturation", "lab_speed", "lab_colour", "lab_speed_wasserstein",
+    }  # fmt: skip
+    assert expected <= set(systems["teacher"]["metrics"])
+    assert systems["teacher"]["metrics"]["lab_speed_wasserstein"]["mean"] == 0
+    assert "appearance_distance" not in systems["teacher"]["metrics"]  # four clips are no distribution
+
+
+def test_results_say_how_they_were_made(results, folders):
+    how = json.loads(results.read_text())["systems"]["student"]["how"]
+    assert how["flow"]["name"] == "farneback"
+    assert "OpenCV" in how["flow"]["version"]
+    assert (how["fps"], how["frames"], how["resolution"]) == ([16.0], [9], [[64, 64]])
+    assert how["seeds"] == [100, 101]
+    assert how["prompts"]["count"] == 2
+    assert len(how["prompts"]["sha256"]) == 64
+    assert how["interpolator"] == "flow-warp"
+    assert {"torch", "numpy", "av", "python", "opencv-python-headless"} <= set(how["packages"])
+    assert "PyAV" in how["decoder"]
+    assert any("only 2 prompts" in warning for warning in how["warnings"])
+
+
+def test_numbers_of_a_clip_are_those_of_the_pure_functions(results, folders):
+    from mogan.evaluation.classical_flow import farneback
+    from mogan.evaluation.interpolators import flow_warp
+    from mogan.evaluation.motion import dynamic_degree, static_filter, temporal_flickering
+
+    record = json.loads(results.read_text())["systems"]["teacher"]["clips"][0]
+    clip = Clip(results.parent / record["file"])
+    values = record["values"]
+    assert values["temporal_flickering"] == pytest.approx(temporal_flickering(clip))
+    degree = dynamic_degree(clip, 16, farneback)
+    assert record["pair_scores"] == pytest.approx(degree.scores)
+    assert values["dynamic_degree"] == float(degree.decision)
+    assert values["static"] == float(static_filter(clip, farneback).decision)
+    assert measure(clip, farneback, flow_warp(farneback)).values["warping_error"] == pytest.approx(
+        values["warping_error"]
+    )
+
+
+def test_a_stopped_evaluation_goes_on_where_it_was(results, folders, tmp_path, monkeypatch):
+    kept = results.with_suffix(".clips.jsonl")
+    out = tmp_path / "results.json"
+    shutil.copy(kept, out.with_suffix(".clips.jsonl"))
+    with out.with_suffix(".clips.jsonl").open("a") as file:
+        file.write('\n{"key": "torn by a ki')
+
+    def forbidden(*_, **__):
+        raise AssertionError("measured again")
+
+    monkeypatch.setattr("mogan.evaluation.evaluate.measure", forbidden)
+    again = evaluate(folders, out=out, flow="farneback", reference=folders[0])
+    before = json.loads(results.read_text())
+    for name, system in before["systems"].items():
+        assert again["systems"][name]["metrics"] == system["metrics"]
+    with pytest.raises(AssertionError, match="measured again"):
+        evaluate(folders, out=out, flow="dis")
+
+
+def test_a_corrupt_clip_is_named_and_the_others_are_unaffected(results, folders, tmp_path):
+    broken = tmp_path / "teacher"
+    shutil.copytree(folders[0], broken)
+    victim = sorted(broken.glob("*.mp4"))[1]
+    victim.write_bytes(victim.read_bytes()[:300])
+    found = evaluate((broken,), out=tmp_path / "r.json", flow="farneback")["systems"]["teacher"]
+    assert [f["file"] for f in found["how"]["failed"]] == [victim.name]
+    assert found["metrics"]["dynamic_degree"]["n"] == 3
+    assert any("1 of 4 clips could not be read" in warning for warning in found["how"]["warnings"])
+    whole = json.loads(results.read_text())["systems"]["teacher"]["clips"]
+    same = {clip["sha256"]: clip["values"] for clip in whole}
+    for clip in found["clips"]:
+        assert "error" in clip or clip["values"] == same[clip["sha256"]]
+
+
+def test_a_file_cut_in_the_middle_of_its_data_is_an_error_or_counted_honestly(folders, tmp_path):
+    source = sorted(folders[0].glob("*.mp4"))[0]
+    data = source.read_bytes()
+    cut = tmp_path / "cut.mp4"
+    cut.write_bytes(data[: int(len(data) * 0.7)])
+    with pytest.raises(UserError, match=r"cut\.mp4"):
+        print(Clip(cut).shape)
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda root: (), "name at least one folder"),
+        (lambda root: (root / "absent",), "is no folder"),
+        (lambda root: ((root / "empty"),), "holds no video"),
+        (lambda root: (root / "ghosts",), "none of the 1 files"),
+        (lambda root: (root / "torn",), "not one JSON object per line"),
+        (lambda root: (root / "a", root / "b"), "no prompt in common"),
+        (lambda root: (root / "a", root / "deep" / "a"), "two folders are called 'a'"),
+    ],
+)
+def test_mistakes_are_answered_in_one_sentence(tmp_path, make, words):
+    for name, files in {
+        "a": ["x-0.mp4"],
+        "b": ["y-0.mp4"],
+        "deep/a": ["x-0.mp4"],
+        "empty": [],
+        "ghosts": [],
+        "torn": [],
+    }.items():
+        (tmp_path / name).mkdir(parents=True)
+        for file in files:
+            (tmp_path / name / file).write_bytes(b"not a video")
+    (tmp_path / "ghosts" / "samples.jsonl").write_text('{"file": "gone-0.mp4", "prompt": "gone"}\n')
+    (tmp_path / "torn" / "samples.jsonl").write_text('{"file": "gone')
+    with pytest.raises(UserError, match=words) as error:
+        evaluate(make(tmp_path), out=tmp_path / "r.json", flow="farneback")
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "r.json").exists()
+
+
+def test_a_folder_of_nothing_but_rubbish_says_so(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "x-0.mp4").write_bytes(b"not a video")
+    with pytest.raises(UserError, match="no clip of a could be measured"):
+        evaluate((tmp_path / "a",), out=tmp_path / "r.json", flow="farneback")
+
+
+def test_unknown_tools_are_refused(folders, tmp_path):
+    with pytest.raises(UserError, match="flow-warp or blend"):
+        evaluate(folders, out=tmp_path / "r.json", flow="farneback", interpolator="amt-s")
+    with pytest.raises(UserError, match="no flow network"):
+        evaluate(folders, out=tmp_path / "r.json", flow="/nowhere/raft.pth")
+
+
+def test_names_prompts_and_numbers_are_read_from_lists_and_from_file_names(tmp_path):
+    (tmp_path / "plain").mkdir()
+    for name in ("a red fox-0.mp4", "a red fox-1.mp4", "well-known-12.mp4", "no number.mp4"):
+        (tmp_path / "plain" / name).touch()
+    found = {entry.path.stem: (entry.prompt, entry.index) for entry in read_folder(tmp_path / "plain", "x").clips}
+    assert found["a red fox-1"] == ("a red fox", 1)
+    assert found["well-known-12"] == ("well-known", 12)
+    assert found["no number"] == ("no number", 0)
+    (tmp_path / "plain" / "metadata.csv").write_text("file_name,caption\nno number.mp4,a cat\ngone.mp4,a dog\n")
+    listed = read_folder(tmp_path / "plain", "x")
+    assert [(e.prompt, e.index) for e in listed.clips] == [("a cat", 0)]
+    assert listed.missing == ("gone.mp4",)
+    assert len(listed.unlisted) == 3
+    assert [s.name for s in find_systems((f"first={tmp_path / 'plain'}",))] == ["first"]
+
+
+def test_tags_that_mislead_are_pointed_out(tmp_path):
+    folder = write_clips(tmp_path / "ten", 1, prompts=1, count=1, fps=10)
+    short = make_scene(1, 0, frames=3)
+    write_video(folder / "short-0.mp4", render(short), 16)
+    with (folder / "samples.jsonl").open("a") as file:
+        file.write(json.dumps({"file": "short-0.mp4", "prompt": "short"}) + "\n")
+    warnings = " ".join(
+        evaluate((folder,), out=tmp_path / "r.json", flow="farneback", quick=True)["systems"]["ten"]["how"]["warnings"]
+    )
+    for words in ("tagged 10", "frame rates differ", "fewer than four frames", "differ in length", "only 2 prompts"):
+        assert words in warnings
+
+
+def test_the_table_names_every_system_and_metric(results):
+    text = table(json.loads(results.read_text()))
+    assert "teacher" in text.splitlines()[0]
+    assert "Dynamic degree" in text
+    assert "Net displacement (px/frame)" in text
+
+
+def test_every_estimator_of_the_same_interface_will_do(folders):
+    class Still(torch.nn.Module):
+        def forward(self, video):
+            return torch.zeros(video.shape[0], 2, video.shape[2] - 1, *video.shape[3:])
+
+    values = measure(Clip(sorted(folders[0].glob("*.mp4"))[0]), Still(), lambda first, second: first).values
+    assert values["dynamic_degree"] == 0
+    assert values["flow_top5"] == 0
+    assert values["camera_motion"] == pytest.approx(0, abs=1e-4)
+
+
+def test_distance_of_looks_is_small_for_equal_worlds_and_large_for_another():
+    rng = np.random.default_rng(0)
+    one, same = rng.normal(size=(200, 10)), rng.normal(size=(200, 10))
+    prompts = [i // 4 for i in range(200)]
+    near = appearance_distance(one, prompts, same)
+    far = appearance_distance(one + 1.0, prompts, same)
+    assert near.ci95[0] <= near.mean <= near.ci95[1]
+    assert far.mean > near.mean + 5
