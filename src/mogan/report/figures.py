@@ -10,6 +10,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from mogan.evaluation.names import METRICS
@@ -67,9 +68,7 @@ def interval_figure(results: Sequence[Result]) -> Figure | None:
         axis.set_yticks(range(len(results)), [r.name for r in results])
         axis.set_ylim(len(results) - 0.5, -0.5)
         axis.grid(axis="y", visible=False)
-        axis.locator_params(axis="x", nbins=4)
-        unit = f" ({METRICS[name].unit})" if METRICS[name].unit else ""
-        axis.set_title(METRICS[name].label + unit)
+        _name_axis(axis, name)
     for axis in axes.flat[len(names) :]:
         axis.set_visible(False)
     for axis in axes[:, 1:].flat:
@@ -109,12 +108,11 @@ def spread_figure(results: Sequence[Result]) -> Figure | None:
             axis.plot([middle], [row], "|", color=INK, ms=13, mew=1.8)
         if name == "flow_top5":
             axis.axvline(6, color="#8795a1", lw=1, ls="--")
-            axis.text(6, -0.62, " VBench's line", fontsize=7.5, color="#5b6b78", va="bottom")
+            axis.text(6, -0.58, " VBench's line", fontsize=7.5, color="#5b6b78", va="top")
         axis.set_yticks(range(len(results)), labels)
         axis.set_ylim(len(results) - 0.4, -0.6)
         axis.grid(axis="y", visible=False)
-        unit = f" ({METRICS[name].unit})" if METRICS[name].unit else ""
-        axis.set_title(METRICS[name].label + unit, pad=10)
+        _name_axis(axis, name)
     for axis in axes.flat[len(names) :]:
         axis.set_visible(False)
     return figure
@@ -148,6 +146,13 @@ def curve_figure(runs: Sequence[Curves]) -> Figure | None:
     if len(runs) > 1:
         figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside upper left", ncols=4, frameon=False)
     return figure
+
+
+def _name_axis(axis: Axes, name: str) -> None:
+    unit = f" ({METRICS[name].unit})" if METRICS[name].unit else ""
+    axis.set_title(METRICS[name].label + unit)
+    axis.locator_params(axis="x", nbins=5)
+    axis.ticklabel_format(axis="x", scilimits=(-3, 4), useOffset=False)
 
 
 def _smooth(values: np.ndarray) -> np.ndarray:

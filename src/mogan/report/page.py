@@ -82,8 +82,7 @@ def report(
         "spread": (spread_figure(shown), "Distributions over clips, by system"),
         "curves": (curve_figure(curves), "Training curves"),
     }
-    if figures:
-        _write_pictures(figures, pictures, shown, footage)
+    svg = {name: to_svg(figure, label) for name, (figure, label) in pictures.items() if figure is not None}
     environment = Environment(
         loader=PackageLoader("mogan.report"),
         autoescape=True,
@@ -97,7 +96,7 @@ def report(
         systems=[(r.name, COLOURS[i % len(COLOURS)], len(r.good)) for i, r in enumerate(results)],
         groups=_groups(results),
         differences=_differences(shown),
-        svg={name: to_svg(figure, label) for name, (figure, label) in pictures.items() if figure is not None},
+        svg=svg,
         footage=footage,
         prompts=_prompts(shown),
         warnings=_warnings(results, curves),
@@ -108,6 +107,8 @@ def report(
     out.parent.mkdir(parents=True, exist_ok=True)
     with replacing(out) as temporary:
         temporary.write_text(html, encoding="utf-8")
+    if figures:
+        _write_pictures(figures, pictures, shown, footage)
     print(f"{out} ({out.stat().st_size / 2**20:.1f} MB)")
 
 

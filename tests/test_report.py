@@ -1,0 +1,163 @@
+"""``mogan report``: one page that holds everything and asks nothing of the network."""
+
+import json
+import re
+from html.parser import HTMLParser
+
+import pytest
+
+from mogan.errors import UserError
+from mogan.evaluation.evaluate import evaluate
+from mogan.lab.world import make_scene, render
+from mogan.report import report
+from mogan.report.footage import choose
+from mogan.report.sources import Result, read_sources
+from mogan.video import write_video
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    root = tmp_path_factory.mktemp("report")
+    for system, seed in (("dmd", 1), ("mogan", 9)):
+        (root / system).mkdir()
+        for prompt in range(3):
+            scene = make_scene(seed, prompt, motion="rich", frames=5)
+            text = make_scene(1, prompt, motion="rich").caption
+            write_video(root / system / f"{text}-0.mp4", render(scene), 16)
+    evaluate((root / "dmd", root / "mogan"), out=root / "results.json", flow="farneback", quick=True)
+    run = root / "run"
+    run.mkdir()
+    rows = [
+        {"iteration": i, "update": update, "loss": 1 / (i + 1), "seconds": 0.5, "note": "text", "gap": 0.1 * i}
+        for i in range(30)
+        for update in ("student", "fake_score")
+    ]
+    (run / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)) + '\n{"iteration": 30, "upd')
+    (run / "warnings.log").write_text("iteration 20: the student is stiller than its start\n")
+    return root
+
+
+@pytest.fixture(scope="module")
+def page(inputs):
+    report((inputs / "results.json", inputs / "run"), out=inputs / "report.html", figures=inputs / "figures")
+    return (inputs / "report.html").read_text()
+
+
+class Reader(HTMLParser):
+    """Collects tags with their attributes and checks that they close."""
+
+    void = ("meta", "br", "img", "input", "link", "hr")
+
+    def __init__(self):
+        super().__init__()
+        self.tags, self.open = [], []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag not in self.void:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def test_the_page_is_well_formed_and_asks_nothing_of_the_network(page):
+    reader = Reader()
+    reader.feed(page)
+    assert reader.open == []
+    for tag, attrs in reader.tags:
+        for name in ("src", "href", "xlink:href", "poster", "action"):
+            target = attrs.get(name) or "#"
+            assert target.startswith(("#", "data:")), (tag, target[:60])
+    outside = set(re.findall(r"""(?:url\(|@import|fetch\()[^)]{0,40}""", page))
+    assert all("url(#" in use for use in outside), outside
+
+
+def test_every_clip_loops_silently_beside_its_flow(page):
+    reader = Reader()
+    reader.feed(page)
+    videos = [attrs for tag, attrs in reader.tags if tag == "video"]
+    assert len(videos) >= 2 * 2 * 3
+    for attrs in videos:
+        assert {"muted", "loop", "playsinline", "autoplay", "aria-label"} <= set(attrs)
+        assert attrs["src"].startswith("data:video/mp4;base64,AAAA")
+    assert "one scale for every clip" in page
+    assert "image-rendering: pixelated" in page
+
+
+def test_numbers_warnings_curves_and_settings_are_all_there(page):
+    for words in (
+        "Dynamic degree", "Temporal flickering", "95 % intervals", "What would mislead", "only 3 prompts", "stiller than its start",
+        "Training", "student: loss", "fake_score: gap", "How it was measured", "farneback", "flow-warp", "Against dmd",
+    ):  # fmt: skip
+        assert words in page, words
+    assert page.count("<svg") == 3
+    data = json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.S)[1])
+    assert data["systems"] == ["dmd", "mogan"]
+    assert len(data["rows"]) == 3
+
+
+def test_the_same_input_gives_the_same_page(inputs, page, tmp_path):
+    report((inputs / "results.json", inputs / "run"), out=tmp_path / "again.html")
+    assert (tmp_path / "again.html").read_text() == page
+
+
+def test_figures_and_sheets_are_written_for_papers(inputs, page):
+    names = {path.name for path in (inputs / "figures").iterdir()}
+    assert {"intervals.png", "spread.png", "curves.png", "clips-0.png", "clips-2.png"} <= names
+
+
+def test_text_from_outside_cannot_become_markup(tmp_path):
+    evil = "<script>alert(1)</script>"
+    clip = {
+        "prompt": evil,
+        "index": 0,
+        "seed": None,
+        "file": "gone.mp4",
+        "width": 64,
+        "fps": 16,
+        "values": {"flow_top5": 1.0},
+    }
+    results = {"systems": {evil: {"metrics": {evil: {"mean": 1.0, "ci95": None, "n": 1}}, "how": {}, "clips": [clip]}}}
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    report((tmp_path / "results.json",), out=tmp_path / "r.html")
+    text = (tmp_path / "r.html").read_text()
+    assert "<script>alert" not in text
+    assert "is not there any more" in text
+
+
+def test_a_run_alone_makes_a_page(inputs, tmp_path):
+    report((inputs / "run",), out=tmp_path / "r.html")
+    text = (tmp_path / "r.html").read_text()
+    assert "Training" in text
+    assert "<video" not in text
+
+
+def test_clips_are_chosen_by_position_and_not_by_score():
+    def result(name, prompts):
+        clips = [{"prompt": p, "index": k, "values": {}} for p in prompts for k in (0, 1)]
+        return Result(name, None, {}, {}, clips)
+
+    many = [f"p{i:02}" for i in range(20)]
+    assert choose([result("a", many), result("b", many[:11])], 3) == [("p00", 0), ("p05", 0), ("p10", 0)]
+    assert len(choose([result("a", ["x"]), result("b", ["x"])], 4)) == 2
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [('{"old": 1}', "no results.json of this version"), ("{", "no results.json of this version")],
+)
+def test_an_old_results_file_is_refused_in_one_sentence(tmp_path, content, words):
+    (tmp_path / "results.json").write_text(content)
+    with pytest.raises(UserError, match=words):
+        read_sources((tmp_path / "results.json",))
+
+
+def test_inputs_that_are_nothing_are_refused(tmp_path):
+    with pytest.raises(UserError, match="neither a results"):
+        report((tmp_path,), out=tmp_path / "r.html")
+    with pytest.raises(UserError, match="at least one"):
+        report((), out=tmp_path / "r.html")
+    (tmp_path / "metrics.jsonl").write_text("")
+    with pytest.raises(UserError, match="holds no number yet"):
+        report((tmp_path,), out=tmp_path / "r.html")
