@@ -13,6 +13,8 @@ from mogan.survey.folder import VOTES, Answer, Item, Survey, fingerprint
 from mogan.survey.plan import REPEAT
 from mogan.survey.store import completion_code
 
+PAIRS_FOR_SIDE = 10  # with fewer, the better clip may well have been on one side by chance
+
 
 @dataclass(frozen=True)
 class Vote:
@@ -114,7 +116,7 @@ def _judge_rater(
         reasons.append(f"median {median:.1f} s per pair of {length:.1f} s clips")
     decided = [side for vote in judged for side in vote.shown.values() if side != "tie"]
     one = max(decided.count("left"), decided.count("right")) / len(decided) if decided else 0.0
-    if len(decided) >= 15 and one > rules.one_side:
+    if len(judged) >= PAIRS_FOR_SIDE and one > rules.one_side:
         reasons.append(f"{100 * one:.0f} % of decided answers on one side")
     return Rater(
         rater,

@@ -78,7 +78,7 @@ def _comparison(votes: list[Vote], names: tuple[str, str], question: str, seed: 
         result[name]["ci95_independent"] = dirichlet[:, k].tolist()
     result["net"] = _estimate(share[0] - share[2], drawn[:, 0] - drawn[:, 2] if enough else None)
     result["win_rate"] = _estimate(share[0] + share[1] / 2, drawn[:, 0] + drawn[:, 1] / 2 if enough else None)
-    result["detectable"] = _power(outcomes, drawn, clusters) if enough else None
+    result["detectable"] = _power(outcomes, drawn, clusters) if enough and len(set(outcomes)) > 1 else None
     return result
 
 
@@ -97,7 +97,7 @@ def _power(outcomes: np.ndarray, drawn: np.ndarray, prompts: int) -> dict[str, f
     return {
         "net": smallest,
         "standard_error": error,
-        "design_effect": (error / naive) ** 2 if naive else 1.0,
+        "design_effect": (error / naive) ** 2,
         "prompts_for_10_points": int(np.ceil(prompts * (smallest / 0.1) ** 2)),
     }
 
