@@ -24,8 +24,8 @@ CAPTION_COLUMNS = ("caption", "text", "prompt")
 # A cut is a pair of frames whose thumbnails (16 x 16, 0 to 255) differ on average by more than CUT_FLOOR, by more than
 # CUT_DEVIATIONS median absolute deviations above the median of the CUT_RADIUS pairs on either side, and by more than
 # CUT_ISOLATION times either neighbouring pair: quick motion and shaking last for several pairs, a cut for one.
-CUT_FLOOR = 14.0
-CUT_DEVIATIONS = 8.0
+CUT_FLOOR = 16.0
+CUT_DEVIATIONS = 6.0
 CUT_RADIUS = 24
 CUT_ISOLATION = 2.0
 

@@ -148,7 +148,9 @@ def flow_fingerprint(name: str) -> str:
 
     if name == "farneback":
         return name
-    path = wan.lab_folder() / "raft" if name == "lab" else Path(name)
+    path = (wan.lab_folder() / "raft" if name == "lab" else Path(name)).resolve()
+    if not path.exists():
+        raise UserError(f"no flow network at {path}: --flow takes lab, farneback, or the path of RAFT weights")
     return wan.fingerprint(path.parent, path.name) if path.is_dir() else file_sha(path)
 
 
