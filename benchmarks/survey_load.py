@@ -1,10 +1,11 @@
 """Simultaneous raters on loopback: does a vote get lost or counted twice, and how long does one take?
 
-    python benchmarks/survey_load.py --raters 200 --seconds 60
+    python benchmarks/survey_load.py --raters 200 --seconds 120
 
-Makes a small survey in a temporary folder, serves it in a process of its own, lets every rater answer all pairs without
-a pause (a real one takes half a minute per pair), fetches parts of clips as phones do, sends one vote in five twice at
-once, and compares the database with what was acknowledged. Ends after --seconds at the latest; exit code 1 on a loss.
+Makes a small survey in a temporary folder and serves it in a process of its own. Every rater fetches parts of clips as
+phones do and answers all pairs after --pause seconds each (a real one takes half a minute; 0 measures the most that is
+taken), one vote in five twice at once. Then the server is killed and its database compared with what was acknowledged.
+Ends after --seconds at the latest; exit code 1 on a loss.
 """
 
 import argparse
@@ -62,7 +63,9 @@ class Client:
             del self.writer
 
 
-async def rate(port: int, seed: int, until: float, taken: dict[str, list[float]], kept: dict[str, dict]) -> None:
+async def rate(
+    port: int, seed: int, pause: float, until: float, taken: dict[str, list[float]], kept: dict[str, dict]
+) -> None:
     """One rater's whole visit: answers at random, twice at once now and then; remembers what was acknowledged as new."""
     choice = random.Random(seed)
     client, twin = Client(port), Client(port)
@@ -88,6 +91,7 @@ async def rate(port: int, seed: int, until: float, taken: dict[str, list[float]]
         for slot, screen in enumerate(visit["screens"]):
             if time.time() > until:
                 return
+            await asyncio.sleep(choice.uniform(0, 2 * pause))
             status, _, _ = await timed(client, "clip", "GET", screen["left"], None, "Range: bytes=0-65535\r\n")
             assert status == 206, status
             answers = {question["id"]: choice.choice(("left", "tie", "right")) for question in visit["questions"]}
@@ -112,10 +116,14 @@ def check(path: Path, kept: dict[str, dict]) -> tuple[int, int, int]:
     return len(rows), lost, len(rows) - len(stored)
 
 
-async def crowd(port: int, raters: int, until: float) -> tuple[dict[str, list[float]], dict[str, dict], list]:
+async def crowd(
+    port: int, raters: int, pause: float, until: float
+) -> tuple[dict[str, list[float]], dict[str, dict], list]:
     """All raters at once."""
     taken, kept = {}, {}
-    visits = [asyncio.wait_for(rate(port, k, until, taken, kept), until - time.time() + 5) for k in range(raters)]
+    visits = [
+        asyncio.wait_for(rate(port, k, pause, until, taken, kept), until - time.time() + 5) for k in range(raters)
+    ]
     failures = [one for one in await asyncio.gather(*visits, return_exceptions=True) if one is not None]
     return taken, kept, failures
 
@@ -123,7 +131,8 @@ async def crowd(port: int, raters: int, until: float) -> tuple[dict[str, list[fl
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--raters", type=int, default=200)
-    parser.add_argument("--seconds", type=float, default=60.0)
+    parser.add_argument("--seconds", type=float, default=120.0)
+    parser.add_argument("--pause", type=float, default=2.0)
     parser.add_argument("--pairs", type=int, default=10)
     given = parser.parse_args()
     assert given.raters <= 300, "one address may start 300 visits; more would only measure the limit"
@@ -141,7 +150,7 @@ def main() -> int:
         try:
             port = int(server.stdout.readline().split("127.0.0.1:")[1].split("/")[0])
             begin = time.time()
-            taken, kept, failures = asyncio.run(crowd(port, given.raters, begin + given.seconds))
+            taken, kept, failures = asyncio.run(crowd(port, given.raters, given.pause, begin + given.seconds))
             wall = time.time() - begin
         finally:
             server.kill()  # not asked to stop: what was acknowledged must be there all the same

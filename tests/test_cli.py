@@ -105,7 +105,7 @@ def watched(key, values, update="student<gan"):
     [
         ("motion", [1.0] * 5 + [0.5] * 15, "student<gan", "stiller"),
         ("saturation", [0.4] * 5 + [0.55] * 15, "student<gan", "saturating"),
-        ("loss", [0.3] * 5 + [0.5] * 15, "fake_score<dmd", "lags"),
+        ("loss", [0.1] * 50 + [0.3] * 5 + [0.5] * 15, "fake_score<dmd", "lags"),
         ("gap", [1.0] * 5 + [9.0] * 15, "discriminator<gan", "wins outright"),
     ],
 )

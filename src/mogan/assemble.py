@@ -15,7 +15,7 @@ from mogan.data import Cache, ensure_observations
 from mogan.denoiser import Denoiser
 from mogan.discriminator import Discriminator
 from mogan.errors import UserError
-from mogan.flow import FlowEstimator
+from mogan.flow import FlowEstimator, RaftFlow
 from mogan.objectives import Objective
 from mogan.objectives.dmd import DMD
 from mogan.objectives.flow_matching import FlowMatching
@@ -121,8 +121,10 @@ def assemble(
         observe = None
         if config.gan.space == "motion":
             flow = wan.load_flow(config.gan.flow, config.gan.flow_iterations)
-            flow = flow.to(target) if isinstance(flow, nn.Module) else flow
-            observe = MotionObservation(vae, flow, config.gan.window, config.gan.max_flow)
+            if isinstance(flow, RaftFlow):
+                flow = flow.to(target)
+                flow.checkpointing = config.checkpointing
+            observe = MotionObservation(vae, flow, config.gan.window, config.gan.max_flow, config.checkpointing)
             key = observe_real_clips(cache, config.gan, observe, wan.fingerprint(base, "vae"), target)
         g = config.gan
         objectives["gan"] = GAN(

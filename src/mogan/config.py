@@ -115,7 +115,7 @@ class Config:
         precision: ``auto`` (bf16 where the hardware has it), ``bf16`` or ``fp32``.
         save_every, sample_every: iterations between checkpoints and between sample sheets.
         keep: checkpoints kept.
-        checkpointing: recompute the transformers' activations in the backward pass.
+        checkpointing: recompute activations in the backward pass, of the transformers and of the whole motion observation.
     """
 
     recipe: str

@@ -96,20 +96,21 @@ def load_raft(path: str | Path) -> RAFT:
 class RaftFlow(nn.Module):
     """RAFT as a function of a whole video, in fp32, over chunks of frame pairs.
 
-    Chunks are checkpointed when gradients are wanted, so peak memory depends on ``pairs_per_chunk`` and not on the
-    length of the clip.
+    With ``checkpointing`` peak memory depends on ``pairs_per_chunk`` and not on the length of the clip.
 
     Args:
         raft: a torchvision ``RAFT``; frozen here.
         iterations: refinement steps (12 in training, 20 in VBench's dynamic degree).
         pairs_per_chunk: frame pairs estimated at once.
+        checkpointing: recompute each chunk in the backward pass.
     """
 
-    def __init__(self, raft: RAFT, iterations: int = 12, pairs_per_chunk: int = 16):
+    def __init__(self, raft: RAFT, iterations: int = 12, pairs_per_chunk: int = 16, checkpointing: bool = True):
         super().__init__()
         self.raft = raft.float().eval().requires_grad_(False)
         self.iterations = iterations
         self.pairs_per_chunk = pairs_per_chunk
+        self.checkpointing = checkpointing
 
     def train(self, mode: bool = True) -> "RaftFlow":
         """Stay in evaluation mode: RAFT's batch statistics are frozen with its weights."""
@@ -136,7 +137,7 @@ class RaftFlow(nn.Module):
         device_type = video_BCFHW.device.type
         with torch.autocast(device_type, enabled=False):
             for one, two in zip(first.split(self.pairs_per_chunk), second.split(self.pairs_per_chunk), strict=True):
-                if torch.is_grad_enabled() and one.requires_grad:
+                if self.checkpointing and torch.is_grad_enabled() and one.requires_grad:
                     flows.append(checkpoint(self._pairs, one, two, use_reentrant=False))
                 else:
                     flows.append(self._pairs(one, two))

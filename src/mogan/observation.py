@@ -31,12 +31,14 @@ class MotionObservation:
         flow: frozen flow estimator on video in [-1, 1].
         window: latent frames decoded with gradient (MoGAN: 12 of 21).
         max_flow: pixels per frame that the picture draws as 1.
+        checkpointing: recompute decoder and encoder in the backward pass, latent frame by latent frame.
     """
 
     vae: torch.nn.Module
     flow: FlowEstimator
     window: int
     max_flow: float
+    checkpointing: bool = True
 
     def __call__(self, latent_BCFHW: Float[Tensor, "b c f h w"], start: int) -> Observed:
         """Observe latent frames ``start ... start + window - 1``.
@@ -44,10 +46,10 @@ class MotionObservation:
         A window inside the clip decodes to ``4 window`` frames and one at its start to ``4 window - 3``. The encoder takes
         ``4 k + 1`` frames, so the last ``4 window - 3`` are used in both cases: every window looks alike.
         """
-        video = decode_window(self.vae, latent_BCFHW, start, self.window)
+        video = decode_window(self.vae, latent_BCFHW, start, self.window, self.checkpointing)
         video = video[:, :, -(4 * self.window - 3) :]
         flow = self.flow(video)
-        latent = encode_video(self.vae, motion_picture(flow, self.max_flow))
+        latent = encode_video(self.vae, motion_picture(flow, self.max_flow), self.checkpointing)
         return Observed(latent, flow, video)
 
 

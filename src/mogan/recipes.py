@@ -47,9 +47,9 @@ def mogan_lab() -> Config:
             Update(learns="discriminator", by="gan", batch=8),
         ),
         optimizers={
-            "student": Optimizer(lr=5e-5, betas=(0.0, 0.999)),
-            "fake_score": Optimizer(lr=1e-4, betas=(0.0, 0.999)),
-            "discriminator": Optimizer(lr=1e-4, betas=(0.0, 0.999)),
+            "student": Optimizer(lr=1e-4, betas=(0.0, 0.999)),
+            "fake_score": Optimizer(lr=2e-4, betas=(0.0, 0.999)),
+            "discriminator": Optimizer(lr=2e-4, betas=(0.0, 0.999)),
         },
         dmd=DMDConfig(guidance=3.0, shift=3.0),
         gan=GANConfig(

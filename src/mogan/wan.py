@@ -266,13 +266,17 @@ def _empty_cache(module: nn.Module) -> list:
 
 
 def decode_window(
-    vae: AutoencoderKLWan, latent_BCFHW: Float[Tensor, "b c f h w"], start: int = 0, length: int | None = None
+    vae: AutoencoderKLWan,
+    latent_BCFHW: Float[Tensor, "b c f h w"],
+    start: int = 0,
+    length: int | None = None,
+    checkpointing: bool = True,
 ) -> Float[Tensor, "b 3 g h2 w2"]:
     """Decode latent frames ``start ... start + length - 1`` exactly as a full decode would, and stop.
 
     The decoder is recurrent: the frames before the window are decoded without gradient for their state alone, which is
-    detached (truncated back-propagation, MoGAN appendix A); each latent frame inside runs under a checkpoint, so memory
-    does not grow with the clip. A window from the start has ``1 + 4 (length - 1)`` frames, any other ``4 length``.
+    detached (truncated back-propagation, MoGAN appendix A). With ``checkpointing`` each latent frame inside is recomputed in
+    the backward pass, so memory does not grow with the window either. A window from the start has ``1 + 4 (length - 1)`` frames, any other ``4 length``.
 
     Returns fp32 video, clamped to [-1, 1] as the stock decoder does.
     """
@@ -287,7 +291,7 @@ def decode_window(
     chunks = [(x[:, :, i : i + 1], i == 0) for i in range(start + length)]
     with torch.no_grad():
         _, cache = _recurrent(step, chunks[:start], _empty_cache(vae.decoder), checkpointed=False)
-    frames, _ = _recurrent(step, chunks[start:], cache, checkpointed=True)
+    frames, _ = _recurrent(step, chunks[start:], cache, checkpointed=checkpointing)
     video = torch.cat(frames, 2)
     if vae.config.patch_size is not None:
         video = unpatchify(video, patch_size=vae.config.patch_size)
@@ -299,7 +303,9 @@ def decode_video(vae: AutoencoderKLWan, latent_BCFHW: Tensor) -> Tensor:
     return decode_window(vae, latent_BCFHW)
 
 
-def encode_video(vae: AutoencoderKLWan, video_BCFHW: Float[Tensor, "b 3 f h w"]) -> Float[Tensor, "b c g h2 w2"]:
+def encode_video(
+    vae: AutoencoderKLWan, video_BCFHW: Float[Tensor, "b 3 f h w"], checkpointing: bool = True
+) -> Float[Tensor, "b c g h2 w2"]:
     """Encode ``4 k + 1`` frames to ``k + 1`` normalised latent frames (mean of the posterior), fp32, with gradient."""
     if video_BCFHW.shape[2] % 4 != 1:
         raise ValueError(f"a clip must have 4 k + 1 frames to be encoded, not {video_BCFHW.shape[2]}")
@@ -307,7 +313,7 @@ def encode_video(vae: AutoencoderKLWan, video_BCFHW: Float[Tensor, "b 3 f h w"])
     if vae.config.patch_size is not None:
         x = patchify(x, patch_size=vae.config.patch_size)
     chunks = [(x[:, :, :1], True)] + [(x[:, :, i : i + 4], False) for i in range(1, x.shape[2], 4)]
-    encoded, _ = _recurrent(partial(_encoder_step, vae), chunks, _empty_cache(vae.encoder), checkpointed=True)
+    encoded, _ = _recurrent(partial(_encoder_step, vae), chunks, _empty_cache(vae.encoder), checkpointing)
     moments = vae.quant_conv(torch.cat(encoded, 2))
     mean, deviation = _statistics(vae, video_BCFHW)
     return (moments.chunk(2, dim=1)[0].float() - mean) / deviation

@@ -3,6 +3,7 @@
 from collections import defaultdict, deque
 
 FIRST, RECENT = 5, 10  # records that make "the start" and "now"
+SETTLED = 50  # iterations a fake score that starts from the teacher needs to find the student at all
 
 
 class Watch:
@@ -23,7 +24,7 @@ class Watch:
         for key in ("motion", "saturation", "gap"):
             if key in record:
                 self._note(key, record[key])
-        if update.startswith("fake_score"):
+        if update.startswith("fake_score") and record["iteration"] >= SETTLED:
             self._note("fake_loss", record["loss"])
         checks = (
             ("motion", self._ratio("motion") < 0.7, "the student is stiller than at its start: its clips move {now:.2f} "

@@ -28,7 +28,7 @@ def build(
     *,
     out: Path = Path("runs/lab"),
     vae_steps: int = 1500,
-    raft_steps: int = 2200,
+    raft_steps: int = 3600,
     teacher_steps: int = 4500,
     student_iterations: int = 400,
     install: bool = False,

@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 
 from mogan.survey.folder import Survey
 
-COLOURS = {"win": "#2a6f97", "tie": "#c9ccd1", "lose": "#d1805a"}
+COLOURS = {"win": "#2a6f97", "tie": "#c9ccd1", "lose": "#b9603a"}
 
 
 def draw(survey: Survey, comparisons: list[dict[str, Any]], path: Path) -> None:
