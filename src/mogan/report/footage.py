@@ -3,6 +3,7 @@
 import base64
 import math
 import tempfile
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -152,18 +153,18 @@ class _Camera:
             return Shot(result.name, "", "", 192, False, f"{clip['file']} is not there any more")
         if str(path) not in self._cache:
             fps = clip["fps"] or 8.0
-            fields = self._fields[str(path)].astype(np.float32)
-            fields = np.concatenate([fields, fields[-1:]])
-            flow = _encode(flow_picture(fields, self.scale), fps, 20) if len(fields) else ""
+            fields = self._fields[str(path)]
+            shown = [*fields, *fields[-1:]]  # as many pictures as frames
+            flow = _encode((flow_picture(field, self.scale) for field in shown), fps, 20) if shown else ""
             with path.open("rb") as file:
                 data = file.read()
-            video = _uri(data) if path.suffix.lower() == ".mp4" else _encode(np.stack(list(Clip(path))), fps, 16)
+            video = _uri(data) if path.suffix.lower() == ".mp4" else _encode(Clip(path), fps, 16)
             self._spent += len(flow) + len(video)
             self._cache[str(path)] = (video, flow)
         video, flow = self._cache[str(path)]
         width = int(clip["width"])
-        shown = width if width > 192 else 192
-        return Shot(result.name, video, flow, shown, width < 192, _words(clip, with_prompt=with_prompt))
+        width_shown = max(width, 192)
+        return Shot(result.name, video, flow, width_shown, width < 192, _words(clip, with_prompt=with_prompt))
 
 
 def _words(clip: Record, *, with_prompt: bool) -> str:
@@ -177,10 +178,10 @@ def _words(clip: Record, *, with_prompt: bool) -> str:
     return " · ".join(parts)
 
 
-def _encode(frames: np.ndarray, fps: float, crf: int) -> str:
+def _encode(frames: Iterable[np.ndarray], fps: float, crf: int) -> str:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "clip.mp4"
-        even = frames[:, : frames.shape[1] // 2 * 2, : frames.shape[2] // 2 * 2]
+        even = (frame[: frame.shape[0] // 2 * 2, : frame.shape[1] // 2 * 2] for frame in frames)
         write_video(path, even, fps, crf)
         return _uri(path.read_bytes())
 
