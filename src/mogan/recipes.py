@@ -63,7 +63,7 @@ def mogan_lab() -> Config:
             flow="lab",
             flow_iterations=6,
         ),
-        iterations=120,
+        iterations=80,
         ema=0.95,
         save_every=20,
         sample_every=40,
