@@ -130,8 +130,8 @@ class _Camera:
             fields = np.stack(found) if found else np.zeros((0, 2, 8, 8))
             self._fields[str(path)] = fields.astype(np.float16)
             if fields.size:
-                speeds.append(float(np.quantile(np.hypot(fields[:, 0], fields[:, 1]), 0.99)))
-        self.scale = _round_up(max(np.quantile(speeds, 0.9), 0.5)) if speeds else 1.0
+                speeds.append(float(np.quantile(np.hypot(fields[:, 0], fields[:, 1]), 0.95)))
+        self.scale = _round_up(max(float(np.quantile(speeds, 0.75)), 0.5)) if speeds else 1.0
 
     def _reduce(self, frame: np.ndarray) -> np.ndarray:
         side = min(frame.shape[:2])
