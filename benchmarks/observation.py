@@ -52,7 +52,10 @@ def measure(width: int, latents: int, window: int, checkpointed: bool, side: int
 def in_own_process(**settings) -> dict[str, float]:
     """Run :func:`measure` in a fresh process."""
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", __file__, "--one", json.dumps(settings)], capture_output=True, text=True, check=True
+        [sys.executable, "-W", "ignore", __file__, "--one", json.dumps(settings)],
+        capture_output=True,
+        text=True,
+        check=True,
     )
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -74,7 +77,9 @@ def main() -> None:
     print(f"{'':<44}{'memory above models':>22}{'seconds':>10}")
     print(f"{'decode everything, plain autograd':<44}{plain['above_MB']:>19.0f} MB{plain['seconds']:>10.1f}")
     print(f"{'window of 4 of 9 latents, checkpointed':<44}{ours['above_MB']:>19.0f} MB{ours['seconds']:>10.1f}")
-    print(f"ratio plain / ours: memory {plain['above_MB'] / ours['above_MB']:.1f}, time {plain['seconds'] / ours['seconds']:.2f}")
+    print(
+        f"ratio plain / ours: memory {plain['above_MB'] / ours['above_MB']:.1f}, time {plain['seconds'] / ours['seconds']:.2f}"
+    )
     print("\nmemory at a fixed window of 3 latents, as the clip grows")
     for latents in (4, 8, 16, 21):
         row = in_own_process(width=width, latents=latents, window=3, checkpointed=True, side=side)

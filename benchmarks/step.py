@@ -72,7 +72,9 @@ def timed(function, *arguments) -> float:
 def main() -> None:
     """Print a row per update and the overhead of a whole iteration."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", type=Path, default=Path("runs/demo/cache"), help="a cache of the lab (made by the demo)")
+    parser.add_argument(
+        "--data", type=Path, default=Path("runs/demo/cache"), help="a cache of the lab (made by the demo)"
+    )
     parser.add_argument("--rounds", type=int, default=7)
     arguments = parser.parse_args()
     config = find_recipe("mogan_lab")

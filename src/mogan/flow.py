@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torchvision.models.optical_flow import RAFT, raft_large
 from torchvision.models.optical_flow import raft as tv
+from torchvision.models.optical_flow._utils import make_coords_grid, upsample_flow
 
 from mogan.errors import UserError
 
@@ -116,32 +117,48 @@ class RaftFlow(nn.Module):
         """Stay in evaluation mode: RAFT's batch statistics are frozen with its weights."""
         return super().train(False)
 
-    def _pairs(self, first: Tensor, second: Tensor) -> Tensor:
-        pad_h, pad_w = -first.shape[-2] % 8, -first.shape[-1] % 8
+    def _estimate(self, frames_BFCHW: Tensor) -> Tensor:
+        """Flow between neighbours of a few frames. The encoders see every frame once, and only the last refinement is
+        brought to full size: torchvision's own ``forward`` does both for every pair and every refinement.
+        """
+        raft, (b, f, c, h, w) = self.raft, frames_BFCHW.shape
+        pad_h, pad_w = -h % 8, -w % 8
+        pad = (pad_w // 2, pad_w - pad_w // 2, pad_h // 2, pad_h - pad_h // 2)
+        flat = frames_BFCHW.reshape(b * f, c, h, w)
         if pad_h or pad_w:
-            pad = (pad_w // 2, pad_w - pad_w // 2, pad_h // 2, pad_h - pad_h // 2)
-            first, second = F.pad(first, pad, mode="replicate"), F.pad(second, pad, mode="replicate")
-        flow = self.raft(first, second, num_flow_updates=self.iterations)[-1]
-        if pad_h or pad_w:
-            flow = flow[..., pad[2] : flow.shape[-2] - pad[3], pad[0] : flow.shape[-1] - pad[1]]
-        return flow
+            flat = F.pad(flat, pad, mode="replicate")
+        features = raft.feature_encoder(flat).unflatten(0, (b, f))
+        raft.corr_block.build_pyramid(features[:, :-1].flatten(0, 1), features[:, 1:].flatten(0, 1))
+        read = raft.context_encoder(flat.unflatten(0, (b, f))[:, :-1].flatten(0, 1))
+        size = raft.update_block.hidden_state_size
+        hidden, context = torch.tanh(read[:, :size]), F.relu(read[:, size:])
+        start = make_coords_grid(len(read), *read.shape[-2:]).to(read)
+        there = start
+        for _ in range(self.iterations):
+            there = there.detach()
+            seen = raft.corr_block.index_pyramid(centroids_coords=there)
+            hidden, step = raft.update_block(hidden, context, seen, there - start)
+            there = there + step
+        mask = None if raft.mask_predictor is None else raft.mask_predictor(hidden)
+        flow = upsample_flow(there - start, up_mask=mask)
+        return flow[..., pad[2] : flow.shape[-2] - pad[3], pad[0] : flow.shape[-1] - pad[1]].unflatten(0, (b, f - 1))
 
     def forward(self, video_BCFHW: Float[Tensor, "b 3 f h w"]) -> Float[Tensor, "b 2 f-1 h w"]:
         """Flow between neighbouring frames of a video in [-1, 1]."""
-        b, c, f, h, w = video_BCFHW.shape
+        b, _, f, _, _ = video_BCFHW.shape
         if f < 2:
             raise ValueError("optical flow needs at least two frames")
         frames = video_BCFHW.float().transpose(1, 2)
-        first, second = frames[:, :-1].reshape(-1, c, h, w), frames[:, 1:].reshape(-1, c, h, w)
+        span = max(1, self.pairs_per_chunk // b)  # pairs of each clip at once
         flows = []
-        device_type = video_BCFHW.device.type
-        with torch.autocast(device_type, enabled=False):
-            for one, two in zip(first.split(self.pairs_per_chunk), second.split(self.pairs_per_chunk), strict=True):
-                if self.checkpointing and torch.is_grad_enabled() and one.requires_grad:
-                    flows.append(checkpoint(self._pairs, one, two, use_reentrant=False))
+        with torch.autocast(video_BCFHW.device.type, enabled=False):
+            for first in range(0, f - 1, span):
+                part = frames[:, first : first + span + 1]
+                if self.checkpointing and torch.is_grad_enabled() and part.requires_grad:
+                    flows.append(checkpoint(self._estimate, part, use_reentrant=False))
                 else:
-                    flows.append(self._pairs(one, two))
-        return torch.cat(flows).view(b, f - 1, 2, h, w).transpose(1, 2)
+                    flows.append(self._estimate(part))
+        return torch.cat(flows, dim=1).transpose(1, 2)
 
 
 def motion_picture(flow_BCFHW: Float[Tensor, "b 2 f h w"], max_flow: float) -> Float[Tensor, "b 3 f+1 h w"]:

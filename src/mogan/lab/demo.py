@@ -51,7 +51,8 @@ def demo(
     for name, model in (("teacher", "lab-teacher"), ("dmd", "lab"), ("mogan", str(out / "export"))):
         sample(prompts=out / "prompts.txt", out=out / "samples" / name, model=model, seeds=seeds)
     folders = tuple(Path(f"{name}={out / 'samples' / name}") for name in ("teacher", "dmd", "mogan"))
-    evaluate(folders, out=out / "results.json", reference=out / "videos")
+    render(out=out / "real", clips=prompts, motion="rich", seed=PROMPT_SEED)
+    evaluate(folders, out=out / "results.json", reference=out / "real", quick=True)
     report((out / "results.json", out / "run"), out=out / "report.html")
     print(f"\nreport: {out / 'report.html'}\nexport: {out / 'export'} (opens in stock WanPipeline)")
     print(f"this call took {(time.perf_counter() - began) / 60:.1f} minutes")

@@ -180,7 +180,9 @@ def train_raft(out: Path, work: Path, steps: int) -> None:
     def loss_of(step: int, share: float) -> Tensor:
         decoded = share > 0.66 and step % 2 == 0
         if decoded not in pools:
-            pools[decoded] = flow_pairs(900, AutoencoderKLWan.from_pretrained(out / "teacher" / "vae") if decoded else None)
+            pools[decoded] = flow_pairs(
+                900, AutoencoderKLWan.from_pretrained(out / "teacher" / "vae") if decoded else None
+            )
         index = torch.randint(len(pools[decoded][0]), (12,))
         first, second, flow = (part[index] for part in pools[decoded])
         first, second = _worn(*_mirrored(to_video(first), to_video(second), flow))
@@ -218,9 +220,7 @@ def flow_pairs(scenes: int, vae: AutoencoderKLWan | None) -> tuple[Tensor, Tenso
 
 def every(scene: Scene, stride: int) -> Scene:
     """The same scene seen at a lower frame rate."""
-    sprites = tuple(
-        replace(s, centres_F2=s.centres_F2[::stride], angles_F=s.angles_F[::stride]) for s in scene.sprites
-    )
+    sprites = tuple(replace(s, centres_F2=s.centres_F2[::stride], angles_F=s.angles_F[::stride]) for s in scene.sprites)
     camera = scene.camera_F2[::stride]
     return replace(scene, sprites=sprites, camera_F2=camera, frames=len(camera))
 
