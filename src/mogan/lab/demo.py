@@ -20,7 +20,7 @@ VIDEO_SEED, PROMPT_SEED = 11, 12
 def demo(
     *,
     out: Path = Path("runs/demo"),
-    clips: int = 256,
+    clips: int = 192,
     iterations: int | None = None,
     prompts: int = 32,
     seeds: int = 2,
