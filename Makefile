@@ -9,10 +9,10 @@ demo: $(READY)
 	$(PY) -m mogan demo
 
 test: $(READY)
-	$(PY) -m pytest -m "not slow and not gpu" -n 2
+	$(PY) -m pytest -m "not slow and not gpu" -n 2 --dist loadfile
 
 test-slow: $(READY)
-	$(PY) -m pytest -m "slow and not gpu" -n 2
+	$(PY) -m pytest -m "slow and not gpu" -n 2 --dist loadfile
 
 check: $(READY)
 	$(PY) -m ruff format --check .
