@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -53,11 +54,15 @@ def guided_velocity(
 ) -> Tensor:
     """Classifier-free guidance in the diffusers convention, ``uncond + guidance (cond - uncond)``.
 
-    DMD code often writes ``cond + w (cond - uncond)``; that is ``guidance = w + 1``. Both halves run as one batch.
+    DMD code often writes ``cond + w (cond - uncond)``; that is ``guidance = w + 1``. Both halves run as one batch:
+    ``null_BLD`` may hold one row for all, and the shorter text is padded (rows past the last token are padding anyway).
     """
     if guidance == 1.0:
         return denoiser.velocity(x, sigma, text_BLD)
-    both = denoiser.velocity(torch.cat([x, x]), torch.cat([sigma, sigma]), torch.cat([text_BLD, null_BLD]))
+    length = max(text_BLD.shape[1], null_BLD.shape[1])
+    text, null = (F.pad(t, (0, 0, 0, length - t.shape[1])) for t in (text_BLD, null_BLD.to(text_BLD)))
+    both_texts = torch.cat([text, null.expand(len(text), -1, -1)])
+    both = denoiser.velocity(torch.cat([x, x]), torch.cat([sigma, sigma]), both_texts)
     cond, uncond = both.chunk(2)
     return uncond + guidance * (cond - uncond)
 

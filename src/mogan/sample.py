@@ -55,13 +55,10 @@ def sample_teacher(
         prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift, solver_order=2
     )
     scheduler.set_timesteps(steps, device=x.device)
-    length = max(text_BLD.shape[1], null_1LD.shape[1])
-    text = torch.nn.functional.pad(text_BLD, (0, 0, 0, length - text_BLD.shape[1]))
-    null = torch.nn.functional.pad(null_1LD, (0, 0, 0, length - null_1LD.shape[1])).expand(len(text), -1, -1)
     levels = scheduler.sigmas.to(x.device)
     for i, timestep in enumerate(scheduler.timesteps):
         told = (timestep / 1000).expand(len(x)).float()  # UniPC rounds timesteps; the network is told what Wan tells it
-        velocity = guided_velocity(teacher, x, told, text, null, guidance)
+        velocity = guided_velocity(teacher, x, told, text_BLD, null_1LD, guidance)
         if solver == "euler":
             x = x + (levels[i + 1] - levels[i]) * velocity
         else:

@@ -222,11 +222,6 @@ def stack_text(embeddings: Iterable[Tensor], device: str | torch.device = "cpu")
 # ---------------------------------------------------------------------------------------------- autoencoder
 
 
-def latent_frames(vae: AutoencoderKLWan, frames: int) -> int:
-    """Latent frames of a clip of ``frames = 4 k + 1`` frames."""
-    return 1 + (frames - 1) // vae.config.scale_factor_temporal
-
-
 def _statistics(vae: AutoencoderKLWan, like: Tensor) -> tuple[Tensor, Tensor]:
     shape = (1, -1, 1, 1, 1)
     mean = torch.tensor(vae.config.latents_mean, device=like.device).view(shape)

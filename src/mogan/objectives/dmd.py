@@ -67,9 +67,7 @@ class DMD:
         x0 = rollout.x0_BCFHW
         with torch.no_grad():
             x_t, _, sigma = self._noised(rollout, generator)
-            null = _like(self.null_1LD, rollout.text_BLD)
-            text, null = _same_length(rollout.text_BLD, null)
-            velocity = guided_velocity(self.teacher, x_t, sigma, text, null, self.guidance)
+            velocity = guided_velocity(self.teacher, x_t, sigma, rollout.text_BLD, self.null_1LD, self.guidance)
             real = velocity_to_x0(x_t, velocity, sigma)
             fake = self.fake_score(x_t, sigma, rollout.text_BLD)
             gradient = torch.nan_to_num(self.direction(x0.detach(), real, fake))
@@ -82,14 +80,3 @@ class DMD:
         velocity = self.fake_score.velocity(x_t, sigma, rollout.text_BLD)
         loss = (velocity - (noise - rollout.x0_BCFHW.detach())).square().mean()
         return loss, {}
-
-
-def _like(null_1LD: Tensor, text_BLD: Tensor) -> Tensor:
-    return null_1LD.to(text_BLD).expand(len(text_BLD), -1, -1)
-
-
-def _same_length(one_BLD: Tensor, two_BLD: Tensor) -> tuple[Tensor, Tensor]:
-    """Pad the shorter text with zero rows; rows past the last token are padding and mean the same at any length."""
-    length = max(one_BLD.shape[1], two_BLD.shape[1])
-    pad = torch.nn.functional.pad
-    return tuple(pad(t, (0, 0, 0, length - t.shape[1])) for t in (one_BLD, two_BLD))  # type: ignore[return-value]
