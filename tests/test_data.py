@@ -1,4 +1,5 @@
 import json
+import shutil
 from collections import Counter
 
 import pytest
@@ -6,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mogan import data
 from mogan.data import clip_at, draw_batch, ensure_observations, ensure_text, open_cache, save_latent
 from mogan.errors import UserError
 
@@ -110,7 +112,17 @@ def test_observations_are_made_once_and_drawn_with_their_clip(tmp_path, capsys):
     )
     assert batch.observation_BCFHW.dtype == torch.bfloat16
     for clip, seen in zip(batch.ids, batch.observation_BCFHW, strict=True):
-        torch.testing.assert_close(seen, observe(cache.latent(clip)[None], batch.window_start)[0])
+        expected = observe(cache.latent(clip)[None], batch.window_start)[0].to(torch.bfloat16)
+        torch.testing.assert_close(seen, expected)
+
+
+def test_a_disk_without_room_is_refused_before_anything_is_written(tmp_path, monkeypatch):
+    folder = make_cache(tmp_path / "cache")
+    nearly_full = shutil.disk_usage(tmp_path)._replace(free=data.DISK_MARGIN)
+    monkeypatch.setattr(data.shutil, "disk_usage", lambda place: nearly_full)
+    with pytest.raises(UserError, match="free some space"):
+        ensure_observations(folder, {}, observe, (0,))
+    assert not list((folder / "observations").rglob("*.safetensors"))
 
 
 def test_interrupted_observations_go_on_in_the_same_batches(tmp_path):

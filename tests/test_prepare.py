@@ -478,6 +478,34 @@ def test_the_command_prepares_videos_and_prompts_with_real_networks(tmp_path, fa
     assert len(open_cache(tmp_path / "p")) == 2
 
 
+def test_what_the_discriminator_sees_is_cached_too_and_training_finds_it(tmp_path, family, capsys, monkeypatch):
+    from mogan.assemble import assemble
+    from mogan.recipes import find_recipe
+
+    monkeypatch.setenv("MOGAN_TEST_RAFT", str(family / "raft"))
+    render_folder(tmp_path / "v", 4, "rich")
+    model, flow = ["--model", str(family / "teacher")], ["--flow", str(family / "raft")]
+    command = ["prepare", str(tmp_path / "v"), "--out", str(tmp_path / "c"), *model, *flow, "--observe-for"]
+    assert main([*command, "tests.tiny_recipes:mogan"]) == 0
+    assert "sees of the 4 clips is cached too" in capsys.readouterr().out
+    made = sorted((tmp_path / "c" / "observations").rglob("*"))
+    assert len(made) == 6  # a folder, its key, four clips
+    config = find_recipe("tests.tiny_recipes:mogan")
+    parts = assemble(
+        config,
+        open_cache(tmp_path / "c"),
+        model=str(family / "teacher"),
+        student=str(family / "student"),
+        run=None,
+        device="cpu",
+    )
+    assert parts.observations == made[0]
+    assert sorted((tmp_path / "c" / "observations").rglob("*")) == made
+
+    assert main([*command, "tests.tiny_recipes:dmd"]) == 2
+    assert "looks at no optical flow" in capsys.readouterr().err
+
+
 def test_the_default_threshold_is_vbenchs():
     assert module.vbench_threshold(Geometry(8, 256, 256, 9)) == 6.0  # where VBench states it
     assert module.vbench_threshold(Geometry(16, 64, 64, 17)) == 0.75

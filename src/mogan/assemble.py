@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -100,7 +100,7 @@ def assemble(
     base, start = _where(config, model, student)
     if cache.has_clips:
         cache.require(vae=wan.fingerprint(base, "vae"))
-    dtype = {"auto": wan.fast_dtype(target), "bf16": torch.bfloat16, "fp32": torch.float32}[config.precision]
+    dtype = _dtype(config, target)
     student_network = _denoiser(start, "transformer", config, dtype, target)
     networks: dict[str, nn.Module] = {"student": student_network}
     objectives: dict[str, Objective] = {}
@@ -120,12 +120,9 @@ def assemble(
         networks["discriminator"] = discriminator
         observe = None
         if config.gan.space == "motion":
-            flow = wan.load_flow(config.gan.flow, config.gan.flow_iterations)
-            if isinstance(flow, RaftFlow):
-                flow = flow.to(target)
-                flow.checkpointing = config.checkpointing
-            observe = MotionObservation(vae, flow, config.gan.window, config.gan.max_flow, config.checkpointing)
-            key = observe_real_clips(cache, config.gan, observe, wan.fingerprint(base, "vae"), target)
+            observe = _motion_observation(config, config.gan, vae, target)
+            flow = observe.flow
+            key = _observe_real_clips(cache, config.gan, observe, wan.fingerprint(base, "vae"), target)
         g = config.gan
         objectives["gan"] = GAN(
             discriminator,
@@ -194,7 +191,34 @@ def _discriminator(gan: GANConfig, base: Path, encode, dtype, device, seed: int)
     return network.to(device).train()
 
 
-def observe_real_clips(
+def cache_observations(config: Config, cache: Cache, model: str, device: str = "auto") -> int:
+    """Compute and keep what a motion recipe's discriminator sees of the real clips; returns how many clips that are.
+
+    ``mogan train`` does the same at its start for what is missing.
+    """
+    if config.gan is None or config.gan.space != "motion":
+        raise UserError(f"{config.recipe} looks at no optical flow: --observe-for takes a recipe such as mogan_lab")
+    target = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    base = wan.resolve_model("lab-teacher" if model == "lab" else model)
+    vae = wan.load_vae(base, _dtype(config, target)).to(target)
+    observe = _motion_observation(config, config.gan, vae, target)
+    _observe_real_clips(cache, config.gan, observe, wan.fingerprint(base, "vae"), target)
+    return len(cache.entries)
+
+
+def _dtype(config: Config, device: torch.device) -> torch.dtype:
+    return {"auto": wan.fast_dtype(device), "bf16": torch.bfloat16, "fp32": torch.float32}[config.precision]
+
+
+def _motion_observation(config: Config, gan: GANConfig, vae: Any, device: torch.device) -> MotionObservation:
+    flow = wan.load_flow(gan.flow, gan.flow_iterations)
+    if isinstance(flow, RaftFlow):
+        flow = flow.to(device)
+        flow.checkpointing = config.checkpointing
+    return MotionObservation(vae, flow, gan.window, gan.max_flow, config.checkpointing)
+
+
+def _observe_real_clips(
     cache: Cache, gan: GANConfig, observe: MotionObservation, vae: str, device: torch.device
 ) -> Path:
     """Compute what the cache lacks of the real clips' observations; returns the folder they are kept in.
@@ -204,7 +228,7 @@ def observe_real_clips(
     """
     key = {
         "vae": vae,
-        "flow": gan.flow,
+        "flow": wan.flow_fingerprint(gan.flow),
         "flow_iterations": gan.flow_iterations,
         "window": gan.window,
         "max_flow": gan.max_flow,

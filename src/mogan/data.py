@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -20,6 +21,7 @@ from mogan.video import replacing
 FORMAT = "mogan-cache"
 VERSION = 1
 HOLD_BYTES = 2_000_000_000  # a cache smaller than this is read from disk once
+DISK_MARGIN = 2_000_000_000  # bytes that filling a cache leaves free
 
 
 @dataclass(frozen=True)
@@ -242,12 +244,15 @@ def ensure_observations(
     Args:
         cache: folder of the cache.
         key: the settings that decide the result (flow network, scale, window ...); their hash names the folder.
-        observe: ``(latent_BCFHW, start) -> observation (B, ...)``, stored in the dtype it comes in.
+        observe: ``(latent_BCFHW, start) -> observation (B, ...)``, stored in bf16.
         starts: window starts, latent frames.
         batch: clips at a time. The same clips always share a batch, so an interrupted run gives the same numbers.
 
     Returns:
         The folder, for :func:`draw_batch`.
+
+    Raises:
+        UserError: the cache holds no clips, or the disk has no room; nothing is written then.
     """
     opened = open_cache(cache)
     if not opened.has_clips:
@@ -265,10 +270,11 @@ def ensure_observations(
         for number, group in enumerate(missing):
             with torch.no_grad():
                 latent_BCFHW = torch.stack([opened.latent(i) for i in group])
-                seen = {start: observe(latent_BCFHW, start).cpu() for start in starts}
+                seen = {start: observe(latent_BCFHW, start).to(torch.bfloat16).cpu() for start in starts}
             if number == 0:
                 each = sum(o[0].numel() * o.element_size() for o in seen.values())
                 bar.write(f"observations of {len(ids)} clips take {len(ids) * each / 1e6:.1f} MB in {folder}")
+                _check_space(folder, sum(map(len, missing)) * each)
             for row, clip in enumerate(group):
                 tensors = {f"start_{start}": o[row] for start, o in seen.items()}
                 _save(folder / f"{clip}.safetensors", tensors, {})
@@ -284,6 +290,16 @@ def save_latent(cache: Path, clip: str, latent: Float[Tensor, "c f h w"], facts:
 def clip_path(cache: Path, clip: str) -> Path:
     """Where the latent of a clip lies."""
     return cache / "clips" / f"{clip}.safetensors"
+
+
+def _check_space(folder: Path, needed: int) -> None:
+    """Refuse, before anything is written, what would leave less than ``DISK_MARGIN`` on the disk."""
+    free = shutil.disk_usage(folder).free
+    if needed > free - DISK_MARGIN:
+        raise UserError(
+            f"{folder} needs {needed / 1e9:.1f} GB, and of the {free / 1e9:.1f} GB free there {DISK_MARGIN / 1e9:.0f} GB "
+            "are left alone: free some space, prepare fewer clips, or put the cache on another disk"
+        )
 
 
 def _save(path: Path, tensors: dict[str, Tensor], facts: dict[str, str]) -> None:

@@ -22,7 +22,7 @@ from mogan import data
 from mogan.clips import Source, make_clip, scan, to_video
 from mogan.errors import UserError
 from mogan.flow import FlowEstimator
-from mogan.measure import Done, file_sha, in_threads, measure
+from mogan.measure import Done, in_threads, measure
 from mogan.video import read_frames, replacing
 
 if TYPE_CHECKING:
@@ -61,6 +61,7 @@ def prepare(
     width: int | None = None,
     frames: int | None = None,
     extra_prompts: tuple[str, ...] = (DISCRIMINATOR_PROMPT,),
+    observe_for: str | None = None,
     workers: int = 2,
     device: str | None = None,
 ) -> None:
@@ -90,6 +91,8 @@ def prepare(
         width: instead of the model's, pixels.
         frames: of a clip, 4 k + 1, instead of the model's.
         extra_prompts: prompts to embed besides the captions and the empty prompt.
+        observe_for: a recipe such as mogan_lab: also cache the optical flow its discriminator will see of every clip.
+            Without it `mogan train` computes that when it starts.
         workers: videos decoded at a time.
         device: for the networks; "cuda" where there is one.
     """
@@ -120,7 +123,7 @@ def prepare(
         source,
         out,
         geometry=geometry,
-        fingerprints=text_facts | {"vae": wan.fingerprint(folder, "vae"), "flow": flow_fingerprint(flow)},
+        fingerprints=text_facts | {"vae": wan.fingerprint(folder, "vae"), "flow": wan.flow_fingerprint(flow)},
         encode_video=lambda video: wan.encode_video(vae(), video.to(device)).cpu(),
         encode_text=lambda prompts: text()(prompts),
         estimate_flow=lambda video: estimator()(video.to(device)).cpu(),
@@ -135,23 +138,17 @@ def prepare(
     done = f"{summary.encoded} encoded now" if summary.encoded else "all were there already, nothing to do"
     moving = "" if summary.threshold is None else f" that move at least {summary.threshold:.2f} px/frame"
     print(f"{summary.kept} clips{moving} in {out} ({done}); {summary.dropped} dropped, {summary.skipped} files skipped")
+    if observe_for is not None:
+        from mogan.assemble import cache_observations
+        from mogan.recipes import find_recipe
+
+        seen = cache_observations(find_recipe(observe_for), data.open_cache(out), str(folder), device)
+        print(f"what {observe_for} sees of the {seen} clips is cached too")
 
 
 def vbench_threshold(geometry: "Geometry") -> float:
     """Pixels per frame above which VBench's dynamic degree calls a pair moving: 6 at 256 px and 8 fps, scaled."""
     return 6.0 * min(geometry.height, geometry.width) / 256 * 8 / geometry.fps
-
-
-def flow_fingerprint(name: str) -> str:
-    """What stands for a flow estimator in ``cache.json``: its name if it has no weights, else a hash of them."""
-    from mogan import wan
-
-    if name == "farneback":
-        return name
-    path = (wan.lab_folder() / "raft" if name == "lab" else Path(name)).resolve()
-    if not path.exists():
-        raise UserError(f"no flow network at {path}: --flow takes lab, farneback, or the path of RAFT weights")
-    return wan.fingerprint(path.parent, path.name) if path.is_dir() else file_sha(path)
 
 
 def _on(device: str, network: Any) -> Any:

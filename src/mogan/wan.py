@@ -177,6 +177,19 @@ def load_flow(name: str, iterations: int = 12) -> FlowEstimator:
     return RaftFlow(load_raft(lab_folder() / "raft" if name == "lab" else name), iterations)
 
 
+def flow_fingerprint(name: str) -> str:
+    """What stands for a flow estimator in a cache: its name if it has no weights, else a hash of them."""
+    if name == "farneback":
+        return name
+    path = (lab_folder() / "raft" if name == "lab" else Path(name)).resolve()
+    if not path.exists():
+        raise UserError(f"no flow network at {path}: --flow takes lab, farneback, or the path of RAFT weights")
+    if path.is_dir():
+        return fingerprint(path.parent, path.name)
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+
+
 # ---------------------------------------------------------------------------------------------- text
 
 

@@ -43,7 +43,7 @@ def demo(
     began = time.perf_counter()
     out.mkdir(parents=True, exist_ok=True)
     render(out=out / "videos", clips=clips, motion="rich", seed=VIDEO_SEED)
-    prepare(out / "videos", out=out / "cache", motion_rich=True, min_motion=0.5)
+    prepare(out / "videos", out=out / "cache", motion_rich=True, min_motion=0.5, observe_for="mogan_lab")
     train("mogan_lab", data=out / "cache", out=out / "run", iterations=iterations, seed=seed)
     if not (out / "export").exists():
         export(out / "run", out=out / "export")
