@@ -239,7 +239,7 @@ def test_distance_of_looks_is_small_for_equal_worlds_and_large_for_another():
     rng = np.random.default_rng(0)
     one, same = rng.normal(size=(200, 10)), rng.normal(size=(200, 10))
     prompts = [i // 4 for i in range(200)]
-    near = appearance_distance(one, prompts, same)
-    far = appearance_distance(one + 1.0, prompts, same)
+    near = appearance_distance(one, same, prompts)
+    far = appearance_distance(one + 1.0, same, prompts)
     assert near.ci95[0] <= near.mean <= near.ci95[1]
     assert far.mean > near.mean + 5

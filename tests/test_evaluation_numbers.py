@@ -358,6 +358,6 @@ def test_wasserstein_is_a_distance_that_measures_shifts(one, two, shift):
 def test_wasserstein_of_unequal_sizes_and_its_interval():
     assert wasserstein([0.0], [0.0, 2.0]) == pytest.approx(1.0)
     values = np.random.default_rng(0).normal(1.0, 0.2, 60)
-    found = wasserstein_interval(values, list(range(60)), [0.0] * 10)
+    found = wasserstein_interval(values, [0.0] * 10, list(range(60)))
     assert found.ci95[0] < found.mean < found.ci95[1]
     assert found.mean == pytest.approx(values.mean())

@@ -272,6 +272,23 @@ def test_without_penalties_their_passes_are_left_out(discriminator):
     assert len(calls) == 2
 
 
+def test_drawn_levels_noise_the_observation_to_the_level_the_trunk_is_told(discriminator):
+    x, real = torch.randn(2, 4, 2, 4, 4), torch.randn(2, 4, 2, 4, 4)
+    gan = gan_with(discriminator, r1=0.0, r2=0.0, drawn_levels=True)
+    seen = []
+    hook = discriminator.transformer.register_forward_pre_hook(lambda m, a: seen.append(a[:2]))
+    with torch.no_grad():
+        gan.judge_loss(Rollout(x, 0, TEXT), Batch([], [], [], latent_BCFHW=real), torch.Generator().manual_seed(2))
+    hook.remove()
+    g = torch.Generator().manual_seed(2)
+    for clean, (shown, timestep) in zip((real, x), seen, strict=True):
+        sigma = torch.rand(2, generator=g)
+        noise = torch.randn(x.shape, generator=g)
+        level = sigma.view(2, 1, 1, 1, 1)
+        torch.testing.assert_close(shown, (1 - level) * clean + level * noise)
+        torch.testing.assert_close(timestep, 1000 * sigma)
+
+
 def test_frozen_restores_what_was_trainable(discriminator):
     before = [p.requires_grad for p in discriminator.parameters()]
     with frozen(discriminator):

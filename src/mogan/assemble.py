@@ -133,6 +133,7 @@ def assemble(
             r2=g.r2,
             noise=g.noise,
             normalise=g.normalise,
+            drawn_levels=g.drawn_levels,
         )
     if config.flow_matching is not None:
         f = config.flow_matching
@@ -188,6 +189,8 @@ def _discriminator(gan: GANConfig, base: Path, encode, dtype, device, seed: int)
     text = wan.stack_text(encode([gan.prompt]))
     trunk = wan.load_transformer(base)
     network = Discriminator(trunk, text, blocks=gan.blocks, tap_at=gan.taps, sigma=gan.sigma, dtype=dtype)
+    if not gan.train_trunk:
+        network.transformer.requires_grad_(False)
     return network.to(device).train()
 
 

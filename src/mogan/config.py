@@ -73,6 +73,8 @@ class GANConfig:
         window: latent frames decoded; ``starts``: where a window may begin, one is drawn per update.
         max_flow: pixels per frame drawn as 1.
         flow: flow estimator (see :func:`mogan.wan.load_flow`); ``flow_iterations``: its refinement steps.
+        drawn_levels: noise the observation to drawn levels and tell them to the trunk, instead of ``sigma`` always.
+        train_trunk: the trunk learns too; otherwise only tokens and heads.
     """
 
     space: str
@@ -91,6 +93,8 @@ class GANConfig:
     max_flow: float
     flow: str
     flow_iterations: int = 12
+    drawn_levels: bool = False
+    train_trunk: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)

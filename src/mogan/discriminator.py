@@ -75,10 +75,16 @@ class Discriminator(nn.Module):
         self.text_1LD: Tensor
         self.register_buffer("text_1LD", text_1LD)
 
-    def forward(self, observation_BCFHW: Float[Tensor, "b c f h w"]) -> Float[Tensor, " b"]:
-        """Logits of a batch of observations (encoded flow, or latents for the latent-space ablation)."""
+    def forward(
+        self, observation_BCFHW: Float[Tensor, "b c f h w"], sigma_B: Float[Tensor, " b"] | None = None
+    ) -> Float[Tensor, " b"]:
+        """Logits of a batch of observations (encoded flow, or latents for the latent-space ablation).
+
+        ``sigma_B`` replaces the fixed level the trunk is told; the caller has then noised the observations to it.
+        """
         batch = len(observation_BCFHW)
-        timestep = torch.full((batch,), 1000.0 * self.sigma, device=observation_BCFHW.device)
+        fixed = torch.full((batch,), self.sigma, device=observation_BCFHW.device)
+        timestep = 1000.0 * (fixed if sigma_B is None else sigma_B)
         text = self.text_1LD.expand(batch, -1, -1)
         with torch.autocast(observation_BCFHW.device.type, self.dtype, enabled=self.dtype != torch.float32):
             with taps(self.transformer.blocks, self.tap_at) as features:

@@ -11,7 +11,7 @@ import tyro
 from diffusers import FlowMatchLCMScheduler
 
 from mogan import wan
-from mogan.checkpoint import latest_checkpoint, write_atomically
+from mogan.checkpoint import latest_checkpoint, load_checkpoint, write_atomically
 from mogan.errors import UserError
 from mogan.sample import open_generator
 
@@ -59,6 +59,7 @@ def export(
     out: Path,
     to: Literal["diffusers"] = "diffusers",
     dtype: Literal["fp32", "fp16", "bf16"] = "fp32",
+    fake_score: bool = False,
 ) -> None:
     """Export a run's student (averaged weights) as a complete diffusers folder.
 
@@ -67,6 +68,7 @@ def export(
         out: where the export goes; must not exist yet.
         to: diffusers: a folder stock WanPipeline opens and samples with num_inference_steps and guidance_scale=1.
         dtype: precision of the saved transformer.
+        fake_score: also save the run's fake score, which a later run that starts from this student then takes up.
     """
     if not (run / "run.json").is_file():
         raise UserError(f"{run} is not a training run (no run.json)")
@@ -81,8 +83,19 @@ def export(
         source.sigmas,
         {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[dtype],
         card=model_card(run, source.folder, source.sigmas),
+        fake_score=_fake_score(run, source.folder) if fake_score else None,
     )
     print(f"exported to {out}; use it with: WanPipeline.from_pretrained({str(out)!r})")
+
+
+def _fake_score(run: Path, base: Path) -> Any:
+    newest = latest_checkpoint(run)
+    weights = load_checkpoint(newest)["networks"].get("fake_score") if newest else None
+    if weights is None:
+        raise UserError(f"{run} trained no fake score: leave --fake-score out")
+    transformer = wan.load_transformer(base)
+    transformer.load_state_dict({k.removeprefix("transformer."): v for k, v in weights.items()})
+    return transformer
 
 
 def save_student(

@@ -6,6 +6,7 @@ A clip depends on its prompt and its seed alone, not on the batch it was made in
 
 import json
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -17,6 +18,7 @@ from tqdm import tqdm
 from mogan import wan
 from mogan.denoiser import Denoiser, guided_velocity
 from mogan.errors import UserError
+from mogan.flowmo import FLOWMO_STEPS, FlowMo
 from mogan.rollout import normal, roll_out
 from mogan.video import write_video
 
@@ -48,17 +50,25 @@ def sample_teacher(
     guidance: float,
     shift: float,
     solver: str = "unipc",
+    flowmo: bool = False,
 ) -> Tensor:
-    """Latents of one clip per seed, by ``steps`` guided steps of UniPC (Wan's own solver) or Euler."""
+    """Latents of one clip per seed, by ``steps`` guided steps of UniPC (Wan's own solver) or Euler.
+
+    With ``flowmo`` the first 12 steps are guided towards latents whose temporal variance is low.
+    """
     x = normal(torch.Size((len(seeds), *shape)), seeded(seeds), text_BLD.device)
     scheduler = UniPCMultistepScheduler(
         prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift, solver_order=2
     )
     scheduler.set_timesteps(steps, device=x.device)
     levels = scheduler.sigmas.to(x.device)
+    smoother = FlowMo() if flowmo else None
     for i, timestep in enumerate(scheduler.timesteps):
         told = (timestep / 1000).expand(len(x)).float()  # UniPC rounds timesteps; the network is told what Wan tells it
-        velocity = guided_velocity(teacher, x, told, text_BLD, null_1LD, guidance)
+        predict = partial(guided_velocity, teacher, sigma=told, text_BLD=text_BLD, null_BLD=null_1LD, guidance=guidance)
+        if smoother is not None and i < FLOWMO_STEPS:
+            x = smoother(x, predict, levels[i])
+        velocity = predict(x)
         if solver == "euler":
             x = x + (levels[i + 1] - levels[i]) * velocity
         else:
@@ -112,6 +122,7 @@ def sample(
     guidance: float = 3.0,
     shift: float = 3.0,
     solver: Literal["unipc", "euler"] = "unipc",
+    flowmo: bool = False,
     batch: int = 16,
     limit: int | None = None,
     shard: str = "0/1",
@@ -131,6 +142,7 @@ def sample(
         guidance: guidance of a teacher.
         shift: level shift of a teacher.
         solver: solver of a teacher.
+        flowmo: FlowMo guidance (arXiv 2506.01144) in a teacher's first 12 steps.
         batch: clips made at once.
         limit: use only so many prompts.
         shard: i/n makes every n-th clip, starting with the i-th: for many GPUs.
@@ -147,6 +159,9 @@ def sample(
     how: dict = (
         {"sigmas": list(source.sigmas or ())} if few_steps else {"steps": steps, "guidance": guidance, "shift": shift}
     )
+    if flowmo and few_steps:
+        raise UserError("--flowmo guides a teacher's many steps; leave it out for a few-step student")
+    how |= {"flowmo": True} if flowmo else {}
     out.mkdir(parents=True, exist_ok=True)
     todo = [job for job in jobs if not (out / job.file).is_file()]
     if not todo:
@@ -170,7 +185,16 @@ def sample(
                 latents = sample_student(denoiser, text, shape, source.sigmas, numbers)
             else:
                 latents = sample_teacher(
-                    denoiser, text, null, shape, numbers, steps=steps, guidance=guidance, shift=shift, solver=solver
+                    denoiser,
+                    text,
+                    null,
+                    shape,
+                    numbers,
+                    steps=steps,
+                    guidance=guidance,
+                    shift=shift,
+                    solver=solver,
+                    flowmo=flowmo,
                 )
             with torch.no_grad():
                 video = wan.decode_video(vae, latents)

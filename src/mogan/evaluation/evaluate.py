@@ -4,7 +4,7 @@ import hashlib
 import importlib.metadata
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -122,6 +122,15 @@ def estimator(name: str, device: str | None = None) -> tuple[FlowEstimator, dict
         found = found.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         how["weights_sha256"] = _hash_weights(found)
     return found, how
+
+
+def measured(
+    systems: Sequence[System], kept: Sequence[Path], *, flow: str = "lab", interpolator: str = "flow-warp", quick: bool
+) -> list[list[Record]]:
+    """Records of the clips of systems, ``features`` included, each system with its own file of values kept before."""
+    tools = _tools(flow, interpolator, None, quick=quick, lab=True)
+    with tqdm(total=sum(len(s.clips) for s in systems), desc="evaluate", unit="clip") as bar:
+        return [_measure_system(s, tools, _Kept(k), bar) for s, k in zip(systems, kept, strict=True)]
 
 
 def _tools(flow: str, interpolator: str, device: str | None, *, quick: bool, lab: bool) -> Tools:

@@ -7,28 +7,33 @@ from typing import Any
 import numpy as np
 
 from mogan.evaluation.distribution import Moments, frechet
-from mogan.evaluation.statistics import RESAMPLES, Interval, cluster_draws, wasserstein_interval
+from mogan.evaluation.statistics import RESAMPLES, Interval, joint_draws, wasserstein_interval
 
 Record = dict[str, Any]
 
 
-def set_metrics(clips: Sequence[Record], reference: Sequence[Record]) -> dict[str, Interval]:
-    """Speed histogram and look of a set of measured clips against the reference's; empty where there is too little."""
-    prompts = [clip["prompt"] for clip in clips]
+def set_metrics(
+    clips: Sequence[Record], reference: Sequence[Record], *factors: Sequence[Hashable]
+) -> dict[str, Interval]:
+    """Speed histogram and look of a set of measured clips against the reference's; empty where there is too little.
+
+    ``factors`` are what is resampled for the intervals, as in :func:`mogan.evaluation.statistics.mean_interval`; the
+    prompts, if none is given.
+    """
+    factors = factors or ([clip["prompt"] for clip in clips],)
     found: dict[str, Interval] = {}
     real = [v for clip in reference if (v := clip["values"].get("lab_speed")) is not None]
     speeds = [math.nan if (v := clip["values"].get("lab_speed")) is None else v for clip in clips]
     if real and any(map(math.isfinite, speeds)):
-        found["lab_speed_wasserstein"] = wasserstein_interval(speeds, prompts, real)
+        found["lab_speed_wasserstein"] = wasserstein_interval(speeds, real, *factors)
     one, two = (np.array([clip["features"] for clip in some]) for some in (clips, reference))
     if min(len(one), len(two)) >= 2 * one.shape[1]:
-        found["appearance_distance"] = appearance_distance(one, prompts, two)
+        found["appearance_distance"] = appearance_distance(one, two, *factors)
     return found
 
 
-def appearance_distance(features_ND: np.ndarray, clusters: Sequence[Hashable], reference_MD: np.ndarray) -> Interval:
-    """Frechet distance (covariance over N) of features scaled by the reference's deviations, with an interval over
-    prompts.
+def appearance_distance(features_ND: np.ndarray, reference_MD: np.ndarray, *factors: Sequence[Hashable]) -> Interval:
+    """Frechet distance (covariance over N) of features scaled by the reference's deviations, with an interval.
 
     A resample holds fewer different clips and so lies farther away; the percentiles are shifted so that their median
     is the distance itself.
@@ -37,7 +42,7 @@ def appearance_distance(features_ND: np.ndarray, clusters: Sequence[Hashable], r
     target = Moments().add(reference_MD / scale)
     unit = features_ND / scale
     distance = frechet(Moments().add(unit), target)
-    draws = cluster_draws(clusters, RESAMPLES // 20)
+    draws = joint_draws(factors, RESAMPLES // 20)
     if draws is None:
         return Interval(distance, None, len(unit))
     found = [frechet(Moments().add(np.repeat(unit, draw, axis=0)), target) for draw in draws]

@@ -37,32 +37,39 @@ def mean_interval(values: Sequence[float], *factors: Sequence[Hashable]) -> Inte
     numbers = np.asarray(values, float)[kept]
     if numbers.size == 0:
         return Interval(float("nan"), None, 0)
-    weights = np.ones((RESAMPLES, numbers.size))
-    for number, factor in enumerate(factors):
-        draws = cluster_draws([name for name, keep in zip(factor, kept, strict=True) if keep], RESAMPLES, number)
-        if draws is None:
-            return Interval(float(numbers.mean()), None, numbers.size)
-        weights *= draws
+    weights = joint_draws([_where(factor, kept) for factor in factors], RESAMPLES)
+    if weights is None:
+        return Interval(float(numbers.mean()), None, numbers.size)
     total = weights.sum(1)
     means = (weights @ numbers)[total > 0] / total[total > 0]
     low, high = np.quantile(means, (0.025, 0.975))
     return Interval(float(numbers.mean()), (float(low), float(high)), numbers.size)
 
 
-def wasserstein_interval(values: Sequence[float], clusters: Sequence[Hashable], reference: Sequence[float]) -> Interval:
+def wasserstein_interval(values: Sequence[float], reference: Sequence[float], *factors: Sequence[Hashable]) -> Interval:
     """:func:`wasserstein` of a set to a fixed reference, with the interval of a cluster bootstrap of the set."""
-    numbers = np.asarray(values, float)
-    kept = np.isfinite(numbers)
-    numbers, codes = numbers[kept], _codes([c for c, keep in zip(clusters, kept, strict=True) if keep])
+    kept = np.isfinite(np.asarray(values, float))
+    numbers = np.asarray(values, float)[kept]
     if numbers.size == 0:
         return Interval(float("nan"), None, 0)
     distance = wasserstein(numbers, reference)
-    draws = cluster_draws(codes.tolist(), RESAMPLES // 4)
+    draws = joint_draws([_where(factor, kept) for factor in factors], RESAMPLES // 4)
     if draws is None:
         return Interval(distance, None, numbers.size)
-    found = [wasserstein(np.repeat(numbers, draw), reference) for draw in draws]
+    found = [wasserstein(np.repeat(numbers, draw), reference) for draw in draws if draw.any()]
     low, high = np.quantile(found, (0.025, 0.975))
     return Interval(distance, (float(low), float(high)), numbers.size)
+
+
+def joint_draws(factors: Sequence[Sequence[Hashable]], resamples: int) -> np.ndarray | None:
+    """How often every value is drawn when each factor is resampled by itself: products of :func:`cluster_draws`.
+
+    None if a factor has a single level: nothing can be said of how its others would differ.
+    """
+    draws = [cluster_draws(factor, resamples, number) for number, factor in enumerate(factors)]
+    if any(draw is None for draw in draws):
+        return None
+    return np.prod(np.stack([draw for draw in draws if draw is not None]), axis=0)
 
 
 def cluster_draws(clusters: Sequence[Hashable], resamples: int, stream: int = 0) -> np.ndarray | None:
@@ -88,3 +95,7 @@ def wasserstein(one: Sequence[float] | np.ndarray, two: Sequence[float] | np.nda
 def _codes(names: Sequence[Hashable]) -> np.ndarray:
     order = {name: number for number, name in enumerate(dict.fromkeys(names))}
     return np.array([order[name] for name in names], int)
+
+
+def _where(names: Sequence[Hashable], kept: np.ndarray) -> list[Hashable]:
+    return [name for name, keep in zip(names, kept, strict=True) if keep]

@@ -3,6 +3,8 @@
 Both are one class; they differ in what the discriminator is shown.
 """
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -12,6 +14,7 @@ from mogan.discriminator import Discriminator, approximate_penalty, discriminato
 from mogan.objectives import Loss
 from mogan.observation import MotionObservation, motion_amount, saturation
 from mogan.rollout import Rollout, normal
+from mogan.schedule import add_noise
 
 
 class GAN:
@@ -24,6 +27,8 @@ class GAN:
         r1, r2: weights of the penalties on real and on generated observations; 0 leaves the extra pass out.
         noise: sigma of the penalties, in units of the discriminator's (normalised) input.
         normalise: divide the penalties by ``noise`` squared; see :func:`mogan.discriminator.approximate_penalty`.
+        drawn_levels: show observations noised to levels drawn uniformly, and tell the trunk; the paper's level is
+            always 0.
     """
 
     needs_rollout = True
@@ -39,10 +44,12 @@ class GAN:
         r2: float,
         noise: float,
         normalise: bool,
+        drawn_levels: bool = False,
     ):
         self.discriminator, self.observe = discriminator, observe
         self.student_weight, self.judge_weight = student_weight, judge_weight
         self.r1, self.r2, self.noise, self.normalise = r1, r2, noise, normalise
+        self.drawn_levels = drawn_levels
 
     def _observe(self, rollout: Rollout, start: int) -> tuple[Tensor, dict[str, Tensor]]:
         if self.observe is None:
@@ -55,11 +62,18 @@ class GAN:
             }
         return seen.latent_BCFHW, logs
 
+    def _shown(self, observation: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor | None]:
+        """The observation as the discriminator gets it, and the level it is told where that is drawn."""
+        if not self.drawn_levels:
+            return observation, None
+        sigma = torch.rand(len(observation), generator=generator, device=generator.device).to(observation.device)
+        return add_noise(observation, normal(observation.shape, generator, observation.device), sigma), sigma
+
     def student_loss(self, rollout: Rollout, batch: Batch, generator: torch.Generator) -> Loss:
         """``lambda_1 E softplus(-D(o))``; gradient passes through the discriminator and the observation, not into them."""
         observation, logs = self._observe(rollout, batch.window_start or 0)
         with frozen(self.discriminator):
-            logits = self.discriminator(observation)
+            logits = self.discriminator(*self._shown(observation, generator))
         return self.student_weight * generator_loss(logits), logs | {"fake_logit": logits.detach().mean()}
 
     def judge_loss(self, rollout: Rollout, batch: Batch, generator: torch.Generator) -> Loss:
@@ -69,17 +83,20 @@ class GAN:
         real = batch.latent_BCFHW if self.observe is None else batch.observation_BCFHW
         assert real is not None, "the batch holds no real observations"
         real = real.to(fake)
-        real_logits, fake_logits = self.discriminator(real), self.discriminator(fake)
+        (real, real_sigma), (fake, fake_sigma) = self._shown(real, generator), self._shown(fake, generator)
+        real_logits, fake_logits = self.discriminator(real, real_sigma), self.discriminator(fake, fake_sigma)
         loss = self.judge_weight * discriminator_loss(real_logits, fake_logits)
         logs = logs | {
             "real_logit": real_logits.detach().mean(),
             "fake_logit": fake_logits.detach().mean(),
             "gap": (real_logits.detach().mean() - fake_logits.detach().mean()),
         }
-        for name, weight, seen, logits in (("r1", self.r1, real, real_logits), ("r2", self.r2, fake, fake_logits)):
+        sides = (("r1", self.r1, real, real_sigma, real_logits), ("r2", self.r2, fake, fake_sigma, fake_logits))
+        for name, weight, seen, sigma, logits in sides:
             if weight:
                 noise = normal(seen.shape, generator, seen.device)
-                penalty = approximate_penalty(self.discriminator, seen, logits, noise, self.noise, self.normalise)
+                judge = partial(self.discriminator, sigma_B=sigma)
+                penalty = approximate_penalty(judge, seen, logits, noise, self.noise, self.normalise)
                 loss = loss + weight * penalty
                 logs[name] = penalty.detach()
         return loss, logs

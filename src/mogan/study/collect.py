@@ -1,0 +1,185 @@
+"""Measured clips of every column and training seed -> one table with intervals, its bars, and Markdown."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mogan.evaluation.names import METRICS
+from mogan.evaluation.sets import set_metrics
+from mogan.evaluation.statistics import Interval, mean_interval
+from mogan.study.columns import Column
+
+Record = dict[str, Any]
+
+SHOWN = (
+    "dynamic_degree", "motion_smoothness", "motion_score", "lab_net", "lab_speed", "lab_path", "lab_wobble",
+    "lab_pulsing", "lab_straightness", "lab_still", "lab_physics", "lab_identity", "lab_colour", "lab_shape",
+    "saturation", "appearance_distance", "speed_to_rich", "speed_to_world",
+)  # fmt: skip
+OWN = {
+    "speed_to_rich": "Speed histogram, distance to the motion-rich set (px/frame)",
+    "speed_to_world": "Speed histogram, distance to the teacher's world (px/frame)",
+}
+
+
+def combine(
+    column: Column, clips_of_seed: dict[str, list[Record]], rich: list[Record], world: list[Record]
+) -> dict[str, Any]:
+    """One system of ``results.json``: metrics over all training seeds, and each seed's own means in ``per_seed``.
+
+    Intervals resample prompts and training seeds, each by itself; with one seed, prompts alone.
+    """
+    clips = [clip for found in clips_of_seed.values() for clip in found if "error" not in clip]
+    seeds = [seed for seed, found in clips_of_seed.items() for clip in found if "error" not in clip]
+    factors = _factors(clips, seeds)
+    metrics = _metrics(clips, factors, rich, world)
+    per_seed = {}
+    for seed in clips_of_seed:
+        own = [clip for clip, of in zip(clips, seeds, strict=True) if of == seed]
+        found = _metrics(own, _factors(own, [seed] * len(own)), rich, world)
+        per_seed[seed] = {name: interval.mean for name, interval in found.items()}
+    return {
+        "about": column.about,
+        "metrics": {name: interval.to_json() for name, interval in metrics.items()},
+        "per_seed": per_seed,
+    }
+
+
+def _factors(clips: Sequence[Record], seeds: Sequence[str]) -> tuple[list[str], ...]:
+    prompts = [clip["prompt"] for clip in clips]
+    return (prompts, list(seeds)) if len(set(seeds)) > 1 else (prompts,)
+
+
+def _metrics(clips, factors, rich: list[Record], world: list[Record]) -> dict[str, Interval]:
+    found: dict[str, Interval] = {}
+    for name in METRICS:
+        values = [math.nan if (v := clip["values"].get(name)) is None else v for clip in clips]
+        if any(map(math.isfinite, values)):
+            found[name] = mean_interval(values, *factors)
+    to_rich = set_metrics(clips, rich, *factors)
+    to_world = set_metrics(clips, world, *factors)
+    if "appearance_distance" in to_world:
+        found["appearance_distance"] = to_world["appearance_distance"]  # the look is to stay the teacher's world's
+    for name, distances in (("speed_to_rich", to_rich), ("speed_to_world", to_world)):
+        if "lab_speed_wasserstein" in distances:
+            found[name] = distances["lab_speed_wasserstein"]
+    return found
+
+
+# ---------------------------------------------------------------------------------------------- bars
+
+
+@dataclass(frozen=True)
+class Bar:
+    """What a table is expected to show, and whether it does."""
+
+    says: str
+    found: str
+    holds: bool
+
+
+def bars(systems: dict[str, Any]) -> list[Bar]:
+    """The expectations about teacher, DMD and MoGAN, held against the means (and intervals where that is said)."""
+    if not {"teacher", "dmd", "mogan"} <= set(systems):
+        return []
+
+    def mean(system: str, metric: str) -> float:
+        found = systems[system]["metrics"].get(metric)
+        return math.nan if found is None else found["mean"]
+
+    def ends(system: str, metric: str) -> tuple[float, float]:
+        found = systems[system]["metrics"].get(metric)
+        low, high = (found or {}).get("ci95") or (math.nan, math.nan)
+        return low, high
+
+    degree = {name: mean(name, "dynamic_degree") for name in ("teacher", "dmd", "mogan")}
+    net = {name: mean(name, "lab_net") for name in ("teacher", "dmd", "mogan")}
+    lost, gained = degree["teacher"] - degree["dmd"], degree["mogan"] - degree["dmd"]
+    net_lost, net_gained = net["teacher"] - net["dmd"], net["mogan"] - net["dmd"]
+    found = [
+        Bar("DMD's dynamic degree is at least 0.10 below the teacher's", f"{lost:+.3f}", lost >= 0.10),
+        Bar(
+            "the intervals of dynamic degree of teacher and DMD do not overlap",
+            f"{ends('dmd', 'dynamic_degree')[1]:.3f} < {ends('teacher', 'dynamic_degree')[0]:.3f}",
+            ends("dmd", "dynamic_degree")[1] < ends("teacher", "dynamic_degree")[0],
+        ),
+        Bar("MoGAN's dynamic degree is at least 0.15 above DMD's", f"{gained:+.3f}", gained >= 0.15),
+        Bar(
+            "the intervals of dynamic degree of DMD and MoGAN do not overlap",
+            f"{ends('dmd', 'dynamic_degree')[1]:.3f} < {ends('mogan', 'dynamic_degree')[0]:.3f}",
+            ends("dmd", "dynamic_degree")[1] < ends("mogan", "dynamic_degree")[0],
+        ),
+        Bar(
+            "MoGAN's dynamic degree is not below the teacher's",
+            f"{degree['mogan'] - degree['teacher']:+.3f}",
+            degree["mogan"] >= degree["teacher"],
+        ),
+        Bar("true net displacement: DMD at least 0.05 below the teacher", f"{net_lost:+.3f}", net_lost >= 0.05),
+        Bar("true net displacement: MoGAN at least 0.075 above DMD", f"{net_gained:+.3f}", net_gained >= 0.075),
+    ]
+    for metric, label in (("lab_wobble", "wobble"), ("lab_pulsing", "pulsing of area")):
+        gap = mean("mogan", metric) - mean("teacher", metric)
+        found.append(Bar(f"MoGAN's {label} is not above the teacher's", f"{gap:+.3f}", gap <= 0))
+    smooth = mean("mogan", "motion_smoothness") - mean("teacher", "motion_smoothness")
+    found.append(
+        Bar("MoGAN's smoothness is within 0.005 of the teacher's or better", f"{smooth:+.4f}", smooth >= -5e-3)
+    )
+    look = mean("mogan", "appearance_distance") / mean("dmd", "appearance_distance")
+    found.append(Bar("MoGAN's appearance distance is at most 1.15 times DMD's", f"{look:.2f}", look <= 1.15))
+    speed = mean("mogan", "speed_to_rich") / mean("dmd", "speed_to_rich")
+    found.append(
+        Bar("MoGAN at least halves the speed histogram's distance to the motion-rich set", f"{speed:.2f}", speed <= 0.5)
+    )
+    if "no_dmd" in systems:
+        look = mean("no_dmd", "appearance_distance") / mean("mogan", "appearance_distance")
+        found.append(Bar("without DMD the appearance distance at least doubles", f"{look:.2f}", look >= 2))
+    if "latent_gan" in systems:
+        share = (mean("latent_gan", "lab_net") - net["dmd"]) / net_gained if net_gained else math.nan
+        found.append(Bar("the latent GAN brings back less than half of the motion", f"{share:.2f}", share < 0.5))
+    return found
+
+
+# ---------------------------------------------------------------------------------------------- Markdown
+
+
+def markdown(study: str, results: dict[str, Any]) -> str:
+    """The table, its bars and how it was made, as a page."""
+    systems = results["systems"]
+    names = [n for n in SHOWN if any(n in s["metrics"] for s in systems.values())]
+    lines = [f"# {study}", "", results["how"]["sentence"], "", "```", results["how"]["command"], "```", ""]
+    lines += ["| | " + " | ".join(systems) + " |", "|---" * (len(systems) + 1) + "|"]
+    for name in names:
+        cells = [_cell(s["metrics"].get(name)) for s in systems.values()]
+        lines.append(f"| {_label(name)} | " + " | ".join(cells) + " |")
+    lines += ["", "Systems:", ""]
+    lines += [f"- `{name}`: {system['about']}{_cost(system)}" for name, system in systems.items()]
+    if results["bars"]:
+        lines += ["", "| expected | found | holds |", "|---|---|---|"]
+        lines += [f"| {b['says']} | {b['found']} | {'yes' if b['holds'] else '**no**'} |" for b in results["bars"]]
+    lines += ["", "Per training seed:", "", "| | seed | " + " | ".join(map(_label, names)) + " |"]
+    lines.append("|---" * (len(names) + 2) + "|")
+    for name, system in systems.items():
+        for seed, means in system["per_seed"].items():
+            cells = [f"{means[n]:.3g}" if n in means else "-" for n in names]
+            lines.append(f"| {name} | {seed} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _label(name: str) -> str:
+    if name in OWN:
+        return OWN[name]
+    metric = METRICS[name]
+    return f"{metric.label} ({metric.unit})" if metric.unit else metric.label
+
+
+def _cost(system: dict[str, Any]) -> str:
+    seconds = system.get("training_seconds")
+    return f" ({sum(seconds.values()) / len(seconds) / 60:.1f} minutes of training)" if seconds else ""
+
+
+def _cell(metric: dict[str, Any] | None) -> str:
+    if metric is None:
+        return "-"
+    interval = f" [{metric['ci95'][0]:.3g}, {metric['ci95'][1]:.3g}]" if metric["ci95"] else ""
+    return f"{metric['mean']:.3g}{interval}"

@@ -1,0 +1,157 @@
+"""The columns of the studies: which recipe, from which start, sampled how.
+
+A column is repeated by hand with the commands that :mod:`mogan.study.jobs` prints into its log: nothing here is known to
+the training loop.
+"""
+
+from dataclasses import dataclass, replace
+
+from mogan.config import Config, GANConfig, Update
+from mogan.recipes import ablate, mogan_lab
+
+
+@dataclass(frozen=True)
+class Column:
+    """One system of a table.
+
+    Attributes:
+        name: in tables and files.
+        about: what it is, in a few words.
+        recipe: what ``mogan train`` is given; None for a system that is sampled as it is.
+        start: the column whose student it starts from, seed by seed; None starts from the base model.
+        videos: trained on the motion-rich videos; otherwise on captions alone.
+        sampling: further options of ``mogan sample``.
+    """
+
+    name: str
+    about: str
+    recipe: str | None = None
+    start: str | None = None
+    videos: bool = True
+    sampling: tuple[str, ...] = ()
+
+
+TEACHER = Column("teacher", "50 steps, guidance 3")
+DMD = Column("dmd", "3 steps, distribution matching alone", "dmd_lab", videos=False)
+MOGAN = Column("mogan", "3 steps, MoGAN on the motion-rich videos", "mogan_lab", start="dmd")
+
+
+def table1() -> tuple[Column, ...]:
+    """MoGAN's Table 1: teacher, FlowMo guidance on it, DMD, MoGAN."""
+    flowmo = Column("flowmo", "teacher with FlowMo guidance in its first 12 steps", sampling=("--flowmo",))
+    return (TEACHER, flowmo, DMD, MOGAN)
+
+
+def table2() -> tuple[Column, ...]:
+    """MoGAN's Table 2, and the knobs that the paper leaves open, one at a time."""
+    here = "mogan.study.columns:"
+    variants = (
+        ("no_dmd", "without distribution matching"),
+        ("no_r1r2", "without R1 and R2"),
+        ("latent_gan", "the discriminator sees video latents, not flow"),
+        ("printed_r1r2", "R1 and R2 as printed: effective weight 3e-5"),
+        ("weak_r1r2", "R1 and R2 normalised, weight 3e-3"),
+        ("flow_half", "2 px/frame drawn as 1"),
+        ("flow_double", "8 px/frame drawn as 1"),
+        ("drawn_levels", "discriminator at drawn noise levels"),
+        ("two_moments", "own optimiser state for the student's motion update"),
+        ("judge_first", "discriminator learns before the student"),
+        ("window_start", "window always at the start of the clip"),
+        ("heads_only", "discriminator's trunk frozen"),
+        ("guidance_1", "teacher without guidance"),
+        ("guidance_5", "teacher guided by 5"),
+    )
+    return (TEACHER, DMD, MOGAN, *(Column(name, about, here + name, start="dmd") for name, about in variants))
+
+
+# ---------------------------------------------------------------------------------------------- variants of MoGAN
+
+
+def _gan(config: Config, **changes: object) -> Config:
+    assert config.gan is not None
+    gan: GANConfig = replace(config.gan, **changes)  # type: ignore[arg-type]
+    return replace(config, gan=gan)
+
+
+def no_dmd() -> Config:
+    """Table 2, row 1."""
+    return ablate(mogan_lab(), "no-dmd")
+
+
+def no_r1r2() -> Config:
+    """Table 2, row 2."""
+    return ablate(mogan_lab(), "no-r1r2")
+
+
+def latent_gan() -> Config:
+    """Table 2, row 3."""
+    return ablate(mogan_lab(), "latent-gan")
+
+
+def printed_r1r2() -> Config:
+    """Penalties exactly as equations 6 and 7 print them."""
+    return _gan(mogan_lab(), normalise=False)
+
+
+def weak_r1r2() -> Config:
+    """Between the printed weight and the normalised one."""
+    return _gan(mogan_lab(), r1=3e-3, r2=3e-3)
+
+
+def flow_half() -> Config:
+    """Flow drawn twice as strong."""
+    return _gan(mogan_lab(), max_flow=2.0)
+
+
+def flow_double() -> Config:
+    """Flow drawn half as strong."""
+    return _gan(mogan_lab(), max_flow=8.0)
+
+
+def drawn_levels() -> Config:
+    """The discriminator sees noised observations at drawn levels instead of clean ones at level 0."""
+    return _gan(mogan_lab(), drawn_levels=True)
+
+
+def heads_only() -> Config:
+    """Only the discriminator's tokens and heads learn."""
+    return _gan(mogan_lab(), train_trunk=False)
+
+
+def window_start() -> Config:
+    """The window never moves."""
+    return _gan(mogan_lab(), starts=(0,))
+
+
+def two_moments() -> Config:
+    """DMD and motion update keep separate Adam moments."""
+    config = mogan_lab()
+    plan = tuple(replace(u, optimizer="student_motion") if _is_motion(u) else u for u in config.plan)
+    return replace(config, plan=plan, optimizers=config.optimizers | {"student_motion": config.optimizers["student"]})
+
+
+def judge_first() -> Config:
+    """The discriminator learns before the student is judged by it."""
+    config = mogan_lab()
+    judge = tuple(u for u in config.plan if u.learns == "discriminator")
+    return replace(config, plan=judge + tuple(u for u in config.plan if u.learns != "discriminator"))
+
+
+def guidance_1() -> Config:
+    """The teacher's guidance is itself a motion knob."""
+    return _guided(1.0)
+
+
+def guidance_5() -> Config:
+    """The teacher's guidance is itself a motion knob."""
+    return _guided(5.0)
+
+
+def _guided(guidance: float) -> Config:
+    config = mogan_lab()
+    assert config.dmd is not None
+    return replace(config, dmd=replace(config.dmd, guidance=guidance))
+
+
+def _is_motion(update: Update) -> bool:
+    return update.learns == "student" and update.by == "gan"

@@ -1,0 +1,49 @@
+"""One figure of a study: motion against appearance, a point per training seed, and the headline metrics as bars."""
+
+from pathlib import Path
+from typing import Any
+
+from mogan.evaluation.names import METRICS
+from mogan.video import replacing
+
+PANELS = ("dynamic_degree", "lab_net", "lab_wobble")
+
+
+def draw(systems: dict[str, Any], path: Path) -> None:
+    """Write the figure as PNG."""
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(13, 4 + 0.12 * len(systems)), layout="constrained")
+    axes = figure.subplots(1, 1 + len(PANELS), width_ratios=(1.6, *(1 for _ in PANELS)))
+    colours = colormaps["tab20"].colors  # type: ignore[attr-defined]
+    for number, (name, system) in enumerate(systems.items()):
+        points = [
+            (means["lab_net"], means["appearance_distance"])
+            for means in system["per_seed"].values()
+            if {"lab_net", "appearance_distance"} <= means.keys()
+        ]
+        if points:
+            axes[0].scatter(*zip(*points, strict=True), label=name, color=colours[number % 20])
+        for panel, metric in zip(axes[1:], PANELS, strict=True):
+            found = system["metrics"].get(metric)
+            if found is None:
+                continue
+            low, high = found["ci95"] or (found["mean"], found["mean"])
+            error = [[found["mean"] - low], [high - found["mean"]]]
+            panel.errorbar(found["mean"], number, xerr=error, fmt="o", color=colours[number % 20], capsize=3)
+    axes[0].set(
+        xlabel="net displacement, px/frame (tracked, no flow network)",
+        ylabel="appearance distance to the teacher's world",
+        title="one point per training seed",
+    )
+    if axes[0].collections:
+        axes[0].legend(fontsize=8)
+    for panel, metric in zip(axes[1:], PANELS, strict=True):
+        panel.set_yticks(range(len(systems)), list(systems) if panel is axes[1] else [""] * len(systems))
+        panel.invert_yaxis()
+        unit = METRICS[metric].unit
+        panel.set_title(METRICS[metric].label + (f", {unit}" if unit else ""))
+        panel.grid(axis="x", alpha=0.3)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=130)

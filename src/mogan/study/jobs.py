@@ -1,0 +1,98 @@
+"""Commands with results on disk, run a few at a time, each once.
+
+A job is an ordinary ``mogan`` command line that goes on where it stopped, so a study that is killed loses nothing: the
+next call runs what is not done.
+"""
+
+import os
+import shlex
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+from mogan.checkpoint import write_atomically
+from mogan.errors import UserError
+
+
+@dataclass(frozen=True)
+class Job:
+    """One command of a study.
+
+    Attributes:
+        name: unique; names its log and the file that says it is done.
+        command: arguments of ``mogan``; the command must go on where it stopped, or refuse if its ``makes`` is there.
+        after: names of jobs that must be done before.
+        makes: what is there, whole, once it is done.
+    """
+
+    name: str
+    command: tuple[str, ...]
+    after: tuple[str, ...] = ()
+    makes: Path | None = None
+
+
+def run_jobs(jobs: list[Job], logs: Path, workers: int) -> None:
+    """Run what is not done, ``workers`` at a time, the processor's cores shared between them.
+
+    Raises:
+        UserError: a command failed; the others that were running are stopped, and go on at the next call. Or an earlier
+            call did the same job with other options.
+    """
+    logs.mkdir(parents=True, exist_ok=True)
+    done = {job.name for job in jobs if _is_done(job, logs)}
+    waiting = [job for job in jobs if job.name not in done]
+    running: dict[str, tuple[Job, subprocess.Popen]] = {}
+    threads = str(max(1, (os.cpu_count() or 1) // workers))
+    try:
+        with tqdm(total=len(jobs), initial=len(done), desc="study", unit="job", smoothing=0) as bar:
+            while waiting or running:
+                ready = [job for job in waiting if set(job.after) <= done][: workers - len(running)]
+                for job in ready:
+                    waiting.remove(job)
+                    running[job.name] = (job, _start(job, logs, threads))
+                for name, (job, process) in list(running.items()):
+                    if process.poll() is None:
+                        continue
+                    del running[name]
+                    if process.returncode:
+                        raise UserError(_failure(job, logs))
+                    write_atomically(logs / f"{name}.done", shlex.join(job.command) + "\n")
+                    done.add(name)
+                    bar.update()
+                bar.set_postfix_str(", ".join(running))
+                time.sleep(0.5)
+    finally:
+        for _, process in running.values():
+            process.terminate()  # training saves first
+        for _, process in running.values():
+            process.wait()
+
+
+def _is_done(job: Job, logs: Path) -> bool:
+    mark = logs / f"{job.name}.done"
+    if not mark.is_file():
+        return job.makes is not None and job.makes.exists()
+    if mark.read_text().strip() != shlex.join(job.command):
+        raise UserError(f"{job.name} was done with other options (see {mark}): give another --out, or the same options")
+    return True
+
+
+def _start(job: Job, logs: Path, threads: str) -> subprocess.Popen:
+    environment = os.environ | {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
+    with (logs / f"{job.name}.log").open("a") as log:
+        log.write(f"$ mogan {shlex.join(job.command)}\n")
+        log.flush()
+        return subprocess.Popen(
+            [sys.executable, "-m", "mogan", *job.command], stdout=log, stderr=subprocess.STDOUT, env=environment
+        )
+
+
+def _failure(job: Job, logs: Path) -> str:
+    log = logs / f"{job.name}.log"
+    lines = [line for line in log.read_text(errors="replace").replace("\r", "\n").splitlines() if line.strip()]
+    last = lines[-1].strip() if lines else "nothing was printed"
+    return f"{job.name} failed: {last} (all of it in {log}); the same command goes on from there"

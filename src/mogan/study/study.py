@@ -1,0 +1,202 @@
+"""``mogan study``: render, prepare, train every column with every seed, sample, measure, and write the table."""
+
+import json
+import os
+import platform
+import sys
+import time
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+
+from mogan.checkpoint import write_atomically
+from mogan.errors import UserError
+from mogan.evaluation.clips import read_folder
+from mogan.lab.world import make_scene
+from mogan.study.collect import bars, combine, markdown
+from mogan.study.columns import Column, table1, table2
+from mogan.study.jobs import Job, run_jobs
+
+STUDIES = {"table1": table1, "table2": table2}
+TRAIN_SEED, PROMPT_SEED, RICH_SEED, WORLD_SEED = 21, 22, 23, 24  # worlds: no training sees the last three
+TRAIN_VIDEOS, TRAIN_PROMPTS, REFERENCE = 512, 4000, 256
+
+
+def study(
+    name: tyro.conf.Positional[Literal["table1", "table2"]],
+    *,
+    out: Path | None = None,
+    seeds: int = 3,
+    first_seed: int = 0,
+    column: tuple[str, ...] = (),
+    prompts: int = 128,
+    clips: int = 5,
+    iterations: int | None = None,
+    workers: int = 2,
+) -> None:
+    """Repeat a table of the paper in the laboratory, with training seeds and intervals.
+
+    Every column is trained with every seed, sampled on the same held-out prompts and seeds, and measured; the table, its
+    figure and a report with clips are written into OUT. Stop it at any time: the same command goes on. The whole takes
+    hours; `--column mogan --seeds 1` repeats one column in under half an hour.
+
+    Args:
+        name: table1 (teacher, FlowMo, DMD, MoGAN) or table2 (MoGAN with one part or setting changed).
+        out: folder for everything. Default: runs/study-NAME.
+        seeds: training seeds.
+        first_seed: the first of them.
+        column: only these columns, and those they start from.
+        prompts: held-out prompts.
+        clips: clips per prompt, with seeds 0, 1, 2 ...
+        iterations: of training, in place of the recipes'.
+        workers: commands run at a time; the cores are shared between them.
+    """
+    began = time.perf_counter()
+    out = out or Path("runs") / f"study-{name}"
+    out.mkdir(parents=True, exist_ok=True)
+    columns = chosen(STUDIES[name](), column)
+    write_prompts(out / "held_out.txt", PROMPT_SEED, prompts, "rich")
+    write_prompts(out / "captions.txt", TRAIN_SEED, TRAIN_PROMPTS, "all")
+    numbers = range(first_seed, first_seed + seeds)
+    jobs = [
+        *shared_jobs(out),
+        *(j for c in columns for s in seeds_of(c, numbers) for j in jobs_of(c, s, out, clips, iterations)),
+    ]
+    run_jobs(jobs, out / "logs", workers)
+    minutes = _clock(out, time.perf_counter() - began) / 60
+    results = collect(columns, numbers, out)
+    results["how"] = {
+        "command": f"mogan study {' '.join(sys.argv[2:])}" if sys.argv[1:2] == ["study"] else f"mogan study {name}",
+        "sentence": f"{seeds} training seeds, {prompts} held-out prompts, {clips} clips each; {minutes:.0f} minutes on "
+        f"{os.cpu_count()} cores ({platform.machine()}).",
+        "minutes": minutes,
+    }
+    write_atomically(out / f"{name}.json", json.dumps(results, indent=1) + "\n")
+    page = markdown(name, results)
+    write_atomically(out / f"{name}.md", page)
+    from mogan.study.figure import draw
+
+    draw(results["systems"], out / f"{name}.png")
+    print(page)
+    print(f"written to {out}/{name}.json, .md and .png")
+
+
+def chosen(columns: tuple[Column, ...], names: tuple[str, ...]) -> tuple[Column, ...]:
+    """The named columns and those they start from; all, if none is named."""
+    known = {c.name: c for c in columns}
+    unknown = [n for n in names if n not in known]
+    if unknown:
+        raise UserError(f"no column {unknown[0]!r}: the study has {', '.join(known)}")
+    wanted = set(names or known) | {s for n in names if (s := known[n].start)}
+    return tuple(c for c in columns if c.name in wanted)
+
+
+def seeds_of(column: Column, numbers: range) -> list[int]:
+    """Training seeds of a column; what is not trained has one."""
+    return list(numbers) if column.recipe else [0]
+
+
+def write_prompts(path: Path, seed: int, count: int, motion: str) -> None:
+    """So many different captions of a world, in order."""
+    captions: dict[str, None] = {}
+    for index in range(200 * count):
+        captions[make_scene(seed, index, motion=motion).caption] = None
+        if len(captions) == count:
+            break
+    text = "\n".join(captions) + "\n"
+    if path.is_file() and path.read_text() != text:
+        raise UserError(f"{path} was written for other numbers: give another --out, or the same --prompts")
+    write_atomically(path, text)
+
+
+# ---------------------------------------------------------------------------------------------- jobs
+
+
+def shared_jobs(out: Path) -> list[Job]:
+    """What all columns need: videos, their cache, captions, and the two reference sets."""
+
+    def render(name: str, clips: int, motion: str, seed: int) -> Job:
+        options = ("--clips", str(clips), "--motion", motion, "--seed", str(seed))
+        return Job(name, ("lab", "render", "--out", str(out / name), *options))
+
+    cache = ("prepare", str(out / "videos"), "--out", str(out / "cache"), "--motion-rich", "--min-motion", "0.5")
+    return [
+        render("videos", TRAIN_VIDEOS, "rich", TRAIN_SEED),
+        render("rich", REFERENCE, "rich", RICH_SEED),
+        render("world", REFERENCE, "all", WORLD_SEED),
+        Job("cache", (*cache, "--observe-for", "mogan_lab"), after=("videos",)),
+        Job("captions", ("prepare", str(out / "captions.txt"), "--out", str(out / "captions"))),
+        *(Job(f"{n}-measure", _evaluate(out / n, out / f"{n}.json"), after=(n,)) for n in ("rich", "world")),
+    ]
+
+
+def jobs_of(column: Column, seed: int, out: Path, clips: int, iterations: int | None) -> list[Job]:
+    """Train, export, sample and measure one column with one training seed."""
+    home, mark = out / column.name / f"seed{seed}", f"{column.name}-{seed}"
+    jobs, model = [], "lab-teacher"
+    if column.recipe is not None:
+        data = "cache" if column.videos else "captions"
+        train = ["train", column.recipe, "--data", str(out / data), "--out", str(home / "run"), "--seed", str(seed)]
+        after = [data]
+        if column.start is not None:
+            train += ["--student", str(out / column.start / f"seed{seed}" / "export")]
+            after.append(f"{column.start}-{seed}-export")
+        train += ["--iterations", str(iterations)] if iterations else []
+        jobs.append(Job(f"{mark}-train", tuple(train), after=tuple(after)))
+        model = str(home / "export")
+        export = ("export", str(home / "run"), "--out", model, *(() if column.videos else ("--fake-score",)))
+        jobs.append(Job(f"{mark}-export", export, after=(f"{mark}-train",), makes=home / "export" / "model_index.json"))
+    sample = ("sample", "--prompts", str(out / "held_out.txt"), "--out", str(home / "samples"), "--model", model)
+    after_sample = (f"{mark}-export",) if column.recipe else ()
+    jobs.append(Job(f"{mark}-sample", (*sample, "--seeds", str(clips), *column.sampling), after=after_sample))
+    measure = _evaluate(home / "samples", home / "results.json")
+    return [*jobs, Job(f"{mark}-measure", measure, after=(f"{mark}-sample",))]
+
+
+def _evaluate(folder: Path, out: Path) -> tuple[str, ...]:
+    return ("evaluate", str(folder), "--out", str(out), "--quick")
+
+
+# ---------------------------------------------------------------------------------------------- collect
+
+
+def collect(columns: tuple[Column, ...], numbers: range, out: Path) -> dict[str, Any]:
+    """Everything measured, as ``results.json`` with ``per_seed`` and ``bars``."""
+    rich, world = (_records(out / name, out / f"{name}.json") for name in ("rich", "world"))
+    systems = {}
+    for column in columns:
+        homes = {str(s): out / column.name / f"seed{s}" for s in seeds_of(column, numbers)}
+        clips = {seed: _records(home / "samples", home / "results.json") for seed, home in homes.items()}
+        systems[column.name] = combine(column, clips, rich, world)
+        if column.recipe:
+            systems[column.name] |= _training(homes)
+    return {"systems": systems, "bars": [vars(b) for b in bars(systems)]}
+
+
+def _records(folder: Path, results: Path) -> list[dict]:
+    """Values and features of a folder's clips, from the file that the evaluation kept."""
+    from mogan.evaluation.evaluate import measured
+
+    return measured([read_folder(folder, folder.name)], [results.with_suffix(".clips.jsonl")], quick=True)[0]
+
+
+def _training(homes: dict[str, Path]) -> dict[str, Any]:
+    """Seconds of training, and how the discriminator stood, per seed."""
+    seconds, gaps, worst = {}, {}, {}
+    for seed, home in homes.items():
+        rows = [json.loads(line) for line in (home / "run" / "metrics.jsonl").read_text().splitlines()]
+        seconds[seed] = sum(row["seconds"] for row in rows)
+        gap = [row["gap"] for row in rows if "gap" in row]
+        if gap:
+            gaps[seed] = sum(gap[-10:]) / len(gap[-10:])
+            worst[seed] = max(row["grad_norm"] for row in rows if row["update"] == "student<gan")
+    return {"training_seconds": seconds} | ({"final_gap": gaps, "largest_motion_gradient": worst} if gaps else {})
+
+
+def _clock(out: Path, seconds: float) -> float:
+    """Seconds that the study has taken over all its calls."""
+    path = out / "seconds.json"
+    total = seconds + (json.loads(path.read_text()) if path.is_file() else 0.0)
+    write_atomically(path, json.dumps(total) + "\n")
+    return total

@@ -1,0 +1,171 @@
+"""Studies: which columns there are, how jobs go on, and whether the numbers mean what the table says."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from mogan.cli import main
+from mogan.errors import UserError
+from mogan.evaluation.statistics import mean_interval
+from mogan.flowmo import FlowMo, temporal_variance
+from mogan.recipes import find_recipe, mogan_lab
+from mogan.study import columns
+from mogan.study.collect import bars, combine, markdown
+from mogan.study.jobs import Job, run_jobs
+from mogan.study.study import chosen, jobs_of, shared_jobs
+
+
+@pytest.mark.parametrize("table", [columns.table1, columns.table2])
+def test_every_column_has_a_recipe_that_differs_from_the_others(table):
+    found = table()
+    assert len({c.name for c in found}) == len(found)
+    configs = [find_recipe(c.recipe) for c in found if c.recipe]
+    bodies = [{k: v for k, v in vars(c).items() if k != "recipe"} for c in configs]
+    assert all(a != b for i, a in enumerate(bodies) for b in bodies[:i])
+
+
+def test_one_factor_changes_at_a_time():
+    whole = vars(mogan_lab())
+    expected = {
+        "two_moments": {"plan", "optimizers"},
+        "judge_first": {"plan"},
+        "guidance_5": {"dmd"},
+        "no_dmd": {"plan", "dmd", "recipe"},
+        "no_r1r2": {"gan", "recipe"},
+    }
+    for name, keys in expected.items():
+        found = vars(getattr(columns, name)())
+        assert {k for k in whole if whole[k] != found[k]} == keys, name
+    order = [u.label for u in columns.judge_first().plan]
+    assert order.index("discriminator<gan") < order.index("student<gan")
+
+
+def test_a_column_brings_what_it_starts_from():
+    assert [c.name for c in chosen(columns.table1(), ("mogan",))] == ["dmd", "mogan"]
+    with pytest.raises(UserError, match="the study has teacher"):
+        chosen(columns.table1(), ("nothing",))
+
+
+def test_every_job_waits_only_for_jobs_there_are(tmp_path):
+    jobs = shared_jobs(tmp_path) + [
+        j for c in columns.table2() for s in (0, 1) for j in jobs_of(c, s, tmp_path, 5, None)
+    ]
+    names = [j.name for j in jobs]
+    assert len(set(names)) == len(names)
+    assert all(set(j.after) <= set(names[:i]) for i, j in enumerate(jobs))
+
+
+def test_jobs_run_once_and_a_failure_says_where_to_look(tmp_path):
+    videos = ("lab", "render", "--out", str(tmp_path / "v"), "--clips", "1", "--motion", "rich", "--seed")
+    jobs = [Job("render", (*videos, "0")), Job("again", (*videos, "0"), after=("render",))]
+    run_jobs(jobs, tmp_path / "logs", 1)
+    first = (tmp_path / "logs" / "render.log").read_text()
+    run_jobs(jobs, tmp_path / "logs", 1)
+    assert (tmp_path / "logs" / "render.log").read_text() == first
+    with pytest.raises(UserError, match="other options"):
+        run_jobs([Job("render", (*videos, "1"))], tmp_path / "logs", 1)
+    with pytest.raises(UserError, match=r"other failed: .*give another --out.*other\.log"):
+        run_jobs([Job("other", (*videos, "1"))], tmp_path / "logs", 1)
+
+
+def clips_of(values, seed=0):
+    rng = np.random.default_rng(seed)
+    return [
+        {
+            "prompt": f"prompt {i // 2}",
+            "values": {"dynamic_degree": v, "lab_net": v, "lab_speed": float(v)},
+            "features": list(rng.normal(size=4)),
+        }
+        for i, v in enumerate(values)
+    ]
+
+
+def test_intervals_resample_prompts_and_training_seeds():
+    reference = clips_of(np.linspace(0, 1, 20), 9)
+    by_seed = {"0": clips_of([0.0] * 20, 1), "1": clips_of([1.0] * 20, 2)}
+    column = columns.Column("x", "a test")
+    system = combine(column, by_seed, reference, reference)
+    found = system["metrics"]["lab_net"]
+    assert found["mean"] == 0.5
+    assert found["ci95"] == [0.0, 1.0]  # two seeds that disagree: clips within a seed add no certainty
+    assert system["per_seed"]["0"]["lab_net"] == 0.0
+    alone = combine(column, {"0": clips_of(np.linspace(0, 1, 20), 1)}, reference, reference)["metrics"]["lab_net"]
+    expected = mean_interval(np.linspace(0, 1, 20), [f"prompt {i // 2}" for i in range(20)])
+    assert alone["ci95"] == pytest.approx(expected.ci95)
+    assert system["metrics"]["speed_to_rich"]["mean"] == pytest.approx(0.25, abs=0.02)  # half at 0, half at 1
+
+
+def systems_with(degree, net):
+    def system(name):
+        values = {"dynamic_degree": degree[name], "lab_net": net[name], "lab_wobble": 0.1, "lab_pulsing": 0.1}
+        values |= {"motion_smoothness": 0.98, "appearance_distance": 1.0, "speed_to_rich": 1.0 - degree[name]}
+        return {
+            "about": name,
+            "metrics": {k: {"mean": v, "ci95": [v - 0.04, v + 0.04], "n": 9} for k, v in values.items()},
+            "per_seed": {"0": values},
+        }
+
+    return {name: system(name) for name in degree}
+
+
+def test_bars_hold_and_fail_where_they_should():
+    good = systems_with({"teacher": 0.5, "dmd": 0.3, "mogan": 0.7}, {"teacher": 0.2, "dmd": 0.1, "mogan": 0.2})
+    assert all(b.holds for b in bars(good))
+    bad = systems_with({"teacher": 0.5, "dmd": 0.45, "mogan": 0.5}, {"teacher": 0.2, "dmd": 0.1, "mogan": 0.2})
+    failed = [b.says for b in bars(bad) if not b.holds]
+    assert any("0.10 below" in s for s in failed)
+    assert any("0.15 above" in s for s in failed)
+    assert any("do not overlap" in s for s in failed)
+    assert bars({"teacher": good["teacher"]}) == []
+    page = markdown(
+        "table1", {"systems": bad, "how": {"sentence": "s", "command": "c"}, "bars": [vars(b) for b in bars(bad)]}
+    )
+    assert "**no**" in page
+    assert "| mogan | 0 |" in page
+
+
+# ---------------------------------------------------------------------------------------------- FlowMo
+
+
+def test_flowmo_is_zero_for_constant_velocity_and_is_the_worst_place_otherwise():
+    steady = torch.arange(6.0).view(1, 1, 6, 1, 1) * torch.randn(1, 3, 1, 4, 4)
+    assert temporal_variance(steady).item() == pytest.approx(0, abs=1e-10)
+    x = torch.randn(2, 3, 6, 4, 4, dtype=torch.float64)
+    changes = np.abs(np.diff(x.numpy(), axis=2))
+    expected = changes.var(axis=2).mean(axis=1).reshape(2, -1).max(1)
+    np.testing.assert_allclose(temporal_variance(x), expected)
+
+
+def test_flowmo_guidance_lowers_the_variance_of_each_clip_by_itself():
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 6, 4, 4)
+    velocity, sigma = lambda z: 0.3 * z, torch.tensor(0.8)
+
+    def guided(start):
+        guide, z = FlowMo(rate=0.02), start
+        for _ in range(20):
+            z = guide(z, velocity, sigma)
+        return z
+
+    z = guided(x)
+    before, after = temporal_variance(0.76 * x), temporal_variance(0.76 * z)
+    assert (after < 0.8 * before).all()
+    torch.testing.assert_close(guided(x[:1]), z[:1])
+    still = torch.ones(1, 3, 6, 4, 4)
+    torch.testing.assert_close(guided(still), still)
+
+
+def test_flowmo_is_refused_for_a_student(tmp_path, family, capsys):
+    (tmp_path / "p.txt").write_text("a red circle bouncing\n")
+    command = ["sample", "--prompts", str(tmp_path / "p.txt"), "--out", str(tmp_path / "s"), "--flowmo", "--model"]
+    assert main([*command, str(family / "student")]) == 2
+    assert "leave it out" in capsys.readouterr().err
+    assert main([*command, str(family / "teacher"), "--steps", "3"]) == 0
+    assert json.loads((tmp_path / "s" / "samples.jsonl").read_text())["flowmo"] is True
+
+
+def test_no_number_is_not_a_number_in_a_table():
+    assert math.isnan(mean_interval([math.nan], ["a"]).mean)
