@@ -267,7 +267,8 @@ def ensure_observations(
         observe: ``(latent_BCFHW, start) -> observation (B, ...)``, stored in the dtype it comes in.
         starts: window starts, latent frames.
         batch: clips at a time. The same clips always share a batch, so an interrupted run gives the same numbers.
-        rank: this process; ``ranks``: processes that share the work. The caller waits for all of them.
+        rank: this process, of the ``ranks`` that share the work; the caller waits for all of them.
+        ranks: processes in all.
 
     Returns:
         The folder, for :func:`draw_batch`.

@@ -169,7 +169,7 @@ def _first_error(error: BaseException, store: dist.Store, rank: int, ranks: int)
     if lost:
         error = UserError(
             f"process {rank} of {ranks} lost another one, which was killed (for memory?) or cut off; the same command goes "
-            f"on from the last checkpoint. ({text.strip().splitlines()[-1]})"
+            f"on from the last checkpoint ({text.split(' This is typically')[0].strip()})"
         )
     try:
         first = int(store.compare_set("mogan-first-error", "", str(rank))) == rank
@@ -177,7 +177,7 @@ def _first_error(error: BaseException, store: dist.Store, rank: int, ranks: int)
         first = True
     if not first:
         return SystemExit(2)
-    if isinstance(error, Exception):
+    if isinstance(error, Exception) and not lost:
         get_error_handler().record_exception(error)  # torchrun's summary shows it
     return error
 
@@ -208,7 +208,7 @@ def shard(network: nn.Module, blocks: nn.ModuleList, world: World, dtype: torch.
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This process's part of a sharded tensor; any other tensor as it is."""
+    """Our part of a sharded tensor; any other tensor as it is."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 

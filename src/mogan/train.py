@@ -69,7 +69,7 @@ def draw_exit(config: Config, where: Position) -> int:
 
 
 def draw(parts: Assembly, update: Update, where: Position) -> Batch:
-    """This process's share of the batch of one step: prompts and, where needed, real clips or observations of a window."""
+    """Our share of the batch of one step: prompts and, where needed, real clips or their observations of one window."""
     config = parts.config
     in_motion = update.by == "gan" and config.gan is not None and config.gan.space == "motion"
     if update.by == "flow_matching" or (update.learns == "discriminator" and not in_motion):

@@ -1,6 +1,5 @@
 """Flow matching on real clips: how the teacher was trained, and supervised fine-tuning (SFT)."""
 
-import torch
 from torch import Tensor
 
 from mogan.data import Batch
