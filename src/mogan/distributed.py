@@ -6,6 +6,7 @@ anything.
 """
 
 import os
+import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
@@ -173,7 +174,13 @@ def _first_error(error: BaseException, store: dist.Store, rank: int, ranks: int)
         )
     try:
         first = int(store.compare_set("mogan-first-error", "", str(rank))) == rank
-    except (dist.DistError, RuntimeError):  # the store ended with process 0
+        ended = store.add("mogan-ended", 1)
+        hosts_store = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+        end = time.monotonic() + 5
+        while hosts_store and not lost and ended < ranks and time.monotonic() < end:
+            time.sleep(0.05)  # the others cannot ask who was first once the store is gone
+            ended = store.add("mogan-ended", 0)
+    except (dist.DistError, RuntimeError):  # the store ended with process 0, which may have been killed
         first = True
     if not first:
         return SystemExit(2)
