@@ -1,6 +1,6 @@
 """From a config to live networks, objectives and optimisers."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +14,7 @@ from mogan.config import Config, GANConfig
 from mogan.data import Cache, ensure_observations
 from mogan.denoiser import Denoiser
 from mogan.discriminator import Discriminator
+from mogan.distributed import World, choose_device, local, shard
 from mogan.errors import UserError
 from mogan.flow import FlowEstimator, RaftFlow
 from mogan.objectives import Objective
@@ -30,7 +31,7 @@ class Assembly:
     config: Config
     cache: Cache
     run: Path | None
-    device: torch.device
+    world: World
     geometry: wan.Geometry
     latent_shape: tuple[int, int, int, int]
     networks: dict[str, nn.Module]
@@ -43,6 +44,11 @@ class Assembly:
     facts: dict[str, str] = field(default_factory=dict)
 
     @property
+    def device(self) -> torch.device:
+        """Where this process computes."""
+        return self.world.device
+
+    @property
     def student(self) -> Denoiser:
         """The network being post-trained."""
         return cast(Denoiser, self.networks["student"])
@@ -51,7 +57,8 @@ class Assembly:
         """Exponential moving average of the student's weights, fp32."""
         with torch.no_grad():
             live = self.student.transformer.state_dict()
-            torch._foreach_lerp_(list(self.average.values()), [live[k] for k in self.average], 1 - self.config.ema)
+            average = [local(v) for v in self.average.values()]
+            torch._foreach_lerp_(average, [local(live[k]) for k in self.average], 1 - self.config.ema)
 
     @contextmanager
     def averaged_student(self) -> Iterator[Denoiser]:
@@ -64,27 +71,37 @@ class Assembly:
         finally:
             student.transformer.load_state_dict(live)
 
-    def state(self) -> dict:
-        """What a checkpoint holds."""
-        return {
-            "networks": {name: network.state_dict() for name, network in self.networks.items()},
-            "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
-            "ema": self.average,
-        }
-
-    def load_state(self, state: dict) -> None:
-        """Put a checkpoint's state back."""
-        for name, network in self.networks.items():
-            network.load_state_dict(state["networks"][name])
+    def state(self) -> dict[str, Tensor]:
+        """What a checkpoint holds: weights, the optimisers' moments by number of the parameter, averaged weights."""
+        state = {f"{name}.{k}": v for name, network in self.networks.items() for k, v in network.state_dict().items()}
         for name, optimizer in self.optimizers.items():
-            optimizer.load_state_dict(state["optimizers"][name])
-        with torch.no_grad():
-            for key, value in state["ema"].items():
-                self.average[key].copy_(value)
+            for number, moments in optimizer.state_dict()["state"].items():
+                state |= {f"{name}_optimizer.{number}.{k}": v for k, v in moments.items()}
+        return state | {f"ema.{k}": v for k, v in self.average.items()}
+
+    def prepare_to_load(self, names: Collection[str]) -> None:
+        """Give every optimiser the moments that are among ``names``, at zero: optimisers make theirs at their first step."""
+        for name, optimizer in self.optimizers.items():
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            moments: dict[int, dict[str, Tensor]] = {}
+            for key in names:
+                part, _, rest = key.partition(".")
+                if part == f"{name}_optimizer":
+                    number, kind = rest.split(".")
+                    like = torch.zeros(()) if kind == "step" else torch.zeros_like(parameters[int(number)])
+                    moments.setdefault(int(number), {})[kind] = like
+            optimizer.load_state_dict(optimizer.state_dict() | {"state": moments})
 
 
 def assemble(
-    config: Config, cache: Cache, *, model: str, student: str | None = None, run: Path | None, device: str = "auto"
+    config: Config,
+    cache: Cache,
+    *,
+    model: str,
+    student: str | None = None,
+    run: Path | None,
+    device: str = "auto",
+    world: World | None = None,
 ) -> Assembly:
     """Load the parts a config needs and put them together.
 
@@ -95,34 +112,37 @@ def assemble(
         student: where the student starts; the base model unless the recipe post-trains a few-step student.
         run: folder of the run, named in error messages.
         device: ``auto``, ``cpu`` or ``cuda``.
+        world: the processes of the run, over which every network is sharded; by default this one alone, on ``device``.
     """
-    target = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    world = world or World(choose_device(device))
+    _check_batches(config, world)
+    target = world.device
     base, start = _where(config, model, student)
     if cache.has_clips:
         cache.require(vae=wan.fingerprint(base, "vae"))
     dtype = _dtype(config, target)
-    student_network = _denoiser(start, "transformer", config, dtype, target)
+    student_network = _denoiser(start, "transformer", config, dtype, world)
     networks: dict[str, nn.Module] = {"student": student_network}
     objectives: dict[str, Objective] = {}
-    encode = wan.load_text(base)
+    encode = _text_encoder(base, world)
     vae = wan.load_vae(base, dtype).to(target)
     flow, key = None, None
     if config.dmd is not None:
-        teacher = Denoiser(wan.load_transformer(base).to(target).eval().requires_grad_(False), dtype)
+        teacher = _denoiser(base, "transformer", config, dtype, world, frozen=True)
         has_own = (start / "fake_score" / "config.json").is_file()
-        fake = _denoiser(start if has_own else base, "fake_score" if has_own else "transformer", config, dtype, target)
+        fake = _denoiser(start if has_own else base, "fake_score" if has_own else "transformer", config, dtype, world)
         networks["fake_score"] = fake
         null = wan.stack_text(encode([config.negative_prompt]), target)
         d = config.dmd
         objectives["dmd"] = DMD(teacher, fake, null, guidance=d.guidance, shift=d.shift, low=d.low, high=d.high)
     if config.gan is not None:
-        discriminator = _discriminator(config.gan, base, encode, dtype, target, config.seed)
+        discriminator = _discriminator(config.gan, base, encode, dtype, world, config.seed)
         networks["discriminator"] = discriminator
         observe = None
         if config.gan.space == "motion":
             observe = _motion_observation(config, config.gan, vae, target)
             flow = observe.flow
-            key = _observe_real_clips(cache, config.gan, observe, wan.fingerprint(base, "vae"), target)
+            key = _observe_real_clips(cache, config.gan, observe, wan.fingerprint(base, "vae"), world)
         g = config.gan
         objectives["gan"] = GAN(
             discriminator,
@@ -155,7 +175,7 @@ def assemble(
     facts = {"model": str(base), "student": str(start), "data": str(cache.path)}
     shape = wan.latent_shape(base, size)
     return Assembly(
-        config, cache, run, target, size, shape, networks, objectives, optimizers, average, vae, flow, key, facts
+        config, cache, run, world, size, shape, networks, objectives, optimizers, average, vae, flow, key, facts
     )
 
 
@@ -177,21 +197,40 @@ def _where(config: Config, model: str, student: str | None) -> tuple[Path, Path]
     return base, start
 
 
-def _denoiser(folder: Path, part: str, config: Config, dtype: torch.dtype, device: torch.device) -> Denoiser:
-    transformer = wan.load_transformer(folder, part).to(device).train()
-    if config.checkpointing:
+def _check_batches(config: Config, world: World) -> None:
+    for update in config.plan:
+        if update.batch % world.ranks:
+            raise UserError(
+                f"{update.label}: a batch of {update.batch} does not split over {world.ranks} processes; "
+                f"give --batch a multiple of {world.ranks}, or start fewer processes"
+            )
+
+
+def _text_encoder(base: Path, world: World) -> wan.TextEncoder:
+    """Reads on the first process for all: Wan's text encoder is larger than the model and needed for a few prompts."""
+    encode = wan.load_text(base) if world.main else None
+    return lambda prompts: world.from_main(lambda: encode(prompts) if encode else [])
+
+
+def _denoiser(
+    folder: Path, part: str, config: Config, dtype: torch.dtype, world: World, frozen: bool = False
+) -> Denoiser:
+    transformer = wan.load_transformer(folder, part).train(not frozen).requires_grad_(not frozen)
+    if config.checkpointing and not frozen:
         transformer.enable_gradient_checkpointing()
-    return Denoiser(transformer, dtype)
+    shard(transformer, transformer.blocks, world, dtype)  # before the move: a GPU never holds a whole network
+    return Denoiser(transformer.to(world.device), dtype)
 
 
-def _discriminator(gan: GANConfig, base: Path, encode, dtype, device, seed: int) -> Discriminator:
+def _discriminator(gan: GANConfig, base: Path, encode, dtype, world: World, seed: int) -> Discriminator:
     torch.manual_seed(seed)  # the heads start at random
     text = wan.stack_text(encode([gan.prompt]))
     trunk = wan.load_transformer(base)
     network = Discriminator(trunk, text, blocks=gan.blocks, tap_at=gan.taps, sigma=gan.sigma, dtype=dtype)
     if not gan.train_trunk:
         network.transformer.requires_grad_(False)
-    return network.to(device).train()
+    shard(network, trunk.blocks, world, dtype)
+    return network.to(world.device).train()
 
 
 def cache_observations(config: Config, cache: Cache, model: str, device: str = "auto") -> int:
@@ -201,11 +240,11 @@ def cache_observations(config: Config, cache: Cache, model: str, device: str = "
     """
     if config.gan is None or config.gan.space != "motion":
         raise UserError(f"{config.recipe} looks at no optical flow: --observe-for takes a recipe such as mogan_lab")
-    target = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    world = World(choose_device(device))
     base = wan.resolve_model("lab-teacher" if model == "lab" else model)
-    vae = wan.load_vae(base, _dtype(config, target)).to(target)
-    observe = _motion_observation(config, config.gan, vae, target)
-    _observe_real_clips(cache, config.gan, observe, wan.fingerprint(base, "vae"), target)
+    vae = wan.load_vae(base, _dtype(config, world.device)).to(world.device)
+    observe = _motion_observation(config, config.gan, vae, world.device)
+    _observe_real_clips(cache, config.gan, observe, wan.fingerprint(base, "vae"), world)
     return len(cache.entries)
 
 
@@ -221,9 +260,7 @@ def _motion_observation(config: Config, gan: GANConfig, vae: Any, device: torch.
     return MotionObservation(vae, flow, gan.window, gan.max_flow, config.checkpointing)
 
 
-def _observe_real_clips(
-    cache: Cache, gan: GANConfig, observe: MotionObservation, vae: str, device: torch.device
-) -> Path:
+def _observe_real_clips(cache: Cache, gan: GANConfig, observe: MotionObservation, vae: str, world: World) -> Path:
     """Compute what the cache lacks of the real clips' observations; returns the folder they are kept in.
 
     Real clips go through the same chain as generated ones, codec included: the discriminator must not tell them apart
@@ -239,6 +276,8 @@ def _observe_real_clips(
 
     @torch.no_grad()
     def observed(latent_BCFHW: Tensor, start: int) -> Tensor:
-        return observe(latent_BCFHW.float().to(device), start).latent_BCFHW.cpu()
+        return observe(latent_BCFHW.float().to(world.device), start).latent_BCFHW.cpu()
 
-    return ensure_observations(cache.path, key, observed, gan.starts)
+    folder = ensure_observations(cache.path, key, observed, gan.starts, rank=world.rank, ranks=world.ranks)
+    world.barrier()
+    return folder

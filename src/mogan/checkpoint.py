@@ -1,14 +1,26 @@
-"""Saving and resuming a run: atomic, everything needed to go on bit for bit, nothing unpickled."""
+"""Saving and resuming a run: atomic, everything needed to go on bit for bit, nothing unpickled.
+
+A checkpoint is a folder of safetensors files written by ``torch.distributed.checkpoint``: every process writes its own
+part of every sharded tensor and reads back whatever part it needs, so a run saved by any number of processes resumes on
+any other number. torch's own format of the same name keeps its index as a pickle; the safetensors one keeps it in the
+files' headers. A run of one process writes the same format.
+"""
 
 import json
 import os
 import shutil
+import warnings
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.api import CheckpointException
 
 from mogan.config import Config
+from mogan.distributed import ONE, World
 from mogan.errors import UserError
 
 
@@ -22,39 +34,48 @@ def write_atomically(path: Path, text: str) -> None:
     temporary.replace(path)
 
 
-def save_checkpoint(run: Path, iteration: int, state: dict, config: Config) -> Path:
+def save_checkpoint(run: Path, iteration: int, state: dict[str, Tensor], config: Config, world: World = ONE) -> Path:
     """Write ``checkpoints/<iteration>`` whole or not at all, then drop all but the newest ``config.keep``.
 
-    ``state`` holds tensors, numbers and containers of them only, so that it loads with ``weights_only``.
+    All processes call this; the folder must be one that all of them see. ``state`` names tensors ``part.name...``; each
+    part goes into a file of its own, which bounds the memory that writing takes.
     """
     final = run / "checkpoints" / f"{iteration:06d}"
     temporary = final.with_name(f".{final.name}.new")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+    if world.main:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    world.barrier()
+    parts = sorted({key.split(".")[0] for key in state})
+    files = {key: 1 + parts.index(key.split(".")[0]) for key in state}
+    writer = HuggingFaceStorageWriter(str(temporary), files, save_distributed=True)
     try:
-        with (temporary / "state.pt").open("wb") as file:
-            torch.save(state | {"iteration": iteration}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        (temporary / "config.json").write_text(json.dumps(asdict(config), indent=2) + "\n")
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+        with warnings.catch_warnings(action="ignore"):
+            dcp.save(state, storage_writer=writer, no_dist=world.ranks == 1)
+    except CheckpointException as error:  # raised by all processes together
         shutil.rmtree(temporary, ignore_errors=True)
         kept = latest_checkpoint(run)
         raise UserError(
-            f"could not save iteration {iteration} ({error}); free some disk space and run the same command again"
+            f"could not save iteration {iteration} ({_reason(error)}); free some disk space and run the same command again"
             + (f": it resumes from {kept}" if kept else "")
         ) from error
-    if final.exists():
-        shutil.rmtree(final)
-    temporary.rename(final)
-    for old in checkpoints(run)[: -config.keep]:
-        shutil.rmtree(old)
+    if world.main:
+        write_atomically(temporary / "config.json", json.dumps(asdict(config), indent=2) + "\n")
+        if final.exists():
+            shutil.rmtree(final)
+        temporary.rename(final)
+        for old in checkpoints(run)[: -config.keep]:
+            shutil.rmtree(old)
     return final
+
+
+def _reason(error: CheckpointException) -> BaseException:
+    return next(iter(error.failures.values()))[0]
 
 
 def checkpoints(run: Path) -> list[Path]:
     """Complete checkpoints of a run, oldest first."""
-    return sorted(p for p in (run / "checkpoints").glob("[0-9]*") if (p / "state.pt").is_file())
+    return sorted(p for p in (run / "checkpoints").glob("[0-9]*") if (p / "config.json").is_file())
 
 
 def latest_checkpoint(run: Path) -> Path | None:
@@ -63,12 +84,29 @@ def latest_checkpoint(run: Path) -> Path | None:
     return found[-1] if found else None
 
 
-def load_checkpoint(path: Path) -> dict:
-    """State written by :func:`save_checkpoint`."""
+def load_checkpoint(path: Path, state: dict[str, Tensor], world: World = ONE) -> None:
+    """Fill the tensors of ``state``, in place, with those that :func:`save_checkpoint` wrote under their names.
+
+    They may be sharded in any way, or be some of those that were saved.
+    """
     try:
-        return torch.load(path / "state.pt", weights_only=True, map_location="cpu")
-    except (OSError, RuntimeError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({error}); delete that folder to resume from the one before") from error
+        with warnings.catch_warnings(action="ignore"):
+            dcp.load(state, storage_reader=HuggingFaceStorageReader(str(path)), no_dist=world.ranks == 1)
+    except CheckpointException as error:
+        raise _unreadable(path, _reason(error)) from error
+
+
+def stored(path: Path) -> dict[str, torch.Size]:
+    """Names and shapes of the tensors in a checkpoint."""
+    try:
+        found = HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata
+    except Exception as error:  # safetensors' own kinds of error, and the disk's
+        raise _unreadable(path, error) from error
+    return {name: torch.Size(about.size) for name, about in found.items() if hasattr(about, "size")}
+
+
+def _unreadable(path: Path, error: BaseException) -> UserError:
+    return UserError(f"{path} cannot be read ({error}); delete that folder to resume from the one before")
 
 
 def check_same_run(run: Path, config: Config) -> None:

@@ -3,10 +3,12 @@
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -20,13 +22,17 @@ from mogan.video import replacing
 
 FORMAT = "mogan-cache"
 VERSION = 1
+Item = TypeVar("Item")
 HOLD_BYTES = 2_000_000_000  # a cache smaller than this is read from disk once
 DISK_MARGIN = 2_000_000_000  # bytes that filling a cache leaves free
 
 
 @dataclass(frozen=True)
 class Batch:
-    """What one update sees. Text is one embedding ``(L, D)`` per clip, trimmed to its tokens."""
+    """What one update sees. Text is one embedding ``(L, D)`` per clip, trimmed to its tokens.
+
+    ``places`` numbers the clips within the whole batch, whichever process holds them.
+    """
 
     ids: list[str]
     prompts: list[str]
@@ -34,6 +40,7 @@ class Batch:
     latent_BCFHW: Tensor | None = None
     observation_BCFHW: Tensor | None = None
     window_start: int | None = None
+    places: list[int] = field(default_factory=list)
 
 
 @dataclass
@@ -198,7 +205,8 @@ def draw_batch(
         assert start is not None, "observations were made for window starts: say which"
         observation = torch.stack([cache.observation(observations, i, start) for i in ids])
     prompts = [entry["caption"] for entry in chosen]
-    return Batch(ids, prompts, [cache.text(p) for p in prompts], latent, observation, start)
+    places = list(range(rank * size, (rank + 1) * size))
+    return Batch(ids, prompts, [cache.text(p) for p in prompts], latent, observation, start, places)
 
 
 def clip_at(count: int, seed: int, update: int, repeat: int, position: int) -> int:
@@ -210,6 +218,18 @@ def clip_at(count: int, seed: int, update: int, repeat: int, position: int) -> i
 @lru_cache(maxsize=64)
 def _order(count: int, seed: int, update: int, repeat: int, epoch: int) -> np.ndarray:
     return np.random.default_rng([seed, 0, update, repeat, epoch]).permutation(count)
+
+
+def one_ahead(compute: Callable[[Item], Batch], items: Iterable[Item]) -> Generator[Batch, None, None]:
+    """``compute(item)`` for each item, the next one already being computed in a thread: disks are read during a step."""
+    with ThreadPoolExecutor(1, "mogan-data") as thread:
+        coming: Future[Batch] | None = None
+        for item in items:
+            ready, coming = coming, thread.submit(compute, item)
+            if ready is not None:
+                yield ready.result()
+        if coming is not None:
+            yield coming.result()
 
 
 # ---------------------------------------------------------------------------------------------- filling a cache
@@ -238,6 +258,8 @@ def ensure_observations(
     observe: Callable[[Tensor, int], Tensor],
     starts: Sequence[int],
     batch: int = 8,
+    rank: int = 0,
+    ranks: int = 1,
 ) -> Path:
     """Compute what a discriminator sees of every real clip, once; what is there is left alone.
 
@@ -247,6 +269,8 @@ def ensure_observations(
         observe: ``(latent_BCFHW, start) -> observation (B, ...)``, stored in bf16.
         starts: window starts, latent frames.
         batch: clips at a time. The same clips always share a batch, so an interrupted run gives the same numbers.
+        rank: this process, of the ``ranks`` that share the work; the caller waits for all of them.
+        ranks: processes in all.
 
     Returns:
         The folder, for :func:`draw_batch`.
@@ -260,18 +284,19 @@ def ensure_observations(
     settings = json.dumps(key | {"starts": list(starts)}, sort_keys=True)
     folder = opened.path / "observations" / hashlib.sha256(settings.encode()).hexdigest()[:16]
     ids = [entry["id"] for entry in opened.entries]
-    groups = [ids[i : i + batch] for i in range(0, len(ids), batch)]
+    groups = [ids[i : i + batch] for i in range(0, len(ids), batch)][rank::ranks]
     missing = [g for g in groups if not all((folder / f"{i}.safetensors").exists() for i in g)]
     if not missing:
         return folder
-    with replacing(folder / "key.json") as temporary:
-        temporary.write_text(settings + "\n")
-    with tqdm(total=sum(map(len, missing)), desc="observations", unit="clip") as bar:
+    if rank == 0:
+        with replacing(folder / "key.json") as temporary:
+            temporary.write_text(settings + "\n")
+    with tqdm(total=sum(map(len, missing)), desc="observations", unit="clip", disable=rank > 0) as bar:
         for number, group in enumerate(missing):
             with torch.no_grad():
                 latent_BCFHW = torch.stack([opened.latent(i) for i in group])
                 seen = {start: observe(latent_BCFHW, start).to(torch.bfloat16).cpu() for start in starts}
-            if number == 0:
+            if number == 0 and rank == 0:
                 each = sum(o[0].numel() * o.element_size() for o in seen.values())
                 bar.write(f"observations of {len(ids)} clips take {len(ids) * each / 1e6:.1f} MB in {folder}")
                 _check_space(folder, sum(map(len, missing)) * each)

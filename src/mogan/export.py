@@ -11,7 +11,7 @@ import tyro
 from diffusers import FlowMatchLCMScheduler
 
 from mogan import wan
-from mogan.checkpoint import latest_checkpoint, load_checkpoint, write_atomically
+from mogan.checkpoint import latest_checkpoint, load_checkpoint, stored, write_atomically
 from mogan.errors import UserError
 from mogan.sample import open_generator
 
@@ -90,11 +90,11 @@ def export(
 
 def _fake_score(run: Path, base: Path) -> Any:
     newest = latest_checkpoint(run)
-    weights = load_checkpoint(newest)["networks"].get("fake_score") if newest else None
-    if weights is None:
+    prefix = "fake_score.transformer."
+    if newest is None or not any(name.startswith(prefix) for name in stored(newest)):
         raise UserError(f"{run} trained no fake score: leave --fake-score out")
     transformer = wan.load_transformer(base)
-    transformer.load_state_dict({k.removeprefix("transformer."): v for k, v in weights.items()})
+    load_checkpoint(newest, {prefix + k: v for k, v in transformer.state_dict().items()})
     return transformer
 
 

@@ -239,7 +239,7 @@ class Generator:
             newest = latest_checkpoint(self.run)
             if newest is None:
                 raise UserError(f"{self.run} has no checkpoint yet: let it train until it has saved one")
-            transformer.load_state_dict(load_checkpoint(newest)["ema"])
+            load_checkpoint(newest, {f"ema.{k}": v for k, v in transformer.state_dict().items()})
         return transformer
 
 

@@ -58,9 +58,16 @@ def x0_to_velocity(x_t: Tensor, x0: Tensor, sigma: Tensor) -> Tensor:
     return (x_t - x0) / broadcast(sigma, x_t)
 
 
+def uniform(count: int, generator: torch.Generator | list[torch.Generator]) -> Float[Tensor, " b"]:
+    """Uniform numbers in [0, 1), one per sample; with a list of generators, number ``i`` comes from generator ``i``."""
+    if isinstance(generator, list):
+        return torch.cat([torch.rand(1, generator=g, device=g.device) for g in generator])
+    return torch.rand(count, generator=generator, device=generator.device)
+
+
 def draw_sigma(
     count: int,
-    generator: torch.Generator,
+    generator: torch.Generator | list[torch.Generator],
     *,
     low: float = 0.0,
     high: float = 1.0,
@@ -70,5 +77,4 @@ def draw_sigma(
 
     Shift first and clamp after, as in DMD training code (CausVid, Self-Forcing: levels in [0.02, 0.98]).
     """
-    uniform = torch.rand(count, generator=generator, device=generator.device)
-    return shift(uniform, k).clamp(low, high)
+    return shift(uniform(count, generator), k).clamp(low, high)

@@ -1,13 +1,14 @@
 """The training loop: a plan of updates, repeated, resumable bit for bit.
 
-All randomness is a pure function of (seed, rank, iteration, update, repeat, part), so a run resumed from a checkpoint is
-the run that was never stopped.
+All randomness is a pure function of (seed, iteration, update, repeat, place in the batch), so a run resumed from a checkpoint
+is the run that was never stopped, and a run of many processes is, but for rounding, the run of one.
 """
 
 import json
 import signal
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,6 @@ import numpy as np
 import torch
 import tyro
 from torch import Tensor, nn
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from mogan.assemble import Assembly, assemble
@@ -25,18 +25,18 @@ from mogan.checkpoint import (
     latest_checkpoint,
     load_checkpoint,
     save_checkpoint,
+    stored,
     write_atomically,
 )
 from mogan.config import Config, Update
-from mogan.data import Batch, draw_batch, open_cache
+from mogan.data import Batch, draw_batch, one_ahead, open_cache
+from mogan.distributed import join, whole
 from mogan.errors import UserError
+from mogan.journal import Journal
 from mogan.recipes import ablate, find_recipe
 from mogan.rollout import Rollout, normal, roll_out
 from mogan.sample import sample_student, to_frames
 from mogan.wan import stack_text
-from mogan.watch import Watch
-
-RANK = 0
 
 
 def generator_for(*keys: int) -> torch.Generator:
@@ -54,19 +54,22 @@ class Position:
     update: int
     repeat: int
 
-    def generator(self, purpose: int, part: int = 0, rank: int | None = None) -> torch.Generator:
-        """Randomness for one purpose; leave ``rank`` out for what all ranks must agree on."""
-        who = -1 if rank is None else rank
-        return generator_for(self.seed, who, self.iteration, self.update, self.repeat, part, purpose)
+    def generator(self, purpose: int, place: int = -1) -> torch.Generator:
+        """Randomness for one purpose; ``place`` is a sample's number in the whole batch, left out for what all share."""
+        return generator_for(self.seed, self.iteration, self.update, self.repeat, purpose, place)
+
+    def generators(self, purpose: int, batch: Batch) -> list[torch.Generator]:
+        """One generator per sample: its noise depends neither on how the batch is accumulated nor on who computes it."""
+        return [self.generator(purpose, place) for place in batch.places]
 
 
 def draw_exit(config: Config, where: Position) -> int:
-    """The step of the rollout that is judged: uniform over the student's steps, the same on every rank."""
+    """The step of the rollout that is judged: uniform over the student's steps, the same on every process."""
     return int(torch.randint(len(config.sigmas), (1,), generator=where.generator(0)))
 
 
 def draw(parts: Assembly, update: Update, where: Position) -> Batch:
-    """The batch of one step: prompts and, where the update needs them, real clips or their observation of one window."""
+    """Our share of the batch of one step: prompts and, where needed, real clips or their observations of one window."""
     config = parts.config
     in_motion = update.by == "gan" and config.gan is not None and config.gan.space == "motion"
     if update.by == "flow_matching" or (update.learns == "discriminator" and not in_motion):
@@ -76,15 +79,21 @@ def draw(parts: Assembly, update: Update, where: Position) -> Batch:
     return draw_batch(
         parts.cache,
         seed=where.seed,
-        rank=RANK,
+        rank=parts.world.rank,
+        ranks=parts.world.ranks,
         iteration=where.iteration,
         update=where.update,
         repeat=where.repeat,
-        size=update.batch,
+        size=update.batch // parts.world.ranks,
         want=want,
         observations=parts.observations,
         starts=config.gan.starts if in_motion and config.gan is not None else (),
     )
+
+
+def parts_of(size: int, most: int) -> int:
+    """The fewest equal parts of ``size`` clips that hold at most ``most`` each."""
+    return next(n for n in range(1, size + 1) if size % n == 0 and size // n <= most)
 
 
 def split(batch: Batch, parts: int) -> list[Batch]:
@@ -95,45 +104,51 @@ def split(batch: Batch, parts: int) -> list[Batch]:
         window = slice(i * size, (i + 1) * size)
         cut: dict[str, Any] = {
             name: None if (value := getattr(batch, name)) is None else value[window]
-            for name in ("prompts", "text", "ids", "latent_BCFHW", "observation_BCFHW")
+            for name in ("prompts", "text", "ids", "latent_BCFHW", "observation_BCFHW", "places")
         }
         pieces.append(replace(batch, **cut))
     return pieces
 
 
-def rollout_for(parts: Assembly, update: Update, batch: Batch, where: Position, part: int) -> Rollout | None:
+def rollout_for(parts: Assembly, update: Update, batch: Batch, where: Position) -> Rollout | None:
     """What the student makes of the batch's prompts; with gradient if it is the student that learns."""
     if not parts.objectives[update.by].needs_rollout:
         return None
-    generator = where.generator(2, part, RANK)
-    noise = normal(torch.Size((len(batch.prompts), *parts.latent_shape)), generator, parts.device)
+    generators = where.generators(2, batch)
+    noise = normal(torch.Size((len(batch.prompts), *parts.latent_shape)), generators, parts.device)
     return roll_out(
         parts.student,
         noise,
         stack_text(batch.text, parts.device),
         parts.config.sigmas,
-        generator,
+        generators,
         exit_step=draw_exit(parts.config, where),
         grad=update.learns == "student",
     )
 
 
-def step(parts: Assembly, update: Update, where: Position) -> dict[str, float]:
-    """One update: roll out, judge, back-propagate in parts, check, clip, optimise, average. Returns what to log."""
+def step(parts: Assembly, update: Update, where: Position, batch: Batch | None = None) -> dict[str, float]:
+    """One update: roll out, judge, back-propagate in parts, check, clip, optimise, average. Returns what to log.
+
+    Every process does this on its share of the batch; the backward pass averages gradients over them (see
+    :func:`mogan.distributed.shard`), and what is logged is the mean.
+    """
     objective, config = parts.objectives[update.by], parts.config
     network, optimizer = parts.networks[update.learns], parts.optimizers[update.optimizer_name]
     optimizer.zero_grad(set_to_none=True)
     totals: dict[str, Tensor] = {}
-    for number, piece in enumerate(split(draw(parts, update, where), update.accumulate)):
-        rollout = rollout_for(parts, update, piece, where, number)
+    batch = batch or draw(parts, update, where)
+    pieces = split(batch, parts_of(len(batch.ids), update.batch // update.accumulate))
+    for piece in pieces:
+        rollout = rollout_for(parts, update, piece, where)
         judge = objective.student_loss if update.learns == "student" else objective.judge_loss
-        loss, logs = judge(rollout, piece, where.generator(3, number, RANK))
-        (loss / update.accumulate).backward()
+        loss, logs = judge(rollout, piece, where.generators(3, piece))
+        (loss / len(pieces)).backward()
         for key, value in ({"loss": loss.detach()} | logs).items():
-            totals[key] = totals.get(key, 0) + value / update.accumulate
+            totals[key] = totals.get(key, 0) + value / len(pieces)
     trained = [p for p in network.parameters() if p.grad is not None]
-    totals["grad_norm"] = nn.utils.clip_grad_norm_(trained, config.optimizers[update.optimizer_name].clip)
-    record = {key: float(value) for key, value in totals.items()}  # the step's only host synchronisation
+    norm = nn.utils.clip_grad_norm_(trained, config.optimizers[update.optimizer_name].clip)
+    record = parts.world.mean(totals | {"grad_norm": whole(norm)})
     if not np.isfinite([record["loss"], record["grad_norm"]]).all():
         raise _not_finite(parts, update, where, record)
     optimizer.step()
@@ -153,31 +168,41 @@ def _not_finite(parts: Assembly, update: Update, where: Position, record: dict) 
 
 def run_training(parts: Assembly, run: Path) -> None:
     """Train until ``config.iterations``, from the newest checkpoint if there is one."""
-    config = parts.config
-    start, watch = resume(parts, run), Watch()
-    writer = SummaryWriter(str(run / "tensorboard"), purge_step=start)
-    for line in _keep_before(run / "metrics.jsonl", start):
-        watch.read(line)
-    with _graceful_stop() as stop, (run / "metrics.jsonl").open("a") as log:
-        bar = tqdm(range(start, config.iterations), initial=start, total=config.iterations, desc=config.recipe)
+    config, world, start = parts.config, parts.world, resume(parts, run)
+    journal = Journal(run, start) if world.main else None
+    batches = one_ahead(lambda where: draw(parts, config.plan[where.update], where), positions(config, start))
+    todo = range(start, config.iterations)
+    with _graceful_stop() as stop, closing(batches):
+        bar = tqdm(todo, initial=start, total=config.iterations, desc=config.recipe, disable=not world.main)
         for iteration in bar:
             shown = {}
             for index, update in enumerate(config.plan):
                 for repeat in range(update.times):
                     began = time.perf_counter()
-                    record = step(parts, update, Position(config.seed, iteration, index, repeat))
+                    record = step(parts, update, Position(config.seed, iteration, index, repeat), next(batches))
                     record |= {"seconds": time.perf_counter() - began}
                     shown[update.label] = f"{record['loss']:.3f}"
-                    _log(log, writer, iteration, update, repeat, record, watch, run)
+                    if journal is not None:
+                        journal.write(iteration, update.label, repeat, record)
             bar.set_postfix(shown)
-            done = iteration + 1
-            if done % config.save_every == 0 or done == config.iterations or stop:
-                save_checkpoint(run, done, parts.state(), config)
+            done, leaving = iteration + 1, world.any(bool(stop))
+            if done % config.save_every == 0 or done == config.iterations or leaving:
+                save_checkpoint(run, done, parts.state(), config, world)
             if (done % config.sample_every == 0 or done == config.iterations) and config.sample_prompts:
                 sample_sheet(parts, run, done)
-            if stop:
-                raise SystemExit(f"stopped after iteration {done} and saved; the same command goes on from there")
-    writer.close()
+            if leaving:
+                said = f"stopped after iteration {done} and saved; the same command goes on from there"
+                raise SystemExit(said if world.main else 1)
+    if journal is not None:
+        journal.close()
+
+
+def positions(config: Config, start: int) -> Iterator[Position]:
+    """Every step of a run from iteration ``start`` on, in order."""
+    for iteration in range(start, config.iterations):
+        for index, update in enumerate(config.plan):
+            for repeat in range(update.times):
+                yield Position(config.seed, iteration, index, repeat)
 
 
 def resume(parts: Assembly, run: Path) -> int:
@@ -185,35 +210,9 @@ def resume(parts: Assembly, run: Path) -> int:
     newest = latest_checkpoint(run)
     if newest is None:
         return 0
-    state = load_checkpoint(newest)
-    parts.load_state(state)
-    return int(state["iteration"])
-
-
-def _keep_before(path: Path, iteration: int) -> list[dict]:
-    """Drop log lines of iterations that will be done again; returns the others."""
-    if not path.is_file():
-        return []
-    records = []
-    for line in path.read_text().splitlines():
-        with suppress(json.JSONDecodeError):  # a kill can cut the last line short
-            records.append(json.loads(line))
-    records = [r for r in records if r["iteration"] < iteration]
-    write_atomically(path, "".join(json.dumps(r) + "\n" for r in records))
-    return records
-
-
-def _log(log, writer, iteration: int, update: Update, repeat: int, record: dict, watch: Watch, run: Path) -> None:
-    line = {"iteration": iteration, "update": update.label, "repeat": repeat} | record
-    log.write(json.dumps(line) + "\n")
-    log.flush()
-    if repeat == update.times - 1:
-        for key, value in record.items():
-            writer.add_scalar(f"{update.label.replace('<', '_by_')}/{key}", value, iteration)
-    for warning in watch.read(line):
-        tqdm.write(f"iteration {iteration}: {warning}")
-        with (run / "warnings.log").open("a") as file:
-            file.write(f"{iteration} {warning}\n")
+    parts.prepare_to_load(stored(newest))
+    load_checkpoint(newest, parts.state(), parts.world)
+    return int(newest.name)
 
 
 class _graceful_stop:
@@ -248,6 +247,8 @@ def sample_sheet(parts: Assembly, run: Path, iteration: int) -> None:
     text = stack_text([parts.cache.text(p) for p in prompts], parts.device)
     with parts.averaged_student() as student:
         latents = sample_student(student, text, parts.latent_shape, parts.config.sigmas, list(range(len(prompts))))
+    if not parts.world.main:
+        return
     video = decode_video(parts.vae, latents)
     folder = run / "samples" / f"{iteration:06d}"
     folder.mkdir(parents=True, exist_ok=True)
@@ -279,6 +280,7 @@ def train(
     save_every: int | None = None,
     sample_every: int | None = None,
     device: str = "auto",
+    hsdp: int = 1,
     dry_run: bool = False,
 ) -> None:
     """Train a recipe on a cache; the same command again goes on where it stopped.
@@ -298,6 +300,7 @@ def train(
         save_every: iterations between checkpoints.
         sample_every: iterations between sheets of sample clips.
         device: auto, cpu or cuda.
+        hsdp: with many processes, copies of the sharded networks: 1 shards over all of them.
         dry_run: print the resolved config and stop.
     """
     config = find_recipe(recipe)
@@ -319,9 +322,11 @@ def train(
     if dry_run:
         print(text)
         return
-    out.mkdir(parents=True, exist_ok=True)
-    check_same_run(out, config)
-    parts = assemble(config, open_cache(data), model=model, student=student, run=out, device=device)
-    write_atomically(out / "config.json", text + "\n")
-    write_atomically(out / "run.json", json.dumps(parts.facts, indent=2) + "\n")
-    run_training(parts, out)
+    with join(device, hsdp) as world:
+        out.mkdir(parents=True, exist_ok=True)
+        check_same_run(out, config)
+        parts = assemble(config, open_cache(data), model=model, student=student, run=out, world=world)
+        if world.main:
+            write_atomically(out / "config.json", text + "\n")
+            write_atomically(out / "run.json", json.dumps(parts.facts, indent=2) + "\n")
+        run_training(parts, out)

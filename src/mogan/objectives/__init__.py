@@ -13,6 +13,7 @@ from torch import Tensor
 from mogan.data import Batch
 
 Loss = tuple[Tensor, dict[str, Tensor]]
+Randomness = torch.Generator | list[torch.Generator]  # in training one per sample; see mogan.rollout.normal
 
 
 class Objective(Protocol):
@@ -20,10 +21,10 @@ class Objective(Protocol):
 
     needs_rollout: bool  # if False, ``rollout`` is None
 
-    def student_loss(self, rollout: Any, batch: Batch, generator: torch.Generator) -> Loss:
+    def student_loss(self, rollout: Any, batch: Batch, generator: Randomness) -> Loss:
         """Loss whose gradient reaches the student only."""
         ...
 
-    def judge_loss(self, rollout: Any, batch: Batch, generator: torch.Generator) -> Loss:
+    def judge_loss(self, rollout: Any, batch: Batch, generator: Randomness) -> Loss:
         """Loss whose gradient reaches the objective's own networks only."""
         ...

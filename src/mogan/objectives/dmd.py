@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mogan.data import Batch
 from mogan.denoiser import Denoiser, guided_velocity
-from mogan.objectives import Loss
+from mogan.objectives import Loss, Randomness
 from mogan.rollout import Rollout, normal
 from mogan.schedule import add_noise, draw_sigma, velocity_to_x0
 
@@ -56,13 +56,13 @@ class DMD:
         self.guidance, self.shift, self.low, self.high = guidance, shift, low, high
         self.direction = direction
 
-    def _noised(self, rollout: Rollout, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    def _noised(self, rollout: Rollout, generator: Randomness) -> tuple[Tensor, Tensor, Tensor]:
         x0 = rollout.x0_BCFHW.detach()
         sigma = draw_sigma(len(x0), generator, low=self.low, high=self.high, k=self.shift).to(x0.device)
         noise = normal(x0.shape, generator, x0.device)
         return add_noise(x0, noise, sigma), noise, sigma
 
-    def student_loss(self, rollout: Rollout, batch: Batch, generator: torch.Generator) -> Loss:
+    def student_loss(self, rollout: Rollout, batch: Batch, generator: Randomness) -> Loss:
         """``0.5 mean (x - sg(x - g))^2``, whose gradient with respect to ``x`` is ``g / numel``."""
         x0 = rollout.x0_BCFHW
         with torch.no_grad():
@@ -74,7 +74,7 @@ class DMD:
         loss = 0.5 * (x0 - (x0.detach() - gradient)).square().mean()
         return loss, {"direction": gradient.square().mean().sqrt()}
 
-    def judge_loss(self, rollout: Rollout, batch: Batch, generator: torch.Generator) -> Loss:
+    def judge_loss(self, rollout: Rollout, batch: Batch, generator: Randomness) -> Loss:
         """Flow matching of the fake score on the student's samples: ``E ||v - (noise - x0)||^2`` (MoGAN eq. 3)."""
         x_t, noise, sigma = self._noised(rollout, generator)
         velocity = self.fake_score.velocity(x_t, sigma, rollout.text_BLD)

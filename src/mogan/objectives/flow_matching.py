@@ -1,13 +1,12 @@
 """Flow matching on real clips: how the teacher was trained, and supervised fine-tuning (SFT)."""
 
-import torch
 from torch import Tensor
 
 from mogan.data import Batch
 from mogan.denoiser import Denoiser
-from mogan.objectives import Loss
+from mogan.objectives import Loss, Randomness
 from mogan.rollout import Rollout, normal
-from mogan.schedule import add_noise, draw_sigma
+from mogan.schedule import add_noise, draw_sigma, uniform
 from mogan.wan import stack_text
 
 
@@ -26,19 +25,19 @@ class FlowMatching:
     def __init__(self, student: Denoiser, null: Tensor, *, shift: float, drop_text: float):
         self.student, self.null, self.shift, self.drop_text = student, null, shift, drop_text
 
-    def student_loss(self, rollout: Rollout | None, batch: Batch, generator: torch.Generator) -> Loss:
+    def student_loss(self, rollout: Rollout | None, batch: Batch, generator: Randomness) -> Loss:
         """The loss on the batch; ``rollout`` is not used."""
         x0 = batch.latent_BCFHW
         assert x0 is not None, "flow matching needs clips, not only prompts"
         device = next(self.student.parameters()).device
         x0 = x0.float().to(device)
         sigma = draw_sigma(len(x0), generator, k=self.shift).to(device)
-        drop = torch.rand(len(x0), generator=generator, device=generator.device) < self.drop_text
+        drop = uniform(len(x0), generator) < self.drop_text
         text = stack_text([self.null if d else t for d, t in zip(drop, batch.text, strict=True)], device)
         noise = normal(x0.shape, generator, device)
         velocity = self.student.velocity(add_noise(x0, noise, sigma), sigma, text)
         return (velocity - (noise - x0)).square().mean(), {}
 
-    def judge_loss(self, rollout: Rollout | None, batch: Batch, generator: torch.Generator) -> Loss:
+    def judge_loss(self, rollout: Rollout | None, batch: Batch, generator: Randomness) -> Loss:
         """Flow matching owns no network that chases the student."""
         raise NotImplementedError("flow matching trains the student only")

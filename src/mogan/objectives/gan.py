@@ -11,10 +11,10 @@ from torch import Tensor
 from mogan.data import Batch
 from mogan.denoiser import frozen
 from mogan.discriminator import Discriminator, approximate_penalty, discriminator_loss, generator_loss
-from mogan.objectives import Loss
+from mogan.objectives import Loss, Randomness
 from mogan.observation import MotionObservation, motion_amount, saturation
 from mogan.rollout import Rollout, normal
-from mogan.schedule import add_noise
+from mogan.schedule import add_noise, uniform
 
 
 class GAN:
@@ -62,21 +62,21 @@ class GAN:
             }
         return seen.latent_BCFHW, logs
 
-    def _shown(self, observation: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor | None]:
+    def _shown(self, observation: Tensor, generator: Randomness) -> tuple[Tensor, Tensor | None]:
         """The observation as the discriminator gets it, and the level it is told where that is drawn."""
         if not self.drawn_levels:
             return observation, None
-        sigma = torch.rand(len(observation), generator=generator, device=generator.device).to(observation.device)
+        sigma = uniform(len(observation), generator).to(observation.device)
         return add_noise(observation, normal(observation.shape, generator, observation.device), sigma), sigma
 
-    def student_loss(self, rollout: Rollout, batch: Batch, generator: torch.Generator) -> Loss:
+    def student_loss(self, rollout: Rollout, batch: Batch, generator: Randomness) -> Loss:
         """``lambda_1 E softplus(-D(o))``; gradient passes through the discriminator and the observation, not into them."""
         observation, logs = self._observe(rollout, batch.window_start or 0)
         with frozen(self.discriminator):
             logits = self.discriminator(*self._shown(observation, generator))
         return self.student_weight * generator_loss(logits), logs | {"fake_logit": logits.detach().mean()}
 
-    def judge_loss(self, rollout: Rollout, batch: Batch, generator: torch.Generator) -> Loss:
+    def judge_loss(self, rollout: Rollout, batch: Batch, generator: Randomness) -> Loss:
         """``lambda_2`` (logistic) ``+ r1 R1 + r2 R2`` on real observations of the batch and on the student's."""
         with torch.no_grad():
             fake, logs = self._observe(rollout, batch.window_start or 0)

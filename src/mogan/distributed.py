@@ -1,0 +1,224 @@
+"""Many processes, one run: who they are, how networks are sharded over them, what happens when one of them fails.
+
+Everything is torch's own. ``torchrun``, ``accelerate launch`` and ``srun`` say through the environment which process this
+is; FSDP2 shards every network, block by block; without any of them a :class:`World` is one process and nothing here does
+anything.
+"""
+
+import os
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.rendezvous import rendezvous
+from torch.distributed.tensor import DTensor
+
+from mogan.errors import UserError
+
+PATIENCE = timedelta(minutes=10)  # a process that keeps the others waiting longer than this is taken for dead
+LOST = (
+    "gloo",
+    "NCCL",
+    "onnection closed",
+    "onnection reset",
+    "roken pipe",
+)  # words of an error that a peer's end causes
+SLURM = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "SLURM_LOCALID"}
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes of a run, as one of them sees them.
+
+    Attributes:
+        device: where this process computes.
+        rank: this process, from 0.
+        ranks: how many there are.
+        mesh: over what networks are sharded; None for a process alone.
+    """
+
+    device: torch.device
+    rank: int = 0
+    ranks: int = 1
+    mesh: DeviceMesh | None = None
+
+    @property
+    def main(self) -> bool:
+        """True for the one process that writes logs and samples."""
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        """Wait until every process is here."""
+        self.any(False)
+
+    def any(self, flag: bool) -> bool:
+        """True on every process if it is on one."""
+        if self.mesh is None:
+            return flag
+        seen = torch.tensor(float(flag), device=self.device)
+        dist.all_reduce(seen, dist.ReduceOp.MAX)
+        return bool(seen)
+
+    def mean(self, scalars: dict[str, Tensor]) -> dict[str, float]:
+        """Scalars averaged over the processes, which must all have the same ones; the step's only host synchronisation."""
+        values = torch.stack([v.float() for v in scalars.values()])
+        if self.mesh is not None:
+            dist.all_reduce(values)
+            values = values / self.ranks
+        return dict(zip(scalars, values.tolist(), strict=True))
+
+    def from_main(self, compute: Callable[[], Any]) -> Any:
+        """``compute()`` of process 0, given to all: what is too large to hold once per process."""
+        if self.mesh is None:
+            return compute()
+        box = [compute() if self.main else None]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+
+ONE = World(torch.device("cpu"))  # a process alone
+
+
+def choose_device(name: str, local_rank: int = 0) -> torch.device:
+    """``auto``, ``cpu`` or ``cuda``; each process of a machine takes the GPU of its number."""
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if local_rank >= torch.cuda.device_count():
+        raise UserError(
+            f"this machine has {torch.cuda.device_count()} GPUs and a process numbered {local_rank}: start one process per GPU"
+        )
+    return torch.device("cuda", local_rank) if "RANK" in os.environ else torch.device("cuda")
+
+
+@contextmanager
+def join(device: str = "auto", replicas: int = 1) -> Iterator[World]:
+    """Join the other processes, if this one was started with any; leave them, or end with them, when the block ends.
+
+    The first process that fails says why; the others, which then lose it, end without a word. A process that is killed
+    cannot say anything: then another one says that it is gone.
+
+    Args:
+        device: ``auto``, ``cpu`` or ``cuda``.
+        replicas: copies of every sharded network (HSDP); 1 shards over all processes.
+    """
+    _read_slurm()
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    if ranks == 1:
+        if replicas != 1:
+            raise UserError(f"--hsdp {replicas} needs several processes: start them with torchrun")
+        yield World(choose_device(device))
+        return
+    if ranks % replicas:
+        raise UserError(f"--hsdp {replicas} does not divide the {ranks} processes")
+    where = choose_device(device, int(os.environ.get("LOCAL_RANK", "0")))
+    if where.type == "cuda":
+        torch.cuda.set_device(where)
+    try:
+        store, rank, _ = next(rendezvous("env://", timeout=PATIENCE))
+        backend = "cpu:gloo,cuda:nccl" if where.type == "cuda" else "gloo"
+        shared = dist.PrefixStore("mogan", store)
+        dist.init_process_group(backend, store=shared, rank=rank, world_size=ranks, timeout=PATIENCE)
+    except (dist.DistError, RuntimeError, ValueError) as error:
+        raise UserError(
+            f"the {ranks} processes did not find each other ({error}): start all of them with one torchrun or srun, and "
+            "let MASTER_ADDR name the first machine"
+        ) from error
+    if replicas == 1:
+        mesh = init_device_mesh(where.type, (ranks,), mesh_dim_names=("shard",))
+    else:
+        mesh = init_device_mesh(where.type, (replicas, ranks // replicas), mesh_dim_names=("replicate", "shard"))
+    # FSDP2 warns of in-place arithmetic on what a network returns: there is none here
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
+    try:
+        yield World(where, rank, ranks, mesh)
+    except (Exception, CheckpointException) as error:
+        raise _first_error(error, store, rank, ranks) from error
+    dist.destroy_process_group()
+
+
+def _read_slurm() -> None:
+    """``srun`` says who a process is in words of its own."""
+    if "RANK" in os.environ or int(os.environ.get("SLURM_NTASKS", "1")) == 1:
+        return
+    if any(name not in os.environ for name in SLURM.values()):
+        return
+    if "MASTER_ADDR" not in os.environ:
+        raise UserError(
+            "under srun MASTER_ADDR must name the first machine: "
+            'export MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)'
+        )
+    os.environ.update({name: os.environ[slurm] for name, slurm in SLURM.items()})
+    os.environ.setdefault("MASTER_PORT", str(20000 + int(os.environ.get("SLURM_JOB_ID", "0")) % 10000))
+
+
+def _first_error(error: BaseException, store: dist.Store, rank: int, ranks: int) -> BaseException:
+    """What this process should end with: its error if it is the first to fail, silence otherwise."""
+    text = "".join(traceback.format_exception_only(error))
+    lost = not isinstance(error, UserError) and any(word in text for word in LOST)
+    if lost:
+        error = UserError(
+            f"process {rank} of {ranks} lost another one, which was killed (for memory?) or cut off; the same command goes "
+            f"on from the last checkpoint ({text.split(' This is typically')[0].strip()})"
+        )
+    try:
+        first = int(store.compare_set("mogan-first-error", "", str(rank))) == rank
+        ended = store.add("mogan-ended", 1)
+        hosts_store = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+        end = time.monotonic() + 5
+        while hosts_store and not lost and ended < ranks and time.monotonic() < end:
+            time.sleep(0.05)  # the others cannot ask who was first once the store is gone
+            ended = store.add("mogan-ended", 0)
+    except (dist.DistError, RuntimeError):  # the store ended with process 0, which may have been killed
+        first = True
+    if not first:
+        return SystemExit(2)
+    if isinstance(error, Exception) and not lost:
+        get_error_handler().record_exception(error)  # torchrun's summary shows it
+    return error
+
+
+def shard(network: nn.Module, blocks: nn.ModuleList, world: World, dtype: torch.dtype) -> nn.Module:
+    """Shard a network in place with FSDP2, each transformer block on its own, the rest as one more group.
+
+    Weights, gradients and optimiser moments are kept in fp32, one part per process. A block is gathered just before it
+    computes and freed just after; if ``dtype`` is bf16 it is gathered in bf16. What lies outside the blocks stays fp32
+    (time embedding, heads). Gradients are averaged over the processes in fp32. Inputs are never cast: noise levels do not
+    survive bf16.
+
+    Args:
+        network: the module that is called; its weights all have one dtype.
+        blocks: its transformer blocks.
+        world: over which processes.
+        dtype: dtype the network computes in.
+    """
+    if world.mesh is None:
+        return network
+    narrow = dtype if dtype != torch.float32 else None
+    inside = MixedPrecisionPolicy(param_dtype=narrow, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    outside = MixedPrecisionPolicy(cast_forward_inputs=False)
+    for block in blocks:
+        fully_shard(block, mesh=world.mesh, mp_policy=inside)
+    fully_shard(network, mesh=world.mesh, mp_policy=outside, reshard_after_forward=True)
+    return network
+
+
+def local(tensor: Tensor) -> Tensor:
+    """Our part of a sharded tensor; any other tensor as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a sharded tensor, on every process; any other tensor as it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

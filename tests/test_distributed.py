@@ -1,0 +1,319 @@
+"""Two gloo processes on the CPU stand for many GPUs."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from datetime import timedelta
+from multiprocessing import get_context
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mogan.assemble import assemble
+from mogan.checkpoint import latest_checkpoint, load_checkpoint, stored
+from mogan.data import one_ahead, open_cache
+from mogan.distributed import World, join
+from mogan.errors import UserError
+from mogan.train import Position, draw, parts_of, run_training, step
+from tiny_recipes import dmd, flow_matching, mogan
+
+HERE = Path(__file__).parent
+# Rounding differs (sums in another order), and Adam turns the sign of a gradient near zero into a full step.
+LOSS = 1e-3  # relative difference of every logged mean, in every step
+MOVED = 1e-2  # difference of a network's weights, relative to how far they moved
+
+
+@pytest.fixture(autouse=True)
+def _raft(family, monkeypatch):
+    monkeypatch.setenv("MOGAN_TEST_RAFT", str(family / "raft"))
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def start(ranks, arguments, **environment):
+    """Processes as torchrun would start them, without its own."""
+    path = os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])
+    common = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1"} | environment
+    common |= {"MASTER_PORT": str(free_port()), "WORLD_SIZE": str(ranks)}
+    return [
+        subprocess.Popen(
+            [sys.executable, "-W", "ignore", *arguments],
+            env=common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(ranks)
+    ]
+
+
+def finish(processes, seconds=300):
+    """Exit codes and what was said, per rank."""
+    said = [p.communicate(timeout=seconds) for p in processes]
+    return [p.returncode for p in processes], [err for _, err in said]
+
+
+def command(recipe, family, cache, out, *more):
+    words = ["-m", "mogan", "train", f"tiny_recipes:{recipe}", "--model", str(family / "teacher"), "--device", "cpu"]
+    words += ["--data", str(cache), "--out", str(out), *more]
+    return words + (["--student", str(family / "student")] if recipe == "mogan" else [])
+
+
+def train_alone(config, family, cache, out):
+    out.mkdir(exist_ok=True)
+    student = str(family / "student") if config.gan else None
+    parts = assemble(config, open_cache(cache), model=str(family / "teacher"), student=student, run=out, device="cpu")
+    before = {name: tensor.clone() for name, tensor in parts.state().items()}
+    run_training(parts, out)
+    return before
+
+
+def train_together(ranks, recipe, family, cache, out, *more):
+    codes, said = finish(start(ranks, command(recipe, family, cache, out, *more)))
+    assert codes == [0] * ranks, said
+
+
+def final(run):
+    path = latest_checkpoint(run)
+    state = {name: torch.full(shape, torch.nan) for name, shape in stored(path).items()}
+    load_checkpoint(path, state)
+    return state
+
+
+def log(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def assert_same_trajectory(before, one, two):
+    for a, b in zip(log(one), log(two), strict=True):
+        # "direction" is the root of a mean: the mean of two roots is another number
+        names = a.keys() - {"seconds", "direction", "update"}
+        assert a["update"] == b["update"]
+        for name in names:
+            assert b[name] == pytest.approx(a[name], rel=LOSS, abs=1e-6), (a["iteration"], a["update"], name)
+    here, there = final(one), final(two)
+    assert here.keys() == there.keys()
+    for network in {name.split(".")[0] for name in before} & {"student", "fake_score", "discriminator", "ema"}:
+        names = [n for n in before if n.startswith(f"{network}.")]
+        moved, apart = (
+            torch.cat([(x[n] - y[n]).flatten() for n in names]).norm() for x, y in ((here, before), (here, there))
+        )
+        assert apart <= MOVED * moved, (network, float(apart / moved))
+
+
+# ---------------------------------------------------------------------------------------------- the same run
+
+
+def test_two_processes_follow_the_trajectory_of_one_and_each_resumes_the_other(family, cache, tmp_path):
+    config = replace(flow_matching(), iterations=2)
+    before = train_alone(config, family, cache, tmp_path / "one")
+    train_together(2, "flow_matching", family, cache, tmp_path / "two", "--iterations", "2")
+    assert_same_trajectory(before, tmp_path / "one", tmp_path / "two")
+    longer = replace(config, iterations=3)
+    train_alone(longer, family, cache, tmp_path / "one")
+    train_alone(longer, family, cache, tmp_path / "two")
+    assert_same_trajectory(before, tmp_path / "one", tmp_path / "two")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("recipe", "ranks", "more"), [("mogan", 2, ()), ("dmd", 4, ("--hsdp", "2", "--batch", "4"))])
+def test_sharded_run_follows_the_trajectory_of_one(recipe, ranks, more, family, cache, tmp_path):
+    config = {"mogan": mogan, "dmd": dmd}[recipe]()
+    if more:
+        config = replace(config, plan=tuple(replace(u, batch=4) for u in config.plan))
+    before = train_alone(config, family, cache, tmp_path / "one")
+    train_together(ranks, recipe, family, cache, tmp_path / "many", *more)
+    assert_same_trajectory(before, tmp_path / "one", tmp_path / "many")
+
+
+@pytest.mark.slow
+def test_run_of_one_resumes_on_two_and_two_resume_bit_for_bit(family, cache, tmp_path):
+    config = replace(dmd(), iterations=3)
+    before = train_alone(config, family, cache, tmp_path / "one")
+    train_alone(replace(config, iterations=2), family, cache, tmp_path / "grown")
+    train_together(2, "dmd", family, cache, tmp_path / "grown", "--iterations", "3")
+    assert_same_trajectory(before, tmp_path / "one", tmp_path / "grown")
+    train_together(2, "dmd", family, cache, tmp_path / "through", "--iterations", "3")
+    train_together(2, "dmd", family, cache, tmp_path / "stopped", "--iterations", "2")
+    train_together(2, "dmd", family, cache, tmp_path / "stopped", "--iterations", "3")
+    through, stopped = final(tmp_path / "through"), final(tmp_path / "stopped")
+    assert all(torch.equal(through[name], stopped[name]) for name in through)
+
+
+@pytest.mark.slow
+def test_bf16_blocks_stay_near_the_run_of_one(family, cache, tmp_path):
+    config = replace(flow_matching(), precision="bf16")
+    train_alone(config, family, cache, tmp_path / "one")
+    train_together(2, "flow_matching", family, cache, tmp_path / "two", "--precision", "bf16")
+    for a, b in zip(log(tmp_path / "one"), log(tmp_path / "two"), strict=True):
+        assert b["loss"] == pytest.approx(a["loss"], rel=0.02)
+
+
+@given(st.integers(1, 64), st.integers(1, 64))
+def test_a_share_is_cut_into_the_fewest_equal_parts_that_fit(size, most):
+    count = parts_of(size, most)
+    assert size % count == 0
+    assert size // count <= most
+    assert all(size % n or size // n > most for n in range(1, count))
+
+
+@pytest.mark.parametrize("recipe", [flow_matching, mogan])
+def test_neither_accumulation_nor_sharing_changes_what_a_sample_sees(recipe, family, cache):
+    config = recipe()
+    student = str(family / "student") if config.gan else None
+    build = lambda: assemble(  # noqa: E731
+        config, open_cache(cache), model=str(family / "teacher"), student=student, run=None, device="cpu"
+    )
+    whole, parted = build(), build()
+    where, update = Position(3, 1, 0, 0), replace(config.plan[0], batch=4)
+    one = step(whole, update, where)
+    two = step(parted, replace(update, accumulate=2), where)
+    assert two["loss"] == pytest.approx(one["loss"], rel=1e-4)
+    assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-3)
+    shares = []
+    for rank in range(2):
+        parted.world = World(torch.device("cpu"), rank, 2)
+        shares.append(draw(parted, update, where))
+    batch = draw(whole, update, where)
+    assert [i for s in shares for i in s.ids] == batch.ids
+    drawn = [torch.rand(3, generator=g).tolist() for s in shares for g in where.generators(2, s)]
+    assert drawn == [torch.rand(3, generator=g).tolist() for g in where.generators(2, batch)]
+    assert len({tuple(d) for d in drawn}) == 4
+
+
+def test_batch_that_does_not_split_is_refused_before_anything_is_loaded(family, cache):
+    with pytest.raises(UserError, match="batch of 2 does not split over 3 processes; give --batch a multiple of 3"):
+        assemble(flow_matching(), open_cache(cache), model="nowhere", run=None, world=World(torch.device("cpu"), 0, 3))
+
+
+# ---------------------------------------------------------------------------------------------- failures
+
+
+def fail(how, rank, port, folder):
+    """What a forked process does; its standard error goes to a file."""
+    os.dup2(os.open(folder / f"rank{rank}", os.O_WRONLY | os.O_CREAT), 2)
+    sys.stderr = os.fdopen(2, "w", buffering=1)
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    try:
+        with join("cpu") as world:
+            world.barrier()
+            if how == "all" or (how == "one" and rank == 1):
+                raise UserError("the disk is full")
+            if how == "bug" and rank == 1:
+                raise KeyError("a bug")
+            if how == "killed" and rank == 1:
+                os.kill(os.getpid(), signal.SIGKILL)
+            assert world.mean({"a": torch.tensor(float(rank))}) == {"a": 0.5}
+            assert world.from_main(lambda: f"said by {rank}") == "said by 0"
+    except UserError as error:
+        print(f"mogan: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+@pytest.mark.parametrize(
+    ("how", "codes", "words"),
+    [
+        ("none", [0, 0], []),
+        ("all", [2, 2], ["mogan: the disk is full"]),
+        ("one", [2, 2], ["mogan: the disk is full"]),
+        ("bug", [2, 1], ["KeyError: 'a bug'"]),
+        ("killed", [2, -9], ["process 0 of 2 lost another one"]),
+    ],
+)
+def test_the_first_error_is_said_once_and_ends_all(how, codes, words, tmp_path):
+    port = free_port()
+    processes = [get_context("fork").Process(target=fail, args=(how, rank, port, tmp_path)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    said = [(tmp_path / f"rank{rank}").read_text() for rank in range(2)]
+    assert [p.exitcode for p in processes] == codes, said
+    errors = [line for text in said for line in text.splitlines() if line.startswith(("mogan:", "KeyError"))]
+    assert len(errors) == len(words), said
+    assert all(word in error for word, error in zip(words, errors, strict=True))
+
+
+def test_processes_that_do_not_come_are_named(monkeypatch):
+    monkeypatch.setattr("mogan.distributed.PATIENCE", timedelta(seconds=1))
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}.items():
+        monkeypatch.setenv(name, str(value))
+    with pytest.raises(UserError, match="the 2 processes did not find each other"), join("cpu"):
+        pass
+
+
+def test_srun_without_a_meeting_place_is_told_how(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in {"SLURM_PROCID": "0", "SLURM_NTASKS": "2", "SLURM_LOCALID": "0"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=r"export MASTER_ADDR=\$\(scontrol"), join("cpu"):
+        pass
+
+
+def test_a_process_alone_needs_nothing(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "SLURM_NTASKS"):
+        monkeypatch.delenv(name, raising=False)
+    with join("cpu") as world:
+        assert (world.rank, world.ranks, world.main, world.mesh) == (0, 1, True, None)
+        assert world.any(True)
+        assert world.from_main(lambda: 3) == 3
+    with pytest.raises(UserError, match="--hsdp 2 needs several processes"), join("cpu", replicas=2):
+        pass
+
+
+@pytest.mark.slow
+def test_torchrun_ends_promptly_when_a_process_is_killed(family, cache, tmp_path):
+    words = command("dmd", family, cache, tmp_path, "--iterations", "500", "--save-every", "1")
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])}
+    torchrun = subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", *words],
+        env=environment | {"OMP_NUM_THREADS": "1"},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while latest_checkpoint(tmp_path) is None:
+        assert torchrun.poll() is None, torchrun.stderr.read()
+        time.sleep(0.1)
+    children = Path(f"/proc/{torchrun.pid}/task/{torchrun.pid}/children").read_text().split()
+    victim = next(c for c in map(int, children) if b"RANK=1" in Path(f"/proc/{c}/environ").read_bytes().split(b"\0"))
+    os.kill(victim, signal.SIGKILL)
+    _, said = torchrun.communicate(timeout=60)
+    assert torchrun.returncode != 0
+    assert "lost another one" in said
+    assert "Signal 9 (SIGKILL)" in said
+
+
+# ---------------------------------------------------------------------------------------------- batches ahead
+
+
+def test_the_next_batch_is_read_during_a_step_and_errors_arrive_in_their_place():
+    asked = []
+
+    def compute(item):
+        asked.append(item)
+        if item == 3:
+            raise UserError("gone")
+        return item
+
+    batches = one_ahead(compute, range(5))
+    assert next(batches) == 0
+    end = time.monotonic() + 5
+    while len(asked) < 2 and time.monotonic() < end:
+        time.sleep(0.001)
+    assert asked == [0, 1]  # one ahead, not more
+    assert [next(batches), next(batches)] == [1, 2]
+    with pytest.raises(UserError, match="gone"):
+        next(batches)
