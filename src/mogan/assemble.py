@@ -1,26 +1,30 @@
 """From a config to live networks, objectives and optimisers."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache as once
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from mogan import wan
+from mogan.checkpoint import latest_checkpoint, load_checkpoint
 from mogan.config import Config, GANConfig
-from mogan.data import Cache, ensure_observations
+from mogan.data import Cache, ensure_observations, ensure_text
 from mogan.denoiser import Denoiser
 from mogan.discriminator import Discriminator
 from mogan.errors import UserError
 from mogan.flow import FlowEstimator, RaftFlow
+from mogan.lora import adapted, hold_in, learned_state, load_learned
 from mogan.objectives import Objective
 from mogan.objectives.dmd import DMD
 from mogan.objectives.flow_matching import FlowMatching
 from mogan.objectives.gan import GAN
 from mogan.observation import MotionObservation
+from mogan.sample import open_generator
 
 
 @dataclass
@@ -48,7 +52,7 @@ class Assembly:
         return cast(Denoiser, self.networks["student"])
 
     def update_average(self) -> None:
-        """Exponential moving average of the student's weights, fp32."""
+        """Exponential moving average of what the student learns (its weights or its adapters), fp32."""
         with torch.no_grad():
             live = self.student.transformer.state_dict()
             torch._foreach_lerp_(list(self.average.values()), [live[k] for k in self.average], 1 - self.config.ema)
@@ -57,17 +61,17 @@ class Assembly:
     def averaged_student(self) -> Iterator[Denoiser]:
         """The student with its averaged weights, for sampling; the live weights come back afterwards."""
         student = self.student
-        live = {k: v.clone() for k, v in student.transformer.state_dict().items()}
-        student.transformer.load_state_dict(self.average)
+        live = {k: v.clone() for k, v in learned_state(student.transformer).items()}
+        load_learned(student.transformer, self.average)
         try:
             yield student
         finally:
-            student.transformer.load_state_dict(live)
+            load_learned(student.transformer, live)
 
     def state(self) -> dict:
-        """What a checkpoint holds."""
+        """What a checkpoint holds: of networks with adapters the adapters alone."""
         return {
-            "networks": {name: network.state_dict() for name, network in self.networks.items()},
+            "networks": {name: learned_state(network) for name, network in self.networks.items()},
             "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
             "ema": self.average,
         }
@@ -75,7 +79,7 @@ class Assembly:
     def load_state(self, state: dict) -> None:
         """Put a checkpoint's state back."""
         for name, network in self.networks.items():
-            network.load_state_dict(state["networks"][name])
+            load_learned(network, state["networks"][name])
         for name, optimizer in self.optimizers.items():
             optimizer.load_state_dict(state["optimizers"][name])
         with torch.no_grad():
@@ -92,25 +96,28 @@ def assemble(
         config: the run.
         cache: its data.
         model: the base model: teacher, autoencoder, text encoder.
-        student: where the student starts; the base model unless the recipe post-trains a few-step student.
+        student: where the student starts: a model, or a run whose adapters are trained on; the base model unless the
+            recipe post-trains a few-step student.
         run: folder of the run, named in error messages.
         device: ``auto``, ``cpu`` or ``cuda``.
     """
     target = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
-    base, start = _where(config, model, student)
+    base, start, adapters_of = _where(config, model, student)
     if cache.has_clips:
         cache.require(vae=wan.fingerprint(base, "vae"))
     dtype = {"auto": wan.fast_dtype(target), "bf16": torch.bfloat16, "fp32": torch.float32}[config.precision]
-    student_network = _denoiser(start, "transformer", config, dtype, target)
+    frozen = _frozen_weights(config, dtype, target)
+    student_network = _denoiser(frozen, start, "transformer", config, dtype, target)
     networks: dict[str, nn.Module] = {"student": student_network}
     objectives: dict[str, Objective] = {}
-    encode = wan.load_text(base)
+    encode = _text_by_way_of(cache, base)
     vae = wan.load_vae(base, dtype).to(target)
     flow, key = None, None
     if config.dmd is not None:
-        teacher = Denoiser(wan.load_transformer(base).to(target).eval().requires_grad_(False), dtype)
+        teacher = Denoiser(frozen(base, "transformer"), dtype)
         has_own = (start / "fake_score" / "config.json").is_file()
-        fake = _denoiser(start if has_own else base, "fake_score" if has_own else "transformer", config, dtype, target)
+        fake_from = (start, "fake_score") if has_own else (base, "transformer")
+        fake = _denoiser(frozen, *fake_from, config, dtype, target)
         networks["fake_score"] = fake
         null = wan.stack_text(encode([config.negative_prompt]), target)
         d = config.dmd
@@ -142,6 +149,8 @@ def assemble(
         objectives["flow_matching"] = FlowMatching(
             student_network, encode([""])[0], shift=f.shift, drop_text=f.drop_text
         )
+    if adapters_of is not None:
+        _continue_adapters(networks, adapters_of)
     optimizers: dict[str, torch.optim.Optimizer] = {}
     for update in config.plan:
         if update.optimizer_name not in optimizers:
@@ -153,7 +162,7 @@ def assemble(
     size = wan.geometry(base)
     if cache.has_clips:
         size = wan.Geometry(**{k: cache.facts[k] for k in ("fps", "height", "width", "frames")})
-    average = {k: v.detach().clone() for k, v in student_network.transformer.state_dict().items()}
+    average = {k: v.detach().clone() for k, v in learned_state(student_network.transformer).items()}
     facts = {"model": str(base), "student": str(start), "data": str(cache.path)}
     shape = wan.latent_shape(base, size)
     return Assembly(
@@ -161,29 +170,75 @@ def assemble(
     )
 
 
-def _where(config: Config, model: str, student: str | None) -> tuple[Path, Path]:
-    """Folders of the base model and of the student's start, checked against the recipe."""
+def _where(config: Config, model: str, student: str | None) -> tuple[Path, Path, Path | None]:
+    """Folders of the base model and of the student's start, and the run whose adapters it starts with, if any."""
     base = wan.resolve_model("lab-teacher" if model == "lab" else model)
     post_trains = config.gan is not None
-    if student is not None:
-        start = wan.resolve_model(student)
-    elif post_trains and model == "lab":
-        start = wan.resolve_model("lab")
-    elif post_trains:
+    if student is None and post_trains and model != "lab":
         raise UserError(f"{config.recipe} post-trains a few-step student: name it with --student (a DMD run's export)")
+    if student is None and not post_trains:
+        return base, base, None
+    source = open_generator(student or "lab")
+    if source.run is not None and (config.lora is None or source.lora != config.lora):
+        raise UserError(
+            f"{student} is a run with "
+            + (f"adapters of rank {source.lora}: give --lora {source.lora}, or" if source.lora else "full weights:")
+            + " export it with `mogan export` and name the export with --student"
+        )
+    if post_trains and source.sigmas and source.sigmas != config.sigmas:
+        raise UserError(
+            f"{student} samples at levels {list(source.sigmas)}, the recipe at {list(config.sigmas)}; they must agree"
+        )
+    return base, source.folder, source.run
+
+
+def _frozen_weights(config: Config, dtype: torch.dtype, device: torch.device) -> Callable[[Path, str], Any]:
+    """Load frozen transformers, each once: with adapters, networks of the same start share them."""
+
+    @once
+    def load(folder: Path, part: str) -> Any:
+        return hold_in(wan.load_transformer(folder, part).to(device), dtype if config.lora else torch.float32)
+
+    return load
+
+
+def _denoiser(
+    frozen: Callable[[Path, str], Any],
+    folder: Path,
+    part: str,
+    config: Config,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Denoiser:
+    if config.lora is None:
+        transformer = wan.load_transformer(folder, part).to(device).train()
     else:
-        start = base
-    levels = wan.model_facts(start).get("sigmas")
-    if post_trains and levels and tuple(levels) != config.sigmas:
-        raise UserError(f"{start} samples at levels {levels}, the recipe at {list(config.sigmas)}; they must agree")
-    return base, start
-
-
-def _denoiser(folder: Path, part: str, config: Config, dtype: torch.dtype, device: torch.device) -> Denoiser:
-    transformer = wan.load_transformer(folder, part).to(device).train()
+        transformer = adapted(frozen(folder, part), config.lora, config.seed).train()
     if config.checkpointing:
         transformer.enable_gradient_checkpointing()
     return Denoiser(transformer, dtype)
+
+
+def _continue_adapters(networks: dict[str, nn.Module], run: Path) -> None:
+    """Start the student with a run's averaged adapters, and the fake score, where both have one, with its live ones."""
+    newest = latest_checkpoint(run)
+    if newest is None:
+        raise UserError(f"{run} has no checkpoint yet: let it train until it has saved one")
+    state = load_checkpoint(newest)
+    load_learned(cast(Denoiser, networks["student"]).transformer, state["ema"])
+    if "fake_score" in networks and "fake_score" in state["networks"]:
+        load_learned(networks["fake_score"], state["networks"]["fake_score"])
+
+
+def _text_by_way_of(cache: Cache, base: Path) -> wan.TextEncoder:
+    """Encode through the cache: the text encoder, Wan's largest part, is loaded only for a prompt that is not there."""
+    encoder = once(lambda: wan.load_text(base))
+
+    def encode(prompts: list[str]) -> list[Tensor]:
+        ensure_text(cache.path, prompts, lambda missing: encoder()(missing))
+        return [cache.text(p) for p in prompts]
+
+    return encode
 
 
 def _discriminator(gan: GANConfig, base: Path, encode, dtype, device, seed: int) -> Discriminator:
