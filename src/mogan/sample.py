@@ -211,18 +211,21 @@ class Generator:
     def load(self) -> torch.nn.Module:
         """The transformer; of a run, with the averaged weights or adapters of its newest checkpoint, the latter merged."""
         transformer = wan.load_transformer(self.folder)
-        if self.run is not None:
-            from mogan.checkpoint import latest_checkpoint, load_checkpoint
-
-            newest = latest_checkpoint(self.run)
-            if newest is None:
-                raise UserError(f"{self.run} has no checkpoint yet: let it train until it has saved one")
-            average = load_checkpoint(newest)["ema"]
-            if self.lora is None:
-                transformer.load_state_dict(average)
-            else:
-                merge(transformer, factors(average))
+        if self.lora is not None:
+            merge(transformer, factors(self.average()))
+        elif self.run is not None:
+            transformer.load_state_dict(self.average())
         return transformer
+
+    def average(self) -> dict[str, Tensor]:
+        """What a run's student learned, averaged: its weights or its adapters."""
+        from mogan.checkpoint import latest_checkpoint, load_checkpoint
+
+        assert self.run is not None
+        newest = latest_checkpoint(self.run)
+        if newest is None:
+            raise UserError(f"{self.run} has no checkpoint yet: let it train until it has saved one")
+        return load_checkpoint(newest)["ema"]
 
 
 def open_generator(name: str) -> Generator:
