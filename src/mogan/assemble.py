@@ -1,8 +1,9 @@
 """From a config to live networks, objectives and optimisers."""
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache as once
 from pathlib import Path
 from typing import Any, cast
 
@@ -10,18 +11,21 @@ import torch
 from torch import Tensor, nn
 
 from mogan import wan
+from mogan.checkpoint import latest_checkpoint, load_part
 from mogan.config import Config, GANConfig
-from mogan.data import Cache, ensure_observations
+from mogan.data import Cache, ensure_observations, ensure_text
 from mogan.denoiser import Denoiser
 from mogan.discriminator import Discriminator
 from mogan.distributed import World, choose_device, local, shard
 from mogan.errors import UserError
 from mogan.flow import FlowEstimator, RaftFlow
+from mogan.lora import adapted, hold_in, learned_state, load_learned
 from mogan.objectives import Objective
 from mogan.objectives.dmd import DMD
 from mogan.objectives.flow_matching import FlowMatching
 from mogan.objectives.gan import GAN
 from mogan.observation import MotionObservation
+from mogan.sample import open_generator
 
 
 @dataclass
@@ -54,7 +58,7 @@ class Assembly:
         return cast(Denoiser, self.networks["student"])
 
     def update_average(self) -> None:
-        """Exponential moving average of the student's weights, fp32."""
+        """Exponential moving average of what the student learns (its weights or its adapters), fp32."""
         with torch.no_grad():
             live = self.student.transformer.state_dict()
             average = [local(v) for v in self.average.values()]
@@ -64,16 +68,18 @@ class Assembly:
     def averaged_student(self) -> Iterator[Denoiser]:
         """The student with its averaged weights, for sampling; the live weights come back afterwards."""
         student = self.student
-        live = {k: v.clone() for k, v in student.transformer.state_dict().items()}
-        student.transformer.load_state_dict(self.average)
+        live = {k: v.clone() for k, v in learned_state(student.transformer).items()}
+        load_learned(student.transformer, self.average)
         try:
             yield student
         finally:
-            student.transformer.load_state_dict(live)
+            load_learned(student.transformer, live)
 
     def state(self) -> dict[str, Tensor]:
-        """What a checkpoint holds: weights, the optimisers' moments by number of the parameter, averaged weights."""
-        state = {f"{name}.{k}": v for name, network in self.networks.items() for k, v in network.state_dict().items()}
+        """What a checkpoint holds: weights (of networks with adapters the adapters alone), the optimisers' moments by
+        number of the parameter, averages.
+        """
+        state = {f"{name}.{k}": v for name, network in self.networks.items() for k, v in learned_state(network).items()}
         for name, optimizer in self.optimizers.items():
             for number, moments in optimizer.state_dict()["state"].items():
                 state |= {f"{name}_optimizer.{number}.{k}": v for k, v in moments.items()}
@@ -109,28 +115,31 @@ def assemble(
         config: the run.
         cache: its data.
         model: the base model: teacher, autoencoder, text encoder.
-        student: where the student starts; the base model unless the recipe post-trains a few-step student.
+        student: where the student starts: a model, or a run whose adapters are trained on; the base model unless the
+            recipe post-trains a few-step student.
         run: folder of the run, named in error messages.
         device: ``auto``, ``cpu`` or ``cuda``.
         world: the processes of the run, over which every network is sharded; by default this one alone, on ``device``.
     """
     world = world or World(choose_device(device))
-    _check_batches(config, world)
+    _check_processes(config, world)
     target = world.device
-    base, start = _where(config, model, student)
+    base, start, adapters_of = _where(config, model, student)
     if cache.has_clips:
         cache.require(vae=wan.fingerprint(base, "vae"))
     dtype = _dtype(config, target)
-    student_network = _denoiser(start, "transformer", config, dtype, world)
+    frozen = _frozen_weights(config, dtype, world)
+    student_network = _denoiser(frozen, start, "transformer", config, dtype, world)
     networks: dict[str, nn.Module] = {"student": student_network}
     objectives: dict[str, Objective] = {}
-    encode = _text_encoder(base, world)
+    encode = _text_encoder(cache, base, world)
     vae = wan.load_vae(base, dtype).to(target)
     flow, key = None, None
     if config.dmd is not None:
-        teacher = _denoiser(base, "transformer", config, dtype, world, frozen=True)
+        teacher = Denoiser(frozen(base, "transformer"), dtype)
         has_own = (start / "fake_score" / "config.json").is_file()
-        fake = _denoiser(start if has_own else base, "fake_score" if has_own else "transformer", config, dtype, world)
+        fake_from = (start, "fake_score") if has_own else (base, "transformer")
+        fake = _denoiser(frozen, *fake_from, config, dtype, world)
         networks["fake_score"] = fake
         null = wan.stack_text(encode([config.negative_prompt]), target)
         d = config.dmd
@@ -160,6 +169,8 @@ def assemble(
         objectives["flow_matching"] = FlowMatching(
             student_network, encode([""])[0], shift=f.shift, drop_text=f.drop_text
         )
+    if adapters_of is not None:
+        _continue_adapters(networks, adapters_of)
     optimizers: dict[str, torch.optim.Optimizer] = {}
     for update in config.plan:
         if update.optimizer_name not in optimizers:
@@ -171,7 +182,7 @@ def assemble(
     size = wan.geometry(base)
     if cache.has_clips:
         size = wan.Geometry(**{k: cache.facts[k] for k in ("fps", "height", "width", "frames")})
-    average = {k: v.detach().clone() for k, v in student_network.transformer.state_dict().items()}
+    average = {k: v.detach().clone() for k, v in learned_state(student_network.transformer).items()}
     facts = {"model": str(base), "student": str(start), "data": str(cache.path)}
     shape = wan.latent_shape(base, size)
     return Assembly(
@@ -179,25 +190,71 @@ def assemble(
     )
 
 
-def _where(config: Config, model: str, student: str | None) -> tuple[Path, Path]:
-    """Folders of the base model and of the student's start, checked against the recipe."""
+def _where(config: Config, model: str, student: str | None) -> tuple[Path, Path, Path | None]:
+    """Folders of the base model and of the student's start, and the run whose adapters it starts with, if any."""
     base = wan.resolve_model("lab-teacher" if model == "lab" else model)
     post_trains = config.gan is not None
-    if student is not None:
-        start = wan.resolve_model(student)
-    elif post_trains and model == "lab":
-        start = wan.resolve_model("lab")
-    elif post_trains:
+    if student is None and post_trains and model != "lab":
         raise UserError(f"{config.recipe} post-trains a few-step student: name it with --student (a DMD run's export)")
+    if student is None and not post_trains:
+        return base, base, None
+    source = open_generator(student or "lab")
+    if source.run is not None and (config.lora is None or source.lora != config.lora):
+        raise UserError(
+            f"{student} is a run with "
+            + (f"adapters of rank {source.lora}: give --lora {source.lora}, or" if source.lora else "full weights:")
+            + " export it with `mogan export` and name the export with --student"
+        )
+    if post_trains and source.sigmas and source.sigmas != config.sigmas:
+        raise UserError(
+            f"{student} samples at levels {list(source.sigmas)}, the recipe at {list(config.sigmas)}; they must agree"
+        )
+    return base, source.folder, source.run
+
+
+def _frozen_weights(config: Config, dtype: torch.dtype, world: World) -> Callable[[Path, str], Any]:
+    """Load frozen transformers, each once: with adapters, networks of the same start share them."""
+
+    @once
+    def load(folder: Path, part: str) -> Any:
+        transformer = hold_in(wan.load_transformer(folder, part), dtype if config.lora else torch.float32)
+        return shard(transformer, transformer.blocks, world, dtype).to(world.device)
+
+    return load
+
+
+def _denoiser(
+    frozen: Callable[[Path, str], Any],
+    folder: Path,
+    part: str,
+    config: Config,
+    dtype: torch.dtype,
+    world: World,
+) -> Denoiser:
+    if config.lora is None:
+        transformer = wan.load_transformer(folder, part).train()
     else:
-        start = base
-    levels = wan.model_facts(start).get("sigmas")
-    if post_trains and levels and tuple(levels) != config.sigmas:
-        raise UserError(f"{start} samples at levels {levels}, the recipe at {list(config.sigmas)}; they must agree")
-    return base, start
+        transformer = adapted(frozen(folder, part), config.lora, config.seed).train()
+    if config.checkpointing:
+        transformer.enable_gradient_checkpointing()
+    shard(transformer, transformer.blocks, world, dtype)  # before the move: a GPU never holds a whole network
+    return Denoiser(transformer.to(world.device), dtype)
 
 
-def _check_batches(config: Config, world: World) -> None:
+def _continue_adapters(networks: dict[str, nn.Module], run: Path) -> None:
+    """Start the student with a run's averaged adapters, and the fake score, where both have one, with its live ones."""
+    newest = latest_checkpoint(run)
+    if newest is None:
+        raise UserError(f"{run} has no checkpoint yet: let it train until it has saved one")
+    load_learned(cast(Denoiser, networks["student"]).transformer, load_part(newest, "ema"))
+    fake = load_part(newest, "fake_score")
+    if "fake_score" in networks and fake:
+        load_learned(networks["fake_score"], fake)
+
+
+def _check_processes(config: Config, world: World) -> None:
+    if config.lora is not None and world.ranks > 1:
+        raise UserError("--lora trains in one process: start one, or leave --lora out")
     for update in config.plan:
         if update.batch % world.ranks:
             raise UserError(
@@ -206,20 +263,18 @@ def _check_batches(config: Config, world: World) -> None:
             )
 
 
-def _text_encoder(base: Path, world: World) -> wan.TextEncoder:
-    """Reads on the first process for all: Wan's text encoder is larger than the model and needed for a few prompts."""
-    encode = wan.load_text(base) if world.main else None
-    return lambda prompts: world.from_main(lambda: encode(prompts) if encode else [])
+def _text_encoder(cache: Cache, base: Path, world: World) -> wan.TextEncoder:
+    """Encode through the cache, on the first process for all.
 
+    The text encoder, Wan's largest part, is loaded only for a prompt that is not in the cache.
+    """
+    encoder = once(lambda: wan.load_text(base))
 
-def _denoiser(
-    folder: Path, part: str, config: Config, dtype: torch.dtype, world: World, frozen: bool = False
-) -> Denoiser:
-    transformer = wan.load_transformer(folder, part).train(not frozen).requires_grad_(not frozen)
-    if config.checkpointing and not frozen:
-        transformer.enable_gradient_checkpointing()
-    shard(transformer, transformer.blocks, world, dtype)  # before the move: a GPU never holds a whole network
-    return Denoiser(transformer.to(world.device), dtype)
+    def encode(prompts: list[str]) -> list[Tensor]:
+        ensure_text(cache.path, prompts, lambda missing: encoder()(missing))
+        return [cache.text(p) for p in prompts]
+
+    return lambda prompts: world.from_main(lambda: encode(prompts))
 
 
 def _discriminator(gan: GANConfig, base: Path, encode, dtype, world: World, seed: int) -> Discriminator:

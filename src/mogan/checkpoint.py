@@ -96,6 +96,15 @@ def load_checkpoint(path: Path, state: dict[str, Tensor], world: World = ONE) ->
         raise _unreadable(path, _reason(error)) from error
 
 
+def load_part(path: Path, part: str) -> dict[str, Tensor]:
+    """Every tensor of a checkpoint whose name begins with ``part.``, by the rest of its name; fp32, none if it has none."""
+    shapes = {name: shape for name, shape in stored(path).items() if name.startswith(f"{part}.")}
+    state = {name: torch.zeros(shape) for name, shape in shapes.items()}
+    if state:
+        load_checkpoint(path, state)
+    return {name.removeprefix(f"{part}."): value for name, value in state.items()}
+
+
 def stored(path: Path) -> dict[str, torch.Size]:
     """Names and shapes of the tensors in a checkpoint."""
     try:

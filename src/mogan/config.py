@@ -115,6 +115,7 @@ class Config:
         plan: the updates of one iteration, in order.
         optimizers: by name, see ``Update.optimizer``.
         ema: decay of the student's averaged weights, which are what is sampled and exported.
+        lora: rank of the adapters that student and fake score learn instead of all their weights; ``None``: all weights.
         negative_prompt: the teacher's unconditional branch.
         precision: ``auto`` (bf16 where the hardware has it), ``bf16`` or ``fp32``.
         save_every, sample_every: iterations between checkpoints and between sample sheets.
@@ -131,6 +132,7 @@ class Config:
     dmd: DMDConfig | None = None
     gan: GANConfig | None = None
     flow_matching: FlowMatchingConfig | None = None
+    lora: int | None = None
     negative_prompt: str = ""
     precision: str = "auto"
     checkpointing: bool = False
@@ -148,6 +150,8 @@ class Config:
         levels = (*self.sigmas, 0.0)
         if any(a <= b for a, b in pairwise(levels)) or self.sigmas[0] != 1.0:
             raise ValueError(f"sigmas must fall from 1 to above 0, not {self.sigmas}")
+        if self.lora is not None and self.lora < 1:
+            raise ValueError(f"lora must be a rank of at least 1, not {self.lora}")
         for update in self.plan:
             if update.optimizer_name not in self.optimizers:
                 raise ValueError(f"{update.label}: no optimiser named {update.optimizer_name}")

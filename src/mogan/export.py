@@ -1,21 +1,30 @@
-"""Out to what people run: a complete diffusers folder that stock ``WanPipeline`` opens and samples in a few steps."""
+"""Out to what people run: a diffusers folder that stock ``WanPipeline`` samples in a few steps, or one LoRA file."""
 
 import json
 import os
 import shutil
 from pathlib import Path
+from statistics import median
 from typing import Any, Literal
 
 import torch
 import tyro
 from diffusers import FlowMatchLCMScheduler
+from safetensors.torch import save_file
+from torch import nn
+from tqdm import tqdm
 
 from mogan import wan
-from mogan.checkpoint import latest_checkpoint, load_checkpoint, stored, write_atomically
+from mogan.card import metrics_table, model_card, model_name, run_notes
+from mogan.checkpoint import latest_checkpoint, load_part, write_atomically
 from mogan.errors import UserError
-from mogan.sample import open_generator
+from mogan.layouts import original_module, split_leaf
+from mogan.lora import decompose, factors
+from mogan.sample import Generator, open_generator
 
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 TOLERANCE = 1e-4  # largest error of a level, in sigma
+FOLDER_USAGE = ["from diffusers import WanPipeline\n", 'pipe = WanPipeline.from_pretrained("PATH")']
 
 
 def scheduler_for(sigmas: tuple[float, ...]) -> FlowMatchLCMScheduler:
@@ -57,45 +66,132 @@ def export(
     run: tyro.conf.Positional[Path],
     *,
     out: Path,
-    to: Literal["diffusers"] = "diffusers",
+    to: Literal["diffusers", "lora"] = "diffusers",
+    rank: int | None = None,
     dtype: Literal["fp32", "fp16", "bf16"] = "fp32",
+    results: Path | None = None,
     fake_score: bool = False,
 ) -> None:
-    """Export a run's student (averaged weights) as a complete diffusers folder.
+    """Export a run's student (averaged weights) as a diffusers folder or as one LoRA file.
 
     Args:
         run: folder of a training run.
-        out: where the export goes; must not exist yet.
+        out: where the export goes, a folder or (lora) a .safetensors file; must not exist yet.
         to: diffusers: a folder stock WanPipeline opens and samples with num_inference_steps and guidance_scale=1.
-        dtype: precision of the saved transformer.
+            lora: a file for pipe.load_lora_weights and for ComfyUI, with a card beside it.
+        rank: of the LoRA file. A run with adapters is exported exactly if this is left out; the difference of any other
+            student to the base model is approximated (rank 64 if left out), and the error printed.
+        dtype: precision of the saved tensors.
+        results: a results.json of mogan evaluate, whose metrics go into the card.
         fake_score: also save the run's fake score, which a later run that starts from this student then takes up.
     """
     if not (run / "run.json").is_file():
         raise UserError(f"{run} is not a training run (no run.json)")
     if out.exists():
         raise UserError(f"{out} exists already: give another --out or remove it")
-    source = open_generator(str(run))
+    if (to == "lora") != (out.suffix == ".safetensors"):
+        raise UserError(
+            f"--to {to} writes {'a file: end --out in' if to == 'lora' else 'a folder: --out is not a'} .safetensors"
+        )
+    if rank is not None and (to != "lora" or rank < 1):
+        raise UserError("--rank is the rank of a LoRA file, at least 1: give it with --to lora")
+    source, precision = open_generator(str(run)), DTYPES[dtype]
     assert source.sigmas is not None
-    save_student(
-        source.load(),
-        source.folder,
-        out,
-        source.sigmas,
-        {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[dtype],
-        card=model_card(run, source.folder, source.sigmas),
-        fake_score=_fake_score(run, source.folder) if fake_score else None,
-    )
+    notes = run_notes(run) + metrics_table(results)
+    if to == "lora":
+        save_lora(run, source, out, rank, precision, notes)
+        print(f"exported to {out}; use it with: pipe.load_lora_weights({str(out)!r})")
+        return
+    card = model_card("Few-step Wan student", source.folder, source.sigmas, notes, FOLDER_USAGE)
+    fake = _fake_score(run, source) if fake_score else None
+    save_student(source.load(), source.folder, out, source.sigmas, precision, card, fake_score=fake)
     print(f"exported to {out}; use it with: WanPipeline.from_pretrained({str(out)!r})")
 
 
-def _fake_score(run: Path, base: Path) -> Any:
+def _fake_score(run: Path, source: Generator) -> Any:
     newest = latest_checkpoint(run)
-    prefix = "fake_score.transformer."
-    if newest is None or not any(name.startswith(prefix) for name in stored(newest)):
+    weights = load_part(newest, "fake_score.transformer") if newest else {}
+    if not weights:
         raise UserError(f"{run} trained no fake score: leave --fake-score out")
-    transformer = wan.load_transformer(base)
-    load_checkpoint(newest, {prefix + k: v for k, v in transformer.state_dict().items()})
+    transformer = wan.load_transformer(source.folder)
+    if source.lora is not None:
+        merge(transformer, factors(weights))
+    else:
+        transformer.load_state_dict(weights)
     return transformer
+
+
+def save_lora(run: Path, source: Generator, out: Path, rank: int | None, dtype: torch.dtype, notes: list[str]) -> None:
+    """Write a student as one LoRA file that diffusers and ComfyUI both read, and its card beside it.
+
+    Names are the original Wan code's under ``diffusion_model.``, which ComfyUI takes as they are and diffusers converts;
+    there is no alpha, which both read as a scale of 1.
+    """
+    assert source.sigmas is not None
+    if source.lora is not None and rank is None:
+        base, tensors = source.folder, {}
+        for name, (a, b) in factors(source.average()).items():
+            tensors |= {f"{name}.lora_A.weight": a, f"{name}.lora_B.weight": b}
+        print(f"the {len(tensors) // 2} adapters of rank {source.lora}, exactly")
+    else:
+        base = wan.resolve_model(json.loads((run / "run.json").read_text())["model"])
+        tensors, summary = low_rank_difference(source.load(), wan.load_transformer(base), rank or 64)
+        notes = [*notes, f"- {summary}"]
+        print(summary)
+    named = {}
+    for name, tensor in tensors.items():
+        module, leaf = split_leaf(name)
+        named[f"diffusion_model.{original_module(module)}.{leaf}"] = tensor.to(dtype).contiguous()
+    about = {"base": model_name(base), "sigmas": source.sigmas, "notes": notes}
+    temporary = out.with_name(f".{out.name}.new")
+    save_file(named, temporary, {"format": "pt", "mogan": json.dumps(about)})
+    temporary.rename(out)
+    write_atomically(
+        out.with_suffix(".md"),
+        model_card("Few-step Wan LoRA", base, source.sigmas, notes, lora_usage(base, source.sigmas, out.name)),
+    )
+
+
+def lora_usage(base: Path, sigmas: tuple[float, ...], file: str) -> list[str]:
+    """Lines of Python that put a LoRA file and the levels it was trained for into a stock pipeline."""
+    config = scheduler_for(sigmas).config
+    return [
+        "from diffusers import FlowMatchLCMScheduler, WanPipeline\n",
+        f'pipe = WanPipeline.from_pretrained("{model_name(base)}")',
+        f"pipe.scheduler = FlowMatchLCMScheduler(shift={config.shift}, shift_terminal={config.shift_terminal})",
+        f'pipe.load_lora_weights("{file}")',
+    ]
+
+
+@torch.no_grad()
+def low_rank_difference(student: Any, base: Any, rank: int) -> tuple[dict[str, torch.Tensor], str]:
+    """The nearest LoRA of a rank to the difference of two transformers, and what it misses, in a sentence.
+
+    Matrices are approximated, their biases kept whole (``diff_b``). Norms, modulation tables and the patch embedding
+    have no place in a LoRA file that diffusers reads and are left out.
+    """
+    before = base.state_dict()
+    differences = {k: v - before[k].to(v.device) for k, v in student.state_dict().items()}
+    tensors, errors = {}, {}
+    missed = whole = sum(float(d.double().square().sum()) for d in differences.values())
+    layers = [n for n, m in student.named_modules() if isinstance(m, nn.Linear)]
+    for name in tqdm(layers, desc=f"rank {rank}", unit="matrix"):
+        difference = differences[f"{name}.weight"]
+        a, b = decompose(difference, rank)
+        left = float((difference - b @ a).double().square().sum())
+        squared = float(difference.double().square().sum())
+        errors[name] = (left / squared) ** 0.5 if squared else 0.0
+        missed -= squared - left
+        tensors |= {f"{name}.lora_A.weight": a, f"{name}.lora_B.weight": b}
+        if (bias := differences.get(f"{name}.bias")) is not None:
+            tensors[f"{name}.diff_b"] = bias
+            missed -= float(bias.double().square().sum())
+    worst = max(errors, key=errors.__getitem__)
+    total = (max(missed, 0.0) / whole) ** 0.5 if whole else 0.0
+    return tensors, (
+        f"approximated at rank {rank}: relative error (Frobenius) of the change of a matrix {median(errors.values()):.2g} "
+        f"in the median, {errors[worst]:.2g} at worst ({worst}); of the whole change, with what is left out, {total:.2g}"
+    )
 
 
 def save_student(
@@ -136,33 +232,3 @@ def _link_or_copy(source: str, target: str) -> None:
         os.link(os.path.realpath(source), target)
     except OSError:
         shutil.copy2(source, target)
-
-
-def model_card(run: Path, base: Path, sigmas: tuple[float, ...]) -> str:
-    """What a stranger must know to use the export: how to call it, where it came from."""
-    config = json.loads((run / "config.json").read_text())
-    newest = latest_checkpoint(run)
-    size = wan.geometry(base)
-    return f"""---
-library_name: diffusers
-pipeline_tag: text-to-video
-tags: [text-to-video, distillation, mogan]
----
-
-# Few-step Wan student ({config["recipe"]})
-
-```python
-from diffusers import WanPipeline
-
-pipe = WanPipeline.from_pretrained("PATH")
-pipe("a prompt", height={size.height}, width={size.width}, num_frames={size.frames},
-     num_inference_steps={len(sigmas)}, guidance_scale=1.0)
-```
-
-It samples at noise levels {", ".join(f"{s:.4g}" for s in sigmas)}; the scheduler in this folder visits exactly these with
-`num_inference_steps={len(sigmas)}`. Use no guidance.
-
-- recipe: `{config["recipe"]}`, seed {config["seed"]}, iteration {int(newest.name) if newest else 0}
-- base: `{base.name}`; its licence holds for these weights
-- frames: {size.frames} at {size.fps} fps, {size.height} x {size.width}
-"""

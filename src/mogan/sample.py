@@ -19,6 +19,7 @@ from mogan import wan
 from mogan.denoiser import Denoiser, guided_velocity
 from mogan.errors import UserError
 from mogan.flowmo import FLOWMO_STEPS, FlowMo
+from mogan.lora import factors, merge
 from mogan.rollout import normal, roll_out
 from mogan.video import write_video
 
@@ -229,18 +230,26 @@ class Generator:
     sigmas: tuple[float, ...] | None
     geometry: wan.Geometry
     run: Path | None = None
+    lora: int | None = None
 
     def load(self) -> torch.nn.Module:
-        """The transformer; of a run, with the averaged weights of its newest checkpoint."""
+        """The transformer; of a run, with the averaged weights or adapters of its newest checkpoint, the latter merged."""
         transformer = wan.load_transformer(self.folder)
-        if self.run is not None:
-            from mogan.checkpoint import latest_checkpoint, load_checkpoint
-
-            newest = latest_checkpoint(self.run)
-            if newest is None:
-                raise UserError(f"{self.run} has no checkpoint yet: let it train until it has saved one")
-            load_checkpoint(newest, {f"ema.{k}": v for k, v in transformer.state_dict().items()})
+        if self.lora is not None:
+            merge(transformer, factors(self.average()))
+        elif self.run is not None:
+            transformer.load_state_dict(self.average())
         return transformer
+
+    def average(self) -> dict[str, Tensor]:
+        """What a run's student learned, averaged: its weights or its adapters."""
+        from mogan.checkpoint import latest_checkpoint, load_part
+
+        assert self.run is not None
+        newest = latest_checkpoint(self.run)
+        if newest is None:
+            raise UserError(f"{self.run} has no checkpoint yet: let it train until it has saved one")
+        return load_part(newest, "ema")
 
 
 def open_generator(name: str) -> Generator:
@@ -249,8 +258,8 @@ def open_generator(name: str) -> Generator:
     if (run / "run.json").is_file():
         facts = json.loads((run / "run.json").read_text())
         folder = wan.resolve_model(facts["student"])
-        sigmas = tuple(json.loads((run / "config.json").read_text())["sigmas"])
-        return Generator(folder, sigmas, wan.geometry(folder), run)
+        config = json.loads((run / "config.json").read_text())
+        return Generator(folder, tuple(config["sigmas"]), wan.geometry(folder), run, config.get("lora"))
     folder = wan.resolve_model(name)
     levels = wan.model_facts(folder).get("sigmas")
     return Generator(folder, tuple(levels) if levels else None, wan.geometry(folder))

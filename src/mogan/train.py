@@ -275,6 +275,7 @@ def train(
     seed: int | None = None,
     batch: int | None = None,
     lr: float | None = None,
+    lora: int | None = None,
     ablation: str | None = None,
     precision: str | None = None,
     save_every: int | None = None,
@@ -290,11 +291,12 @@ def train(
         data: a cache made by `mogan prepare`.
         out: folder of the run: checkpoints, metrics.jsonl, tensorboard, samples.
         model: base model (teacher, autoencoder, text): lab, a diffusers folder or a hub id.
-        student: few-step student to start from; the lab's own for the lab.
+        student: few-step student to start from, a model or (with lora) a run with adapters; the lab's own for the lab.
         iterations: how long to train in all.
         seed: of everything random.
         batch: clips per update, in place of the recipe's.
         lr: learning rate of the student, in place of the recipe's.
+        lora: learn adapters of this rank over one frozen base, instead of all weights of student and fake score.
         ablation: leave one part out, as in the paper's Table 2: no-dmd, no-r1r2 or latent-gan.
         precision: auto, bf16 or fp32.
         save_every: iterations between checkpoints.
@@ -309,9 +311,12 @@ def train(
         "iterations": iterations,
         "seed": seed,
         "precision": precision,
+        "lora": lora,
         "save_every": save_every,
         "sample_every": sample_every,
     }
+    if lora is not None and lora < 1:
+        raise UserError(f"--lora takes a rank of at least 1, not {lora}")
     config = replace(config, **{k: v for k, v in chosen.items() if v is not None})
     if batch is not None:
         config = replace(config, plan=tuple(replace(u, batch=batch, accumulate=1) for u in config.plan))

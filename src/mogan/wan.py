@@ -67,7 +67,7 @@ def resolve_model(name: str | Path) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(str(name), ignore_patterns=["*.msgpack", "*.md", "assets/*"]))
+        return Path(snapshot_download(str(name), ignore_patterns=["*.msgpack", "assets/*"]))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise UserError(f"could not get {name} from the hub ({type(error).__name__}): give a local folder") from error
 

@@ -1,0 +1,89 @@
+"""Low-rank adapters (LoRA, arXiv 2106.09685): ``W x + B A x`` with ``W`` frozen; nothing is scaled, so alpha = rank.
+
+Networks that start from the same weights hold the same tensors: each is a module tree of its own over one set of
+frozen parameters, with adapters of its own. No adapter is ever switched on or off, so a recomputed activation cannot
+meet the wrong one, and the tree without adapters is the teacher, bit for bit.
+"""
+
+import copy
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mogan.errors import UserError
+
+TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2"]  # every matrix of every block
+
+Factors = dict[str, tuple[Tensor, Tensor]]  # module name -> A (rank, in), B (out, rank)
+
+
+def hold_in(transformer: Any, dtype: torch.dtype) -> Any:
+    """Freeze a transformer and keep the matrices of its blocks in the dtype they are multiplied in.
+
+    Autocast would round them to ``dtype`` at every call; rounded once they give the same bits from half the memory.
+    """
+    for module in transformer.blocks.modules():
+        if isinstance(module, nn.Linear):
+            module.to(dtype)
+    return transformer.eval().requires_grad_(False)
+
+
+def adapted(base: Any, rank: int, seed: int) -> Any:
+    """A second module tree over the frozen parameters of ``base``, with trainable fp32 adapters that start at nothing.
+
+    Args:
+        base: frozen transformer; stays as it is.
+        rank: of every adapter.
+        seed: of ``A``; ``B`` starts at zero.
+    """
+    from peft import LoraConfig
+
+    shared = {id(t): t for t in (*base.parameters(), *base.buffers())}
+    tree = copy.deepcopy(base, shared)
+    torch.manual_seed(seed)
+    tree.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=TARGETS))
+    for parameter in tree.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    return tree
+
+
+def learned_state(network: nn.Module) -> dict[str, Tensor]:
+    """The part of a state dict that training changes: of a network with adapters the adapters, else all of it."""
+    state = network.state_dict()
+    return {k: v for k, v in state.items() if ".lora_" in k} or state
+
+
+def load_learned(network: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Put back what :func:`learned_state` gave."""
+    own = learned_state(network)
+    wrong = [k for k in own.keys() | state.keys() if k not in own or k not in state or own[k].shape != state[k].shape]
+    if wrong:
+        raise UserError(
+            f"a checkpoint's {min(wrong)} does not fit this network: give the model and --lora it was made with"
+        )
+    network.load_state_dict(state, strict=False)
+
+
+def factors(state: Mapping[str, Tensor]) -> Factors:
+    """Adapters of a state dict by module: ``{"blocks.0.attn1.to_q": (A, B)}``; empty if it has none."""
+    names = [m[1] for k in state if (m := re.fullmatch(r"(.+)\.lora_A\.default\.weight", k))]
+    return {n: (state[f"{n}.lora_A.default.weight"], state[f"{n}.lora_B.default.weight"]) for n in names}
+
+
+@torch.no_grad()
+def merge(transformer: nn.Module, adapters: Factors) -> None:
+    """Add ``B A`` to the weights of the named modules, in place."""
+    for name, (a, b) in adapters.items():
+        weight = transformer.get_submodule(name).weight
+        weight += (b.to(weight.device).float() @ a.to(weight.device).float()).to(weight.dtype)
+
+
+def decompose(difference_OI: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """``A (rank, in)`` and ``B (out, rank)`` whose product is the nearest of that rank (Eckart-Young), evenly split."""
+    u, s, v = torch.linalg.svd(difference_OI.float(), full_matrices=False)
+    root = s[:rank].sqrt()
+    return root[:, None] * v[:rank], u[:, :rank] * root

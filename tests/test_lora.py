@@ -1,0 +1,243 @@
+import gc
+import weakref
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import UMT5EncoderModel
+
+from mogan.assemble import assemble
+from mogan.checkpoint import latest_checkpoint, load_checkpoint
+from mogan.data import open_cache
+from mogan.denoiser import Denoiser
+from mogan.errors import UserError
+from mogan.lora import TARGETS, adapted, decompose, factors, hold_in, learned_state, load_learned, merge
+from mogan.sample import open_generator
+from mogan.train import Position, run_training, step
+from mogan.wan import load_transformer
+from test_train import assert_same
+from tiny_recipes import dmd, flow_matching, mogan
+
+RANK = 3
+
+
+@pytest.fixture(autouse=True)
+def _raft(family, monkeypatch):
+    monkeypatch.setenv("MOGAN_TEST_RAFT", str(family / "raft"))
+
+
+def low_rank(config, **changes):
+    return replace(config, lora=RANK, **changes)
+
+
+def build(config, family, cache, run=None, student=None, device="cpu"):
+    chosen = student or (str(family / "student") if config.gan else None)
+    return assemble(config, open_cache(cache), model=str(family / "teacher"), student=chosen, run=run, device=device)
+
+
+def inputs(count=2):
+    generator = torch.Generator().manual_seed(4)
+    x, text = torch.randn(count, 4, 4, 4, 4, generator=generator), torch.randn(count, 5, 64, generator=generator)
+    return x, torch.linspace(0.3, 0.9, count), text
+
+
+def trained(config, family, cache, run, **more):
+    """A short run on disk, as `mogan train` writes it."""
+    import json
+    from dataclasses import asdict
+
+    run.mkdir(exist_ok=True)
+    parts = build(config, family, cache, run, **more)
+    (run / "config.json").write_text(json.dumps(asdict(config)))
+    (run / "run.json").write_text(json.dumps(parts.facts))
+    run_training(parts, run)
+    return parts
+
+
+def test_networks_of_one_start_share_their_frozen_tensors_and_learn_adapters_alone(family, cache):
+    parts = build(low_rank(dmd()), family, cache)
+    teacher, fake = parts.objectives["dmd"].teacher, parts.networks["fake_score"]
+    shared = {id(p) for p in teacher.parameters()}
+    for network in (parts.student, fake):
+        frozen = {id(p) for p in network.parameters() if not p.requires_grad}
+        assert frozen == shared
+        learned = [n for n, p in network.named_parameters() if p.requires_grad]
+        assert all(".lora_" in n for n in learned)
+        assert len(learned) == 2 * 10 * 4  # A and B; 4 + 4 + 2 matrices in each of 4 blocks
+        assert all(p.dtype == torch.float32 for p in network.parameters() if p.requires_grad)
+    assert not {id(p) for p in parts.student.parameters() if p.requires_grad} & {id(p) for p in fake.parameters()}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_everyone_starts_as_the_base_bit_for_bit_and_the_teacher_stays_it(family, cache, dtype):
+    precision = {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype]
+    parts = build(low_rank(dmd(), precision=precision), family, cache)
+    plain = Denoiser(load_transformer(family / "teacher").eval(), dtype)
+    expected = plain(*inputs())
+    teacher = parts.objectives["dmd"].teacher
+    for network in (teacher, parts.student, parts.networks["fake_score"]):
+        assert torch.equal(network(*inputs()), expected)
+    for index, update in enumerate(parts.config.plan):
+        step(parts, update, Position(0, 0, index, 0))
+    assert torch.equal(teacher(*inputs()), expected)
+    for network in (parts.student, parts.networks["fake_score"]):
+        assert not torch.equal(network(*inputs()), expected)
+
+
+def test_matrices_held_in_bf16_give_the_bits_of_matrices_rounded_at_every_call(family):
+    whole, held = load_transformer(family / "teacher").eval(), load_transformer(family / "teacher")
+    hold_in(held, torch.bfloat16)
+    assert held.blocks[0].ffn.net[2].weight.dtype == torch.bfloat16
+    assert held.blocks[0].scale_shift_table.dtype == torch.float32
+    with torch.no_grad():
+        assert torch.equal(Denoiser(whole, torch.bfloat16)(*inputs()), Denoiser(held, torch.bfloat16)(*inputs()))
+
+
+@pytest.mark.parametrize("recipe", [dmd, mogan, flow_matching])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_each_update_moves_its_own_adapters_and_nothing_else(recipe, checkpointing, family, cache):
+    config = low_rank(recipe(), checkpointing=checkpointing)
+    parts = build(config, family, cache)
+    for index, update in enumerate(config.plan):
+        before = {n: [p.clone() for p in net.parameters()] for n, net in parts.networks.items()}
+        step(parts, update, Position(0, 0, index, 0))
+        for name, network in parts.networks.items():
+            for old, (key, new) in zip(before[name], network.named_parameters(), strict=True):
+                moves = name == update.learns and (name == "discriminator" or "lora_" in key)
+                assert moves or torch.equal(old, new), (update.label, name, key)
+            moved = [not torch.equal(a, b) for a, b in zip(before[name], network.parameters(), strict=True)]
+            assert any(moved) == (name == update.learns), (update.label, name)
+
+
+def test_recomputed_activations_meet_the_adapters_they_were_computed_with(family, cache):
+    """Between the student's forward and backward pass teacher and fake score are called; gradients must not notice."""
+    gradients = []
+    for checkpointing in (False, True):
+        parts = build(low_rank(dmd(), checkpointing=checkpointing), family, cache)
+        with torch.no_grad():  # different adapters, so that meeting the wrong ones would show
+            for number, network in enumerate((parts.student, parts.networks["fake_score"])):
+                torch.manual_seed(number)
+                for p in network.parameters():
+                    p.add_(0.3 * torch.randn_like(p)) if p.requires_grad else None
+        parts.optimizers["student"].step = lambda: None
+        step(parts, parts.config.plan[0], Position(0, 0, 0, 0))
+        gradients.append([p.grad for p in parts.student.parameters() if p.requires_grad])
+    assert any(g.abs().max() > 0 for g in gradients[0])
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-8)
+
+
+def test_a_checkpoint_holds_adapters_and_the_discriminator(family, cache):
+    parts = build(low_rank(mogan()), family, cache)
+    state = parts.state()
+    assert all(".lora_" in k for name in ("student", "fake_score") for k in state["networks"][name])
+    assert all(".lora_" in k for k in state["ema"])
+    assert set(state["networks"]["discriminator"]) == set(parts.networks["discriminator"].state_dict())
+
+
+def test_a_resumed_run_is_the_run_that_was_never_stopped(family, cache, tmp_path):
+    whole = trained(low_rank(mogan(), iterations=2), family, cache, tmp_path / "whole")
+    trained(low_rank(mogan(), iterations=1), family, cache, tmp_path / "parts")
+    resumed = trained(low_rank(mogan(), iterations=2), family, cache, tmp_path / "parts")
+    assert_same(whole.state(), resumed.state())
+
+
+def test_the_average_is_of_adapters_and_comes_and_goes(family, cache):
+    parts = build(low_rank(dmd()), family, cache)
+    step(parts, parts.config.plan[0], Position(0, 0, 0, 0))
+    live = parts.student(*inputs())
+    with parts.averaged_student() as student:
+        averaged = student(*inputs())
+    assert not torch.equal(live, averaged)
+    assert torch.equal(parts.student(*inputs()), live)
+
+
+def test_a_run_with_adapters_is_a_model_and_a_start(family, cache, tmp_path):
+    parts = trained(low_rank(dmd(), iterations=2), family, cache, tmp_path / "dmd")
+    source = open_generator(str(tmp_path / "dmd"))
+    assert source.lora == RANK
+    with parts.averaged_student() as student, torch.no_grad():
+        torch.testing.assert_close(Denoiser(source.load().eval())(*inputs()), student(*inputs()), atol=1e-5, rtol=1e-5)
+
+    then = build(low_rank(mogan()), family, cache, student=str(tmp_path / "dmd"))
+    saved = load_checkpoint(latest_checkpoint(tmp_path / "dmd"))
+    assert_same(then.average, saved["ema"])
+    assert_same(learned_state(then.networks["fake_score"]), saved["networks"]["fake_score"])
+    shared = {id(p) for p in then.objectives["dmd"].teacher.parameters()}
+    assert {id(p) for p in then.student.parameters() if not p.requires_grad} == shared
+    with pytest.raises(UserError, match="rank 3: give --lora 3"):
+        build(replace(mogan(), lora=4), family, cache, student=str(tmp_path / "dmd"))
+    with pytest.raises(UserError, match="mogan export"):
+        build(mogan(), family, cache, student=str(tmp_path / "dmd"))
+
+
+def test_a_student_with_weights_of_its_own_is_a_second_frozen_base(family, cache):
+    parts = build(low_rank(mogan()), family, cache)
+    shared = {id(p) for p in parts.objectives["dmd"].teacher.parameters()}
+    assert not {id(p) for p in parts.student.parameters()} & shared
+    assert {id(p) for p in parts.networks["fake_score"].parameters() if not p.requires_grad} == shared
+
+
+def test_adapters_of_another_rank_do_not_load(family):
+    base = hold_in(load_transformer(family / "teacher"), torch.float32)
+    one, other = adapted(base, 2, 0), adapted(base, 3, 0)
+    with pytest.raises(UserError, match="--lora"):
+        load_learned(one, learned_state(other))
+    with pytest.raises(UserError, match="--lora"):
+        load_learned(one, base.state_dict())
+
+
+def test_merging_gives_what_the_adapters_give(family):
+    base = hold_in(load_transformer(family / "teacher"), torch.float32)
+    tree = adapted(base, RANK, 0)
+    with torch.no_grad():
+        for p in tree.parameters():
+            p.add_(0.2 * torch.randn_like(p)) if p.requires_grad else None
+    merged = load_transformer(family / "teacher").eval()
+    merge(merged, factors(learned_state(tree)))
+    with torch.no_grad():
+        torch.testing.assert_close(Denoiser(merged)(*inputs()), Denoiser(tree.eval())(*inputs()), atol=1e-5, rtol=1e-4)
+        assert not torch.allclose(Denoiser(merged)(*inputs()), Denoiser(base)(*inputs()), atol=1e-3)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(1, 12), st.integers(1, 12), st.integers(0, 99))
+def test_the_best_factors_of_a_rank_lose_the_small_singular_values_and_no_more(rows, columns, seed):
+    matrix = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
+    values, last = torch.linalg.svdvals(matrix.double()), float("inf")
+    for rank in range(1, min(rows, columns) + 1):
+        a, b = decompose(matrix, rank)
+        assert (a.shape, b.shape) == ((rank, columns), (rows, rank))
+        error = (matrix - b @ a).norm().item()
+        assert error == pytest.approx(values[rank:].norm().item(), abs=1e-5 * values.norm().item())
+        assert error <= last + 1e-6
+        last = error
+    assert last <= 1e-5 * matrix.norm()
+
+
+def test_no_text_encoder_outlives_the_assembly_and_none_is_loaded_twice(family, cache, monkeypatch):
+    seen = []
+    original = UMT5EncoderModel.from_pretrained.__func__
+
+    def watched(cls, *args, **kwargs):
+        model = original(cls, *args, **kwargs)
+        seen.append(weakref.ref(model))
+        return model
+
+    monkeypatch.setattr(UMT5EncoderModel, "from_pretrained", classmethod(watched))
+    config = low_rank(dmd(), negative_prompt=f"not in the cache {id(seen)}")
+    parts = build(config, family, cache)
+    gc.collect()
+    assert len(seen) == 1
+    assert seen[0]() is None
+    build(config, family, cache)
+    assert len(seen) == 1
+    assert parts is not None
+
+
+def test_targets_name_every_matrix_of_every_block(family):
+    transformer = load_transformer(family / "teacher")
+    names = {n for n, m in transformer.blocks.named_modules() if isinstance(m, torch.nn.Linear)}
+    assert all(any(n.endswith(f".{t}") for t in TARGETS) for n in names)
