@@ -19,7 +19,7 @@ from mogan.card import metrics_table, model_card, model_name, run_notes
 from mogan.checkpoint import latest_checkpoint, load_part, write_atomically
 from mogan.errors import UserError
 from mogan.layouts import original_module, split_leaf
-from mogan.lora import decompose, factors
+from mogan.lora import decompose, factors, merge
 from mogan.sample import Generator, open_generator
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
