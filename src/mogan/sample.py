@@ -5,7 +5,9 @@ A clip depends on its prompt and its seed alone, not on the batch it was made in
 """
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -17,6 +19,7 @@ from tqdm import tqdm
 from mogan import wan
 from mogan.denoiser import Denoiser, guided_velocity
 from mogan.errors import UserError
+from mogan.motion_score import steer
 from mogan.rollout import normal, roll_out
 from mogan.video import write_video
 
@@ -48,8 +51,12 @@ def sample_teacher(
     guidance: float,
     shift: float,
     solver: str = "unipc",
+    change: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
 ) -> Tensor:
-    """Latents of one clip per seed, by ``steps`` guided steps of UniPC (Wan's own solver) or Euler."""
+    """Latents of one clip per seed, by ``steps`` guided steps of UniPC (Wan's own solver) or Euler.
+
+    ``change`` maps ``(velocity, x, sigma)`` to the velocity that is followed; see :func:`mogan.motion_score.steer`.
+    """
     x = normal(torch.Size((len(seeds), *shape)), seeded(seeds), text_BLD.device)
     scheduler = UniPCMultistepScheduler(
         prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift, solver_order=2
@@ -59,6 +66,8 @@ def sample_teacher(
     for i, timestep in enumerate(scheduler.timesteps):
         told = (timestep / 1000).expand(len(x)).float()  # UniPC rounds timesteps; the network is told what Wan tells it
         velocity = guided_velocity(teacher, x, told, text_BLD, null_1LD, guidance)
+        if change is not None:
+            velocity = change(velocity, x, told)
         if solver == "euler":
             x = x + (levels[i + 1] - levels[i]) * velocity
         else:
@@ -112,6 +121,8 @@ def sample(
     guidance: float = 3.0,
     shift: float = 3.0,
     solver: Literal["unipc", "euler"] = "unipc",
+    motion: Path | None = None,
+    motion_ratio: float = 0.5,
     batch: int = 16,
     limit: int | None = None,
     shard: str = "0/1",
@@ -131,6 +142,8 @@ def sample(
         guidance: guidance of a teacher.
         shift: level shift of a teacher.
         solver: solver of a teacher.
+        motion: run of a motion score recipe; its motion is mixed into a teacher's.
+        motion_ratio: 0 is the teacher's own motion, 1 the motion model's.
         batch: clips made at once.
         limit: use only so many prompts.
         shard: i/n makes every n-th clip, starting with the i-th: for many GPUs.
@@ -144,9 +157,13 @@ def sample(
     few_steps = source.sigmas is not None if mode == "auto" else mode == "student"
     if few_steps and source.sigmas is None:
         raise UserError(f"{model} does not say at which levels it samples (no mogan.json): use --mode teacher")
+    if motion is not None and few_steps:
+        raise UserError("--motion is mixed into a teacher's steps: name a teacher with --model, or use --mode teacher")
     how: dict = (
         {"sigmas": list(source.sigmas or ())} if few_steps else {"steps": steps, "guidance": guidance, "shift": shift}
     )
+    if motion is not None:
+        how |= {"motion": str(motion), "motion_ratio": motion_ratio}
     out.mkdir(parents=True, exist_ok=True)
     todo = [job for job in jobs if not (out / job.file).is_file()]
     if not todo:
@@ -160,6 +177,11 @@ def sample(
     denoiser = Denoiser(source.load().to(target).eval(), dtype)
     shape = wan.latent_shape(source.folder, source.geometry)
     null = wan.stack_text(encode([""]), target)
+    change = None
+    if motion is not None:
+        network, given = open_motion(motion, source.folder, shape[1])
+        network = Denoiser(network.to(target).eval(), dtype)
+        change = partial(steer, motion=network, given=given, null_1LD=null, guidance=guidance, ratio=motion_ratio)
     with tqdm(total=len(jobs), initial=len(jobs) - len(todo), desc=f"sample {out.name}", unit="clip") as bar:
         for first in range(0, len(todo), batch):
             part = todo[first : first + batch]
@@ -170,8 +192,9 @@ def sample(
                 latents = sample_student(denoiser, text, shape, source.sigmas, numbers)
             else:
                 latents = sample_teacher(
-                    denoiser, text, null, shape, numbers, steps=steps, guidance=guidance, shift=shift, solver=solver
-                )
+                    denoiser, text, null, shape, numbers, steps=steps, guidance=guidance, shift=shift, solver=solver,
+                    change=change and partial(change, text_BLD=text),
+                )  # fmt: skip
             with torch.no_grad():
                 video = wan.decode_video(vae, latents)
             for job, frames in zip(part, to_frames(video), strict=True):
@@ -225,11 +248,34 @@ def open_generator(name: str) -> Generator:
     if (run / "run.json").is_file():
         facts = json.loads((run / "run.json").read_text())
         folder = wan.resolve_model(facts["student"])
-        sigmas = tuple(json.loads((run / "config.json").read_text())["sigmas"])
-        return Generator(folder, sigmas, wan.geometry(folder), run)
+        config = json.loads((run / "config.json").read_text())
+        if config.get("motion_score"):
+            raise UserError(f"{name} is a motion model, not a generator: give it as --motion beside a teacher as --model")
+        return Generator(folder, tuple(config["sigmas"]), wan.geometry(folder), run)
     folder = wan.resolve_model(name)
     levels = wan.model_facts(folder).get("sigmas")
     return Generator(folder, tuple(levels) if levels else None, wan.geometry(folder))
+
+
+def open_motion(run: Path, base: Path, frames: int) -> tuple[torch.nn.Module, int]:
+    """The transformer of a motion model's run that saw whole clips of ``frames`` latents, and how many it was given.
+
+    Raises:
+        UserError: the run is none, was trained on other latents or text than ``base``'s, or on shorter windows.
+    """
+    if not (run / "run.json").is_file():
+        raise UserError(f"{run} is not a training run: give --motion the --out of a motion score recipe")
+    config = json.loads((run / "config.json").read_text())
+    folder = wan.resolve_model(json.loads((run / "run.json").read_text())["student"])
+    if not config.get("motion_score"):
+        raise UserError(f"{run} trained {config['recipe']}, no motion model: use a recipe such as motion_score_lab")
+    if any(wan.fingerprint(folder, part) != wan.fingerprint(base, part) for part in ("vae", "text_encoder")):
+        raise UserError(f"{run} was trained on latents or text of another model than {base}: train it from that one")
+    windows = config["motion_score"]["windows"]
+    given = next((k for k in (1, 0) if [k, frames - 1] in windows), None)
+    if given is None:
+        raise UserError(f"{run} never saw a whole clip of {frames} latents (windows {windows}): add (1, {frames - 1})")
+    return Generator(folder, None, wan.geometry(folder), run).load(), given
 
 
 def _append(path: Path, record: dict) -> None:

@@ -69,7 +69,7 @@ def draw(parts: Assembly, update: Update, where: Position) -> Batch:
     """The batch of one step: prompts and, where the update needs them, real clips or their observation of one window."""
     config = parts.config
     in_motion = update.by == "gan" and config.gan is not None and config.gan.space == "motion"
-    if update.by == "flow_matching" or (update.learns == "discriminator" and not in_motion):
+    if update.by in ("flow_matching", "motion_score") or (update.learns == "discriminator" and not in_motion):
         want: tuple[str, ...] = ("latent",)
     else:
         want = ("observation",) if update.learns == "discriminator" else ()

@@ -11,6 +11,14 @@ from mogan.schedule import add_noise, draw_sigma
 from mogan.wan import stack_text
 
 
+def stack_some(
+    text: list[Tensor], null: Tensor, drop: float, generator: torch.Generator, device: torch.device
+) -> Tensor:
+    """The batch's texts stacked, each replaced by ``null`` with probability ``drop``."""
+    dropped = torch.rand(len(text), generator=generator, device=generator.device) < drop
+    return stack_text([null if d else t for d, t in zip(dropped, text, strict=True)], device)
+
+
 class FlowMatching:
     """``E ||v(x_t, t, text) - (noise - x0)||^2`` on the batch's clips; the prompt is dropped now and then for guidance.
 
@@ -33,8 +41,7 @@ class FlowMatching:
         device = next(self.student.parameters()).device
         x0 = x0.float().to(device)
         sigma = draw_sigma(len(x0), generator, k=self.shift).to(device)
-        drop = torch.rand(len(x0), generator=generator, device=generator.device) < self.drop_text
-        text = stack_text([self.null if d else t for d, t in zip(drop, batch.text, strict=True)], device)
+        text = stack_some(batch.text, self.null, self.drop_text, generator, device)
         noise = normal(x0.shape, generator, device)
         velocity = self.student.velocity(add_noise(x0, noise, sigma), sigma, text)
         return (velocity - (noise - x0)).square().mean(), {}
