@@ -112,7 +112,8 @@ def continue_clip(
     Args:
         motion: a motion model trained on windows ``(k, len(weights))``.
         known_BCKHW: clean frames to go on from.
-        text_BLD, null_1LD: prompts and the empty one.
+        text_BLD: prompts.
+        null_1LD: the empty prompt.
         frames: how many to add.
         weights: of the estimates of one difference, from the window that begins there to the one that ends there.
         sigmas: levels of the solver, descending from 1.

@@ -250,7 +250,9 @@ def open_generator(name: str) -> Generator:
         folder = wan.resolve_model(facts["student"])
         config = json.loads((run / "config.json").read_text())
         if config.get("motion_score"):
-            raise UserError(f"{name} is a motion model, not a generator: give it as --motion beside a teacher as --model")
+            raise UserError(
+                f"{name} is a motion model, not a generator: give it as --motion beside a teacher as --model"
+            )
         return Generator(folder, tuple(config["sigmas"]), wan.geometry(folder), run)
     folder = wan.resolve_model(name)
     levels = wan.model_facts(folder).get("sigmas")

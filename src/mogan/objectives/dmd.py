@@ -15,7 +15,6 @@ from mogan.objectives import Loss
 from mogan.rollout import Rollout, normal
 from mogan.schedule import add_noise, draw_sigma, velocity_to_x0
 
-
 Direction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
