@@ -127,7 +127,7 @@ def test_dmd_loss_is_the_papers_arithmetic_and_its_gradient_is_g_over_numel():
 
 def test_dmd_moves_samples_from_the_fake_mean_to_the_real_one():
     x0, real, fake = latents(4), torch.full((2, 2, 3, 4, 4), 2.0), torch.full((2, 2, 3, 4, 4), -1.0)
-    assert (-dmd_direction(x0, real, fake) > 0).all()
+    assert (-dmd_direction(x0, real, fake, torch.full((2,), 0.5)) > 0).all()
 
 
 def test_dmd_student_gradient_reaches_neither_teacher_nor_fake_score():

@@ -17,12 +17,14 @@ from mogan.data import open_cache
 from mogan.errors import UserError
 from mogan.recipes import ABLATIONS, ablate
 from mogan.train import Position, run_training, step
-from tiny_recipes import dmd, flow_matching, mogan
+from tiny_recipes import dmd, flow_matching, mogan, motion_score, msm
 
 RECIPES = {
     "mogan": mogan,
     "dmd": dmd,
     "flow_matching": flow_matching,
+    "msm": msm,
+    "motion_score": motion_score,
     **{a: (lambda a=a: ablate(mogan(), a)) for a in ABLATIONS},
 }
 

@@ -31,5 +31,15 @@ def dmd() -> Config:
     return shrink(recipes.dmd_lab())
 
 
+def msm() -> Config:
+    return shrink(recipes.msm_lab())
+
+
+def motion_score() -> Config:
+    config = recipes.motion_score_lab()
+    windows = ((1, 3), (0, 3), (2, 1))  # of the test family's 4 latent frames
+    return shrink(replace(config, motion_score=replace(config.motion_score, windows=windows)))
+
+
 def flow_matching() -> Config:
     return shrink(recipes.flow_matching_lab())

@@ -21,9 +21,11 @@ from mogan.errors import UserError
 from mogan.flow import FlowEstimator, RaftFlow
 from mogan.lora import adapted, hold_in, learned_state, load_learned
 from mogan.objectives import Objective
-from mogan.objectives.dmd import DMD
+from mogan.objectives.dmd import DMD, dmd_direction
 from mogan.objectives.flow_matching import FlowMatching
 from mogan.objectives.gan import GAN
+from mogan.objectives.motion_score import MotionScore
+from mogan.objectives.msm import motion_direction
 from mogan.observation import MotionObservation
 from mogan.sample import open_generator
 
@@ -143,7 +145,10 @@ def assemble(
         networks["fake_score"] = fake
         null = wan.stack_text(encode([config.negative_prompt]), target)
         d = config.dmd
-        objectives["dmd"] = DMD(teacher, fake, null, guidance=d.guidance, shift=d.shift, low=d.low, high=d.high)
+        direction = motion_direction(d.motion_weight) if d.motion_weight else dmd_direction
+        objectives["dmd"] = DMD(
+            teacher, fake, null, guidance=d.guidance, shift=d.shift, low=d.low, high=d.high, direction=direction
+        )
     if config.gan is not None:
         discriminator = _discriminator(config.gan, base, encode, dtype, world, config.seed)
         networks["discriminator"] = discriminator
@@ -168,6 +173,11 @@ def assemble(
         f = config.flow_matching
         objectives["flow_matching"] = FlowMatching(
             student_network, encode([""])[0], shift=f.shift, drop_text=f.drop_text
+        )
+    if config.motion_score is not None:
+        m = config.motion_score
+        objectives["motion_score"] = MotionScore(
+            student_network, encode([""])[0], windows=m.windows, shift=m.shift, drop_text=m.drop_text
         )
     if adapters_of is not None:
         _continue_adapters(networks, adapters_of)

@@ -27,7 +27,7 @@ class Update:
 
     Attributes:
         learns: the network that learns: ``student``, ``fake_score`` or ``discriminator``.
-        by: the objective that judges: ``dmd``, ``gan`` or ``flow_matching``.
+        by: the objective that judges: ``dmd``, ``gan``, ``flow_matching`` or ``motion_score``.
         times: repetitions within one iteration.
         batch: clips per step.
         accumulate: the batch is processed in this many parts.
@@ -54,12 +54,17 @@ class Update:
 
 @dataclass(frozen=True, kw_only=True)
 class DMDConfig:
-    """Distribution matching; see :class:`mogan.objectives.dmd.DMD`."""
+    """Distribution matching; see :class:`mogan.objectives.dmd.DMD`.
+
+    Attributes:
+        motion_weight: lambda of motion score matching (see :mod:`mogan.objectives.msm`); 0 is plain DMD.
+    """
 
     guidance: float
     shift: float
     low: float = 0.02
     high: float = 0.98
+    motion_weight: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,6 +111,15 @@ class FlowMatchingConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class MotionScoreConfig:
+    """A motion model; see :class:`mogan.objectives.motion_score.MotionScore`."""
+
+    windows: tuple[tuple[int, int], ...]
+    shift: float
+    drop_text: float = 0.1
+
+
+@dataclass(frozen=True, kw_only=True)
 class Config:
     """Everything a run is made of. Written as JSON beside every checkpoint.
 
@@ -133,6 +147,7 @@ class Config:
     gan: GANConfig | None = None
     flow_matching: FlowMatchingConfig | None = None
     lora: int | None = None
+    motion_score: MotionScoreConfig | None = None
     negative_prompt: str = ""
     precision: str = "auto"
     checkpointing: bool = False

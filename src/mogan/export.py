@@ -129,7 +129,8 @@ def save_lora(run: Path, source: Generator, out: Path, rank: int | None, dtype: 
     """
     assert source.sigmas is not None
     if source.lora is not None and rank is None:
-        base, tensors = source.folder, {}
+        base = source.folder
+        tensors: dict[str, torch.Tensor] = {}
         for name, (a, b) in factors(source.average()).items():
             tensors |= {f"{name}.lora_A.weight": a, f"{name}.lora_B.weight": b}
         print(f"the {len(tensors) // 2} adapters of rank {source.lora}, exactly")
@@ -172,7 +173,8 @@ def low_rank_difference(student: Any, base: Any, rank: int) -> tuple[dict[str, t
     """
     before = base.state_dict()
     differences = {k: v - before[k].to(v.device) for k, v in student.state_dict().items()}
-    tensors, errors = {}, {}
+    tensors: dict[str, torch.Tensor] = {}
+    errors: dict[str, float] = {}
     missed = whole = sum(float(d.double().square().sum()) for d in differences.values())
     layers = [n for n, m in student.named_modules() if isinstance(m, nn.Linear)]
     for name in tqdm(layers, desc=f"rank {rank}", unit="matrix"):

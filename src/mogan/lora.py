@@ -8,7 +8,7 @@ meet the wrong one, and the tree without adapters is the teacher, bit for bit.
 import copy
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -78,7 +78,7 @@ def factors(state: Mapping[str, Tensor]) -> Factors:
 def merge(transformer: nn.Module, adapters: Factors) -> None:
     """Add ``B A`` to the weights of the named modules, in place."""
     for name, (a, b) in adapters.items():
-        weight = transformer.get_submodule(name).weight
+        weight = cast(nn.Linear, transformer.get_submodule(name)).weight
         weight += (b.to(weight.device).float() @ a.to(weight.device).float()).to(weight.dtype)
 
 

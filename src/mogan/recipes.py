@@ -7,7 +7,7 @@ The value of a paper stands beside each number with its place; a number without 
 import importlib
 from dataclasses import replace
 
-from mogan.config import Config, DMDConfig, FlowMatchingConfig, GANConfig, Optimizer, Update
+from mogan.config import Config, DMDConfig, FlowMatchingConfig, GANConfig, MotionScoreConfig, Optimizer, Update
 from mogan.errors import UserError
 from mogan.schedule import shifted_levels
 
@@ -148,6 +148,63 @@ def mogan_wan_1_3b() -> Config:
         checkpointing=True,
         save_every=50,
         sample_every=100,
+    )
+
+
+def msm_lab() -> Config:
+    """The lab's student by DMD with motion score matching; everything but ``motion_weight`` as in ``dmd_lab``."""
+    base = dmd_lab()
+    return replace(base, recipe="msm_lab", dmd=_with_motion(base.dmd))
+
+
+def msm_wan_1_3b() -> Config:
+    """Motion score matching, stage 1 of its section 5: a 3-step Wan2.1-T2V-1.3B.
+
+    The paper follows CausVid's released code, so does ``dmd2_wan_1_3b``: steps, guidance, shift, lr 2e-6 and betas
+    (0.9, 0.999) are those of its section 5.1. Clipping, weight decay, batch and average are not given there.
+    """
+    base = dmd2_wan_1_3b()
+    return replace(base, recipe="msm_wan_1_3b", dmd=_with_motion(base.dmd), iterations=14000)  # 5.1
+
+
+def mogan_msm_lab() -> Config:
+    """MoGAN on the lab's student, its distribution matching with motion scores; a combination no paper has tried."""
+    base = mogan_lab()
+    return replace(base, recipe="mogan_msm_lab", dmd=_with_motion(base.dmd))
+
+
+def _with_motion(dmd: DMDConfig | None) -> DMDConfig:
+    assert dmd is not None
+    return replace(dmd, motion_weight=1.0)  # lambda is given nowhere: chosen, the fastest motion weighs up to 5 times
+
+
+def motion_score_lab() -> Config:
+    """A motion score model of the lab's world, from the lab's teacher; the paper's section 6.3 gives no number at all."""
+    return Config(
+        recipe="motion_score_lab",
+        sigmas=shifted_levels(50, 3.0),
+        plan=(Update(learns="student", by="motion_score", batch=16),),
+        optimizers={"student": Optimizer(lr=1e-4)},
+        motion_score=MotionScoreConfig(windows=((0, 4), (1, 4), (2, 2)), shift=3.0),  # eq. 15, 16, 17; 5 latent frames
+        iterations=400,
+        ema=0.99,
+        save_every=50,
+        sample_prompts=0,  # differences are no clip to look at
+    )
+
+
+def motion_score_wan_1_3b() -> Config:
+    """A motion score model from Wan2.1-T2V-1.3B; every number chosen here, none tried at this size."""
+    return Config(
+        recipe="motion_score_wan_1_3b",
+        sigmas=shifted_levels(50, 5.0),
+        plan=(Update(learns="student", by="motion_score", batch=64, accumulate=64),),
+        optimizers={"student": Optimizer(lr=1e-5, weight_decay=0.01)},
+        motion_score=MotionScoreConfig(windows=((0, 20), (1, 20), (3, 3)), shift=5.0),  # 21 latent frames
+        iterations=10000,
+        ema=0.999,
+        checkpointing=True,
+        sample_prompts=0,
     )
 
 

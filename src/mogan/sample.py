@@ -5,6 +5,7 @@ A clip depends on its prompt and its seed alone, not on the batch it was made in
 """
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,6 +21,7 @@ from mogan.denoiser import Denoiser, guided_velocity
 from mogan.errors import UserError
 from mogan.flowmo import FLOWMO_STEPS, FlowMo
 from mogan.lora import factors, merge
+from mogan.motion_score import steer
 from mogan.rollout import normal, roll_out
 from mogan.video import write_video
 
@@ -52,10 +54,12 @@ def sample_teacher(
     shift: float,
     solver: str = "unipc",
     flowmo: bool = False,
+    change: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
 ) -> Tensor:
     """Latents of one clip per seed, by ``steps`` guided steps of UniPC (Wan's own solver) or Euler.
 
-    With ``flowmo`` the first 12 steps are guided towards latents whose temporal variance is low.
+    With ``flowmo`` the first 12 steps are guided towards latents whose temporal variance is low. ``change`` maps
+    ``(velocity, x, sigma)`` to the velocity that is followed; see :func:`mogan.motion_score.steer`.
     """
     x = normal(torch.Size((len(seeds), *shape)), seeded(seeds), text_BLD.device)
     scheduler = UniPCMultistepScheduler(
@@ -70,6 +74,8 @@ def sample_teacher(
         if smoother is not None and i < FLOWMO_STEPS:
             x = smoother(x, predict, levels[i])
         velocity = predict(x)
+        if change is not None:
+            velocity = change(velocity, x, told)
         if solver == "euler":
             x = x + (levels[i + 1] - levels[i]) * velocity
         else:
@@ -124,6 +130,8 @@ def sample(
     shift: float = 3.0,
     solver: Literal["unipc", "euler"] = "unipc",
     flowmo: bool = False,
+    motion: Path | None = None,
+    motion_ratio: float = 0.5,
     batch: int = 16,
     limit: int | None = None,
     shard: str = "0/1",
@@ -144,6 +152,8 @@ def sample(
         shift: level shift of a teacher.
         solver: solver of a teacher.
         flowmo: FlowMo guidance (arXiv 2506.01144) in a teacher's first 12 steps.
+        motion: run of a motion score recipe; its motion is mixed into a teacher's.
+        motion_ratio: 0 is the teacher's own motion, 1 the motion model's.
         batch: clips made at once.
         limit: use only so many prompts.
         shard: i/n makes every n-th clip, starting with the i-th: for many GPUs.
@@ -157,12 +167,16 @@ def sample(
     few_steps = source.sigmas is not None if mode == "auto" else mode == "student"
     if few_steps and source.sigmas is None:
         raise UserError(f"{model} does not say at which levels it samples (no mogan.json): use --mode teacher")
+    if motion is not None and few_steps:
+        raise UserError("--motion is mixed into a teacher's steps: name a teacher with --model, or use --mode teacher")
     how: dict = (
         {"sigmas": list(source.sigmas or ())} if few_steps else {"steps": steps, "guidance": guidance, "shift": shift}
     )
     if flowmo and few_steps:
         raise UserError("--flowmo guides a teacher's many steps; leave it out for a few-step student")
     how |= {"flowmo": True} if flowmo else {}
+    if motion is not None:
+        how |= {"motion": str(motion), "motion_ratio": motion_ratio}
     out.mkdir(parents=True, exist_ok=True)
     todo = [job for job in jobs if not (out / job.file).is_file()]
     if not todo:
@@ -176,6 +190,11 @@ def sample(
     denoiser = Denoiser(source.load().to(target).eval(), dtype)
     shape = wan.latent_shape(source.folder, source.geometry)
     null = wan.stack_text(encode([""]), target)
+    change = None
+    if motion is not None:
+        network, given = open_motion(motion, source.folder, shape[1])
+        network = Denoiser(network.to(target).eval(), dtype)
+        change = partial(steer, motion=network, given=given, null_1LD=null, guidance=guidance, ratio=motion_ratio)
     with tqdm(total=len(jobs), initial=len(jobs) - len(todo), desc=f"sample {out.name}", unit="clip") as bar:
         for first in range(0, len(todo), batch):
             part = todo[first : first + batch]
@@ -186,17 +205,9 @@ def sample(
                 latents = sample_student(denoiser, text, shape, source.sigmas, numbers)
             else:
                 latents = sample_teacher(
-                    denoiser,
-                    text,
-                    null,
-                    shape,
-                    numbers,
-                    steps=steps,
-                    guidance=guidance,
-                    shift=shift,
-                    solver=solver,
-                    flowmo=flowmo,
-                )
+                    denoiser, text, null, shape, numbers, steps=steps, guidance=guidance, shift=shift, solver=solver,
+                    flowmo=flowmo, change=change and partial(change, text_BLD=text),
+                )  # fmt: skip
             with torch.no_grad():
                 video = wan.decode_video(vae, latents)
             for job, frames in zip(part, to_frames(video), strict=True):
@@ -259,10 +270,35 @@ def open_generator(name: str) -> Generator:
         facts = json.loads((run / "run.json").read_text())
         folder = wan.resolve_model(facts["student"])
         config = json.loads((run / "config.json").read_text())
+        if config.get("motion_score"):
+            raise UserError(
+                f"{name} is a motion model, not a generator: give it as --motion beside a teacher as --model"
+            )
         return Generator(folder, tuple(config["sigmas"]), wan.geometry(folder), run, config.get("lora"))
     folder = wan.resolve_model(name)
     levels = wan.model_facts(folder).get("sigmas")
     return Generator(folder, tuple(levels) if levels else None, wan.geometry(folder))
+
+
+def open_motion(run: Path, base: Path, frames: int) -> tuple[torch.nn.Module, int]:
+    """The transformer of a motion model's run that saw whole clips of ``frames`` latents, and how many it was given.
+
+    Raises:
+        UserError: the run is none, was trained on other latents or text than ``base``'s, or on shorter windows.
+    """
+    if not (run / "run.json").is_file():
+        raise UserError(f"{run} is not a training run: give --motion the --out of a motion score recipe")
+    config = json.loads((run / "config.json").read_text())
+    folder = wan.resolve_model(json.loads((run / "run.json").read_text())["student"])
+    if not config.get("motion_score"):
+        raise UserError(f"{run} trained {config['recipe']}, no motion model: use a recipe such as motion_score_lab")
+    if any(wan.fingerprint(folder, part) != wan.fingerprint(base, part) for part in ("vae", "text_encoder")):
+        raise UserError(f"{run} was trained on latents or text of another model than {base}: train it from that one")
+    windows = config["motion_score"]["windows"]
+    given = next((k for k in (1, 0) if [k, frames - 1] in windows), None)
+    if given is None:
+        raise UserError(f"{run} never saw a whole clip of {frames} latents (windows {windows}): add (1, {frames - 1})")
+    return Generator(folder, None, wan.geometry(folder), run).load(), given
 
 
 def _append(path: Path, record: dict) -> None:

@@ -72,7 +72,7 @@ def draw(parts: Assembly, update: Update, where: Position) -> Batch:
     """Our share of the batch of one step: prompts and, where needed, real clips or their observations of one window."""
     config = parts.config
     in_motion = update.by == "gan" and config.gan is not None and config.gan.space == "motion"
-    if update.by == "flow_matching" or (update.learns == "discriminator" and not in_motion):
+    if update.by in ("flow_matching", "motion_score") or (update.learns == "discriminator" and not in_motion):
         want: tuple[str, ...] = ("latent",)
     else:
         want = ("observation",) if update.learns == "discriminator" else ()

@@ -15,14 +15,21 @@ from mogan.objectives import Loss, Randomness
 from mogan.rollout import Rollout, normal
 from mogan.schedule import add_noise, draw_sigma, velocity_to_x0
 
+Direction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
-def dmd_direction(x0: Tensor, real: Tensor, fake: Tensor) -> Tensor:
+
+def dmd_scale(x0: Tensor, real: Tensor) -> Tensor:
+    """``mean |x0 - real|`` per sample, the unit in which DMD measures differences (DMD eq. 8)."""
+    return (x0 - real).abs().mean(dim=tuple(range(1, x0.ndim)), keepdim=True).clamp(min=1e-8)
+
+
+def dmd_direction(x0: Tensor, real: Tensor, fake: Tensor, sigma: Tensor) -> Tensor:
     """``(fake - real) / mean |x0 - real|``, the mean per sample (DMD eq. 8 in x0 space, as CausVid and Self-Forcing).
 
-    Moving ``x0`` against this direction goes from where the student's samples are to where the teacher's are.
+    Moving ``x0`` against this direction goes from where the student's samples are to where the teacher's are. The scores
+    differ by ``(1 - sigma) / sigma^2`` times as much; the mean takes the place of that factor, so ``sigma`` is not used.
     """
-    scale = (x0 - real).abs().mean(dim=tuple(range(1, x0.ndim)), keepdim=True)
-    return (fake - real) / scale.clamp(min=1e-8)
+    return (fake - real) / dmd_scale(x0, real)
 
 
 class DMD:
@@ -35,7 +42,7 @@ class DMD:
         guidance: of the teacher, diffusers convention.
         shift: shift of the levels at which samples are compared.
         low: least level, ``high`` largest; levels are clamped after shifting.
-        direction: ``(x0, real, fake) -> gradient``; where variants of DMD differ.
+        direction: ``(x0, real, fake, sigma) -> gradient``; where variants of DMD differ.
     """
 
     needs_rollout = True
@@ -50,7 +57,7 @@ class DMD:
         shift: float,
         low: float = 0.02,
         high: float = 0.98,
-        direction: Callable[[Tensor, Tensor, Tensor], Tensor] = dmd_direction,
+        direction: Direction = dmd_direction,
     ):
         self.teacher, self.fake_score, self.null_1LD = teacher, fake_score, null_1LD
         self.guidance, self.shift, self.low, self.high = guidance, shift, low, high
@@ -70,7 +77,7 @@ class DMD:
             velocity = guided_velocity(self.teacher, x_t, sigma, rollout.text_BLD, self.null_1LD, self.guidance)
             real = velocity_to_x0(x_t, velocity, sigma)
             fake = self.fake_score(x_t, sigma, rollout.text_BLD)
-            gradient = torch.nan_to_num(self.direction(x0.detach(), real, fake))
+            gradient = torch.nan_to_num(self.direction(x0.detach(), real, fake, sigma))
         loss = 0.5 * (x0 - (x0.detach() - gradient)).square().mean()
         return loss, {"direction": gradient.square().mean().sqrt()}
 

@@ -1,5 +1,6 @@
 """Flow matching on real clips: how the teacher was trained, and supervised fine-tuning (SFT)."""
 
+import torch
 from torch import Tensor
 
 from mogan.data import Batch
@@ -8,6 +9,12 @@ from mogan.objectives import Loss, Randomness
 from mogan.rollout import Rollout, normal
 from mogan.schedule import add_noise, draw_sigma, uniform
 from mogan.wan import stack_text
+
+
+def stack_some(text: list[Tensor], null: Tensor, drop: float, generator: Randomness, device: torch.device) -> Tensor:
+    """The batch's texts stacked, each replaced by ``null`` with probability ``drop``."""
+    dropped = uniform(len(text), generator) < drop
+    return stack_text([null if d else t for d, t in zip(dropped, text, strict=True)], device)
 
 
 class FlowMatching:
@@ -32,8 +39,7 @@ class FlowMatching:
         device = next(self.student.parameters()).device
         x0 = x0.float().to(device)
         sigma = draw_sigma(len(x0), generator, k=self.shift).to(device)
-        drop = uniform(len(x0), generator) < self.drop_text
-        text = stack_text([self.null if d else t for d, t in zip(drop, batch.text, strict=True)], device)
+        text = stack_some(batch.text, self.null, self.drop_text, generator, device)
         noise = normal(x0.shape, generator, device)
         velocity = self.student.velocity(add_noise(x0, noise, sigma), sigma, text)
         return (velocity - (noise - x0)).square().mean(), {}

@@ -1,0 +1,61 @@
+"""Flow matching on differences of latent frames: a dedicated motion score model (Motion Score Matching, section 6.3)."""
+
+import torch
+from torch import Tensor
+
+from mogan.data import Batch
+from mogan.denoiser import Denoiser
+from mogan.errors import UserError
+from mogan.motion_score import differences, motion_velocity
+from mogan.objectives import Loss, Randomness
+from mogan.objectives.flow_matching import stack_some
+from mogan.rollout import Rollout, normal
+from mogan.schedule import add_noise, draw_sigma, uniform
+
+
+class MotionScore:
+    """``E ||u(D x_t, t, given frames, text) - D (noise - x0)||^2`` on windows of the batch's clips.
+
+    Args:
+        student: the network being trained; see :mod:`mogan.motion_score` for what it reads.
+        null: embedding ``(L, D)`` of the empty prompt.
+        windows: pairs of given clean frames and differences to predict; one pair is drawn per batch, or part of it. ``(0, F - 1)`` is
+            eq. 15, ``(1, F - 1)`` eq. 16, ``(k, l)`` eq. 17.
+        shift: shift of the drawn levels.
+        drop_text: probability with which a clip is trained without its prompt.
+    """
+
+    needs_rollout = False
+
+    def __init__(
+        self, student: Denoiser, null: Tensor, *, windows: tuple[tuple[int, int], ...], shift: float, drop_text: float
+    ):
+        self.student, self.null, self.windows = student, null, windows
+        self.shift, self.drop_text = shift, drop_text
+
+    def student_loss(self, rollout: Rollout | None, batch: Batch, generator: Randomness) -> Loss:
+        """The loss on one window per clip, its start drawn; ``rollout`` is not used."""
+        x0 = batch.latent_BCFHW
+        assert x0 is not None, "a motion score is learnt from clips, not from prompts"
+        device = next(self.student.parameters()).device
+        which, starts = uniform(len(x0), generator)[0], uniform(len(x0), generator)
+        given, ahead = self.windows[int(which * len(self.windows))]
+        first = max(given, 1) - 1  # the frame the first difference subtracts
+        room = x0.shape[2] - (first + 1 + ahead)
+        if room < 0:
+            raise UserError(
+                f"a window of {given} given frames and {ahead} differences needs {first + 1 + ahead} latent frames, the "
+                f"clips have {x0.shape[2]}: prepare longer clips or give the recipe smaller windows"
+            )
+        begin = (starts * (room + 1)).long().tolist()
+        x0 = torch.stack([x[:, b : b + first + 1 + ahead] for x, b in zip(x0, begin, strict=True)]).float().to(device)
+        sigma = draw_sigma(len(x0), generator, k=self.shift).to(device)
+        text = stack_some(batch.text, self.null, self.drop_text, generator, device)
+        noise = normal(x0.shape, generator, device)
+        noisy = differences(add_noise(x0, noise, sigma)[:, :, first:])
+        velocity = motion_velocity(self.student, x0[:, :, :given], noisy, sigma, text)
+        return (velocity - differences((noise - x0)[:, :, first:])).square().mean(), {}
+
+    def judge_loss(self, rollout: Rollout | None, batch: Batch, generator: Randomness) -> Loss:
+        """A motion score owns no network that chases the student."""
+        raise NotImplementedError("a motion score trains the student only")
