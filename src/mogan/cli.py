@@ -16,6 +16,8 @@ COMMANDS = {
     "survey build": ("mogan.survey.build:build", "pair the clips of two or more systems for human voting"),
     "survey serve": ("mogan.survey.serve:serve", "serve a survey on this machine"),
     "survey analyze": ("mogan.survey.analyze:analyze", "votes -> win / tie / lose with intervals"),
+    "weights list": ("mogan.weights:show", "third-party weights: licence, purpose, whether they are here"),
+    "weights fetch": ("mogan.weights:fetch", "download third-party weights, checked"),
     "lab render": ("mogan.lab.render:render", "render captioned clips of the laboratory's world"),
     "lab build": ("mogan.lab.build:build", "train the laboratory's tiny family from nothing"),
 }

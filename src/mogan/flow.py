@@ -8,11 +8,13 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -83,13 +85,20 @@ def load_raft(path: str | Path) -> RAFT:
         model = RaftConfig(**fields).build()
         model.load_state_dict(load_file(path / "model.safetensors"))
     elif path.suffix in (".pth", ".pt", ".safetensors") and path.is_file():
-        state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, weights_only=True)
         model = raft_large()
-        model.load_state_dict(state)
+        try:
+            model.load_state_dict(
+                load_file(path) if path.suffix == ".safetensors" else torch.load(path, weights_only=True)
+            )
+        except (SafetensorError, UnpicklingError, RuntimeError, TypeError, AttributeError, EOFError) as error:
+            raise UserError(
+                f"{path} does not hold the weights of torchvision's raft_large, or is damaged: fetch it with `mogan "
+                "weights fetch raft_large_C_T_V1`"
+            ) from error
     else:
         raise UserError(
             f"no flow network at {path}: give a folder with config.json and model.safetensors, or the .pth file of "
-            "torchvision's raft_large (raft_large_C_T_SKHT_V2 or raft_large_C_T_V1)"
+            "torchvision's raft_large, or a name that `mogan weights list` shows"
         )
     return model.float().eval().requires_grad_(False)
 

@@ -145,10 +145,11 @@ def vbench_threshold(geometry: "Geometry") -> float:
 def flow_fingerprint(name: str) -> str:
     """What stands for a flow estimator in ``cache.json``: its name if it has no weights, else a hash of them."""
     from mogan import wan
+    from mogan.weights import find_weights
 
     if name == "farneback":
         return name
-    path = (wan.lab_folder() / "raft" if name == "lab" else Path(name)).resolve()
+    path = (wan.lab_folder() / "raft" if name == "lab" else find_weights(name)).resolve()
     if not path.exists():
         raise UserError(f"no flow network at {path}: --flow takes lab, farneback, or the path of RAFT weights")
     return wan.fingerprint(path.parent, path.name) if path.is_dir() else file_sha(path)

@@ -169,12 +169,16 @@ def load_text(model: Path, device: str | torch.device = "cpu") -> TextEncoder:
 
 
 def load_flow(name: str, iterations: int = 12) -> FlowEstimator:
-    """A flow estimator by name: ``lab``, ``farneback`` (classical, no weights), or the path of RAFT weights."""
+    """A flow estimator by name: ``lab``, ``farneback`` (classical, no weights), a name that ``mogan weights list`` shows,
+    or the path of RAFT weights.
+    """
     if name == "farneback":
         from mogan.evaluation.classical_flow import farneback
 
         return farneback
-    return RaftFlow(load_raft(lab_folder() / "raft" if name == "lab" else name), iterations)
+    from mogan.weights import find_weights
+
+    return RaftFlow(load_raft(lab_folder() / "raft" if name == "lab" else find_weights(name)), iterations)
 
 
 # ---------------------------------------------------------------------------------------------- text
