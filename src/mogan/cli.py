@@ -11,6 +11,7 @@ COMMANDS = {
     "train": ("mogan.train:train", "train a recipe on a cache; the same command resumes"),
     "sample": ("mogan.sample:sample", "prompts and seeds -> folders of mp4"),
     "evaluate": ("mogan.evaluation.evaluate:evaluate", "folders of clips -> results.json"),
+    "vbench": ("mogan.evaluation.vbench:vbench", "check that a folder holds every clip VBench wants, by name"),
     "report": ("mogan.report.page:report", "results and runs -> one HTML page"),
     "export": ("mogan.export:export", "a run's student -> a diffusers folder"),
     "survey build": ("mogan.survey.build:build", "pair the clips of two or more systems for human voting"),

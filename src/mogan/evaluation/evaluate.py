@@ -25,6 +25,7 @@ from mogan.evaluation.pairs import device_of
 from mogan.evaluation.provenance import how_measured, relative
 from mogan.evaluation.sets import set_metrics
 from mogan.evaluation.statistics import mean_interval
+from mogan.evaluation.vbench import read_info, restrict
 from mogan.flow import FlowEstimator, RaftFlow
 from mogan.lab.instruments import parse_caption, read_instruments
 
@@ -51,6 +52,8 @@ def evaluate(
     flow: str = "lab",
     interpolator: str = "flow-warp",
     reference: Path | None = None,
+    vbench_info: Path | None = None,
+    vbench_dimensions: tuple[str, ...] = ("dynamic_degree", "motion_smoothness"),
     lab: bool = True,
     quick: bool = False,
     device: str | None = None,
@@ -63,9 +66,12 @@ def evaluate(
         dirs: folders of clips, one per system, as DIR or NAME=DIR. Prompts come from samples.jsonl, metadata.jsonl, or
             names like {prompt}-{k}.mp4.
         out: file to write; values per clip are kept beside it.
-        flow: lab, farneback, dis, or a file of RAFT weights (raft_large_C_T_V1 for VBench's own dynamic degree).
+        flow: lab, farneback, dis, a name from `mogan weights list` (raft_large_C_T_V1 for VBench's own dynamic degree), or
+            a file of RAFT weights.
         interpolator: flow-warp or blend; neither is AMT-S.
         reference: a folder of real clips; adds distances to them.
+        vbench_info: VBench_full_info.json; measure exactly the clips VBench averages, and stop if one is missing.
+        vbench_dimensions: whose clips; they must share their prompts.
         lab: track the subjects of clips whose caption is the lab's.
         quick: leave out what needs flow in both directions.
         device: where flow is estimated; a GPU if there is one.
@@ -77,6 +83,14 @@ def evaluate(
         UserError: nothing to measure, or folders that cannot be compared.
     """
     systems = find_systems(dirs)
+    strict: dict[str, Any] = {}
+    if vbench_info:
+        facts = read_info(vbench_info)
+        checked = [restrict(system, facts, vbench_dimensions) for system in systems]
+        systems = [system for system, _ in checked]
+        strict = {
+            "vbench": {"dimensions": list(vbench_dimensions), "notes": sorted({n for _, ns in checked for n in ns})}
+        }
     tools = _tools(flow, interpolator, device, quick=quick, lab=lab)
     real = read_folder(reference, "reference") if reference else None
     kept = _Kept(out.with_suffix(".clips.jsonl"))
@@ -91,7 +105,7 @@ def evaluate(
             raise UserError(f"no clip of {system.name} could be measured; the first says: {clips[0]['error']}")
         results["systems"][system.name] = {
             "metrics": _metrics(good, target),
-            "how": how_measured(system, clips, tools.how, device_of(tools.flow), out, real),
+            "how": how_measured(system, clips, tools.how | strict, device_of(tools.flow), out, real),
             "clips": [
                 {**_without(clip, "features"), "file": relative(entry.path, out)}
                 for clip, entry in zip(clips, system.clips, strict=True)

@@ -18,6 +18,7 @@ def warnings_about(system: System, clips: list[dict[str, Any]], how: dict[str, A
         found.append(
             f"{len(system.unlisted)} videos are in no list and were not measured, such as {system.unlisted[0]}"
         )
+    found += how.get("vbench", {}).get("notes", [])
     found += _about_tags(how["fps"]) + _about_lengths(how["frames"])
     if len(how["resolution"]) > 1:
         found.append("clips differ in size: thresholds scale with the shorter side, pixels per frame do not")
