@@ -154,9 +154,14 @@ class RaftFlow(nn.Module):
 
     def forward(self, video_BCFHW: Float[Tensor, "b 3 f h w"]) -> Float[Tensor, "b 2 f-1 h w"]:
         """Flow between neighbouring frames of a video in [-1, 1]."""
-        b, _, f, _, _ = video_BCFHW.shape
+        b, _, f, h, w = video_BCFHW.shape
         if f < 2:
             raise ValueError("optical flow needs at least two frames")
+        smallest = 8 * 2**self.raft.corr_block.num_levels  # the coarsest correlation must keep two cells a side
+        if min(h, w) <= smallest - 8:
+            raise UserError(
+                f"this flow network needs clips of at least {smallest} x {smallest} pixels, not {h} x {w}: use --flow farneback"
+            )
         frames = video_BCFHW.float().transpose(1, 2)
         span = max(1, self.pairs_per_chunk // b)  # pairs of each clip at once
         flows = []

@@ -62,6 +62,12 @@ def find_systems(dirs: tuple[Path, ...]) -> list[System]:
     return systems
 
 
+def unshared_prompts(systems: list[System]) -> int:
+    """How many prompts not every system has."""
+    prompts = [{entry.prompt for entry in s.clips} for s in systems]
+    return len(set.union(*prompts) - set.intersection(*prompts))
+
+
 def read_folder(folder: Path, name: str) -> System:
     """Clips of one folder: by ``samples.jsonl``, by ``metadata.jsonl`` or ``.csv``, else by their names.
 

@@ -15,8 +15,8 @@ from tqdm import tqdm
 
 from mogan.errors import UserError
 from mogan.evaluation.classical_flow import dis, farneback
-from mogan.evaluation.clips import Entry, System, find_systems, read_folder
-from mogan.evaluation.frames import DECODER, Clip
+from mogan.evaluation.clips import Entry, System, find_systems, read_folder, unshared_prompts
+from mogan.evaluation.frames import DECODER, KEPT_BYTES, Clip
 from mogan.evaluation.interpolators import blend, flow_warp
 from mogan.evaluation.measure import VERSION, measure
 from mogan.evaluation.motion import Interpolator
@@ -82,15 +82,17 @@ def evaluate(
     Raises:
         UserError: nothing to measure, or folders that cannot be compared.
     """
+    if out.is_dir():
+        raise UserError(f"{out} is a folder: give a file to write, such as {out / 'results.json'}")
     systems = find_systems(dirs)
-    strict: dict[str, Any] = {}
+    about: dict[str, Any] = {}
     if vbench_info:
         facts = read_info(vbench_info)
         checked = [restrict(system, facts, vbench_dimensions) for system in systems]
         systems = [system for system, _ in checked]
-        strict = {
-            "vbench": {"dimensions": list(vbench_dimensions), "notes": sorted({n for _, ns in checked for n in ns})}
-        }
+        notes = sorted({note for _, found in checked for note in found})
+        about["vbench"] = {"dimensions": list(vbench_dimensions), "notes": notes}
+    about["unshared_prompts"] = unshared_prompts(systems)
     tools = _tools(flow, interpolator, device, quick=quick, lab=lab)
     real = read_folder(reference, "reference") if reference else None
     kept = _Kept(out.with_suffix(".clips.jsonl"))
@@ -98,6 +100,8 @@ def evaluate(
     with tqdm(total=sum(len(s.clips) for s in every), desc="evaluate", unit="clip") as bar:
         records = [_measure_system(system, tools, kept, bar) for system in every]
     target = records.pop() if real else None
+    if target is not None and all("error" in clip for clip in target):
+        raise UserError(f"no clip of the reference could be measured; the first says: {target[0]['error']}")
     results: dict[str, Any] = {"systems": {}}
     for system, clips in zip(systems, records, strict=True):
         good = [clip for clip in clips if "error" not in clip]
@@ -105,7 +109,7 @@ def evaluate(
             raise UserError(f"no clip of {system.name} could be measured; the first says: {clips[0]['error']}")
         results["systems"][system.name] = {
             "metrics": _metrics(good, target),
-            "how": how_measured(system, clips, tools.how | strict, device_of(tools.flow), out, real),
+            "how": how_measured(system, clips, tools.how | about, device_of(tools.flow), out, real),
             "clips": [
                 {**_without(clip, "features"), "file": relative(entry.path, out)}
                 for clip, entry in zip(clips, system.clips, strict=True)
@@ -133,7 +137,12 @@ def estimator(name: str, device: str | None = None) -> tuple[FlowEstimator, dict
     found = load_flow(name, iterations=ITERATIONS)
     how: dict[str, Any] = {"name": name, "iterations": ITERATIONS}
     if isinstance(found, RaftFlow):
-        found = found.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        try:
+            found = found.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        except (RuntimeError, AssertionError) as error:
+            raise UserError(
+                f"--device {device} is not to be had here ({str(error).splitlines()[0]}): try cpu"
+            ) from error
         how["weights_sha256"] = _hash_weights(found)
     return found, how
 
@@ -203,7 +212,8 @@ def _measure_clip(entry: Entry, tools: Tools, kept: _Kept) -> Record:
     if record is None:
         found = measure(clip, tools.flow, tools.interpolate, quick=tools.quick)
         values = dict(found.values)
-        if tracked and max(found.height, found.width) <= 256:
+        all_at_once = 3 * found.frames * found.height * found.width <= KEPT_BYTES  # the lab's instruments want them so
+        if tracked and max(found.height, found.width) <= 256 and all_at_once:
             values |= {f"lab_{name}": value for name, value in read_instruments(list(clip), entry.prompt).items()}
         record = {
             "sha256": clip.sha256,
