@@ -1,5 +1,5 @@
 """Dynamic degree: streamed and batched, beside a loop over pairs of a decoded clip; and the memory of a ten-minute
-clip.
+clip, for dynamic degree and for all that ``mogan evaluate --quick`` measures.
 
     python benchmarks/evaluate.py [--clips 6] [--minutes 10]
 
@@ -21,6 +21,8 @@ import torch
 
 from mogan.evaluation.classical_flow import farneback
 from mogan.evaluation.frames import Clip
+from mogan.evaluation.interpolators import blend
+from mogan.evaluation.measure import measure as measure_clip
 from mogan.evaluation.motion import dynamic_degree, interval, top_magnitude
 from mogan.evaluation.pairs import to_video
 from mogan.flow import RaftConfig, RaftFlow
@@ -51,7 +53,9 @@ def main() -> None:
         for way in ("loop", "batched"):
             show(f"{way}, RAFT of the lab's size, 33 frames", run(way, "raft", short))
         for minutes, path in long.items():
-            show(f"streamed, Farneback, {minutes:g} minutes", run("batched", "farneback", path))
+            show(f"dynamic degree, Farneback, {minutes:g} min", run("batched", "farneback", path))
+        for minutes, path in long.items():
+            show(f"all of --quick, Farneback, {minutes:g} min", run("all", "farneback", path))
 
 
 def repeated(count: int):
@@ -82,7 +86,9 @@ def measure(way: str, flow: str, folder: str) -> dict[str, float]:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     began = time.perf_counter()
     for file in files:
-        if way == "batched":
+        if way == "all":
+            measure_clip(Clip(file), estimator, blend, quick=True)
+        elif way == "batched":
             clip = Clip(file)
             dynamic_degree(clip, clip.fps, estimator)
         else:

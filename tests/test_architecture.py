@@ -35,7 +35,7 @@ def test_arrows_point_one_way(path):
     if here in ("schedule", "video", "errors"):
         assert found <= {"errors", "schedule"}, found
     if here in ("wan", "flow"):
-        assert found <= {"errors", "schedule", "flow"}, found
+        assert found <= {"errors", "schedule", "flow", "weights"}, found
     if here in ("evaluation", "report", "survey"):
         assert not found & {"train", "assemble", "objectives", "recipes"}, found
 

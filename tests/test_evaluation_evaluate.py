@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ import torch
 from mogan.errors import UserError
 from mogan.evaluation.clips import find_systems, read_folder
 from mogan.evaluation.evaluate import evaluate, table
-from mogan.evaluation.frames import Clip
+from mogan.evaluation.frames import Clip, read_frames
 from mogan.evaluation.measure import measure
 from mogan.evaluation.sets import appearance_distance
 from mogan.lab.world import make_scene, render
@@ -179,6 +180,91 @@ def test_a_folder_of_nothing_but_rubbish_says_so(tmp_path):
     (tmp_path / "a" / "x-0.mp4").write_bytes(b"not a video")
     with pytest.raises(UserError, match="no clip of a could be measured"):
         evaluate((tmp_path / "a",), out=tmp_path / "r.json", flow="farneback")
+
+
+def test_networks_that_cannot_measure_say_so(folders, tmp_path, monkeypatch):
+    class Broken(torch.nn.Module):
+        def forward(self, video):
+            return torch.full((video.shape[0], 2, video.shape[2] - 1, *video.shape[3:]), torch.nan)
+
+    clip = Clip(sorted(folders[0].glob("*.mp4"))[0])
+    with pytest.raises(UserError, match="not finite"):
+        measure(clip, Broken(), lambda first, second: first)
+    monkeypatch.setattr("mogan.evaluation.evaluate.estimator", lambda *_: (Broken(), {"name": "broken"}))
+    with pytest.raises(UserError, match="no clip of teacher could be measured; the first says: the flow network"):
+        evaluate((folders[0],), out=tmp_path / "r.json")
+
+
+@pytest.mark.parametrize(("flow", "side"), [("lab", 24), ("dis", 8)])
+def test_clips_too_small_for_the_flow_are_failures_with_a_reason(tmp_path, flow, side):
+    (tmp_path / "a").mkdir()
+    frames = np.random.default_rng(0).integers(0, 255, (3, side, 64, 3), dtype=np.uint8)
+    write_video(tmp_path / "a" / "x-0.mp4", frames, 16)
+    with pytest.raises(UserError, match=r"needs clips of at least \d\d x \d\d pixels.*use --flow farneback"):
+        evaluate((tmp_path / "a",), out=tmp_path / "r.json", flow=flow)
+    with pytest.raises(UserError, match="no clip of the reference could be measured"):
+        evaluate((tmp_path / "a",), out=tmp_path / "r.json", flow=flow, reference=tmp_path / "a")
+    assert evaluate((tmp_path / "a",), out=tmp_path / "r.json", flow="farneback")["systems"]["a"]["metrics"]
+
+
+def test_folders_that_share_only_some_prompts_are_compared_with_a_warning(folders, tmp_path):
+    part = tmp_path / "part"
+    shutil.copytree(folders[0], part)
+    rows = [json.loads(line) for line in (part / "samples.jsonl").read_text().splitlines()]
+    kept = [row for row in rows if row["prompt"] == rows[0]["prompt"]]
+    (part / "samples.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in kept + kept)
+    )  # listed twice, measured once
+    found = evaluate((folders[0], part), out=tmp_path / "r.json", flow="farneback", quick=True)["systems"]
+    assert found["part"]["metrics"]["dynamic_degree"]["n"] == 2
+    for system in found.values():
+        assert any("1 prompts are not in every folder" in warning for warning in system["how"]["warnings"])
+
+
+@pytest.mark.parametrize("row", ['{"file": "a.mp4", "prompt": "a", "index": "two"}', "[1]", '{"file": "a.mp4"}'])
+def test_a_list_with_a_line_that_cannot_be_used_is_refused(tmp_path, row):
+    (tmp_path / "samples.jsonl").write_text(row + "\n")
+    with pytest.raises(UserError, match=r"samples\.jsonl has a line"):
+        read_folder(tmp_path, "x")
+
+
+def test_out_must_be_a_file(folders, tmp_path):
+    with pytest.raises(UserError, match=r"is a folder: give a file to write, such as .*results\.json"):
+        evaluate(folders, out=tmp_path)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_a_device_that_is_not_there_is_one_sentence(folders, tmp_path):
+    with pytest.raises(UserError, match="--device cuda is not to be had here"):
+        evaluate(folders, out=tmp_path / "r.json", device="cuda")
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_length_of_a_clip(tmp_path, monkeypatch):
+    """What is held on purpose is cut down to 1 MB; a few KB a frame remain, the paths of the tracked points."""
+    monkeypatch.setattr("mogan.evaluation.frames.KEPT_BYTES", 2**20)
+    # copies, for tracemalloc sees NumPy's memory and not FFmpeg's
+    monkeypatch.setattr("mogan.evaluation.frames.read_frames", lambda path: (f.copy() for f in read_frames(path)))
+    flow = np.zeros((1, 2, 1, 128, 128), np.float32)
+    scene = list(render(make_scene(0, 1, motion="rich", frames=8, size=128)))
+
+    def peak(frames):
+        path = tmp_path / f"{frames}.mp4"
+        write_video(path, (scene[number % 8] for number in range(frames)), 16)
+        tracemalloc.start()
+        try:
+            found = measure(
+                Clip(path),
+                lambda video: torch.from_numpy(np.repeat(flow, len(video), 0)),
+                lambda first, second: (first + second) / 2,
+            )
+            return tracemalloc.get_traced_memory()[1], found.frames
+        finally:
+            tracemalloc.stop()
+
+    short, long = peak(80), peak(160)  # both longer than the batches of pairs
+    assert (short[1], long[1]) == (80, 160)
+    assert long[0] < short[0] + 1.5 * 2**20, (short, long)  # the frames between are 3.9 MB
 
 
 def test_unknown_tools_are_refused(folders, tmp_path):

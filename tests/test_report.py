@@ -149,7 +149,12 @@ def test_clips_are_chosen_by_position_and_not_by_score():
 
 @pytest.mark.parametrize(
     ("content", "words"),
-    [('{"old": 1}', "no results.json of this version"), ("{", "no results.json of this version")],
+    [
+        ('{"old": 1}', "no results.json of this version"),
+        ("{", "no results.json of this version"),
+        ("[]", "no results.json of this version"),
+        ('{"systems": {"a": {"metrics": {}, "how": {"version": 0}}}}', "holds numbers of version 0, where this is"),
+    ],
 )
 def test_an_old_results_file_is_refused_in_one_sentence(tmp_path, content, words):
     (tmp_path / "results.json").write_text(content)

@@ -17,7 +17,7 @@ from mogan.data import open_cache
 from mogan.denoiser import Denoiser
 from mogan.errors import UserError
 from mogan.export import export, scheduler_for
-from mogan.sample import Job, read_prompts, safe_name, sample, sample_student, sample_teacher, shard_of
+from mogan.sample import Job, safe_name, sample, sample_student, sample_teacher, shard_of
 from mogan.schedule import shifted_levels
 from mogan.train import run_training
 from mogan.video import read_video
@@ -167,14 +167,7 @@ def test_teacher_matches_the_stock_pipeline(family):
     torch.testing.assert_close(ours, stock, atol=1e-3, rtol=1e-3)
 
 
-def test_prompts_files_and_shards(tmp_path):
-    (tmp_path / "p.txt").write_text("one\n\n two \none\n")
-    assert read_prompts(tmp_path / "p.txt") == ["one", "two"]
-    (tmp_path / "p.jsonl").write_text('{"caption": "three"}\n{"prompt": "four"}\n')
-    assert read_prompts(tmp_path / "p.jsonl") == ["three", "four"]
-    (tmp_path / "e.txt").write_text("\n")
-    with pytest.raises(UserError, match="holds no prompts"):
-        read_prompts(tmp_path / "e.txt")
+def test_shards_divide_the_clips():
     jobs = [Job("p", k, k) for k in range(5)]
     assert sorted((j for i in range(3) for j in shard_of(jobs, f"{i}/3")), key=lambda j: j.seed) == jobs
     with pytest.raises(UserError, match="i/n"):

@@ -11,6 +11,7 @@ COMMANDS = {
     "train": ("mogan.train:train", "train a recipe on a cache; the same command resumes"),
     "sample": ("mogan.sample:sample", "prompts and seeds -> folders of mp4"),
     "evaluate": ("mogan.evaluation.evaluate:evaluate", "folders of clips -> results.json"),
+    "vbench": ("mogan.evaluation.vbench:vbench", "check that a folder holds every clip VBench wants, by name"),
     "report": ("mogan.report.page:report", "results and runs -> one HTML page"),
     "export": ("mogan.export:export", "a run's student -> a diffusers folder or a LoRA file"),
     "import": ("mogan.imports:import_student", "a student or LoRA made elsewhere -> a diffusers folder"),
@@ -18,6 +19,8 @@ COMMANDS = {
     "survey build": ("mogan.survey.build:build", "pair the clips of two or more systems for human voting"),
     "survey serve": ("mogan.survey.serve:serve", "serve a survey on this machine"),
     "survey analyze": ("mogan.survey.analyze:analyze", "votes -> win / tie / lose with intervals"),
+    "weights list": ("mogan.weights:show", "third-party weights: licence, purpose, whether they are here"),
+    "weights fetch": ("mogan.weights:fetch", "download third-party weights, checked"),
     "lab render": ("mogan.lab.render:render", "render captioned clips of the laboratory's world"),
     "lab build": ("mogan.lab.build:build", "train the laboratory's tiny family from nothing"),
 }

@@ -8,11 +8,13 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -83,13 +85,20 @@ def load_raft(path: str | Path) -> RAFT:
         model = RaftConfig(**fields).build()
         model.load_state_dict(load_file(path / "model.safetensors"))
     elif path.suffix in (".pth", ".pt", ".safetensors") and path.is_file():
-        state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, weights_only=True)
         model = raft_large()
-        model.load_state_dict(state)
+        try:
+            model.load_state_dict(
+                load_file(path) if path.suffix == ".safetensors" else torch.load(path, weights_only=True)
+            )
+        except (SafetensorError, UnpicklingError, RuntimeError, TypeError, AttributeError, EOFError) as error:
+            raise UserError(
+                f"{path} does not hold the weights of torchvision's raft_large, or is damaged: fetch it with `mogan "
+                "weights fetch raft_large_C_T_V1`"
+            ) from error
     else:
         raise UserError(
             f"no flow network at {path}: give a folder with config.json and model.safetensors, or the .pth file of "
-            "torchvision's raft_large (raft_large_C_T_SKHT_V2 or raft_large_C_T_V1)"
+            "torchvision's raft_large, or a name that `mogan weights list` shows"
         )
     return model.float().eval().requires_grad_(False)
 
@@ -145,9 +154,14 @@ class RaftFlow(nn.Module):
 
     def forward(self, video_BCFHW: Float[Tensor, "b 3 f h w"]) -> Float[Tensor, "b 2 f-1 h w"]:
         """Flow between neighbouring frames of a video in [-1, 1]."""
-        b, _, f, _, _ = video_BCFHW.shape
+        b, _, f, h, w = video_BCFHW.shape
         if f < 2:
             raise ValueError("optical flow needs at least two frames")
+        smallest = 8 * 2**self.raft.corr_block.num_levels  # the coarsest correlation must keep two cells a side
+        if min(h, w) <= smallest - 8:
+            raise UserError(
+                f"this flow network needs clips of at least {smallest} x {smallest} pixels, not {h} x {w}: use --flow farneback"
+            )
         frames = video_BCFHW.float().transpose(1, 2)
         span = max(1, self.pairs_per_chunk // b)  # pairs of each clip at once
         flows = []

@@ -22,7 +22,9 @@ from mogan.errors import UserError
 from mogan.flowmo import FLOWMO_STEPS, FlowMo
 from mogan.lora import factors, merge
 from mogan.motion_score import steer
+from mogan.prompts import KNOWN, fingerprint, read_prompts, warn_if_changed
 from mogan.rollout import normal, roll_out
+from mogan.samples import append_samples, listed_samples, refuse_others
 from mogan.video import write_video
 
 
@@ -103,20 +105,6 @@ def safe_name(prompt: str) -> str:
     return name.encode()[:240].decode(errors="ignore")
 
 
-def read_prompts(path: Path) -> list[str]:
-    """Prompts of a text file, one per line, or of a jsonl file with ``prompt``, ``caption`` or ``text``."""
-    if not path.is_file():
-        raise UserError(f"no prompts at {path}: give a .txt file with one prompt per line")
-    lines = [line.strip() for line in path.read_text().splitlines() if line.strip()]
-    if path.suffix == ".jsonl":
-        rows = [json.loads(line) for line in lines]
-        lines = [next((row[k] for k in ("prompt", "caption", "text") if k in row), "") for row in rows]
-    unique = list(dict.fromkeys(line for line in lines if line))
-    if not unique:
-        raise UserError(f"{path} holds no prompts: write one per line")
-    return unique
-
-
 def sample(
     *,
     prompts: Path,
@@ -141,7 +129,7 @@ def sample(
     """Sample clips for every prompt and seed into a folder of mp4 files; run it again to go on where it stopped.
 
     Args:
-        prompts: text file with one prompt per line (or jsonl).
+        prompts: text file with one prompt per line, jsonl, or json such as VBench_full_info.json.
         out: folder for the clips and samples.jsonl.
         model: lab, lab-teacher, a diffusers folder, an export, or a training run.
         mode: few steps at the student's own levels, or many guided steps; auto asks the model.
@@ -156,13 +144,16 @@ def sample(
         motion_ratio: 0 is the teacher's own motion, 1 the motion model's.
         batch: clips made at once.
         limit: use only so many prompts.
-        shard: i/n makes every n-th clip, starting with the i-th: for many GPUs.
+        shard: i/n makes every n-th clip, starting with the i-th: for many GPUs, into the same folder.
         precision: of the networks; auto is fp32 for a few-step student on a CPU (as the stock pipeline there), else bf16.
         device: auto, cpu or cuda.
     """
     target = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
-    lines = read_prompts(prompts)[:limit]
-    jobs = shard_of([Job(p, k, first_seed + k) for p in lines for k in range(seeds)], shard)
+    lines = read_prompts(prompts)
+    list_sha = fingerprint(lines)
+    if told := KNOWN.get(list_sha) or warn_if_changed(prompts, lines):
+        print(f"prompts: {told}")
+    jobs = shard_of(jobs_of(lines[:limit], seeds, first_seed), shard)
     source = open_generator(model)
     few_steps = source.sigmas is not None if mode == "auto" else mode == "student"
     if few_steps and source.sigmas is None:
@@ -178,7 +169,17 @@ def sample(
     if motion is not None:
         how |= {"motion": str(motion), "motion_ratio": motion_ratio}
     out.mkdir(parents=True, exist_ok=True)
-    todo = [job for job in jobs if not (out / job.file).is_file()]
+    listed = listed_samples(out)
+
+    def record(job: Job) -> dict:
+        about = {"file": job.file, "prompt": job.prompt, "index": job.index, "seed": job.seed}
+        return about | {"system": out.name, "fps": source.geometry.fps} | how | {"prompts_sha256": list_sha}
+
+    refuse_others(out, listed, map(record, jobs))
+    there = {job for job in jobs if (out / job.file).is_file()}
+    todo = [job for job in jobs if job not in there]
+    # a kill between a clip and its line leaves a clip that no list names
+    append_samples(out, [record(job) for job in jobs if job in there and job.file not in listed])
     if not todo:
         print(f"{out}: all {len(jobs)} clips are there")
         return
@@ -212,14 +213,28 @@ def sample(
                 video = wan.decode_video(vae, latents)
             for job, frames in zip(part, to_frames(video), strict=True):
                 write_video(out / job.file, frames, source.geometry.fps)
-                record = {"file": job.file, "prompt": job.prompt, "index": job.index, "seed": job.seed}
-                _append(out / "samples.jsonl", record | {"system": out.name, "fps": source.geometry.fps} | how)
+                if job.file not in listed:
+                    append_samples(out, [record(job)])
             bar.update(len(part))
 
 
 def to_frames(video_BCFHW: Tensor):
     """Video in [-1, 1] to uint8 arrays ``(B, F, H, W, 3)``."""
     return ((video_BCFHW + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 4, 1).cpu().numpy()
+
+
+def jobs_of(prompts: list[str], seeds: int, first_seed: int) -> list[Job]:
+    """Clips of every prompt and seed, in order.
+
+    Raises:
+        UserError: two prompts would have clips of one name.
+    """
+    jobs = [Job(prompt, k, first_seed + k) for prompt in prompts for k in range(seeds)]
+    prompt_of: dict[str, str] = {}
+    for job in jobs:
+        if prompt_of.setdefault(job.file, job.prompt) != job.prompt:
+            raise UserError(f"two prompts would both be called {job.file[:60]}...: sample them into different folders")
+    return jobs
 
 
 def shard_of(jobs: list[Job], shard: str) -> list[Job]:
@@ -299,8 +314,3 @@ def open_motion(run: Path, base: Path, frames: int) -> tuple[torch.nn.Module, in
     if given is None:
         raise UserError(f"{run} never saw a whole clip of {frames} latents (windows {windows}): add (1, {frames - 1})")
     return Generator(folder, None, wan.geometry(folder), run).load(), given
-
-
-def _append(path: Path, record: dict) -> None:
-    with path.open("a") as file:
-        file.write(json.dumps(record, ensure_ascii=False) + "\n")

@@ -24,6 +24,7 @@ from transformers import AutoTokenizer, UMT5EncoderModel
 
 from mogan.errors import UserError
 from mogan.flow import FlowEstimator, RaftFlow, load_raft
+from mogan.weights import find_weights
 
 TEXT_LENGTH = 512  # WanPipeline pads every prompt to this many tokens and attends to the padding
 
@@ -169,19 +170,21 @@ def load_text(model: Path, device: str | torch.device = "cpu") -> TextEncoder:
 
 
 def load_flow(name: str, iterations: int = 12) -> FlowEstimator:
-    """A flow estimator by name: ``lab``, ``farneback`` (classical, no weights), or the path of RAFT weights."""
+    """A flow estimator by name: ``lab``, ``farneback`` (classical, no weights), a name that ``mogan weights list`` shows,
+    or the path of RAFT weights.
+    """
     if name == "farneback":
         from mogan.evaluation.classical_flow import farneback
 
         return farneback
-    return RaftFlow(load_raft(lab_folder() / "raft" if name == "lab" else name), iterations)
+    return RaftFlow(load_raft(lab_folder() / "raft" if name == "lab" else find_weights(name)), iterations)
 
 
 def flow_fingerprint(name: str) -> str:
     """What stands for a flow estimator in a cache: its name if it has no weights, else a hash of them."""
     if name == "farneback":
         return name
-    path = (lab_folder() / "raft" if name == "lab" else Path(name)).resolve()
+    path = (lab_folder() / "raft" if name == "lab" else find_weights(name)).resolve()
     if not path.exists():
         raise UserError(f"no flow network at {path}: --flow takes lab, farneback, or the path of RAFT weights")
     if path.is_dir():

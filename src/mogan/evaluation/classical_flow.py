@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mogan.errors import UserError
+
 
 def farneback(video_BCFHW: Tensor) -> Tensor:
     """Polynomial-expansion flow (Farneback 2003) of a video in [-1, 1]: ``(B, 2, F - 1, H, W)`` pixels per frame."""
@@ -16,6 +18,8 @@ def farneback(video_BCFHW: Tensor) -> Tensor:
 
 def dis(video_BCFHW: Tensor) -> Tensor:
     """Dense inverse search flow (Kroeger et al. 2016, medium preset) of a video in [-1, 1]."""
+    if min(video_BCFHW.shape[-2:]) < 16:
+        raise UserError("dis needs clips of at least 16 x 16 pixels: use --flow farneback")
     solver = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
     return _over(video_BCFHW, lambda one, two: solver.calc(one, two, None))  # type: ignore[call-overload]
 

@@ -23,7 +23,10 @@ class Entry:
 
 @dataclass(frozen=True)
 class System:
-    """The clips of one generator. ``missing`` are listed but not there, ``unlisted`` are there but in no list."""
+    """The clips of one generator. ``missing`` are listed but not there, ``unlisted`` are there but in no list.
+
+    ``prompt_lists`` are fingerprints of the lists of prompts that ``samples.jsonl`` says were sampled from.
+    """
 
     name: str
     folder: Path
@@ -31,6 +34,7 @@ class System:
     naming: str
     missing: tuple[str, ...] = field(default=())
     unlisted: tuple[str, ...] = field(default=())
+    prompt_lists: tuple[str, ...] = field(default=())
 
 
 def find_systems(dirs: tuple[Path, ...]) -> list[System]:
@@ -58,6 +62,12 @@ def find_systems(dirs: tuple[Path, ...]) -> list[System]:
     return systems
 
 
+def unshared_prompts(systems: list[System]) -> int:
+    """How many prompts not every system has."""
+    prompts = [{entry.prompt for entry in s.clips} for s in systems]
+    return len(prompts[0].union(*prompts) - prompts[0].intersection(*prompts))
+
+
 def read_folder(folder: Path, name: str) -> System:
     """Clips of one folder: by ``samples.jsonl``, by ``metadata.jsonl`` or ``.csv``, else by their names.
 
@@ -65,52 +75,63 @@ def read_folder(folder: Path, name: str) -> System:
     """
     if not folder.is_dir():
         raise UserError(f"{folder} is no folder: give a folder of clips")
-    files = sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES and p.is_file())
+    files = sorted(
+        p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES and p.is_file() and not p.name.startswith(".")
+    )
     rows, naming = _listed(folder)
     if rows is None:
         if not files:
             raise UserError(f"{folder} holds no video ({', '.join(SUFFIXES)}): give a folder of clips")
-        entries = [_by_name(path) for path in files]
+        named = tuple(_by_name(path) for path in files)
         naming = "VBench ({prompt}-{k})" if all(re.fullmatch(r".+-\d+", p.stem) for p in files) else "file names"
-        return System(name, folder, tuple(entries), naming)
-    entries, missing = [], []
-    counts: dict[str, int] = {}
-    for row in rows:
-        file, prompt = (
-            _first(row, "file", "file_name", "video", "video_path", "path"),
-            _first(row, "prompt", "caption", "text"),
-        )
-        if file is None or prompt is None:
-            raise UserError(f"{folder / naming} has a line without file or prompt: {json.dumps(row)[:120]}")
-        path = folder / str(file)
-        index = int(str(row.get("index", counts.get(str(prompt), 0))))
-        counts[str(prompt)] = counts.get(str(prompt), 0) + 1
-        if not path.is_file():
-            missing.append(str(file))
-            continue
-        seed = row.get("seed")
-        entries.append(Entry(path, str(prompt), index, None if seed in (None, "") else int(str(seed))))
+        return System(name, folder, named, naming)
+    found = _entries(folder, naming, rows)
+    missing = tuple(name for name, entry in found.items() if not entry.path.is_file())
+    entries = tuple(entry for entry in found.values() if entry.path.is_file())
     if not entries:
         raise UserError(
             f"none of the {len(missing)} files that {folder / naming} lists is in {folder}: check the names"
         )
     known = {entry.path.name for entry in entries}
     unlisted = tuple(p.name for p in files if p.name not in known)
-    return System(name, folder, tuple(entries), naming, tuple(missing), unlisted)
+    lists = tuple(sorted({str(row["prompts_sha256"]) for row in rows if row.get("prompts_sha256")}))
+    return System(name, folder, entries, naming, missing, unlisted, lists)
+
+
+def _entries(folder: Path, naming: str, rows: list[dict[str, object]]) -> dict[str, Entry]:
+    """By file name; where a file is listed twice, the last line counts."""
+    found: dict[str, Entry] = {}
+    counts: dict[str, int] = {}
+    for row in rows:
+        try:
+            file, prompt = (
+                _first(row, "file", "file_name", "video", "video_path", "path"),
+                _first(row, "prompt", "caption", "text"),
+            )
+            if file is None or prompt is None:
+                raise UserError(f"{folder / naming} has a line without file or prompt: {json.dumps(row)[:120]}")
+            number, seed = _first(row, "index"), _first(row, "seed")
+            index = counts.get(str(prompt), 0) if number is None else int(str(number))
+            entry = Entry(folder / str(file), str(prompt), index, None if seed is None else int(str(seed)))
+        except (ValueError, AttributeError) as error:
+            raise UserError(f"{folder / naming} has a line that cannot be used ({error}): {str(row)[:120]}") from error
+        counts[str(prompt)] = counts.get(str(prompt), 0) + 1
+        found[str(file)] = entry
+    return found
 
 
 def _listed(folder: Path) -> tuple[list[dict[str, object]] | None, str]:
     for name in ("samples.jsonl", "metadata.jsonl"):
         if (folder / name).is_file():
             try:
-                lines = (folder / name).read_text().splitlines()
+                lines = (folder / name).read_text(encoding="utf-8").split("\n")
                 return [json.loads(line) for line in lines if line.strip()], name
             except ValueError as error:
                 raise UserError(
                     f"{folder / name} is not one JSON object per line ({error}): correct or remove it"
                 ) from error
     if (folder / "metadata.csv").is_file():
-        with (folder / "metadata.csv").open(newline="") as file:
+        with (folder / "metadata.csv").open(newline="", encoding="utf-8-sig") as file:
             return list(csv.DictReader(file)), "metadata.csv"
     return None, ""
 

@@ -15,8 +15,8 @@ from tqdm import tqdm
 
 from mogan.errors import UserError
 from mogan.evaluation.classical_flow import dis, farneback
-from mogan.evaluation.clips import Entry, System, find_systems, read_folder
-from mogan.evaluation.frames import DECODER, Clip
+from mogan.evaluation.clips import Entry, System, find_systems, read_folder, unshared_prompts
+from mogan.evaluation.frames import DECODER, KEPT_BYTES, Clip
 from mogan.evaluation.interpolators import blend, flow_warp
 from mogan.evaluation.measure import VERSION, measure
 from mogan.evaluation.motion import Interpolator
@@ -25,6 +25,7 @@ from mogan.evaluation.pairs import device_of
 from mogan.evaluation.provenance import how_measured, relative
 from mogan.evaluation.sets import set_metrics
 from mogan.evaluation.statistics import mean_interval
+from mogan.evaluation.vbench import read_info, restrict
 from mogan.flow import FlowEstimator, RaftFlow
 from mogan.lab.instruments import parse_caption, read_instruments
 
@@ -51,6 +52,8 @@ def evaluate(
     flow: str = "lab",
     interpolator: str = "flow-warp",
     reference: Path | None = None,
+    vbench_info: Path | None = None,
+    vbench_dimensions: tuple[str, ...] = ("dynamic_degree", "motion_smoothness"),
     lab: bool = True,
     quick: bool = False,
     device: str | None = None,
@@ -63,9 +66,12 @@ def evaluate(
         dirs: folders of clips, one per system, as DIR or NAME=DIR. Prompts come from samples.jsonl, metadata.jsonl, or
             names like {prompt}-{k}.mp4.
         out: file to write; values per clip are kept beside it.
-        flow: lab, farneback, dis, or a file of RAFT weights (raft_large_C_T_V1 for VBench's own dynamic degree).
+        flow: lab, farneback, dis, a name from `mogan weights list` (raft_large_C_T_V1 for VBench's own dynamic degree), or
+            a file of RAFT weights.
         interpolator: flow-warp or blend; neither is AMT-S.
         reference: a folder of real clips; adds distances to them.
+        vbench_info: VBench_full_info.json; measure exactly the clips VBench averages, and stop if one is missing.
+        vbench_dimensions: whose clips; they must share their prompts.
         lab: track the subjects of clips whose caption is the lab's.
         quick: leave out what needs flow in both directions.
         device: where flow is estimated; a GPU if there is one.
@@ -76,7 +82,17 @@ def evaluate(
     Raises:
         UserError: nothing to measure, or folders that cannot be compared.
     """
+    if out.is_dir():
+        raise UserError(f"{out} is a folder: give a file to write, such as {out / 'results.json'}")
     systems = find_systems(dirs)
+    about: dict[str, Any] = {}
+    if vbench_info:
+        facts = read_info(vbench_info)
+        checked = [restrict(system, facts, vbench_dimensions) for system in systems]
+        systems = [system for system, _ in checked]
+        notes = sorted({note for _, found in checked for note in found})
+        about["vbench"] = {"dimensions": list(vbench_dimensions), "notes": notes}
+    about["unshared_prompts"] = unshared_prompts(systems)
     tools = _tools(flow, interpolator, device, quick=quick, lab=lab)
     real = read_folder(reference, "reference") if reference else None
     kept = _Kept(out.with_suffix(".clips.jsonl"))
@@ -84,6 +100,8 @@ def evaluate(
     with tqdm(total=sum(len(s.clips) for s in every), desc="evaluate", unit="clip") as bar:
         records = [_measure_system(system, tools, kept, bar) for system in every]
     target = records.pop() if real else None
+    if target is not None and all("error" in clip for clip in target):
+        raise UserError(f"no clip of the reference could be measured; the first says: {target[0]['error']}")
     results: dict[str, Any] = {"systems": {}}
     for system, clips in zip(systems, records, strict=True):
         good = [clip for clip in clips if "error" not in clip]
@@ -91,7 +109,7 @@ def evaluate(
             raise UserError(f"no clip of {system.name} could be measured; the first says: {clips[0]['error']}")
         results["systems"][system.name] = {
             "metrics": _metrics(good, target),
-            "how": how_measured(system, clips, tools.how, device_of(tools.flow), out, real),
+            "how": how_measured(system, clips, tools.how | about, device_of(tools.flow), out, real),
             "clips": [
                 {**_without(clip, "features"), "file": relative(entry.path, out)}
                 for clip, entry in zip(clips, system.clips, strict=True)
@@ -119,7 +137,12 @@ def estimator(name: str, device: str | None = None) -> tuple[FlowEstimator, dict
     found = load_flow(name, iterations=ITERATIONS)
     how: dict[str, Any] = {"name": name, "iterations": ITERATIONS}
     if isinstance(found, RaftFlow):
-        found = found.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        try:
+            found = found.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        except (RuntimeError, AssertionError) as error:
+            raise UserError(
+                f"--device {device} is not to be had here ({str(error).splitlines()[0]}): try cpu"
+            ) from error
         how["weights_sha256"] = _hash_weights(found)
     return found, how
 
@@ -198,7 +221,8 @@ def _measure_clip(entry: Entry, tools: Tools, kept: _Kept) -> Record:
     if record is None:
         found = measure(clip, tools.flow, tools.interpolate, quick=tools.quick)
         values = dict(found.values)
-        if tracked and max(found.height, found.width) <= 256:
+        all_at_once = 3 * found.frames * found.height * found.width <= KEPT_BYTES  # the lab's instruments want them so
+        if tracked and max(found.height, found.width) <= 256 and all_at_once:
             values |= {f"lab_{name}": value for name, value in read_instruments(list(clip), entry.prompt).items()}
         record = {
             "sha256": clip.sha256,

@@ -7,14 +7,14 @@ gives, so a number is VBench's own only with RAFT ``C_T_V1`` at 20 iterations, o
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 
 import cv2
 import numpy as np
 import torch
 
 from mogan.evaluation.frames import Frames
-from mogan.evaluation.pairs import Pair, flow_of_pairs, neighbours
+from mogan.evaluation.pairs import PIXELS_AT_ONCE, Pair, flow_of_pairs, neighbours
 from mogan.flow import FlowEstimator
 
 TRIPLES_AT_ONCE = 4
@@ -127,13 +127,16 @@ def motion_smoothness(frames: Frames, interpolate: Interpolator) -> float:
     """
     errors = []
     source = _triples(frames)
-    while batch := list(islice(source, TRIPLES_AT_ONCE)):
+    first = next(source, None)
+    if first is None:
+        raise ValueError("motion smoothness needs at least three frames")
+    size = max(1, min(TRIPLES_AT_ONCE, PIXELS_AT_ONCE // first[0][..., 0].size))
+    source = chain([first], source)
+    while batch := list(islice(source, size)):
         before, odd, after = (np.stack(part) for part in zip(*batch, strict=True))
         middle = interpolate(_unit(before), _unit(after)).float().cpu()
         levels = (middle * 255.0).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy()
         errors += [float(np.mean(cv2.absdiff(one, two))) for one, two in zip(levels, odd, strict=True)]
-    if not errors:
-        raise ValueError("motion smoothness needs at least three frames")
     return (255.0 - float(np.mean(errors))) / 255.0
 
 

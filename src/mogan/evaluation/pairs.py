@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mogan.errors import UserError
 from mogan.evaluation.frames import Frames
 from mogan.flow import FlowEstimator
 
@@ -33,7 +34,12 @@ def flow_of_pairs(pairs: Iterable[Pair], flow: FlowEstimator) -> Iterator[np.nda
     batch = [first, *islice(source, size - 1)]
     while batch:
         videos = torch.cat([to_video(pair, device) for pair in batch])
-        yield from flow(videos)[:, :, 0].float().cpu().numpy()
+        fields = flow(videos)[:, :, 0].float().cpu().numpy()
+        if not np.isfinite(fields).all():
+            raise UserError(
+                "the flow network gives numbers that are not finite: its weights are damaged, or no weights of flow"
+            )
+        yield from fields
         batch = list(islice(source, size))
 
 

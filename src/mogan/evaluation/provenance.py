@@ -1,6 +1,5 @@
 """What a result must say about itself so that it can be repeated."""
 
-import hashlib
 import importlib.metadata
 import os
 import platform
@@ -12,6 +11,7 @@ import torch
 from mogan.evaluation.clips import System
 from mogan.evaluation.statistics import RESAMPLES, SEED
 from mogan.evaluation.warnings import warnings_about
+from mogan.prompts import KNOWN, about
 
 
 def how_measured(
@@ -24,7 +24,6 @@ def how_measured(
 ) -> dict[str, Any]:
     """Settings, material, versions, failures and warnings of one system, for ``results.json``."""
     good = [clip for clip in clips if "error" not in clip]
-    prompts = sorted({clip["prompt"] for clip in clips})
     how = {
         **settings,
         "folder": relative(system.folder, out),
@@ -32,7 +31,8 @@ def how_measured(
         "fps": sorted({clip["fps"] for clip in good}, key=lambda fps: fps or 0),
         "resolution": sorted({(clip["height"], clip["width"]) for clip in good}),
         "frames": sorted({clip["frames"] for clip in good}),
-        "prompts": {"count": len(prompts), "sha256": hashlib.sha256("\n".join(prompts).encode()).hexdigest()},
+        "prompts": about(clip["prompt"] for clip in clips)
+        | {"sampled_from": [{"sha256": sha, "set": KNOWN.get(sha)} for sha in system.prompt_lists]},
         "seeds": sorted({clip["seed"] for clip in clips if clip["seed"] is not None}),
         "reference": {"folder": relative(reference.folder, out), "clips": len(reference.clips)} if reference else None,
         "interval": f"95 % percentile cluster bootstrap over prompts, {RESAMPLES} resamples, seed {SEED}",

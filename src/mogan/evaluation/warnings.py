@@ -18,6 +18,9 @@ def warnings_about(system: System, clips: list[dict[str, Any]], how: dict[str, A
         found.append(
             f"{len(system.unlisted)} videos are in no list and were not measured, such as {system.unlisted[0]}"
         )
+    if count := how.get("unshared_prompts"):
+        found.append(f"{count} prompts are not in every folder: compare clip by clip (mogan report), not these means")
+    found += how.get("vbench", {}).get("notes", [])
     found += _about_tags(how["fps"]) + _about_lengths(how["frames"])
     if len(how["resolution"]) > 1:
         found.append("clips differ in size: thresholds scale with the shorter side, pixels per frame do not")

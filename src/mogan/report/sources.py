@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mogan.errors import UserError
+from mogan.evaluation.measure import VERSION
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,11 @@ def read_sources(inputs: tuple[Path, ...]) -> tuple[list[Result], list[Curves]]:
 def _read_results(path: Path, taken: set[str]) -> list[Result]:
     try:
         systems = json.loads(path.read_text())["systems"]
+        for system in systems.values():
+            if (made := system.get("how", {}).get("version", VERSION)) != VERSION:
+                raise UserError(
+                    f"{path} holds numbers of version {made}, where this is {VERSION}: make it again with mogan evaluate"
+                )
         return [
             Result(
                 f"{path.resolve().parent.name}/{name}" if name in taken else name,
