@@ -1,47 +1,28 @@
 """Folders of clips to ``results.json``: measured clip by clip, kept as it goes, averaged over prompts."""
 
 import hashlib
-import importlib.metadata
 import json
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import tyro
 from tqdm import tqdm
 
 from mogan.errors import UserError
-from mogan.evaluation.classical_flow import dis, farneback
+from mogan.evaluation import cd_fvd, official
 from mogan.evaluation.clips import Entry, System, find_systems, read_folder
-from mogan.evaluation.frames import DECODER, Clip
-from mogan.evaluation.interpolators import blend, flow_warp
-from mogan.evaluation.measure import VERSION, measure
-from mogan.evaluation.motion import Interpolator
+from mogan.evaluation.frames import Clip
+from mogan.evaluation.measure import measure
 from mogan.evaluation.names import METRICS
 from mogan.evaluation.pairs import device_of
 from mogan.evaluation.provenance import how_measured, relative
 from mogan.evaluation.sets import set_metrics
 from mogan.evaluation.statistics import mean_interval
-from mogan.flow import FlowEstimator, RaftFlow
+from mogan.evaluation.tools import Tools, gather_tools
 from mogan.lab.instruments import parse_caption, read_instruments
 
-ITERATIONS = 20  # of RAFT, as VBench
-
 Record = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Tools:
-    """The flow estimator and the interpolator with what ``results.json`` says of them."""
-
-    flow: FlowEstimator
-    interpolate: Interpolator
-    how: dict[str, Any]
-    quick: bool
-    lab: bool
 
 
 def evaluate(
@@ -50,7 +31,9 @@ def evaluate(
     out: Path = Path("results.json"),
     flow: str = "lab",
     interpolator: str = "flow-warp",
+    networks: Path | None = None,
     reference: Path | None = None,
+    compare_vbench: str | None = None,
     lab: bool = True,
     quick: bool = False,
     device: str | None = None,
@@ -64,8 +47,11 @@ def evaluate(
             names like {prompt}-{k}.mp4.
         out: file to write; values per clip are kept beside it.
         flow: lab, farneback, dis, or a file of RAFT weights (raft_large_C_T_V1 for VBench's own dynamic degree).
-        interpolator: flow-warp or blend; neither is AMT-S.
+        interpolator: flow-warp, blend, or your checkout of AMT with amt-s.pth in it, which makes motion smoothness VBench's.
+        networks: folder with your files of VBench's other networks (dino_vitbase16_pretrain.pth, clip-vit-base-patch32,
+            ...); what is there is measured.
         reference: a folder of real clips; adds distances to them.
+        compare_vbench: a Python that has the package vbench; runs it on the same clips and writes down the differences.
         lab: track the subjects of clips whose caption is the lab's.
         quick: leave out what needs flow in both directions.
         device: where flow is estimated; a GPU if there is one.
@@ -77,7 +63,9 @@ def evaluate(
         UserError: nothing to measure, or folders that cannot be compared.
     """
     systems = find_systems(dirs)
-    tools = _tools(flow, interpolator, device, quick=quick, lab=lab)
+    if compare_vbench:
+        official.check(compare_vbench)
+    tools = gather_tools(flow, interpolator, networks, device, quick=quick, lab=lab, video=reference is not None)
     real = read_folder(reference, "reference") if reference else None
     kept = _Kept(out.with_suffix(".clips.jsonl"))
     every = [*systems, *([real] if real else [])]
@@ -93,10 +81,13 @@ def evaluate(
             "metrics": _metrics(good, target),
             "how": how_measured(system, clips, tools.how, device_of(tools.flow), out, real),
             "clips": [
-                {**_without(clip, "features"), "file": relative(entry.path, out)}
+                {**_without(clip, "features", "video_features"), "file": relative(entry.path, out)}
                 for clip, entry in zip(clips, system.clips, strict=True)
             ],
         }
+    if compare_vbench:
+        for system in systems:
+            print(official.compare(compare_vbench, system, results["systems"][system.name], out))
     _write(out, results)
     print(table(results))
     for name, result in results["systems"].items():
@@ -104,40 +95,6 @@ def evaluate(
             print(f"{name}: {warning}")
     print(f"written to {out}")
     return results
-
-
-def estimator(name: str, device: str | None = None) -> tuple[FlowEstimator, dict[str, Any]]:
-    """A flow estimator by name, and what to write down about it."""
-    classical: dict[str, FlowEstimator] = {"farneback": farneback, "dis": dis}
-    if name in classical:
-        return classical[name], {
-            "name": name,
-            "version": f"OpenCV {importlib.metadata.version('opencv-python-headless')}",
-        }
-    from mogan.wan import load_flow
-
-    found = load_flow(name, iterations=ITERATIONS)
-    how: dict[str, Any] = {"name": name, "iterations": ITERATIONS}
-    if isinstance(found, RaftFlow):
-        found = found.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        how["weights_sha256"] = _hash_weights(found)
-    return found, how
-
-
-def _tools(flow: str, interpolator: str, device: str | None, *, quick: bool, lab: bool) -> Tools:
-    estimate, about = estimator(flow, device)
-    makers: dict[str, Callable[[], Interpolator]] = {"flow-warp": lambda: flow_warp(estimate), "blend": lambda: blend}
-    if interpolator not in makers:
-        raise UserError(f"interpolator must be {' or '.join(makers)}, not {interpolator!r}")
-    how = {"version": VERSION, "flow": about, "interpolator": interpolator, "decoder": DECODER, "quick": quick}
-    return Tools(estimate, makers[interpolator](), how, quick, lab)
-
-
-def _hash_weights(module: torch.nn.Module) -> str:
-    digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
-        digest.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
 
 
 # ---------------------------------------------------------------------------------------------- clip by clip
@@ -187,7 +144,7 @@ def _measure_clip(entry: Entry, tools: Tools, kept: _Kept) -> Record:
     key = f"{clip.sha256}-{hashlib.sha256(settings.encode()).hexdigest()[:16]}"
     record = kept.get(key)
     if record is None:
-        found = measure(clip, tools.flow, tools.interpolate, quick=tools.quick)
+        found = measure(clip, tools.flow, tools.interpolate, quick=tools.quick, looks=tools.looks)
         values = dict(found.values)
         if tracked and max(found.height, found.width) <= 256:
             values |= {f"lab_{name}": value for name, value in read_instruments(list(clip), entry.prompt).items()}
@@ -202,6 +159,9 @@ def _measure_clip(entry: Entry, tools: Tools, kept: _Kept) -> Record:
             "threshold": found.threshold,
             "features": list(found.features),
         }
+        if tools.video is not None and found.frames >= cd_fvd.FRAMES:
+            seen = cd_fvd.clip_features(clip, found.frames, tools.video)
+            record["video_features"] = [_rounded(float(x)) for x in seen]
         kept.put(key, record)
     return record
 
@@ -214,8 +174,8 @@ def _rounded(value: float) -> float | None:
 # ---------------------------------------------------------------------------------------------- together
 
 
-def _without(record: Record, name: str) -> Record:
-    return {key: value for key, value in record.items() if key != name}
+def _without(record: Record, *names: str) -> Record:
+    return {key: value for key, value in record.items() if key not in names}
 
 
 def _column(clips: list[Record], metric: str) -> list[float]:
