@@ -75,6 +75,7 @@ EXTREMES = (
     ("flow_top5", min, "the stillest"),
     ("flow_top5", max, "the liveliest"),
     ("motion_smoothness", min, "the least smooth"),
+    ("subject_consistency", min, "the least constant subject"),
     ("lab_wobble", max, "the most wobbling"),
     ("warping_error", max, "the largest warping error"),
 )
