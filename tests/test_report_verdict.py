@@ -26,7 +26,7 @@ def test_differences_are_of_the_same_prompt_and_number():
 @pytest.mark.parametrize("mean", [0.5, 0.7, 1.0])
 def test_the_fewest_prompts_that_carry_a_difference_are_what_they_say(sign, mean):
     rng = np.random.default_rng(3)
-    gaps = (sign * (rng.normal(0, 1, 30) - 0 + mean)).tolist()
+    gaps = (sign * (rng.normal(0, 1, 30) + mean)).tolist()
     prompts = [f"p{k}" for k in range(30)]
 
     def clear(left_out):
@@ -42,7 +42,7 @@ def test_the_fewest_prompts_that_carry_a_difference_are_what_they_say(sign, mean
 
 
 def test_a_difference_that_every_prompt_has_outlives_leaving_any_out():
-    assert prompts_to_lose([0.2] * 10, [f"p{k}" for k in range(10)]) == (9, "p0")
+    assert prompts_to_lose([0.2] * 10, [f"p{k}" for k in range(10)]) == (None, "p0")
 
 
 def test_prompts_needed_follow_the_square_of_spread_over_difference():
@@ -59,18 +59,21 @@ def test_verdicts_in_words():
     rng = np.random.default_rng(0)
     base = rng.normal(5, 1, 30)
     first = result("first", base)
-    sure, open_, same = (
+    sure, most, open_, same = (
         result("sure", base + 1 + rng.normal(0, 0.1, 30)),
+        result("most", base + 1 + rng.normal(0, 1, 30)),
         result("open", base + rng.normal(0, 1, 30)),
         result("same", base),
     )
-    found = {v.system: v for v in verdicts([first, sure, open_, same], ["flow_top5", "lab_net"])}
+    found = {v.system: v for v in verdicts([first, sure, most, open_, same], ["flow_top5", "lab_net"])}
     assert found["sure"].clear
-    assert found["sure"].change.startswith("clear until the ")
+    assert found["sure"].change == "clear even on the two prompts of 30 that favour it least"
+    assert found["most"].clear
+    assert found["most"].change.startswith("clear until the ")
     assert found["sure"].label == "Flow, top 5 %"
     assert not found["open"].clear
     assert found["open"].change.startswith("open; ")
-    assert found["same"].change == "no difference at all"
+    assert (found["same"].change, found["same"].difference) == ("no difference at all", "0 (0 to 0)")
     assert verdicts([first], ["flow_top5"]) == []
 
 

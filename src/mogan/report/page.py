@@ -15,7 +15,7 @@ from mogan.evaluation.statistics import mean_interval
 from mogan.report.figures import COLOURS, curve_figure, interval_figure, spread_figure, to_svg
 from mogan.report.footage import Footage, gather
 from mogan.report.sources import Curves, Result, read_sources
-from mogan.report.verdict import FACTORS, paired, threshold_table, verdicts
+from mogan.report.verdict import FACTORS, paired, signed, threshold_table, verdicts
 from mogan.video import contact_sheet, replacing
 
 GROUPS = {
@@ -164,10 +164,11 @@ def _differences(results: list[Result]) -> list[tuple[str, str, list[tuple[str, 
             if not found.n:
                 cells.append(("–", False))
             elif found.ci95 is None:
-                cells.append((f"{found.mean:+.3g}", False))
+                cells.append((signed(found.mean), False))
             else:
                 low, high = found.ci95
-                cells.append((f"{found.mean:+.3g} ({low:+.3g} to {high:+.3g}, n {found.n})", low > 0 or high < 0))
+                words = f"{signed(found.mean)} ({signed(low)} to {signed(high)}, n {found.n})"
+                cells.append((words, low > 0 or high < 0))
         if any(text != "–" for text, _ in cells):
             table.append((METRICS[name].label, METRICS[name].unit, cells))
     return table

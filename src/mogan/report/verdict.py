@@ -39,8 +39,8 @@ def paired(first: Result, other: Result, metric: str) -> tuple[list[float], list
 def verdicts(results: Sequence[Result], metrics: Sequence[str]) -> list[Verdict]:
     """For every system but the first and every metric, what would change the verdict."""
     found = []
-    for other in results[1:]:
-        for metric in metrics:
+    for metric in metrics:
+        for other in results[1:]:
             gaps, prompts = paired(results[0], other, metric)
             interval = mean_interval(gaps, prompts) if gaps else None
             if interval is None or interval.ci95 is None:
@@ -57,12 +57,20 @@ def _clear(found: Interval) -> bool:
 
 def _words(found: Interval) -> str:
     low, high = found.ci95 or (math.nan, math.nan)
-    return f"{found.mean:+.3g} ({low:+.3g} to {high:+.3g})"
+    return f"{signed(found.mean)} ({signed(low)} to {signed(high)})"
 
 
-def prompts_to_lose(gaps: Sequence[float], prompts: Sequence[str]) -> tuple[int, str]:
-    """How few prompts carry a clear difference: the number to leave out, those most in its favour first, until the
-    interval holds zero (or two are left); and the first of them.
+def signed(value: float) -> str:
+    """A difference with its sign; zero has none."""
+    return f"{value:+.3g}" if value else "0"
+
+
+def prompts_to_lose(gaps: Sequence[float], prompts: Sequence[str]) -> tuple[int | None, str]:
+    """How few prompts carry a clear difference.
+
+    Returns:
+        The number to leave out, those most in its favour first, until the interval holds zero (None: it is clear on the
+        last two, too), and the first of them.
     """
     sign = math.copysign(1, float(np.mean(gaps)))
     totals: dict[str, float] = {}
@@ -74,7 +82,7 @@ def prompts_to_lose(gaps: Sequence[float], prompts: Sequence[str]) -> tuple[int,
         kept = [(gap, prompt) for gap, prompt in zip(gaps, prompts, strict=True) if prompt not in out]
         if not _clear(mean_interval([gap for gap, _ in kept], [prompt for _, prompt in kept])):
             return count, order[0]
-    return max(len(order) - 1, 0), order[0]
+    return None, order[0]
 
 
 def prompts_to_win(gaps: Sequence[float], prompts: Sequence[str]) -> int | None:
@@ -90,6 +98,8 @@ def prompts_to_win(gaps: Sequence[float], prompts: Sequence[str]) -> int | None:
 def _prompts_to_lose(gaps: Sequence[float], prompts: Sequence[str]) -> str:
     count, first = prompts_to_lose(gaps, prompts)
     of = len(set(prompts))
+    if count is None:
+        return f"clear even on the two prompts of {of} that favour it least"
     shown = first if len(first) <= 60 else first[:57] + "..."
     if count == 1:
         return f"rests on one prompt of {of}: without “{shown}” it is not clear"
@@ -102,7 +112,7 @@ def _prompts_to_win(gaps: Sequence[float], prompts: Sequence[str]) -> str:
         return "no difference at all"
     if wanted > 100 * of:
         return f"open; so small that more than {100 * of} prompts would be needed"
-    return f"open; a difference this large would be clear with about {max(wanted, of + 1)} prompts, here are {of}"
+    return f"open; a difference this large would be clear with about {max(wanted, of + 1)} prompts; here there are {of}"
 
 
 def threshold_table(results: Sequence[Result]) -> list[tuple[str, list[str]]]:
