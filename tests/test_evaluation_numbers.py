@@ -15,7 +15,16 @@ from mogan.evaluation.appearance import (
     musiq_size,
     saturation,
 )
-from mogan.evaluation.distribution import Moments, frechet, fvmd, fvmd_histograms, jedi, polynomial_mmd, tap_vid
+from mogan.evaluation.distribution import (
+    Moments,
+    frechet,
+    fvmd,
+    fvmd_histograms,
+    jedi,
+    polynomial_mmd,
+    tap_vid,
+    trajan_occluded,
+)
 from mogan.evaluation.flow_statistics import (
     Tracks,
     camera_split,
@@ -297,8 +306,28 @@ def test_tap_vid_of_known_errors():
     found = tap_vid(true, some, true, hidden)
     assert found.average_jaccard == 0
     assert found.occlusion_accuracy == pytest.approx(some.mean())
-    scaled = tap_vid(true * 480 / 256, shown, (true + np.array([3, 0])) * 480 / 256, shown)
-    assert scaled.average_jaccard == pytest.approx(0.4)
+
+
+def test_trajans_notebook_is_stricter_on_larger_videos_and_skips_frame_0():
+    rng = np.random.default_rng(0)
+    true, shown = rng.uniform(0, 256, (30, 12, 2)), np.zeros((30, 12), bool)
+    off = true + np.array([3, 0])  # 3 px at 256, 5.6 px at 480
+    assert tap_vid(true, shown, off, shown).average_jaccard == pytest.approx(0.6)
+    assert tap_vid(true, shown, off, shown, notebook=(256, 256)).average_jaccard == pytest.approx(0.6)
+    assert tap_vid(true, shown, off, shown, notebook=(256, 480)).average_jaccard == pytest.approx(0.4)
+    assert tap_vid(true, shown, off, shown, notebook=(480, 256)).average_jaccard == pytest.approx(0.6)  # moved along x
+    start = true.copy()
+    start[:, 0] += 100
+    assert tap_vid(true, shown, start, shown, notebook=(256, 256)).average_jaccard == 1
+    assert tap_vid(true, shown, start, shown).average_jaccard == pytest.approx(11 / 13)
+
+
+def test_trajans_two_rules_of_occlusion_are_no_complements():
+    surely, hardly = 5.0, -5.0
+    assert trajan_occluded(surely, surely) == trajan_occluded(surely, surely, notebook=True) == False  # noqa: E712
+    assert trajan_occluded(hardly, hardly) == trajan_occluded(hardly, hardly, notebook=True) == True  # noqa: E712
+    assert trajan_occluded(surely, hardly)
+    assert not trajan_occluded(surely, hardly, notebook=True)
 
 
 # ---------------------------------------------------------------- intervals

@@ -89,6 +89,7 @@ def test_numbers_warnings_curves_and_settings_are_all_there(page):
     for words in (
         "Dynamic degree", "Temporal flickering", "95 % intervals", "What would mislead", "only 3 prompts", "stiller than its start",
         "Training", "student: loss", "fake_score: gap", "How it was measured", "farneback", "flow-warp", "Against dmd",
+        "What would change the verdict", "Dynamic degree at other thresholds",
     ):  # fmt: skip
         assert words in page, words
     assert page.count("<svg") == 3

@@ -120,6 +120,24 @@ def test_the_same_votes_and_seed_give_the_same_numbers(folder):
     assert analyze(folder) == analyze(folder, out=folder / "again")
 
 
+def test_metrics_are_held_against_the_votes(folder, tmp_path, capsys):
+    Rater(folder, {"motion": "first"})
+    names = read_survey(folder).systems
+    prompts = {item.prompt for item in read_survey(folder).of_kind("pair")}
+    clips = {
+        name: [{"prompt": prompt, "index": 0, "values": {"flow_top5": float(-k)}} for prompt in prompts]
+        for k, name in enumerate(names)
+    }
+    systems = {name: {"metrics": {}, "how": {}, "clips": clips[name]} for name in names}
+    (tmp_path / "measured.json").write_text(json.dumps({"systems": systems}))
+    results = analyze(folder, metrics=tmp_path / "measured.json")
+    (row,) = results["metrics"]["motion"]
+    assert (row["metric"], row["share"], row["votes"]) == ("flow_top5", 1.0, 3)
+    assert results["metrics"]["quality"] == []  # all ties
+    assert "Which number agrees with people" in capsys.readouterr().out
+    assert json.loads((folder / "results" / "results.json").read_text())["metrics"]["motion"] == [row]
+
+
 def test_it_reads_while_the_survey_is_served(folder):
     Rater(folder, {"motion": "first"})
     store = Store(folder, read_survey(folder))

@@ -11,7 +11,7 @@ from torchvision.models.optical_flow import Raft_Large_Weights, raft_large
 from mogan import weights
 from mogan.cli import main
 from mogan.errors import UserError
-from mogan.evaluation.evaluate import estimator
+from mogan.evaluation.tools import estimator
 from mogan.wan import load_flow
 from mogan.weights import MANIFEST, Weights, download, fetch, find_weights
 

@@ -136,14 +136,30 @@ class TapVid:
 
 
 def tap_vid(
-    true_NF2: np.ndarray, true_occluded_NF: np.ndarray, tracks_NF2: np.ndarray, occluded_NF: np.ndarray
+    true_NF2: np.ndarray,
+    true_occluded_NF: np.ndarray,
+    tracks_NF2: np.ndarray,
+    occluded_NF: np.ndarray,
+    *,
+    notebook: tuple[int, int] | None = None,
 ) -> TapVid:
-    """TAP-Vid's scores of tracks in pixels of a 256 x 256 picture; thresholds 1, 2, 4, 8, 16, strict.
+    """TAP-Vid's scores of tracks (x, y) in pixels of a 256 x 256 picture; thresholds 1, 2, 4, 8, 16, strict.
 
-    TRAJAN's notebook measures in source pixels instead, which judges larger videos more strictly: scale the positions.
+    Args:
+        true_NF2: where the points are.
+        true_occluded_NF: where they cannot be seen.
+        tracks_NF2: where they are said to be.
+        occluded_NF: where they are said to be hidden.
+        notebook: height and width of the source video: score as TRAJAN's notebook does, for comparison with numbers made
+            by it. It takes distances in pixels of the source under the thresholds of 256, which judges a video of 480
+            lines two to three times as strictly, and leaves frame 0 out instead of each track's query frame.
     """
-    gap = np.linalg.norm(np.asarray(true_NF2, float) - np.asarray(tracks_NF2, float), axis=-1)
+    true, tracks = np.asarray(true_NF2, float), np.asarray(tracks_NF2, float)
     visible, shown = ~np.asarray(true_occluded_NF, bool), ~np.asarray(occluded_NF, bool)
+    if notebook is not None:
+        scale = np.array([notebook[1], notebook[0]]) / 256
+        true, tracks, visible, shown = true[:, 1:] * scale, tracks[:, 1:] * scale, visible[:, 1:], shown[:, 1:]
+    gap = np.linalg.norm(true - tracks, axis=-1)
     jaccards, within = [], []
     for threshold in (1, 2, 4, 8, 16):
         close = gap < threshold
@@ -152,3 +168,13 @@ def tap_vid(
         jaccards.append(hit / max(visible.sum() + false, 1))
         within.append((close & visible).sum() / max(visible.sum(), 1))
     return TapVid(float(np.mean(jaccards)), float(np.mean(within)), float((visible == shown).mean()))
+
+
+def trajan_occluded(visible_NF: np.ndarray, certain_NF: np.ndarray, *, notebook: bool = False) -> np.ndarray:
+    """Which points TRAJAN calls hidden, from its logits of being visible and of being certain.
+
+    The model's own rule is "not (p_visible p_certain > 1/2)". Its notebook scores another, "(1 - p_visible)(1 - p_certain)
+    > 1/2", which is not the complement: a point that is surely visible and quite uncertain is hidden by the first alone.
+    """
+    visible, certain = (1 / (1 + np.exp(-np.asarray(logits, float))) for logits in (visible_NF, certain_NF))
+    return (1 - visible) * (1 - certain) > 0.5 if notebook else visible * certain <= 0.5

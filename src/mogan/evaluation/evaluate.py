@@ -1,48 +1,30 @@
 """Folders of clips to ``results.json``: measured clip by clip, kept as it goes, averaged over prompts."""
 
 import hashlib
-import importlib.metadata
 import json
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import tyro
 from tqdm import tqdm
 
 from mogan.errors import UserError
-from mogan.evaluation.classical_flow import dis, farneback
+from mogan.evaluation import cd_fvd, official
 from mogan.evaluation.clips import Entry, System, find_systems, read_folder, unshared_prompts
-from mogan.evaluation.frames import DECODER, KEPT_BYTES, Clip
-from mogan.evaluation.interpolators import blend, flow_warp
-from mogan.evaluation.measure import VERSION, measure
-from mogan.evaluation.motion import Interpolator
+from mogan.evaluation.frames import KEPT_BYTES, Clip
+from mogan.evaluation.measure import measure
 from mogan.evaluation.names import METRICS
 from mogan.evaluation.pairs import device_of
 from mogan.evaluation.provenance import how_measured, relative
 from mogan.evaluation.sets import set_metrics
 from mogan.evaluation.statistics import mean_interval
+from mogan.evaluation.tools import Tools, gather_tools
 from mogan.evaluation.vbench import read_info, restrict
-from mogan.flow import FlowEstimator, RaftFlow
 from mogan.lab.instruments import parse_caption, read_instruments
 
-ITERATIONS = 20  # of RAFT, as VBench
-
 Record = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Tools:
-    """The flow estimator and the interpolator with what ``results.json`` says of them."""
-
-    flow: FlowEstimator
-    interpolate: Interpolator
-    how: dict[str, Any]
-    quick: bool
-    lab: bool
 
 
 def evaluate(
@@ -51,9 +33,11 @@ def evaluate(
     out: Path = Path("results.json"),
     flow: str = "lab",
     interpolator: str = "flow-warp",
+    networks: Path | None = None,
     reference: Path | None = None,
     vbench_info: Path | None = None,
     vbench_dimensions: tuple[str, ...] = ("dynamic_degree", "motion_smoothness"),
+    compare_vbench: str | None = None,
     lab: bool = True,
     quick: bool = False,
     device: str | None = None,
@@ -68,10 +52,13 @@ def evaluate(
         out: file to write; values per clip are kept beside it.
         flow: lab, farneback, dis, a name from `mogan weights list` (raft_large_C_T_V1 for VBench's own dynamic degree), or
             a file of RAFT weights.
-        interpolator: flow-warp or blend; neither is AMT-S.
+        interpolator: flow-warp, blend, or your checkout of AMT with amt-s.pth in it, which makes motion smoothness VBench's.
+        networks: folder with your files of VBench's other networks (dino_vitbase16_pretrain.pth, clip-vit-base-patch32,
+            ...); what is there is measured.
         reference: a folder of real clips; adds distances to them.
         vbench_info: VBench_full_info.json; measure exactly the clips VBench averages, and stop if one is missing.
         vbench_dimensions: whose clips; they must share their prompts.
+        compare_vbench: a Python that has the package vbench; runs it on the same clips and writes down the differences.
         lab: track the subjects of clips whose caption is the lab's.
         quick: leave out what needs flow in both directions.
         device: where flow is estimated; a GPU if there is one.
@@ -85,6 +72,8 @@ def evaluate(
     if out.is_dir():
         raise UserError(f"{out} is a folder: give a file to write, such as {out / 'results.json'}")
     systems = find_systems(dirs)
+    if compare_vbench:
+        official.check(compare_vbench)
     about: dict[str, Any] = {}
     if vbench_info:
         facts = read_info(vbench_info)
@@ -93,7 +82,7 @@ def evaluate(
         notes = sorted({note for _, found in checked for note in found})
         about["vbench"] = {"dimensions": list(vbench_dimensions), "notes": notes}
     about["unshared_prompts"] = unshared_prompts(systems)
-    tools = _tools(flow, interpolator, device, quick=quick, lab=lab)
+    tools = gather_tools(flow, interpolator, networks, device, quick=quick, lab=lab, video=reference is not None)
     real = read_folder(reference, "reference") if reference else None
     kept = _Kept(out.with_suffix(".clips.jsonl"))
     every = [*systems, *([real] if real else [])]
@@ -111,10 +100,13 @@ def evaluate(
             "metrics": _metrics(good, target),
             "how": how_measured(system, clips, tools.how | about, device_of(tools.flow), out, real),
             "clips": [
-                {**_without(clip, "features"), "file": relative(entry.path, out)}
+                {**_without(clip, "features", "video_features"), "file": relative(entry.path, out)}
                 for clip, entry in zip(clips, system.clips, strict=True)
             ],
         }
+    if compare_vbench:
+        for system in systems:
+            print(official.compare(compare_vbench, system, results["systems"][system.name], out))
     _write(out, results)
     print(table(results))
     for name, result in results["systems"].items():
@@ -124,52 +116,13 @@ def evaluate(
     return results
 
 
-def estimator(name: str, device: str | None = None) -> tuple[FlowEstimator, dict[str, Any]]:
-    """A flow estimator by name, and what to write down about it."""
-    classical: dict[str, FlowEstimator] = {"farneback": farneback, "dis": dis}
-    if name in classical:
-        return classical[name], {
-            "name": name,
-            "version": f"OpenCV {importlib.metadata.version('opencv-python-headless')}",
-        }
-    from mogan.wan import load_flow
-
-    found = load_flow(name, iterations=ITERATIONS)
-    how: dict[str, Any] = {"name": name, "iterations": ITERATIONS}
-    if isinstance(found, RaftFlow):
-        try:
-            found = found.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        except (RuntimeError, AssertionError) as error:
-            raise UserError(
-                f"--device {device} is not to be had here ({str(error).splitlines()[0]}): try cpu"
-            ) from error
-        how["weights_sha256"] = _hash_weights(found)
-    return found, how
-
-
 def measured(
     systems: Sequence[System], kept: Sequence[Path], *, flow: str = "lab", interpolator: str = "flow-warp", quick: bool
 ) -> list[list[Record]]:
     """Records of the clips of systems, ``features`` included, each system with its own file of values kept before."""
-    tools = _tools(flow, interpolator, None, quick=quick, lab=True)
+    tools = gather_tools(flow, interpolator, None, None, quick=quick, lab=True, video=False)
     with tqdm(total=sum(len(s.clips) for s in systems), desc="evaluate", unit="clip") as bar:
         return [_measure_system(s, tools, _Kept(k), bar) for s, k in zip(systems, kept, strict=True)]
-
-
-def _tools(flow: str, interpolator: str, device: str | None, *, quick: bool, lab: bool) -> Tools:
-    estimate, about = estimator(flow, device)
-    makers: dict[str, Callable[[], Interpolator]] = {"flow-warp": lambda: flow_warp(estimate), "blend": lambda: blend}
-    if interpolator not in makers:
-        raise UserError(f"interpolator must be {' or '.join(makers)}, not {interpolator!r}")
-    how = {"version": VERSION, "flow": about, "interpolator": interpolator, "decoder": DECODER, "quick": quick}
-    return Tools(estimate, makers[interpolator](), how, quick, lab)
-
-
-def _hash_weights(module: torch.nn.Module) -> str:
-    digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
-        digest.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
 
 
 # ---------------------------------------------------------------------------------------------- clip by clip
@@ -219,7 +172,7 @@ def _measure_clip(entry: Entry, tools: Tools, kept: _Kept) -> Record:
     key = f"{clip.sha256}-{hashlib.sha256(settings.encode()).hexdigest()[:16]}"
     record = kept.get(key)
     if record is None:
-        found = measure(clip, tools.flow, tools.interpolate, quick=tools.quick)
+        found = measure(clip, tools.flow, tools.interpolate, quick=tools.quick, looks=tools.looks)
         values = dict(found.values)
         all_at_once = 3 * found.frames * found.height * found.width <= KEPT_BYTES  # the lab's instruments want them so
         if tracked and max(found.height, found.width) <= 256 and all_at_once:
@@ -235,6 +188,9 @@ def _measure_clip(entry: Entry, tools: Tools, kept: _Kept) -> Record:
             "threshold": found.threshold,
             "features": list(found.features),
         }
+        if tools.video is not None and found.frames >= cd_fvd.FRAMES:
+            seen = cd_fvd.clip_features(clip, found.frames, tools.video)
+            record["video_features"] = [_rounded(float(x)) for x in seen]
         kept.put(key, record)
     return record
 
@@ -247,8 +203,8 @@ def _rounded(value: float) -> float | None:
 # ---------------------------------------------------------------------------------------------- together
 
 
-def _without(record: Record, name: str) -> Record:
-    return {key: value for key, value in record.items() if key != name}
+def _without(record: Record, *names: str) -> Record:
+    return {key: value for key, value in record.items() if key not in names}
 
 
 def _column(clips: list[Record], metric: str) -> list[float]:

@@ -1,12 +1,19 @@
-"""Frames between two frames, for motion smoothness. None of these is AMT-S, and none is called so.
+"""Frames between two frames, for motion smoothness: two of our own, which are not AMT-S, and AMT-S as the user has it.
 
-VBench's smoothness is defined with AMT-S, whose code is licensed for non-commercial use (CC BY-NC 4.0); a user who has
-it passes any callable of the same shape. What the callable is decides the number: see ``docs/evaluation.md``.
+VBench's smoothness is defined with AMT-S, whose code is licensed for non-commercial use (CC BY-NC 4.0) and therefore no
+part of this package. What interpolates decides the number: see ``docs/evaluation.md``.
 """
 
+import importlib
+import sys
+from pathlib import Path
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from mogan.errors import UserError
+from mogan.evaluation.backbones import read_state
 from mogan.evaluation.motion import Interpolator
 from mogan.flow import FlowEstimator, warp
 
@@ -31,6 +38,62 @@ def flow_warp(flow: FlowEstimator) -> Interpolator:
         to_first = (back - there) / 4
         middle = (warp(first_BCHW, to_first) + warp(second_BCHW, -to_first)) / 2
         return (middle * 255).round() / 255
+
+    return interpolate
+
+
+AMT_LICENCE = "AMT-S is licensed CC BY-NC 4.0: for non-commercial use only"
+
+
+def amt_weights(checkout: Path) -> Path:
+    """The weights in a checkout of AMT, beside its code or in ``pretrained``; safetensors first."""
+    names = [
+        folder / f"amt-s.{kind}" for kind in ("safetensors", "pth") for folder in (checkout, checkout / "pretrained")
+    ]
+    weights = next((path for path in names if path.is_file()), None)
+    if weights is None or not (checkout / "networks" / "AMT-S.py").is_file():
+        raise UserError(
+            f"{checkout} is no checkout of AMT with its weights: `git clone https://github.com/MCG-NKU/AMT` and put "
+            "https://huggingface.co/lalala125/AMT/resolve/main/amt-s.pth into it"
+        )
+    return weights
+
+
+def amt_s(checkout: Path, device: str | torch.device = "cpu") -> Interpolator:
+    """AMT-S (Li et al. 2023) from the user's own checkout of MCG-NKU/AMT with its weights in it.
+
+    As VBench runs it: pairs one by one, edges repeated to multiples of 16, centred, no scaling.
+
+    Args:
+        checkout: the folder with ``networks/AMT-S.py``, whose code is run, and what :func:`amt_weights` finds.
+        device: where to run.
+
+    Raises:
+        UserError: the checkout lacks its code or weights.
+    """
+    weights = amt_weights(checkout)
+    sys.path.insert(0, str(checkout.resolve()))  # its modules import each other as `networks...`
+    try:
+        model = importlib.import_module("networks.AMT-S").Model(corr_radius=3, corr_lvls=4, num_flows=3)
+    except ImportError as error:
+        raise UserError(f"the code in {checkout} does not import ({error}): install what it needs") from error
+    finally:
+        sys.path.remove(str(checkout.resolve()))
+    model.load_state_dict(read_state(weights, "comb_block.0.weight"))
+    model = model.to(device).eval().requires_grad_(False)
+    half = torch.full((1, 1, 1, 1), 0.5, device=device)
+
+    @torch.inference_mode()
+    def interpolate(first_BCHW: Tensor, second_BCHW: Tensor) -> Tensor:
+        height, width = first_BCHW.shape[-2:]
+        tall, wide = -height % 16, -width % 16
+        around = (wide // 2, wide - wide // 2, tall // 2, tall - tall // 2)
+        middles = []
+        for pair in zip(first_BCHW, second_BCHW, strict=True):
+            one, two = (F.pad(frame[None].to(device), around, mode="replicate") for frame in pair)
+            middles.append(model(one, two, half, scale_factor=1, eval=True)["imgt_pred"])
+        inside = torch.cat(middles)[..., tall // 2 : tall // 2 + height, wide // 2 : wide // 2 + width]
+        return inside.to(first_BCHW.device)
 
     return interpolate
 

@@ -1,12 +1,13 @@
 """All numbers of one clip."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import islice
 
 import numpy as np
 
 from mogan.evaluation import appearance, motion, pixels
+from mogan.evaluation.backbones import Backbone
 from mogan.evaluation.flow_statistics import (
     Tracks,
     camera_split,
@@ -22,6 +23,8 @@ from mogan.evaluation.pairs import flow_of_pairs, neighbours
 from mogan.flow import FlowEstimator
 
 VERSION = 1  # raise it when a number changes its meaning: cached values of another version are not used
+
+FRAMES_AT_ONCE = 8
 
 Values = dict[str, float]
 Instruments = Callable[[np.ndarray, str], Values]  # frames (F, H, W, 3) and caption
@@ -41,7 +44,14 @@ class Measured:
     features: tuple[float, ...]
 
 
-def measure(clip: Clip, flow: FlowEstimator, interpolate: motion.Interpolator, *, quick: bool = False) -> Measured:
+def measure(
+    clip: Clip,
+    flow: FlowEstimator,
+    interpolate: motion.Interpolator,
+    *,
+    quick: bool = False,
+    looks: Mapping[str, Backbone] | None = None,
+) -> Measured:
     """Everything :mod:`mogan.evaluation` knows of one clip.
 
     Args:
@@ -49,6 +59,7 @@ def measure(clip: Clip, flow: FlowEstimator, interpolate: motion.Interpolator, *
         flow: estimator of optical flow.
         interpolate: for motion smoothness.
         quick: leave out what needs flow in both directions, and the static filter.
+        looks: by metric, features for the consistencies and scores for the others; see :mod:`mogan.evaluation.backbones`.
 
     Raises:
         UserError: the file cannot be read to its end.
@@ -67,11 +78,34 @@ def measure(clip: Clip, flow: FlowEstimator, interpolate: motion.Interpolator, *
         values["frozen"] = pixels.frozen(gaps).share
         values["cuts"] = float(len(pixels.cuts(gaps)))
         values |= _flow_values(clip, flow, quick=quick)
+    values |= look_values(clip, looks or {})
     values["saturation"] = appearance.saturation(clip)
     values["contrast"] = appearance.contrast(clip)
     middle = next(islice(clip, frames // 2, None))
     features = tuple(float(f"{x:.6g}") for x in appearance.frame_features(middle))
     return Measured(values, frames, height, width, clip.fps, degree.scores, degree.threshold, features)
+
+
+def look_values(clip: Clip, looks: Mapping[str, Backbone]) -> Values:
+    """VBench's numbers of look: consistency of features over time, or the mean over frames of a score.
+
+    ``subject_consistency`` and ``background_consistency`` take features ``(B, D)``; every other name takes scores ``(B,)``.
+    A clip of one frame has no consistency.
+    """
+    seen: dict[str, list[np.ndarray]] = {name: [] for name in looks}
+    source = iter(clip)
+    while looks and (frames := list(islice(source, FRAMES_AT_ONCE))):
+        batch = np.stack(frames)
+        for name, see in looks.items():
+            seen[name].append(see(batch))
+    values: Values = {}
+    for name, parts in seen.items():
+        found = np.concatenate(parts)
+        if name.endswith("_consistency"):
+            found = np.array(appearance.consistency(found))
+        if found.size:
+            values[name] = float(found.mean())
+    return values
 
 
 def _flow_values(clip: Clip, flow: FlowEstimator, *, quick: bool) -> Values:

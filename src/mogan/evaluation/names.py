@@ -22,6 +22,12 @@ METRICS: dict[str, Metric] = {
     "motion_score": Metric("Motion score", "", "higher", "mean of the two above (MoGAN, section 5.2)"),
     "temporal_flickering": Metric("Temporal flickering", "", None, "VBench's formula; 1 is perfectly still"),
     "static": Metric("Static clips", "", None, "share VBench's static filter would keep"),
+    "subject_consistency": Metric("Subject consistency", "", "higher", "VBench: DINO over time; 1 for a still clip"),
+    "background_consistency": Metric(
+        "Background consistency", "", "higher", "VBench: CLIP over time; 1 for a still clip"
+    ),
+    "aesthetic_quality": Metric("Aesthetic quality", "", "higher", "VBench: LAION's head on CLIP, frame by frame"),
+    "imaging_quality": Metric("Imaging quality", "", "higher", "VBench: MUSIQ, frame by frame; noise, blur, exposure"),
     "flow_mean": Metric("Flow, mean", "per 1/8 s at 256 px", None, "mean length of the flow"),
     "flow_median": Metric("Flow, median", "per 1/8 s at 256 px", None, "median length of the flow"),
     "flow_top5": Metric("Flow, top 5 %", "per 1/8 s at 256 px", None, "fastest 5 % of pixels; 6.0 is VBench's line"),
@@ -43,6 +49,8 @@ METRICS: dict[str, Metric] = {
     "appearance_distance": Metric(
         "Appearance distance", "", "lower", "Frechet distance of frame features to the reference"
     ),
+    "cd_fvd": Metric("CD-FVD", "", "lower", "Frechet distance of VideoMAE features to the reference; falls with n"),
+    "cd_fvd_floor": Metric("CD-FVD, noise", "", None, "of one half of the reference to the other"),
     "lab_speed": Metric("True speed", "px/frame", None, "tracked without flow: chord over a quarter second"),
     "lab_net": Metric("Net displacement", "px/frame", None, "of the tracked subject, last frame against first"),
     "lab_path": Metric("Path length", "px/frame", None, "of the tracked subject, frame by frame"),

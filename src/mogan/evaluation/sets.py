@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from mogan.evaluation.cd_fvd import cd_fvd, noise_floor
 from mogan.evaluation.distribution import Moments, frechet
 from mogan.evaluation.statistics import RESAMPLES, Interval, joint_draws, wasserstein_interval
 
@@ -29,6 +30,12 @@ def set_metrics(
     one, two = (np.array([clip["features"] for clip in some]) for some in (clips, reference))
     if min(len(one), len(two)) >= 2 * one.shape[1]:
         found["appearance_distance"] = appearance_distance(one, two, *factors)
+    seen, real_seen = (
+        np.array([f for clip in some if (f := clip.get("video_features")) is not None]) for some in (clips, reference)
+    )
+    if min(len(seen), len(real_seen)) >= 4:
+        found["cd_fvd"] = Interval(cd_fvd(seen, real_seen), None, len(seen))
+        found["cd_fvd_floor"] = Interval(noise_floor(real_seen), None, len(real_seen) // 2)
     return found
 
 

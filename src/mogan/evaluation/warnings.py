@@ -78,6 +78,17 @@ def _about_numbers(clips: list[dict[str, Any]], good: list[dict[str, Any]]) -> l
         found.append(
             f"{len(close)} of {len(good)} clips lie within a tenth of dynamic degree's threshold: little flips many"
         )
+    seen = [clip["video_features"] for clip in good if "video_features" in clip]
+    if seen and len(seen) < 2 * len(seen[0]):
+        found.append(
+            f"CD-FVD of {len(seen)} clips on {len(seen[0])} features is mostly bias: compare it only with values of as many "
+            "clips, and with the noise beside it"
+        )
+    lengths = {clip["frames"] for clip in good}
+    if len(lengths) > 1 and any("subject_consistency" in clip["values"] for clip in good):
+        found.append(
+            "consistency is averaged clip by clip; VBench averages frame by frame, so long clips count more there"
+        )
     if sum(bool(clip["values"].get("cuts")) for clip in good):
         found.append("some clips hold a cut, which dominates every number of motion")
     return found

@@ -100,7 +100,7 @@ def spread_figure(results: Sequence[Result]) -> Figure | None:
                 row + rng.uniform(-0.26, 0.26, shown.size),
                 ".",
                 color=COLOURS[row % len(COLOURS)],
-                ms=3.5,
+                ms=3.5 if shown.size > 60 else 6,
                 alpha=0.55,
             )
             low, middle, high = np.quantile(values, (0.25, 0.5, 0.75))

@@ -12,9 +12,9 @@ import cv2
 import numpy as np
 
 from mogan.errors import UserError
-from mogan.evaluation.evaluate import estimator
 from mogan.evaluation.frames import Clip
 from mogan.evaluation.pairs import flow_of_pairs, neighbours
+from mogan.evaluation.tools import estimator
 from mogan.flow import FlowEstimator
 from mogan.report.sources import Result
 from mogan.video import flow_picture, write_video
@@ -75,6 +75,7 @@ EXTREMES = (
     ("flow_top5", min, "the stillest"),
     ("flow_top5", max, "the liveliest"),
     ("motion_smoothness", min, "the least smooth"),
+    ("subject_consistency", min, "the least constant subject"),
     ("lab_wobble", max, "the most wobbling"),
     ("warping_error", max, "the largest warping error"),
 )

@@ -15,22 +15,29 @@ from mogan.evaluation.statistics import mean_interval
 from mogan.report.figures import COLOURS, curve_figure, interval_figure, spread_figure, to_svg
 from mogan.report.footage import Footage, gather
 from mogan.report.sources import Curves, Result, read_sources
+from mogan.report.verdict import FACTORS, paired, signed, threshold_table, verdicts
 from mogan.video import contact_sheet, replacing
 
 GROUPS = {
     "Motion by VBench's rules": (
         "dynamic_degree", "motion_smoothness", "motion_score", "temporal_flickering", "static",
     ),
+    "Look by VBench's networks": (
+        "subject_consistency", "background_consistency", "aesthetic_quality", "imaging_quality",
+    ),
     "Truth of the lab, tracked without flow": tuple(name for name in METRICS if name.startswith("lab_")),
     "Flow": (
         "flow_mean", "flow_median", "flow_top5", "flow_px_mean", "flow_px_top5", "moving_share", "camera_motion",
         "object_motion", "round_trip", "occluded", "warping_error", "acceleration", "log_jerk",
     ),
-    "Pixels and look": ("pixel_jerk", "frozen", "cuts", "saturation", "contrast", "appearance_distance"),
+    "Pixels and look": ("pixel_jerk", "frozen", "cuts", "saturation", "contrast", "appearance_distance", "cd_fvd", "cd_fvd_floor"),
 }  # fmt: skip
 COMPARED = (
     "dynamic_degree",
     "motion_smoothness",
+    "subject_consistency",
+    "aesthetic_quality",
+    "imaging_quality",
     "flow_top5",
     "lab_net",
     "lab_speed",
@@ -96,6 +103,9 @@ def report(
         systems=[(r.name, COLOURS[i % len(COLOURS)], len(r.good)) for i, r in enumerate(results)],
         groups=_groups(results),
         differences=_differences(shown),
+        verdicts=verdicts(shown, COMPARED),
+        thresholds=threshold_table(shown),
+        factors=FACTORS,
         svg=svg,
         footage=footage,
         prompts=_prompts(shown),
@@ -146,26 +156,19 @@ def _differences(results: list[Result]) -> list[tuple[str, str, list[tuple[str, 
     """Every other system minus the first, clip by clip on the same prompt and number, with an interval."""
     if len(results) < 2:
         return []
-    first = {(c["prompt"], c["index"]): c["values"] for c in results[0].good}
     table = []
     for name in COMPARED:
         cells = []
         for other in results[1:]:
-            pairs = [
-                (c["values"][name] - first[key][name], c["prompt"])
-                for c in other.good
-                if (key := (c["prompt"], c["index"])) in first
-                and c["values"].get(name) is not None
-                and first[key].get(name) is not None
-            ]
-            found = mean_interval([gap for gap, _ in pairs], [prompt for _, prompt in pairs])
+            found = mean_interval(*paired(results[0], other, name))
             if not found.n:
                 cells.append(("–", False))
             elif found.ci95 is None:
-                cells.append((f"{found.mean:+.3g}", False))
+                cells.append((signed(found.mean), False))
             else:
                 low, high = found.ci95
-                cells.append((f"{found.mean:+.3g} ({low:+.3g} to {high:+.3g}, n {found.n})", low > 0 or high < 0))
+                words = f"{signed(found.mean)} ({signed(low)} to {signed(high)}, n {found.n})"
+                cells.append((words, low > 0 or high < 0))
         if any(text != "–" for text, _ in cells):
             table.append((METRICS[name].label, METRICS[name].unit, cells))
     return table

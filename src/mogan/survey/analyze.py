@@ -11,11 +11,18 @@ from mogan import __version__
 from mogan.survey.ballots import Rater, Vote, read_votes
 from mogan.survey.figure import draw
 from mogan.survey.folder import Survey, fingerprint, read_survey
+from mogan.survey.metrics import agreement, agreement_markdown, read_values
 from mogan.survey.summary import summarise
 from mogan.survey.tables import csv_text, markdown, rater_rows, vote_rows
 
 
-def analyze(survey: Annotated[Path, tyro.conf.Positional], *, out: Path | None = None, seed: int = 0) -> dict[str, Any]:
+def analyze(
+    survey: Annotated[Path, tyro.conf.Positional],
+    *,
+    out: Path | None = None,
+    metrics: Path | None = None,
+    seed: int = 0,
+) -> dict[str, Any]:
     """Say who won, by how much, and how far to believe it.
 
     Writes into --out: `table.md` (the paper's table), `figure.png` (win / tie / lose bars), `results.json` (all of it),
@@ -29,10 +36,12 @@ def analyze(survey: Annotated[Path, tyro.conf.Positional], *, out: Path | None =
     Args:
         survey: The folder that was served.
         out: Where to write; by default `results` inside the survey folder.
+        metrics: A results.json of `mogan evaluate` on the same clips: says how well each metric agrees with the votes.
         seed: Of the bootstrap; the same votes and seed give the same numbers.
     """
     design = read_survey(survey)
     votes, raters = read_votes(survey, design)
+    values = read_values(metrics, design) if metrics else None
     out = out or survey / "results"
     kept = {rater.id for rater in raters if not rater.reasons}
     results: dict[str, Any] = {
@@ -47,8 +56,12 @@ def analyze(survey: Annotated[Path, tyro.conf.Positional], *, out: Path | None =
         "kept": summarise(design, [vote for vote in votes if vote.rater in kept], seed),
         "everybody": summarise(design, votes, seed),
     }
-    out.mkdir(parents=True, exist_ok=True)
     table = markdown(design, results)
+    if values is not None:
+        judged = [vote for vote in votes if vote.rater in kept]
+        results["metrics"] = {q.id: agreement(judged, values, q.id, seed) for q in design.questions}
+        table += "\n" + agreement_markdown(results["metrics"], {q.id: q.title for q in design.questions})
+    out.mkdir(parents=True, exist_ok=True)
     _write(out / "results.json", json.dumps(results, indent=1, allow_nan=False) + "\n")
     _write(out / "table.md", table)
     _write(out / "votes.csv", csv_text(vote_rows(votes, kept)))

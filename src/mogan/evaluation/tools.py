@@ -1,0 +1,105 @@
+"""What measures: the flow estimator, the interpolator, the networks of look, and what ``results.json`` says of them."""
+
+import hashlib
+import importlib.metadata
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mogan.errors import UserError
+from mogan.evaluation import cd_fvd
+from mogan.evaluation.backbones import Backbone, find_backbones
+from mogan.evaluation.classical_flow import dis, farneback
+from mogan.evaluation.frames import DECODER
+from mogan.evaluation.interpolators import AMT_LICENCE, amt_s, amt_weights, blend, flow_warp
+from mogan.evaluation.measure import VERSION
+from mogan.evaluation.motion import Interpolator
+from mogan.flow import FlowEstimator, RaftFlow
+
+ITERATIONS = 20  # of RAFT, as VBench
+
+
+@dataclass(frozen=True)
+class Tools:
+    """Everything that measures a clip. ``looks`` is by metric; ``video`` makes CD-FVD's features."""
+
+    flow: FlowEstimator
+    interpolate: Interpolator
+    how: dict[str, Any]
+    quick: bool = False
+    lab: bool = True
+    looks: Mapping[str, Backbone] = field(default_factory=dict)
+    video: cd_fvd.VideoFeatures | None = None
+
+
+def gather_tools(
+    flow: str, interpolator: str, networks: Path | None, device: str | None, *, quick: bool, lab: bool, video: bool
+) -> Tools:
+    """Load what the names and paths of :func:`mogan.evaluation.evaluate.evaluate` mean; ``video``: CD-FVD is wanted."""
+    estimate, about = estimator(flow, device)
+    where = device_or_best(device)
+    interpolate, called = _interpolator(interpolator, estimate, where)
+    how = {"version": VERSION, "flow": about, "interpolator": called, "decoder": DECODER, "quick": quick}
+    if networks is None:
+        return Tools(estimate, interpolate, how, quick, lab)
+    file = next((networks / name for name in cd_fvd.FILES if (networks / name).exists()), None)
+    looks, lacking = find_backbones(networks, others=file is not None)
+    for sentence in lacking:
+        print(sentence, file=sys.stderr)
+    modules: dict[str, torch.nn.Module] = {**looks}
+    if file is not None and video:
+        modules["cd_fvd"] = cd_fvd.videomae(file)
+    how["networks"] = {name: hash_weights(module.to(where)) for name, module in modules.items()}
+    return Tools(estimate, interpolate, how, quick, lab, looks, modules.get("cd_fvd"))
+
+
+def estimator(name: str, device: str | None = None) -> tuple[FlowEstimator, dict[str, Any]]:
+    """A flow estimator by name, and what to write down about it."""
+    classical: dict[str, FlowEstimator] = {"farneback": farneback, "dis": dis}
+    if name in classical:
+        return classical[name], {
+            "name": name,
+            "version": f"OpenCV {importlib.metadata.version('opencv-python-headless')}",
+        }
+    from mogan.wan import load_flow
+
+    found = load_flow(name, iterations=ITERATIONS)
+    how: dict[str, Any] = {"name": name, "iterations": ITERATIONS}
+    if isinstance(found, RaftFlow):
+        try:
+            found = found.to(device_or_best(device))
+        except (RuntimeError, AssertionError) as error:
+            raise UserError(
+                f"--device {device} is not to be had here ({str(error).splitlines()[0]}): try cpu"
+            ) from error
+        how["weights_sha256"] = hash_weights(found)
+    return found, how
+
+
+def device_or_best(device: str | None) -> str:
+    """The device asked for, else a GPU if there is one."""
+    return device or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def hash_weights(module: torch.nn.Module) -> str:
+    """SHA-256 of names and values."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _interpolator(name: str, flow: FlowEstimator, device: str) -> tuple[Interpolator, str]:
+    makers: dict[str, Callable[[], Interpolator]] = {"flow-warp": lambda: flow_warp(flow), "blend": lambda: blend}
+    if name in makers:
+        return makers[name](), name
+    if not Path(name).is_dir():
+        raise UserError(f"interpolator must be {' or '.join(makers)} or a checkout of AMT, not {name!r}")
+    interpolate = amt_s(Path(name), device)
+    print(AMT_LICENCE, file=sys.stderr)
+    digest = hashlib.sha256(amt_weights(Path(name)).read_bytes()).hexdigest()
+    return interpolate, f"AMT-S, weights sha256 {digest} ({AMT_LICENCE})"
