@@ -65,7 +65,7 @@ def find_systems(dirs: tuple[Path, ...]) -> list[System]:
 def unshared_prompts(systems: list[System]) -> int:
     """How many prompts not every system has."""
     prompts = [{entry.prompt for entry in s.clips} for s in systems]
-    return len(prompts[0].union(*prompts) - prompts[0].intersection(*prompts))
+    return len(prompts[0].union(*prompts)) - len(prompts[0].intersection(*prompts))
 
 
 def read_folder(folder: Path, name: str) -> System:
