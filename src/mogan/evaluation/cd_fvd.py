@@ -7,9 +7,10 @@ published numbers are defined with ViT-g fine-tuned on Something-Something v2, w
 from collections.abc import Callable, Mapping
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from torch import Tensor, nn
+from torch import Tensor
 
 from mogan.errors import UserError
 from mogan.evaluation.backbones import Seen, count_blocks, named_block, pretrained, read_state
@@ -25,7 +26,7 @@ FETCH = "https://huggingface.co/OpenGVLab/InternVideoMAE_models, mae-g/vit_g_hyb
 VideoFeatures = Callable[[np.ndarray], np.ndarray]  # uint8 (16, H, W, 3) -> (D,)
 
 
-def videomae(path: Path) -> VideoFeatures:
+def videomae(path: Path) -> Seen:
     """Features of CD-FVD: VideoMAE tokens averaged and normalised, ``(D,)`` (1408 for ViT-g).
 
     Args:
@@ -59,7 +60,7 @@ def videomae(path: Path) -> VideoFeatures:
         raise UserError(f"{path} is no VideoMAE of {FRAMES} frames that pools by the mean: fetch {FETCH}")
     model.fc_norm.eps = 1e-6  # transformers leaves PyTorch's 1e-5
 
-    def read(net: nn.Module, frames_F3HW: Tensor) -> Tensor:
+    def read(net: Any, frames_F3HW: Tensor) -> Tensor:
         return net.fc_norm(net.videomae(frames_F3HW[None]).last_hidden_state.mean(1))[0]
 
     return Seen(model, cd_fvd_input, read)
