@@ -272,7 +272,18 @@ def broken(kind, student, folder):
 
 @pytest.mark.parametrize(
     "kind",
-    ["missing", "unexpected", "another shape", "code", "not tensors", "cut short", "no file", "empty folder", "a block too many", "half a lora"],
+    [
+        "missing",
+        "unexpected",
+        "another shape",
+        "code",
+        "not tensors",
+        "cut short",
+        "no file",
+        "empty folder",
+        "a block too many",
+        "half a lora",
+    ],
 )
 def test_what_does_not_fit_is_named_in_one_sentence_and_nothing_is_written(kind, student, family, tmp_path, capsys):
     file, message = broken(kind, student, tmp_path)
