@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from conftest import SIGMAS
 from mogan.assemble import assemble
+from mogan import wan
 from mogan.card import licence_of, model_card, model_name
 from mogan.data import open_cache
 from mogan.errors import UserError
@@ -90,6 +91,11 @@ def test_a_run_with_adapters_is_exported_exactly_for_both_programs_and_for_us(ad
     assert any(not torch.allclose(expected[k], base[k], atol=1e-3) for k in base)
     close(in_diffusers(family, file), expected)
     close(in_comfyui(family, file), expected)
+    export(
+        adapters, out=tmp_path / "same.safetensors", to="lora", rank=3
+    )  # by way of the difference, of that very rank
+    assert {n for n in load_file(tmp_path / "same.safetensors") if "lora_" in n} == set(load_file(file))
+    close(in_diffusers(family, tmp_path / "same.safetensors"), expected)
     import_student(file, base=str(family / "teacher"), out=tmp_path / "back", sigmas=SIGMAS)
     close(load_transformer(tmp_path / "back").state_dict(), expected)
 
@@ -169,6 +175,9 @@ def test_a_students_mistakes_at_export(full, tmp_path):
     with pytest.raises(UserError, match=r"results.json"):
         export(full, out=tmp_path / "x", results=tmp_path / "none.json")
     assert list(tmp_path.iterdir()) == []
+    base = load_transformer(wan.resolve_model(json.loads((full / "run.json").read_text())["model"]))
+    with pytest.raises(UserError, match="train it first"):
+        low_rank_difference(base, base, 2)
 
 
 def test_the_card_carries_the_name_and_the_licence_of_the_base(family, tmp_path):

@@ -157,20 +157,25 @@ def low_rank_difference(student: Any, base: Any, rank: int) -> tuple[dict[str, t
     """
     before = base.state_dict()
     differences = {k: v - before[k].to(v.device) for k, v in student.state_dict().items()}
-    tensors, errors = {}, {}
+    tensors: dict[str, torch.Tensor] = {}
+    errors: dict[str, float] = {}
     missed = whole = sum(float(d.double().square().sum()) for d in differences.values())
     layers = [n for n, m in student.named_modules() if isinstance(m, nn.Linear)]
     for name in tqdm(layers, desc=f"rank {rank}", unit="matrix"):
-        difference = differences[f"{name}.weight"]
+        difference, bias = differences[f"{name}.weight"], differences.get(f"{name}.bias")
+        if not difference.any() and (bias is None or not bias.any()):
+            continue
         a, b = decompose(difference, rank)
         left = float((difference - b @ a).double().square().sum())
         squared = float(difference.double().square().sum())
         errors[name] = (left / squared) ** 0.5 if squared else 0.0
         missed -= squared - left
         tensors |= {f"{name}.lora_A.weight": a, f"{name}.lora_B.weight": b}
-        if (bias := differences.get(f"{name}.bias")) is not None:
+        if bias is not None:
             tensors[f"{name}.diff_b"] = bias
             missed -= float(bias.double().square().sum())
+    if not errors:
+        raise UserError("the student does not differ from the base model in any matrix: train it first")
     worst = max(errors, key=errors.__getitem__)
     total = (max(missed, 0.0) / whole) ** 0.5 if whole else 0.0
     return tensors, (
