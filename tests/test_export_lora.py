@@ -1,14 +1,18 @@
 import json
+import re
+import shutil
 from dataclasses import asdict, replace
 
 import pytest
 import torch
-from diffusers import WanPipeline
+from diffusers import FlowMatchLCMScheduler, WanPipeline
 from safetensors import safe_open
 from safetensors.torch import load_file
 
 from conftest import SIGMAS
+from mogan import wan
 from mogan.assemble import assemble
+from mogan.card import licence_of, model_card, model_name
 from mogan.data import open_cache
 from mogan.errors import UserError
 from mogan.export import export, low_rank_difference
@@ -87,6 +91,11 @@ def test_a_run_with_adapters_is_exported_exactly_for_both_programs_and_for_us(ad
     assert any(not torch.allclose(expected[k], base[k], atol=1e-3) for k in base)
     close(in_diffusers(family, file), expected)
     close(in_comfyui(family, file), expected)
+    export(
+        adapters, out=tmp_path / "same.safetensors", to="lora", rank=3
+    )  # by way of the difference, of that very rank
+    assert {n for n in load_file(tmp_path / "same.safetensors") if "lora_" in n} == set(load_file(file))
+    close(in_diffusers(family, tmp_path / "same.safetensors"), expected)
     import_student(file, base=str(family / "teacher"), out=tmp_path / "back", sigmas=SIGMAS)
     close(load_transformer(tmp_path / "back").state_dict(), expected)
 
@@ -147,6 +156,10 @@ def test_the_header_and_the_card_say_what_the_file_is(full, tmp_path, capsys):
     assert {t.dtype for t in load_file(file).values()} == {torch.bfloat16}
     card = (tmp_path / "x.md").read_text()
     assert "| smoothness | 0.988 [0.98, 0.99] | - |" in card
+    line = re.search(r"pipe.scheduler = (.*)", card)[1]
+    scheduler = eval(line, {"FlowMatchLCMScheduler": FlowMatchLCMScheduler, "__builtins__": {}})
+    scheduler.set_timesteps(len(about["sigmas"]))
+    torch.testing.assert_close(scheduler.sigmas[:-1].tolist(), about["sigmas"], atol=1e-4, rtol=0)
     assert "load_lora_weights" in card
     assert "rank 2" in card
     assert "flow_matching_lab" in card
@@ -162,3 +175,22 @@ def test_a_students_mistakes_at_export(full, tmp_path):
     with pytest.raises(UserError, match=r"results.json"):
         export(full, out=tmp_path / "x", results=tmp_path / "none.json")
     assert list(tmp_path.iterdir()) == []
+    base = load_transformer(wan.resolve_model(json.loads((full / "run.json").read_text())["model"]))
+    with pytest.raises(UserError, match="train it first"):
+        low_rank_difference(base, base, 2)
+
+
+def test_the_card_carries_the_name_and_the_licence_of_the_base(family, tmp_path):
+    snapshot = tmp_path / "models--Wan-AI--Wan2.1-T2V-1.3B-Diffusers" / "snapshots" / "0123abc"
+    shutil.copytree(family / "teacher", snapshot, symlinks=True)
+    assert licence_of(snapshot) is None
+    silent = model_card("T", snapshot, SIGMAS, [], ["pipe = 1"])
+    assert "does not say" in silent
+    assert "license:" not in silent
+    (snapshot / "README.md").write_text("---\nlanguage: en\nlicense: apache-2.0\n---\n# Wan\n")
+    card = model_card("T", snapshot, SIGMAS, ["- recipe: `x`, seed 7"], ["pipe = 1"])
+    front = card.split("---")[1]
+    assert "license: apache-2.0" in front
+    assert "base_model: Wan-AI/Wan2.1-T2V-1.3B-Diffusers" in front
+    assert "seed 7" in card
+    assert model_name(family / "teacher") == "teacher"

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import torch
 from diffusers import FlowMatchLCMScheduler, WanPipeline
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from conftest import CAPTIONS, SIGMAS
 from mogan import wan
@@ -16,7 +18,7 @@ from mogan.checkpoint import write_atomically
 from mogan.data import open_cache
 from mogan.denoiser import Denoiser
 from mogan.errors import UserError
-from mogan.export import export, scheduler_for
+from mogan.export import export, save_student, scheduler_for
 from mogan.sample import Job, safe_name, sample, sample_student, sample_teacher, shard_of
 from mogan.schedule import shifted_levels
 from mogan.train import run_training
@@ -46,9 +48,71 @@ def test_stock_scheduler_visits_exactly_these_levels(sigmas, tmp_path):
     np.testing.assert_allclose(stock.timesteps, [1000 * s for s in sigmas], atol=2e-3)
 
 
-def test_levels_no_stock_scheduler_reaches_are_refused():
+def visited(scheduler, steps):
+    scheduler.set_timesteps(steps)
+    return scheduler.sigmas[:-1].tolist()
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.floats(0.06, 0.98), st.floats(0.02, 0.98))
+def test_every_list_of_three_levels_without_a_tiny_first_step_is_reached(first, b):
+    a = 1 - first * (1 - b)
+    np.testing.assert_allclose(visited(scheduler_for((1.0, a, b)), 3), [1.0, a, b], atol=1e-4)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(4, 8), st.floats(0.2, 15.0), st.floats(0.02, 0.9))
+def test_longer_lists_are_reached_if_and_only_if_their_cross_ratios_are_those_of_equal_steps(steps, k, last):
+    grid = np.array(shifted_levels(steps, k))
+    levels = 1 - (1 - grid) * (1 - last) / (1 - grid[-1])  # stretched to end anywhere: still a Moebius map of the step
+    if np.diff(levels).max() > -0.01:
+        return
+    np.testing.assert_allclose(visited(scheduler_for(tuple(levels)), steps), levels, atol=1e-4)
+    bent = levels.copy()
+    bent[2] += 0.4 * (bent[1] - bent[2])
     with pytest.raises(UserError, match="no stock scheduler visits"):
-        scheduler_for((1.0, 0.9, 0.8, 0.2))
+        scheduler_for(tuple(bent))
+
+
+@pytest.mark.parametrize(
+    "sigmas",
+    [(1.0, 0.9, 0.8, 0.2), (1.0, 0.95, 0.9, 0.1), (1.0, 0.999, 0.5, 0.4), (1.0, 0.98, 0.5), (1.0, 0.9, 0.85, 0.4, 0.1)],
+)
+def test_levels_no_stock_scheduler_reaches_are_refused(sigmas):
+    with pytest.raises(UserError, match="no stock scheduler visits"):
+        scheduler_for(sigmas)
+
+
+PUBLISHED = {
+    "CausVid, FastVideo": (1.0, 0.757, 0.522),
+    "Self-Forcing": (1.0, 0.9375, 0.83333, 0.625),
+    "CausVid causal": (1.0, 0.96, 0.88889, 0.72727),
+    "FastVideo dmd2": (1.0, 0.75, 0.5, 0.25),
+    "two": (1.0, 0.908),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_stock_pipeline_visits_the_levels_of_published_students(name, family, tmp_path):
+    sigmas, out = PUBLISHED[name], tmp_path / "out"
+    save_student(
+        wan.load_transformer(family / "teacher"), family / "teacher", out, sigmas, torch.float32, card="a test"
+    )
+    pipe, seen = WanPipeline.from_pretrained(out), []
+    pipe.set_progress_bar_config(disable=True)
+    pipe.transformer.register_forward_pre_hook(
+        lambda module, args, given: seen.append(given["timestep"][0].item()), with_kwargs=True
+    )
+    pipe(
+        CAPTIONS[0],
+        height=32,
+        width=32,
+        num_frames=5,
+        num_inference_steps=len(sigmas),
+        guidance_scale=1.0,
+        output_type="latent",
+    )
+    np.testing.assert_allclose(seen, [1000 * s for s in sigmas], atol=0.1)
 
 
 @pytest.fixture(scope="module")

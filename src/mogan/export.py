@@ -31,8 +31,9 @@ def scheduler_for(sigmas: tuple[float, ...]) -> FlowMatchLCMScheduler:
     """A stock scheduler whose ``set_timesteps(len(sigmas))`` visits exactly these levels.
 
     ``WanPipeline`` takes no levels of its own, and the scheduler's default grid ends at sigma 0.024. Its two parameters,
-    ``shift`` and ``shift_terminal``, reach every level list that is a Moebius function of the step: any list of up to
-    three levels from 1, and every shifted uniform grid. ``shift`` is found by bisection on the second level.
+    ``shift`` and ``shift_terminal``, reach every level list that is a Moebius function of the step: one or two levels,
+    three (1, a, b) with ``1 - a`` at least 0.058 of ``1 - b``, and every shifted uniform grid. ``shift`` is found by
+    bisection on the second level.
 
     Raises:
         UserError: the list cannot be reached; a stock pipeline would sample at other levels.
@@ -47,9 +48,9 @@ def scheduler_for(sigmas: tuple[float, ...]) -> FlowMatchLCMScheduler:
         scheduler.set_timesteps(len(sigmas))
         return scheduler.sigmas[:-1].tolist()
 
-    low, high = 1e-4, 1e4
+    low, high = 1e-4, 1 + 1000**0.5  # from there on the second level falls again: the scheduler shifts its end too
     if len(sigmas) > 2:
-        for _ in range(200):
+        for _ in range(60):
             middle = (low * high) ** 0.5
             low, high = (middle, high) if levels(middle)[1] < sigmas[1] else (low, middle)
     shift = (low * high) ** 0.5 if len(sigmas) > 2 else 1.0
@@ -57,7 +58,7 @@ def scheduler_for(sigmas: tuple[float, ...]) -> FlowMatchLCMScheduler:
     if error > TOLERANCE:
         raise UserError(
             f"no stock scheduler visits the levels {list(sigmas)} (closest: {[round(x, 4) for x in levels(shift)]}); "
-            "distil at a shifted uniform grid, or at three levels, to export to diffusers"
+            "distil at a shifted uniform grid, or at three levels with no tiny first step, to export to diffusers"
         )
     return build(shift)
 
@@ -178,16 +179,20 @@ def low_rank_difference(student: Any, base: Any, rank: int) -> tuple[dict[str, t
     missed = whole = sum(float(d.double().square().sum()) for d in differences.values())
     layers = [n for n, m in student.named_modules() if isinstance(m, nn.Linear)]
     for name in tqdm(layers, desc=f"rank {rank}", unit="matrix"):
-        difference = differences[f"{name}.weight"]
+        difference, bias = differences[f"{name}.weight"], differences.get(f"{name}.bias")
+        if not difference.any() and (bias is None or not bias.any()):
+            continue
         a, b = decompose(difference, rank)
         left = float((difference - b @ a).double().square().sum())
         squared = float(difference.double().square().sum())
         errors[name] = (left / squared) ** 0.5 if squared else 0.0
         missed -= squared - left
         tensors |= {f"{name}.lora_A.weight": a, f"{name}.lora_B.weight": b}
-        if (bias := differences.get(f"{name}.bias")) is not None:
+        if bias is not None:
             tensors[f"{name}.diff_b"] = bias
             missed -= float(bias.double().square().sum())
+    if not errors:
+        raise UserError("the student does not differ from the base model in any matrix: train it first")
     worst = max(errors, key=errors.__getitem__)
     total = (max(missed, 0.0) / whole) ** 0.5 if whole else 0.0
     return tensors, (
