@@ -14,7 +14,7 @@ from mogan.config import Config, GANConfig
 from mogan.data import Cache, ensure_observations
 from mogan.denoiser import Denoiser
 from mogan.discriminator import Discriminator
-from mogan.distributed import World, choose_device, local, shard
+from mogan.distributed import World, choose_device, local, shard, split_tokens
 from mogan.errors import UserError
 from mogan.flow import FlowEstimator, RaftFlow
 from mogan.objectives import Objective
@@ -201,10 +201,10 @@ def _where(config: Config, model: str, student: str | None) -> tuple[Path, Path]
 
 def _check_batches(config: Config, world: World) -> None:
     for update in config.plan:
-        if update.batch % world.ranks:
+        if update.batch % world.shares:
             raise UserError(
-                f"{update.label}: a batch of {update.batch} does not split over {world.ranks} processes; "
-                f"give --batch a multiple of {world.ranks}, or start fewer processes"
+                f"{update.label}: a batch of {update.batch} does not split over {world.shares} processes; give --batch a "
+                f"multiple of {world.shares}, start fewer processes, or let several share a sample (--context-parallel)"
             )
 
 
@@ -220,7 +220,10 @@ def _denoiser(
     transformer = wan.load_transformer(folder, part).train(not frozen).requires_grad_(not frozen)
     if config.checkpointing and not frozen:
         transformer.enable_gradient_checkpointing()
-    shard(transformer, transformer.blocks, world, dtype)  # before the move: a GPU never holds a whole network
+    split_tokens(transformer, world)
+    shard(
+        transformer, transformer.blocks, world, dtype, partial=True
+    )  # before the move: a GPU never holds a whole network
     return Denoiser(transformer.to(world.device), dtype)
 
 

@@ -79,12 +79,12 @@ def draw(parts: Assembly, update: Update, where: Position) -> Batch:
     return draw_batch(
         parts.cache,
         seed=where.seed,
-        rank=parts.world.rank,
-        ranks=parts.world.ranks,
+        rank=parts.world.share,
+        ranks=parts.world.shares,
         iteration=where.iteration,
         update=where.update,
         repeat=where.repeat,
-        size=update.batch // parts.world.ranks,
+        size=update.batch // parts.world.shares,
         want=want,
         observations=parts.observations,
         starts=config.gan.starts if in_motion and config.gan is not None else (),
@@ -281,6 +281,7 @@ def train(
     sample_every: int | None = None,
     device: str = "auto",
     hsdp: int = 1,
+    context_parallel: int = 1,
     dry_run: bool = False,
 ) -> None:
     """Train a recipe on a cache; the same command again goes on where it stopped.
@@ -301,6 +302,7 @@ def train(
         sample_every: iterations between sheets of sample clips.
         device: auto, cpu or cuda.
         hsdp: with many processes, copies of the sharded networks: 1 shards over all of them.
+        context_parallel: with many processes, how many share the tokens of one sample; it must divide the model's heads.
         dry_run: print the resolved config and stop.
     """
     config = find_recipe(recipe)
@@ -322,7 +324,7 @@ def train(
     if dry_run:
         print(text)
         return
-    with join(device, hsdp) as world:
+    with join(device, hsdp, context_parallel) as world:
         out.mkdir(parents=True, exist_ok=True)
         check_same_run(out, config)
         parts = assemble(config, open_cache(data), model=model, student=student, run=out, world=world)
