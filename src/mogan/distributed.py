@@ -21,7 +21,6 @@ import torch.distributed as dist
 from diffusers import ContextParallelConfig, ParallelConfig
 from diffusers.hooks import apply_context_parallel
 from torch import Tensor, nn
-from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -107,14 +106,16 @@ ONE = World(torch.device("cpu"))  # a process alone
 
 
 def choose_device(name: str, local_rank: int = 0) -> torch.device:
-    """``auto``, ``cpu`` or ``cuda``; each process of a machine takes the GPU of its number."""
+    """``auto``, ``cpu`` or ``cuda``; each process of a machine takes the GPU of its number, or the only one it sees."""
     if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
-    if local_rank >= torch.cuda.device_count():
+    seen = torch.cuda.device_count()
+    number = 0 if seen == 1 else local_rank
+    if number >= seen:
         raise UserError(
-            f"this machine has {torch.cuda.device_count()} GPUs and a process numbered {local_rank}: start one process per GPU"
+            f"process {local_rank} of this machine finds {seen} GPUs: start one process per GPU, or --device cpu"
         )
-    return torch.device("cuda", local_rank) if "RANK" in os.environ else torch.device("cuda")
+    return torch.device("cuda", number)
 
 
 @contextmanager
@@ -152,23 +153,29 @@ def join(device: str = "auto", replicas: int = 1, context: int = 1) -> Iterator[
             f"the {ranks} processes did not find each other ({error}): start all of them with one torchrun or srun, and "
             "let MASTER_ADDR name the first machine"
         ) from error
-    if replicas == 1:
-        mesh = init_device_mesh(where.type, (ranks,), mesh_dim_names=("shard",))
-    else:
-        mesh = init_device_mesh(where.type, (replicas, ranks // replicas), mesh_dim_names=("replicate", "shard"))
-    sequence = None
-    if context > 1:  # neighbours, which are on one machine, work on one sample
-        every = init_device_mesh(
-            where.type, (ranks // context, 1, context), mesh_dim_names=("share", "ring", "ulysses")
-        )
-        sequence = every["ring", "ulysses"]
+    mesh, sequence = _meshes(where.type, ranks, replicas, context)
     # FSDP2 warns of in-place arithmetic on what a network returns: there is none here
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
     try:
         yield World(where, rank, ranks, mesh, sequence)
-    except (Exception, CheckpointException) as error:
-        raise _first_error(error, store, rank, ranks) from error
+    except Exception as error:
+        ending = _first_error(error, store, rank, ranks)
+        if ending is error:
+            raise
+        raise ending from error
     dist.destroy_process_group()
+
+
+def _meshes(kind: str, ranks: int, replicas: int, context: int) -> tuple[DeviceMesh, DeviceMesh | None]:
+    """Over what networks are sharded, and the neighbours (on one machine) that work on one sample."""
+    if replicas == 1:
+        mesh = init_device_mesh(kind, (ranks,), mesh_dim_names=("shard",))
+    else:
+        mesh = init_device_mesh(kind, (replicas, ranks // replicas), mesh_dim_names=("replicate", "shard"))
+    if context == 1:
+        return mesh, None
+    every = init_device_mesh(kind, (ranks // context, 1, context), mesh_dim_names=("share", "ring", "ulysses"))
+    return mesh, every["ring", "ulysses"]
 
 
 def _read_slurm() -> None:
@@ -186,7 +193,7 @@ def _read_slurm() -> None:
     os.environ.setdefault("MASTER_PORT", str(20000 + int(os.environ.get("SLURM_JOB_ID", "0")) % 10000))
 
 
-def _first_error(error: BaseException, store: dist.Store, rank: int, ranks: int) -> BaseException:
+def _first_error(error: Exception, store: dist.Store, rank: int, ranks: int) -> BaseException:
     """What this process should end with: its error if it is the first to fail, silence otherwise."""
     text = "".join(traceback.format_exception_only(error))
     lost = not isinstance(error, UserError) and any(word in text for word in LOST)
@@ -207,7 +214,7 @@ def _first_error(error: BaseException, store: dist.Store, rank: int, ranks: int)
         first = True
     if not first:
         return SystemExit(2)
-    if isinstance(error, Exception) and not lost:
+    if not lost:
         get_error_handler().record_exception(error)  # torchrun's summary shows it
     return error
 

@@ -216,20 +216,23 @@ def resume(parts: Assembly, run: Path) -> int:
 
 
 class _graceful_stop:
-    """SIGTERM and SIGINT ask for a stop after the current iteration; a second one stops at once."""
+    """SIGTERM and SIGINT ask for a stop after the current iteration; a second one stops at once.
+
+    ``torchrun`` passes a Ctrl-C on to processes that have already got it: two within a second are one.
+    """
 
     def __enter__(self):
-        self.asked = False
+        self.asked = 0.0
         self.old = {s: signal.signal(s, self._ask) for s in (signal.SIGTERM, signal.SIGINT)}
         return self
 
     def _ask(self, number, frame):
-        if self.asked:
+        if self.asked and time.monotonic() > self.asked + 1:
             raise KeyboardInterrupt
-        self.asked = True
+        self.asked = self.asked or time.monotonic()
 
     def __bool__(self):
-        return self.asked
+        return self.asked > 0
 
     def __exit__(self, *error):
         for number, handler in self.old.items():
