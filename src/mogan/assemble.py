@@ -221,9 +221,8 @@ def _denoiser(
     if config.checkpointing and not frozen:
         transformer.enable_gradient_checkpointing()
     split_tokens(transformer, world)
-    shard(
-        transformer, transformer.blocks, world, dtype, partial=True
-    )  # before the move: a GPU never holds a whole network
+    # before the move: a GPU never holds a whole network
+    shard(transformer, transformer.blocks, world, dtype, partial=True)
     return Denoiser(transformer.to(world.device), dtype)
 
 

@@ -66,6 +66,7 @@ def save_checkpoint(run: Path, iteration: int, state: dict[str, Tensor], config:
         temporary.rename(final)
         for old in checkpoints(run)[: -config.keep]:
             shutil.rmtree(old)
+    world.barrier()  # nobody leaves, and so ends the others, before the checkpoint is in its place
     return final
 
 

@@ -29,7 +29,7 @@ from torch.distributed.tensor import DTensor
 
 from mogan.errors import UserError
 
-PATIENCE = timedelta(minutes=10)  # a process that keeps the others waiting longer than this is taken for dead
+PATIENCE = timedelta(minutes=30)  # a process that keeps the others waiting longer than this is taken for dead
 LOST = (
     "gloo",
     "NCCL",
@@ -87,7 +87,7 @@ class World:
 
     def mean(self, scalars: dict[str, Tensor]) -> dict[str, float]:
         """Scalars averaged over the processes, which must all have the same ones; the step's only host synchronisation."""
-        values = torch.stack([v.float() for v in scalars.values()])
+        values = torch.stack([torch.as_tensor(v, dtype=torch.float32, device=self.device) for v in scalars.values()])
         if self.mesh is not None:
             dist.all_reduce(values)
             values = values / self.ranks

@@ -183,7 +183,7 @@ def run_training(parts: Assembly, run: Path) -> None:
                     record |= {"seconds": time.perf_counter() - began}
                     shown[update.label] = f"{record['loss']:.3f}"
                     if journal is not None:
-                        journal.write(iteration, update.label, repeat, record)
+                        journal.write(iteration, update, repeat, record)
             bar.set_postfix(shown)
             done, leaving = iteration + 1, world.any(bool(stop))
             if done % config.save_every == 0 or done == config.iterations or leaving:
