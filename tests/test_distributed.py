@@ -128,11 +128,16 @@ def test_two_processes_follow_the_trajectory_of_one_and_each_resumes_the_other(f
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("recipe", "ranks", "more"), [("mogan", 2, ()), ("dmd", 4, ("--hsdp", "2", "--batch", "4"))])
+@pytest.mark.parametrize(
+    ("recipe", "ranks", "more"),
+    [
+        ("mogan", 2, ()),
+        ("mogan", 2, ("--context-parallel", "2")),
+        ("dmd", 4, ("--hsdp", "2", "--context-parallel", "2")),
+    ],
+)
 def test_sharded_run_follows_the_trajectory_of_one(recipe, ranks, more, family, cache, tmp_path):
     config = {"mogan": mogan, "dmd": dmd}[recipe]()
-    if more:
-        config = replace(config, plan=tuple(replace(u, batch=4) for u in config.plan))
     before = train_alone(config, family, cache, tmp_path / "one")
     train_together(ranks, recipe, family, cache, tmp_path / "many", *more)
     assert_same_trajectory(before, tmp_path / "one", tmp_path / "many")
@@ -270,7 +275,10 @@ def test_a_process_alone_needs_nothing(monkeypatch):
         assert (world.rank, world.ranks, world.main, world.mesh) == (0, 1, True, None)
         assert world.any(True)
         assert world.from_main(lambda: 3) == 3
-    with pytest.raises(UserError, match="--hsdp 2 needs several processes"), join("cpu", replicas=2):
+    with (
+        pytest.raises(UserError, match="--hsdp and --context-parallel need several processes"),
+        join("cpu", replicas=2),
+    ):
         pass
 
 

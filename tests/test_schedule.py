@@ -77,3 +77,14 @@ def test_drawn_levels_are_shifted_then_clamped(seed, k):
     drawn = schedule.draw_sigma(64, torch.Generator().manual_seed(seed), low=0.02, high=0.98, k=k)
     uniform = torch.rand(64, generator=torch.Generator().manual_seed(seed)).double().numpy()
     np.testing.assert_allclose(drawn, np.clip(k * uniform / (1 + (k - 1) * uniform), 0.02, 0.98), rtol=1e-5)
+
+
+def test_a_list_of_generators_draws_each_sample_by_itself():
+    def generators(*seeds):
+        return [torch.Generator().manual_seed(s) for s in seeds]
+
+    both = schedule.uniform(2, generators(1, 2), 3)
+    assert both.shape == (2, 3)
+    assert torch.equal(both[1:], schedule.uniform(1, generators(2), 3))
+    levels = schedule.draw_sigma(2, generators(1, 2), low=0.02, high=0.98, k=3.0)
+    assert torch.equal(levels[1:], schedule.draw_sigma(1, generators(2), low=0.02, high=0.98, k=3.0))

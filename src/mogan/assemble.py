@@ -16,7 +16,7 @@ from mogan.config import Config, GANConfig
 from mogan.data import Cache, ensure_observations, ensure_text
 from mogan.denoiser import Denoiser
 from mogan.discriminator import Discriminator
-from mogan.distributed import World, choose_device, local, shard
+from mogan.distributed import World, choose_device, local, shard, split_tokens
 from mogan.errors import UserError
 from mogan.flow import FlowEstimator, RaftFlow
 from mogan.lora import adapted, hold_in, learned_state, load_learned
@@ -228,9 +228,15 @@ def _frozen_weights(config: Config, dtype: torch.dtype, world: World) -> Callabl
     @once
     def load(folder: Path, part: str) -> Any:
         transformer = hold_in(wan.load_transformer(folder, part), dtype if config.lora else torch.float32)
-        return shard(transformer, transformer.blocks, world, dtype).to(world.device)
+        return _spread(transformer, world, dtype)
 
     return load
+
+
+def _spread(transformer: Any, world: World, dtype: torch.dtype) -> Any:
+    """Over the processes, then to the device: a GPU never holds a whole network."""
+    split_tokens(transformer, world)
+    return shard(transformer, transformer.blocks, world, dtype, partial=True).to(world.device)
 
 
 def _denoiser(
@@ -247,8 +253,7 @@ def _denoiser(
         transformer = adapted(frozen(folder, part), config.lora, config.seed).train()
     if config.checkpointing:
         transformer.enable_gradient_checkpointing()
-    shard(transformer, transformer.blocks, world, dtype)  # before the move: a GPU never holds a whole network
-    return Denoiser(transformer.to(world.device), dtype)
+    return Denoiser(_spread(transformer, world, dtype), dtype)
 
 
 def _continue_adapters(networks: dict[str, nn.Module], run: Path) -> None:
@@ -266,10 +271,10 @@ def _check_processes(config: Config, world: World) -> None:
     if config.lora is not None and world.ranks > 1:
         raise UserError("--lora trains in one process: start one, or leave --lora out")
     for update in config.plan:
-        if update.batch % world.ranks:
+        if update.batch % world.shares:
             raise UserError(
-                f"{update.label}: a batch of {update.batch} does not split over {world.ranks} processes; "
-                f"give --batch a multiple of {world.ranks}, or start fewer processes"
+                f"{update.label}: a batch of {update.batch} does not split over {world.shares} processes; give --batch a "
+                f"multiple of {world.shares}, start fewer processes, or let several share a sample (--context-parallel)"
             )
 
 

@@ -51,7 +51,7 @@ def save_checkpoint(run: Path, iteration: int, state: dict[str, Tensor], config:
     writer = HuggingFaceStorageWriter(str(temporary), files, save_distributed=True)
     try:
         with warnings.catch_warnings(action="ignore"):
-            dcp.save(state, storage_writer=writer, no_dist=world.ranks == 1)
+            dcp.save(state, storage_writer=writer, no_dist=world.mesh is None)
     except CheckpointException as error:  # raised by all processes together
         shutil.rmtree(temporary, ignore_errors=True)
         kept = latest_checkpoint(run)
@@ -66,6 +66,7 @@ def save_checkpoint(run: Path, iteration: int, state: dict[str, Tensor], config:
         temporary.rename(final)
         for old in checkpoints(run)[: -config.keep]:
             shutil.rmtree(old)
+    world.barrier()  # nobody leaves, and so ends the others, before the checkpoint is in its place
     return final
 
 
@@ -91,7 +92,7 @@ def load_checkpoint(path: Path, state: dict[str, Tensor], world: World = ONE) ->
     """
     try:
         with warnings.catch_warnings(action="ignore"):
-            dcp.load(state, storage_reader=HuggingFaceStorageReader(str(path)), no_dist=world.ranks == 1)
+            dcp.load(state, storage_reader=HuggingFaceStorageReader(str(path)), no_dist=world.mesh is None)
     except CheckpointException as error:
         raise _unreadable(path, _reason(error)) from error
 

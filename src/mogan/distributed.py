@@ -5,6 +5,7 @@ is; FSDP2 shards every network, block by block; without any of them a :class:`Wo
 anything.
 """
 
+import logging
 import os
 import time
 import traceback
@@ -17,17 +18,18 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from diffusers import ContextParallelConfig, ParallelConfig
+from diffusers.hooks import apply_context_parallel
 from torch import Tensor, nn
-from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor
 
 from mogan.errors import UserError
 
-PATIENCE = timedelta(minutes=10)  # a process that keeps the others waiting longer than this is taken for dead
+PATIENCE = timedelta(minutes=30)  # a process that keeps the others waiting longer than this is taken for dead
 LOST = (
     "gloo",
     "NCCL",
@@ -47,17 +49,29 @@ class World:
         rank: this process, from 0.
         ranks: how many there are.
         mesh: over what networks are sharded; None for a process alone.
+        sequence: the processes that work on one sample together, each on its part of the tokens; None if each works alone.
     """
 
     device: torch.device
     rank: int = 0
     ranks: int = 1
     mesh: DeviceMesh | None = None
+    sequence: DeviceMesh | None = None
 
     @property
     def main(self) -> bool:
         """True for the one process that writes logs and samples."""
         return self.rank == 0
+
+    @property
+    def shares(self) -> int:
+        """How many shares a batch is cut into."""
+        return self.ranks // (self.sequence.size() if self.sequence else 1)
+
+    @property
+    def share(self) -> int:
+        """Which of them is ours; processes that work on the same samples have the same one."""
+        return self.rank // (self.sequence.size() if self.sequence else 1)
 
     def barrier(self) -> None:
         """Wait until every process is here."""
@@ -73,7 +87,7 @@ class World:
 
     def mean(self, scalars: dict[str, Tensor]) -> dict[str, float]:
         """Scalars averaged over the processes, which must all have the same ones; the step's only host synchronisation."""
-        values = torch.stack([v.float() for v in scalars.values()])
+        values = torch.stack([torch.as_tensor(v, dtype=torch.float32, device=self.device) for v in scalars.values()])
         if self.mesh is not None:
             dist.all_reduce(values)
             values = values / self.ranks
@@ -92,18 +106,20 @@ ONE = World(torch.device("cpu"))  # a process alone
 
 
 def choose_device(name: str, local_rank: int = 0) -> torch.device:
-    """``auto``, ``cpu`` or ``cuda``; each process of a machine takes the GPU of its number."""
+    """``auto``, ``cpu`` or ``cuda``; each process of a machine takes the GPU of its number, or the only one it sees."""
     if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
-    if local_rank >= torch.cuda.device_count():
+    seen = torch.cuda.device_count()
+    number = 0 if seen == 1 else local_rank
+    if number >= seen:
         raise UserError(
-            f"this machine has {torch.cuda.device_count()} GPUs and a process numbered {local_rank}: start one process per GPU"
+            f"process {local_rank} of this machine finds {seen} GPUs: start one process per GPU, or --device cpu"
         )
-    return torch.device("cuda", local_rank) if "RANK" in os.environ else torch.device("cuda")
+    return torch.device("cuda", number)
 
 
 @contextmanager
-def join(device: str = "auto", replicas: int = 1) -> Iterator[World]:
+def join(device: str = "auto", replicas: int = 1, context: int = 1) -> Iterator[World]:
     """Join the other processes, if this one was started with any; leave them, or end with them, when the block ends.
 
     The first process that fails says why; the others, which then lose it, end without a word. A process that is killed
@@ -112,16 +128,18 @@ def join(device: str = "auto", replicas: int = 1) -> Iterator[World]:
     Args:
         device: ``auto``, ``cpu`` or ``cuda``.
         replicas: copies of every sharded network (HSDP); 1 shards over all processes.
+        context: processes that share the tokens of one sample; 1 gives each its own samples.
     """
     _read_slurm()
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     if ranks == 1:
-        if replicas != 1:
-            raise UserError(f"--hsdp {replicas} needs several processes: start them with torchrun")
+        if replicas != 1 or context != 1:
+            raise UserError("--hsdp and --context-parallel need several processes: start them with torchrun")
         yield World(choose_device(device))
         return
-    if ranks % replicas:
-        raise UserError(f"--hsdp {replicas} does not divide the {ranks} processes")
+    for option, count in (("--hsdp", replicas), ("--context-parallel", context)):
+        if count < 1 or ranks % count:
+            raise UserError(f"{option} {count} does not divide the {ranks} processes")
     where = choose_device(device, int(os.environ.get("LOCAL_RANK", "0")))
     if where.type == "cuda":
         torch.cuda.set_device(where)
@@ -135,17 +153,29 @@ def join(device: str = "auto", replicas: int = 1) -> Iterator[World]:
             f"the {ranks} processes did not find each other ({error}): start all of them with one torchrun or srun, and "
             "let MASTER_ADDR name the first machine"
         ) from error
-    if replicas == 1:
-        mesh = init_device_mesh(where.type, (ranks,), mesh_dim_names=("shard",))
-    else:
-        mesh = init_device_mesh(where.type, (replicas, ranks // replicas), mesh_dim_names=("replicate", "shard"))
+    mesh, sequence = _meshes(where.type, ranks, replicas, context)
     # FSDP2 warns of in-place arithmetic on what a network returns: there is none here
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
     try:
-        yield World(where, rank, ranks, mesh)
-    except (Exception, CheckpointException) as error:
-        raise _first_error(error, store, rank, ranks) from error
+        yield World(where, rank, ranks, mesh, sequence)
+    except Exception as error:
+        ending = _first_error(error, store, rank, ranks)
+        if ending is error:
+            raise
+        raise ending from error
     dist.destroy_process_group()
+
+
+def _meshes(kind: str, ranks: int, replicas: int, context: int) -> tuple[DeviceMesh, DeviceMesh | None]:
+    """Over what networks are sharded, and the neighbours (on one machine) that work on one sample."""
+    if replicas == 1:
+        mesh = init_device_mesh(kind, (ranks,), mesh_dim_names=("shard",))
+    else:
+        mesh = init_device_mesh(kind, (replicas, ranks // replicas), mesh_dim_names=("replicate", "shard"))
+    if context == 1:
+        return mesh, None
+    every = init_device_mesh(kind, (ranks // context, 1, context), mesh_dim_names=("share", "ring", "ulysses"))
+    return mesh, every["ring", "ulysses"]
 
 
 def _read_slurm() -> None:
@@ -163,7 +193,7 @@ def _read_slurm() -> None:
     os.environ.setdefault("MASTER_PORT", str(20000 + int(os.environ.get("SLURM_JOB_ID", "0")) % 10000))
 
 
-def _first_error(error: BaseException, store: dist.Store, rank: int, ranks: int) -> BaseException:
+def _first_error(error: Exception, store: dist.Store, rank: int, ranks: int) -> BaseException:
     """What this process should end with: its error if it is the first to fail, silence otherwise."""
     text = "".join(traceback.format_exception_only(error))
     lost = not isinstance(error, UserError) and any(word in text for word in LOST)
@@ -184,24 +214,49 @@ def _first_error(error: BaseException, store: dist.Store, rank: int, ranks: int)
         first = True
     if not first:
         return SystemExit(2)
-    if isinstance(error, Exception) and not lost:
+    if not lost:
         get_error_handler().record_exception(error)  # torchrun's summary shows it
     return error
 
 
-def shard(network: nn.Module, blocks: nn.ModuleList, world: World, dtype: torch.dtype) -> nn.Module:
+def split_tokens(transformer: Any, world: World) -> None:
+    """Let the processes of ``world.sequence`` share the tokens of a Wan transformer (Ulysses, arXiv 2309.14509).
+
+    It still takes and returns whole latents; between, each process computes its part of the tokens, and self-attention
+    trades them for a part of the heads. These are the steps of diffusers' ``enable_parallelism``, which is for GPUs only.
+    The processes' gradients of the weights then add up to the gradient: see :func:`shard`.
+    """
+    if world.sequence is None:
+        return
+    count, heads = world.sequence.size(), transformer.config.num_attention_heads
+    if heads % count:
+        raise UserError(f"--context-parallel {count} does not divide the {heads} attention heads of this model")
+    config = ParallelConfig(context_parallel_config=ContextParallelConfig(ulysses_degree=count))
+    config.setup(world.rank, world.ranks, world.device, mesh=world.sequence)
+    transformer._parallel_config = config
+    for block in transformer.blocks:
+        block.attn1.processor._parallel_config = config
+    apply_context_parallel(transformer, config.context_parallel_config, transformer._cp_plan)
+    # it warns at every pass that levels are one per sample and cannot be split, which is right
+    logging.getLogger("diffusers.hooks.context_parallel").setLevel(logging.ERROR)
+
+
+def shard(
+    network: nn.Module, blocks: nn.ModuleList, world: World, dtype: torch.dtype, partial: bool = False
+) -> nn.Module:
     """Shard a network in place with FSDP2, each transformer block on its own, the rest as one more group.
 
     Weights, gradients and optimiser moments are kept in fp32, one part per process. A block is gathered just before it
     computes and freed just after; if ``dtype`` is bf16 it is gathered in bf16. What lies outside the blocks stays fp32
-    (time embedding, heads). Gradients are averaged over the processes in fp32. Inputs are never cast: noise levels do not
-    survive bf16.
+    (time embedding, heads). Gradients are averaged over the shares of the batch in fp32. Inputs are never cast: noise
+    levels do not survive bf16.
 
     Args:
         network: the module that is called; its weights all have one dtype.
         blocks: its transformer blocks.
         world: over which processes.
         dtype: dtype the network computes in.
+        partial: the processes of one share each have a part of the gradient (:func:`split_tokens`), not all of it.
     """
     if world.mesh is None:
         return network
@@ -211,6 +266,10 @@ def shard(network: nn.Module, blocks: nn.ModuleList, world: World, dtype: torch.
     for block in blocks:
         fully_shard(block, mesh=world.mesh, mp_policy=inside)
     fully_shard(network, mesh=world.mesh, mp_policy=outside, reshard_after_forward=True)
+    for module in network.modules():
+        if isinstance(module, FSDPModule):
+            module.set_force_sum_reduction_for_comms(True)  # gloo can only sum
+            module.set_gradient_divide_factor(world.shares if partial else world.ranks)
     return network
 
 

@@ -8,6 +8,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from mogan.checkpoint import write_atomically
+from mogan.config import Update
 from mogan.watch import Watch
 
 
@@ -21,13 +22,14 @@ class Journal:
         self.writer = SummaryWriter(str(run / "tensorboard"), purge_step=start)
         self.file = (run / "metrics.jsonl").open("a")
 
-    def write(self, iteration: int, update: str, repeat: int, record: dict[str, float]) -> None:
-        """Note one step of an update (its label); of steps that repeat, TensorBoard shows the last."""
-        line = {"iteration": iteration, "update": update, "repeat": repeat} | record
+    def write(self, iteration: int, update: Update, repeat: int, record: dict[str, float]) -> None:
+        """Note one step; of an update that repeats within an iteration, TensorBoard shows the last step."""
+        line = {"iteration": iteration, "update": update.label, "repeat": repeat} | record
         self.file.write(json.dumps(line) + "\n")
         self.file.flush()
-        for key, value in record.items():
-            self.writer.add_scalar(f"{update.replace('<', '_by_')}/{key}", value, iteration)
+        if repeat == update.times - 1:
+            for key, value in record.items():
+                self.writer.add_scalar(f"{update.label.replace('<', '_by_')}/{key}", value, iteration)
         for warning in self.watch.read(line):
             tqdm.write(f"iteration {iteration}: {warning}")
             with (self.run / "warnings.log").open("a") as file:

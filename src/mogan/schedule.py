@@ -58,11 +58,11 @@ def x0_to_velocity(x_t: Tensor, x0: Tensor, sigma: Tensor) -> Tensor:
     return (x_t - x0) / broadcast(sigma, x_t)
 
 
-def uniform(count: int, generator: torch.Generator | list[torch.Generator]) -> Float[Tensor, " b"]:
-    """Uniform numbers in [0, 1), one per sample; with a list of generators, number ``i`` comes from generator ``i``."""
+def uniform(count: int, generator: torch.Generator | list[torch.Generator], *each: int) -> Float[Tensor, "b *each"]:
+    """Uniform numbers in [0, 1), of shape ``(count, *each)``; with a list of generators, sample ``i`` uses generator ``i``."""
     if isinstance(generator, list):
-        return torch.cat([torch.rand(1, generator=g, device=g.device) for g in generator])
-    return torch.rand(count, generator=generator, device=generator.device)
+        return torch.cat([torch.rand(1, *each, generator=g, device=g.device) for g in generator])
+    return torch.rand(count, *each, generator=generator, device=generator.device)
 
 
 def draw_sigma(

@@ -79,12 +79,12 @@ def draw(parts: Assembly, update: Update, where: Position) -> Batch:
     return draw_batch(
         parts.cache,
         seed=where.seed,
-        rank=parts.world.rank,
-        ranks=parts.world.ranks,
+        rank=parts.world.share,
+        ranks=parts.world.shares,
         iteration=where.iteration,
         update=where.update,
         repeat=where.repeat,
-        size=update.batch // parts.world.ranks,
+        size=update.batch // parts.world.shares,
         want=want,
         observations=parts.observations,
         starts=config.gan.starts if in_motion and config.gan is not None else (),
@@ -183,7 +183,7 @@ def run_training(parts: Assembly, run: Path) -> None:
                     record |= {"seconds": time.perf_counter() - began}
                     shown[update.label] = f"{record['loss']:.3f}"
                     if journal is not None:
-                        journal.write(iteration, update.label, repeat, record)
+                        journal.write(iteration, update, repeat, record)
             bar.set_postfix(shown)
             done, leaving = iteration + 1, world.any(bool(stop))
             if done % config.save_every == 0 or done == config.iterations or leaving:
@@ -216,20 +216,23 @@ def resume(parts: Assembly, run: Path) -> int:
 
 
 class _graceful_stop:
-    """SIGTERM and SIGINT ask for a stop after the current iteration; a second one stops at once."""
+    """SIGTERM and SIGINT ask for a stop after the current iteration; a second one stops at once.
+
+    ``torchrun`` passes a Ctrl-C on to processes that have already got it: two within a second are one.
+    """
 
     def __enter__(self):
-        self.asked = False
+        self.asked = 0.0
         self.old = {s: signal.signal(s, self._ask) for s in (signal.SIGTERM, signal.SIGINT)}
         return self
 
     def _ask(self, number, frame):
-        if self.asked:
+        if self.asked and time.monotonic() > self.asked + 1:
             raise KeyboardInterrupt
-        self.asked = True
+        self.asked = self.asked or time.monotonic()
 
     def __bool__(self):
-        return self.asked
+        return self.asked > 0
 
     def __exit__(self, *error):
         for number, handler in self.old.items():
@@ -282,6 +285,7 @@ def train(
     sample_every: int | None = None,
     device: str = "auto",
     hsdp: int = 1,
+    context_parallel: int = 1,
     dry_run: bool = False,
 ) -> None:
     """Train a recipe on a cache; the same command again goes on where it stopped.
@@ -303,6 +307,7 @@ def train(
         sample_every: iterations between sheets of sample clips.
         device: auto, cpu or cuda.
         hsdp: with many processes, copies of the sharded networks: 1 shards over all of them.
+        context_parallel: with many processes, how many share the tokens of one sample; it must divide the model's heads.
         dry_run: print the resolved config and stop.
     """
     config = find_recipe(recipe)
@@ -327,7 +332,7 @@ def train(
     if dry_run:
         print(text)
         return
-    with join(device, hsdp) as world:
+    with join(device, hsdp, context_parallel) as world:
         out.mkdir(parents=True, exist_ok=True)
         check_same_run(out, config)
         parts = assemble(config, open_cache(data), model=model, student=student, run=out, world=world)
