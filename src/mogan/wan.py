@@ -316,8 +316,13 @@ def encode_video(
 
 def latent_shape(model: Path, size: Geometry) -> tuple[int, int, int, int]:
     """``(C, F, H, W)`` of the latents of a clip of this geometry; the clip must fit the autoencoder and the patches."""
-    vae = json.loads((model / "vae" / "config.json").read_text())
-    patch = json.loads((model / "transformer" / "config.json").read_text()).get("patch_size", (1, 2, 2))
+    vae, transformer = (json.loads((model / part / "config.json").read_text()) for part in ("vae", "transformer"))
+    return fit_latents(vae, transformer, size)
+
+
+def fit_latents(vae: dict, transformer: dict, size: Geometry) -> tuple[int, int, int, int]:
+    """:func:`latent_shape` from the two configs."""
+    patch = transformer.get("patch_size", (1, 2, 2))
     space, time = vae.get("scale_factor_spatial", 8), vae.get("scale_factor_temporal", 4)
     multiple = space * max(patch[1:])
     if size.frames % time != 1 or size.height % multiple or size.width % multiple:
