@@ -13,6 +13,7 @@ COMMANDS = {
     "evaluate": ("mogan.evaluation.evaluate:evaluate", "folders of clips -> results.json"),
     "report": ("mogan.report.page:report", "results and runs -> one HTML page"),
     "export": ("mogan.export:export", "a run's student -> a diffusers folder"),
+    "estimate": ("mogan.estimate.command:estimate", "memory, time and cost of a recipe on a machine, without one"),
     "survey build": ("mogan.survey.build:build", "pair the clips of two or more systems for human voting"),
     "survey serve": ("mogan.survey.serve:serve", "serve a survey on this machine"),
     "survey analyze": ("mogan.survey.analyze:analyze", "votes -> win / tie / lose with intervals"),

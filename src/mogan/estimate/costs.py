@@ -32,7 +32,7 @@ class Costs:
         judge: the discriminator, forward and backward, its weights learning; ``judge_frozen``: only its input's gradient.
         observe: window decode, flow and encode without gradient; ``observe_grad``: with.
         decode: of a whole clip, for sampling.
-        parameters: of ``transformer``, ``block`` (one of its blocks), ``adapters`` (per rank), ``discriminator``, ``vae``,
+        parameters: of ``transformer``, ``block`` (one of its blocks), ``rest`` (what is outside them), ``adapters`` (per rank), ``discriminator``, ``vae``,
             ``flow``, ``text_encoder``.
     """
 
@@ -49,23 +49,21 @@ class Costs:
 def measure_costs(config: Config, shapes: Shapes, say: Callable[[str], None] = lambda text: None) -> Costs:
     """Trace every call a recipe makes. Takes seconds to a minute; nothing is allocated."""
     dtype = torch.float32 if config.precision == "fp32" else torch.bfloat16
-    with fake():
-        say("transformer")
-        forward, train = _transformer(shapes, config.checkpointing, dtype)
-        say("autoencoder")
-        vae = _vae(shapes, dtype)
-        decode = _decode(vae, shapes, length=shapes.latent[1], start=0, grad=False, checkpointing=False)
-        costs: dict[str, Any] = {"forward": forward, "train": train, "decode": decode}
-        parameters = _parameters(shapes)
-        if config.gan is not None:
-            if config.gan.space == "motion":
-                say("optical flow")
-                flow, parameters["flow"] = _flow(config.gan)
-                costs["observe"] = _observe(vae, flow, shapes, config.gan, False, config.checkpointing)
-                costs["observe_grad"] = _observe(vae, flow, shapes, config.gan, True, config.checkpointing)
-            say("discriminator")
-            costs["judge"], parameters["discriminator"] = _judge(config, shapes, dtype, learns=True)
-            costs["judge_frozen"], _ = _judge(config, shapes, dtype, learns=False)
+    parameters = _parameters(shapes)
+    say("transformer")
+    forward, train = _transformer(shapes, config.checkpointing, dtype)
+    say("autoencoder")
+    codec = Codec(shapes, dtype)
+    costs: dict[str, Any] = {"forward": forward, "train": train, "decode": codec.decode(shapes.latent[1])}
+    if config.gan is not None:
+        if config.gan.space == "motion":
+            say("optical flow")
+            flow, parameters["flow"] = _flow(config.gan)
+            costs["observe"] = _observe(codec, flow, config.gan, grad=False, checkpointing=config.checkpointing)
+            costs["observe_grad"] = _observe(codec, flow, config.gan, grad=True, checkpointing=config.checkpointing)
+        say("discriminator")
+        costs["judge"], parameters["discriminator"] = _judge(config, shapes, dtype, learns=True)
+        costs["judge_frozen"], _ = _judge(config, shapes, dtype, learns=False)
     return Costs(parameters=parameters, **costs)
 
 
@@ -80,7 +78,9 @@ def build_transformer(shapes: Shapes, layers: int | None = None) -> Any:
 
 def _parameters(shapes: Shapes) -> dict[str, int]:
     """Exact counts, from two depths."""
-    one, two = (sizes(build_transformer(shapes, n))[0] for n in (1, 2))
+    with torch.device("meta"):
+        one, two = (sizes(build_transformer(shapes, n))[0] for n in (1, 2))
+        vae = sizes(AutoencoderKLWan(**_known(shapes.vae)))[0]
     width = shapes.transformer["num_attention_heads"] * shapes.transformer["attention_head_dim"]
     layers, ffn = shapes.transformer["num_layers"], shapes.transformer["ffn_dim"]
     text = shapes.text_encoder
@@ -91,24 +91,26 @@ def _parameters(shapes: Shapes) -> dict[str, int]:
     return {
         "transformer": one + (layers - 1) * (two - one),
         "block": two - one,
+        "rest": one - (two - one),
         "adapters": layers * (8 * 2 * width + 2 * (width + ffn)),  # per rank; eight square matrices and two of the MLP
-        "vae": sizes(AutoencoderKLWan(**_known(shapes.vae)))[0],
+        "vae": vae,
         "text_encoder": text["vocab_size"] * text["d_model"] + text["num_layers"] * layer + text["d_model"],
     }
 
 
 def _transformer(shapes: Shapes, checkpointing: bool, dtype: torch.dtype) -> tuple[Call, Call]:
     """One call without gradient, one with; at full depth."""
-    x, sigma = torch.randn(1, *shapes.latent), torch.full((1,), 0.5)
-    text = torch.randn(1, TEXT_TOKENS, shapes.transformer["text_dim"])
     calls: dict[bool, list[Call]] = {False: [], True: []}
-    for layers in (1, 2):
-        network = build_transformer(shapes, layers).train()
-        if checkpointing:
-            network.enable_gradient_checkpointing()
-        denoiser = Denoiser(network, dtype)
-        for backward, found in calls.items():
-            found.append(trace(network.parameters(), lambda d=denoiser: d(x, sigma, text), backward=backward))
+    with fake():
+        x, sigma = torch.empty(1, *shapes.latent), torch.full((1,), 0.5)
+        text = torch.empty(1, TEXT_TOKENS, shapes.transformer["text_dim"])
+        for layers in (1, 2):
+            network = build_transformer(shapes, layers).train()
+            if checkpointing:
+                network.enable_gradient_checkpointing()
+            denoiser = Denoiser(network, dtype)
+            for backward, found in calls.items():
+                found.append(trace(network.parameters(), lambda d=denoiser: d(x, sigma, text), backward=backward))
     more = shapes.transformer["num_layers"] - 1
     forward, train = (one.along(two, more) for one, two in calls.values())
     return forward, train
@@ -118,17 +120,20 @@ def _judge(config: Config, shapes: Shapes, dtype: torch.dtype, *, learns: bool) 
     """The discriminator on one observation, and its number of parameters."""
     gan = cast(GANConfig, config.gan)
     channels, frames, height, width = shapes.latent
-    seen = torch.randn(1, channels, gan.window if gan.space == "motion" else frames, height, width, requires_grad=not learns)
-    text = torch.randn(1, TEXT_TOKENS, shapes.transformer["text_dim"])
     calls, counts = [], []
-    for blocks in (1, 2):
-        at = (blocks - 1,) * len(gan.taps)  # heads cost the same wherever they read
-        network = Discriminator(build_transformer(shapes, blocks), text, blocks=blocks, tap_at=at, dtype=dtype)
-        if config.checkpointing:
-            network.transformer.enable_gradient_checkpointing()
-        network.train().requires_grad_(learns)
-        counts.append(sizes(network)[0])
-        calls.append(trace(network.parameters(), lambda n=network: n(seen), backward=True))
+    with fake():
+        length = gan.window if gan.space == "motion" else frames
+        seen = torch.empty(1, channels, length, height, width, requires_grad=not learns)
+        text = torch.empty(1, TEXT_TOKENS, shapes.transformer["text_dim"])
+        for blocks in (1, 2):
+            at = (blocks - 1,) * len(gan.taps)  # heads cost the same wherever they read
+            network = Discriminator(build_transformer(shapes, blocks), text, blocks=blocks, tap_at=at, dtype=dtype)
+            if config.checkpointing:
+                network.transformer.enable_gradient_checkpointing()
+            if not learns:
+                network.requires_grad_(False)
+            counts.append(sizes(network)[0])
+            calls.append(trace(network.parameters(), lambda n=network.train(): n(seen), backward=True))
     return calls[0].along(calls[1], gan.blocks - 1), counts[0] + (gan.blocks - 1) * (counts[1] - counts[0])
 
 
@@ -140,55 +145,60 @@ def _known(config: Mapping[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in config.items() if not k.startswith("_") and k != "clip_output"}
 
 
-def _vae(shapes: Shapes, dtype: torch.dtype) -> AutoencoderKLWan:
-    usual = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        return AutoencoderKLWan(**_known(shapes.vae)).eval().requires_grad_(False)
-    finally:
-        torch.set_default_dtype(usual)
+class Codec:
+    """The autoencoder of some shapes, on the meta device; every call is traced once."""
+
+    def __init__(self, shapes: Shapes, dtype: torch.dtype):
+        self.shapes = shapes
+        usual = torch.get_default_dtype()
+        torch.set_default_dtype(dtype)
+        try:
+            with torch.device("meta"):
+                self.vae: Any = AutoencoderKLWan(**_known(shapes.vae)).eval().requires_grad_(False)
+        finally:
+            torch.set_default_dtype(usual)
+        self._traced: dict[tuple, Call] = {}
+
+    def decode(self, length: int, start: int = 0, grad: bool = False, checkpointing: bool = False) -> Call:
+        """Decode of ``length`` latent frames after ``start`` others. From the third latent frame on all cost the same."""
+        if not grad:
+            whole = start + length
+            return self._decode(0, 2).along(self._decode(0, 3), whole - 2) if whole > 3 else self._decode(start, length)
+        if start + length <= 4:
+            return self._decode(start, length, True, checkpointing)
+        window = self._decode(2, 1, True, checkpointing).along(self._decode(2, 2, True, checkpointing), length - 1)
+        prefix = self._decode(0, 3).work - self._decode(0, 2).work
+        return Call(window.work + prefix * (start - 2), window.held, window.peak)
+
+    def encode(self, frames: int, grad: bool = False, checkpointing: bool = False) -> Call:
+        """Encode of ``4 k + 1`` frames. From the second chunk on all cost the same."""
+        if frames <= 9:
+            return self._encode(frames, grad, checkpointing)
+        two, three = (self._encode(n, grad, checkpointing) for n in (5, 9))
+        return two.along(three, (frames - 5) / 4)
+
+    def _decode(self, first: int, count: int, grad: bool = False, checkpointing: bool = False) -> Call:
+        channels, _, height, width = self.shapes.latent
+        z = torch.empty(1, channels, first + count, height, width, device="meta", requires_grad=grad)
+        return self._once(("decode", first, count, grad, checkpointing), lambda: decode_window(self.vae, z, first, count, checkpointing))
+
+    def _encode(self, frames: int, grad: bool, checkpointing: bool) -> Call:
+        size = self.shapes.size
+        video = torch.empty(1, 3, frames, size.height, size.width, device="meta", requires_grad=grad)
+        return self._once(("encode", frames, 0, grad, checkpointing), lambda: encode_video(self.vae, video, checkpointing))
+
+    def _once(self, key: tuple, call: Callable[[], torch.Tensor]) -> Call:
+        if key not in self._traced:
+            self._traced[key] = trace((), call, backward=key[3])
+        return self._traced[key]
 
 
 def _flow(gan: GANConfig) -> tuple[RaftFlow | None, int]:
     """The recipe's RAFT with random weights; None for a classical estimator, whose cost is the CPU's."""
     if gan.flow == "farneback":
         return None, 0
-    with torch._C._DisableTorchDispatch():
-        network = RaftConfig().build() if gan.flow == "lab" else raft_large()
+    network = RaftConfig().build() if gan.flow == "lab" else raft_large()
     return RaftFlow(network, gan.flow_iterations), sizes(network)[0]
-
-
-def _decode(
-    vae: AutoencoderKLWan, shapes: Shapes, *, length: int, start: int, grad: bool, checkpointing: bool
-) -> Call:
-    """Decode of ``length`` latent frames after ``start`` others; frames from the third on cost the same."""
-    channels, _, height, width = shapes.latent
-
-    def call(first: int, count: int) -> Call:
-        z = torch.randn(1, channels, first + count, height, width, requires_grad=grad)
-        return trace((), lambda: decode_window(vae, z, first, count, checkpointing), backward=grad)
-
-    if not grad:  # nothing is kept but the frames: as one window from the start
-        whole = start + length
-        if whole <= 3:
-            return call(start, length)
-        return call(0, 3).along(call(0, 4), whole - 3)
-    if length <= 2:
-        return call(start, length)
-    prefix = call(0, 2)
-    found = call(2, 1).along(call(2, 2), length - 1)
-    more = _decode(vae, shapes, length=start, start=0, grad=False, checkpointing=False) if start > 2 else prefix
-    return Call(found.work + more.work - prefix.work, found.held, found.peak)
-
-
-def _encode(vae: AutoencoderKLWan, shapes: Shapes, frames: int, grad: bool, checkpointing: bool) -> Call:
-    size = shapes.size
-
-    def call(count: int) -> Call:
-        video = torch.randn(1, 3, count, size.height, size.width, requires_grad=grad)
-        return trace((), lambda: encode_video(vae, video, checkpointing), backward=grad)
-
-    return call(frames) if frames <= 9 else call(9).along(call(13), (frames - 9) / 4)
 
 
 def _estimate_flow(flow: RaftFlow | None, shapes: Shapes, frames: int, grad: bool, checkpointing: bool) -> Call:
@@ -199,8 +209,9 @@ def _estimate_flow(flow: RaftFlow | None, shapes: Shapes, frames: int, grad: boo
     flow.checkpointing = checkpointing
     wanted, calls = flow.iterations, []
     for flow.iterations in (1, 2):
-        video = torch.randn(1, 3, pairs + 1, size.height, size.width, requires_grad=grad)
-        calls.append(trace((), lambda v=video: flow(v), backward=grad))
+        with fake():
+            video = torch.empty(1, 3, pairs + 1, size.height, size.width, requires_grad=grad)
+            calls.append(trace((), lambda v=video: flow(v), backward=grad))
     flow.iterations = wanted
     chunk = calls[0].along(calls[1], wanted - 1)
     chunks = (frames - 1) / pairs
@@ -208,20 +219,19 @@ def _estimate_flow(flow: RaftFlow | None, shapes: Shapes, frames: int, grad: boo
     return Call(chunk.work * chunks, held, held - chunk.held + chunk.peak)
 
 
-def _observe(
-    vae: AutoencoderKLWan, flow: RaftFlow | None, shapes: Shapes, gan: GANConfig, grad: bool, checkpointing: bool
-) -> Call:
-    """Decode, flow, picture, encode: one after the other, what is held adds up. The mean over the window's starts."""
-    frames = 4 * gan.window - 3
+def _observe(codec: Codec, flow: RaftFlow | None, gan: GANConfig, *, grad: bool, checkpointing: bool) -> Call:
+    """Decode, flow, picture, encode, one after the other; what is held adds up. The window starts at its mean start."""
+    frames, size = 4 * gan.window - 3, codec.shapes.size
     start = round(sum(gan.starts) / len(gan.starts))
-    decode = _decode(vae, shapes, length=gan.window, start=start, grad=grad, checkpointing=checkpointing)
-    estimate = _estimate_flow(flow, shapes, frames, grad, checkpointing)
-    fields = torch.randn(1, 2, frames - 1, shapes.size.height, shapes.size.width, requires_grad=grad)
-    picture = trace((), lambda: motion_picture(fields, gan.max_flow), backward=grad)
-    encode = _encode(vae, shapes, frames, grad, checkpointing)
+    fields = torch.empty(1, 2, frames - 1, size.height, size.width, device="meta", requires_grad=grad)
+    stages = (
+        codec.decode(gan.window, start, grad, checkpointing),
+        _estimate_flow(flow, codec.shapes, frames, grad, checkpointing),
+        trace((), lambda: motion_picture(fields, gan.max_flow), backward=grad),
+        codec.encode(frames, grad, checkpointing),
+    )
     held, peak, work = 0.0, 0.0, Work()
-    for stage in (decode, estimate, picture, encode):
+    for stage in stages:
         peak = max(peak, held + stage.peak)
         held, work = held + stage.held, work + stage.work
     return Call(work, held, peak)
-
