@@ -117,6 +117,8 @@ def assemble(
         objectives["dmd"] = DMD(teacher, fake, null, guidance=d.guidance, shift=d.shift, low=d.low, high=d.high)
     if config.gan is not None:
         discriminator = _discriminator(config.gan, base, encode, dtype, target, config.seed)
+        if config.checkpointing:
+            discriminator.transformer.enable_gradient_checkpointing()
         networks["discriminator"] = discriminator
         observe = None
         if config.gan.space == "motion":

@@ -23,6 +23,7 @@ from torchvision.models.optical_flow._utils import make_coords_grid, upsample_fl
 from mogan.errors import UserError
 
 FlowEstimator = Callable[[Tensor], Tensor]
+PIXELS_PER_CHUNK = 2 * 480 * 832  # a pair of this size takes about 4 GB of memory in the backward pass
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,7 @@ class RaftFlow(nn.Module):
     Args:
         raft: a torchvision ``RAFT``; frozen here.
         iterations: refinement steps (12 in training, 20 in VBench's dynamic degree).
-        pairs_per_chunk: frame pairs estimated at once.
+        pairs_per_chunk: frame pairs estimated at once; fewer where frames are large (``PIXELS_PER_CHUNK``).
         checkpointing: recompute each chunk in the backward pass.
     """
 
@@ -116,6 +117,10 @@ class RaftFlow(nn.Module):
     def train(self, mode: bool = True) -> "RaftFlow":
         """Stay in evaluation mode: RAFT's batch statistics are frozen with its weights."""
         return super().train(False)
+
+    def pairs_at_once(self, height: int, width: int) -> int:
+        """Frame pairs of this size that are estimated at once."""
+        return max(1, min(self.pairs_per_chunk, PIXELS_PER_CHUNK // (height * width)))
 
     def _estimate(self, frames_BFCHW: Tensor) -> Tensor:
         """Flow between neighbours of a few frames. The encoders see every frame once, and only the last refinement is
@@ -139,17 +144,18 @@ class RaftFlow(nn.Module):
             seen = raft.corr_block.index_pyramid(centroids_coords=there)
             hidden, step = raft.update_block(hidden, context, seen, there - start)
             there = there + step
+        raft.corr_block.corr_pyramid = []  # torchvision keeps it in the module: gigabytes that nobody reads again
         mask = None if raft.mask_predictor is None else raft.mask_predictor(hidden)
         flow = upsample_flow(there - start, up_mask=mask)
         return flow[..., pad[2] : flow.shape[-2] - pad[3], pad[0] : flow.shape[-1] - pad[1]].unflatten(0, (b, f - 1))
 
     def forward(self, video_BCFHW: Float[Tensor, "b 3 f h w"]) -> Float[Tensor, "b 2 f-1 h w"]:
         """Flow between neighbouring frames of a video in [-1, 1]."""
-        b, _, f, _, _ = video_BCFHW.shape
+        b, _, f, h, w = video_BCFHW.shape
         if f < 2:
             raise ValueError("optical flow needs at least two frames")
         frames = video_BCFHW.float().transpose(1, 2)
-        span = max(1, self.pairs_per_chunk // b)  # pairs of each clip at once
+        span = max(1, self.pairs_at_once(h, w) // b)  # of each clip
         flows = []
         with torch.autocast(video_BCFHW.device.type, enabled=False):
             for first in range(0, f - 1, span):

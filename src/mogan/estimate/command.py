@@ -79,7 +79,9 @@ def pricing(
     shapes = read_shapes(model or ("lab" if config.recipe.endswith("_lab") else "wan2.1-t2v-1.3b"))
     shapes = resized(shapes, frames=frames, height=height, width=width)
     if config.gan is not None and config.gan.space == "motion" and config.gan.window > shapes.latent[1]:
-        raise UserError(f"the recipe's window of {config.gan.window} is longer than the clip's {shapes.latent[1]} latent frames")
+        raise UserError(
+            f"the recipe's window of {config.gan.window} is longer than the clip's {shapes.latent[1]} latent frames"
+        )
 
     def say(what: str) -> None:
         print(f"tracing the {what} ...", file=sys.stderr, flush=True)
@@ -119,7 +121,9 @@ def as_table(found: Estimate, changes: tuple[Change, ...]) -> str:
     ]
     for n in found.networks:
         numbers = (n.weights, n.gradients, n.moments, n.average)
-        cells = "".join(f"{x / GB:>{w}.2f}" if x else f"{'-':>{w}}" for x, w in zip(numbers, (10, 11, 9, 9), strict=True))
+        cells = "".join(
+            f"{x / GB:>{w}.2f}" if x else f"{'-':>{w}}" for x, w in zip(numbers, (10, 11, 9, 9), strict=True)
+        )
         lines.append(f"{n.name:<20}{n.parameters / 1e6:>10.0f} M{cells}")
     lines += [
         "",
@@ -130,6 +134,11 @@ def as_table(found: Estimate, changes: tuple[Change, ...]) -> str:
             f"{s.label:<22}{s.times:>6}{s.clips:>7g}{s.part:>9}{s.activations / GB:>13.1f}{s.peak / GB:>9.1f}"
             f"{s.flops / 1e15:>9.2f}{s.seconds:>9.1f}"
         )
+    if found.observation:
+        lines += ["", f"{'motion observation, one clip':<35}{'kept GB':>9}{'peak GB':>13}{'PFLOP':>18}{'seconds':>9}"]
+    for stage in found.observation:
+        cells = f"{stage.held / GB:>9.1f}{stage.peak / GB:>13.1f}{stage.flops / 1e15:>18.2f}{stage.seconds:>9.2f}"
+        lines.append(f"{stage.name:<35}{cells}")
     hours = found.hours
     lines += [
         "",

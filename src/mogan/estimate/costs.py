@@ -4,8 +4,8 @@ Depth and windows repeat equal pieces, so each network is traced at two small de
 followed; ``tests/test_estimate.py`` compares that line with the whole.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
@@ -30,7 +30,7 @@ class Costs:
     Attributes:
         forward: the transformer without gradient; ``train``: with, and its backward pass.
         judge: the discriminator, forward and backward, its weights learning; ``judge_frozen``: only its input's gradient.
-        observe: window decode, flow and encode without gradient; ``observe_grad``: with.
+        observe: window decode, flow and encode without gradient; ``observe_grad``: with; ``stages``: of the latter.
         decode: of a whole clip, for sampling.
         parameters: of ``transformer``, ``block`` (one of its blocks), ``rest`` (what is outside them), ``adapters`` (per rank), ``discriminator``, ``vae``,
             ``flow``, ``text_encoder``.
@@ -42,6 +42,7 @@ class Costs:
     parameters: Mapping[str, int]
     observe: Call | None = None
     observe_grad: Call | None = None
+    stages: Mapping[str, Call] = field(default_factory=dict)
     judge: Call | None = None
     judge_frozen: Call | None = None
 
@@ -59,8 +60,10 @@ def measure_costs(config: Config, shapes: Shapes, say: Callable[[str], None] = l
         if config.gan.space == "motion":
             say("optical flow")
             flow, parameters["flow"] = _flow(config.gan)
-            costs["observe"] = _observe(codec, flow, config.gan, grad=False, checkpointing=config.checkpointing)
-            costs["observe_grad"] = _observe(codec, flow, config.gan, grad=True, checkpointing=config.checkpointing)
+            plain = _observe(codec, flow, config.gan, grad=False, checkpointing=config.checkpointing)
+            stages = _observe(codec, flow, config.gan, grad=True, checkpointing=config.checkpointing)
+            costs |= {"stages": stages, "observe": one_after_the_other(plain.values())}
+            costs["observe_grad"] = one_after_the_other(stages.values())
         say("discriminator")
         costs["judge"], parameters["discriminator"] = _judge(config, shapes, dtype, learns=True)
         costs["judge_frozen"], _ = _judge(config, shapes, dtype, learns=False)
@@ -164,28 +167,33 @@ class Codec:
         if not grad:
             whole = start + length
             return self._decode(0, 2).along(self._decode(0, 3), whole - 2) if whole > 3 else self._decode(start, length)
-        if start + length <= 4:
+        if start + length <= 4 or length <= 2:
             return self._decode(start, length, True, checkpointing)
-        window = self._decode(2, 1, True, checkpointing).along(self._decode(2, 2, True, checkpointing), length - 1)
+        window = self._decode(2, 2, True, checkpointing).along(self._decode(2, 3, True, checkpointing), length - 2)
         prefix = self._decode(0, 3).work - self._decode(0, 2).work
         return Call(window.work + prefix * (start - 2), window.held, window.peak)
 
     def encode(self, frames: int, grad: bool = False, checkpointing: bool = False) -> Call:
         """Encode of ``4 k + 1`` frames. From the second chunk on all cost the same."""
-        if frames <= 9:
+        if frames <= 13:
             return self._encode(frames, grad, checkpointing)
-        two, three = (self._encode(n, grad, checkpointing) for n in (5, 9))
-        return two.along(three, (frames - 5) / 4)
+        three, four = (self._encode(n, grad, checkpointing) for n in (9, 13))
+        return three.along(four, (frames - 9) / 4)
 
     def _decode(self, first: int, count: int, grad: bool = False, checkpointing: bool = False) -> Call:
         channels, _, height, width = self.shapes.latent
         z = torch.empty(1, channels, first + count, height, width, device="meta", requires_grad=grad)
-        return self._once(("decode", first, count, grad, checkpointing), lambda: decode_window(self.vae, z, first, count, checkpointing))
+        return self._once(
+            ("decode", first, count, grad, checkpointing),
+            lambda: decode_window(self.vae, z, first, count, checkpointing),
+        )
 
     def _encode(self, frames: int, grad: bool, checkpointing: bool) -> Call:
         size = self.shapes.size
         video = torch.empty(1, 3, frames, size.height, size.width, device="meta", requires_grad=grad)
-        return self._once(("encode", frames, 0, grad, checkpointing), lambda: encode_video(self.vae, video, checkpointing))
+        return self._once(
+            ("encode", frames, 0, grad, checkpointing), lambda: encode_video(self.vae, video, checkpointing)
+        )
 
     def _once(self, key: tuple, call: Callable[[], torch.Tensor]) -> Call:
         if key not in self._traced:
@@ -205,7 +213,8 @@ def _estimate_flow(flow: RaftFlow | None, shapes: Shapes, frames: int, grad: boo
     """RAFT on a window: chunks of pairs one after the other, ``iterations`` refinements each."""
     if flow is None:
         return Call(Work(), 0.0, 0.0)
-    size, pairs = shapes.size, min(flow.pairs_per_chunk, frames - 1)
+    size = shapes.size
+    pairs = min(flow.pairs_at_once(size.height, size.width), frames - 1)
     flow.checkpointing = checkpointing
     wanted, calls = flow.iterations, []
     for flow.iterations in (1, 2):
@@ -219,17 +228,23 @@ def _estimate_flow(flow: RaftFlow | None, shapes: Shapes, frames: int, grad: boo
     return Call(chunk.work * chunks, held, held - chunk.held + chunk.peak)
 
 
-def _observe(codec: Codec, flow: RaftFlow | None, gan: GANConfig, *, grad: bool, checkpointing: bool) -> Call:
-    """Decode, flow, picture, encode, one after the other; what is held adds up. The window starts at its mean start."""
+def _observe(
+    codec: Codec, flow: RaftFlow | None, gan: GANConfig, *, grad: bool, checkpointing: bool
+) -> dict[str, Call]:
+    """The stages of an observation, in order. The window starts at its mean start."""
     frames, size = 4 * gan.window - 3, codec.shapes.size
     start = round(sum(gan.starts) / len(gan.starts))
     fields = torch.empty(1, 2, frames - 1, size.height, size.width, device="meta", requires_grad=grad)
-    stages = (
-        codec.decode(gan.window, start, grad, checkpointing),
-        _estimate_flow(flow, codec.shapes, frames, grad, checkpointing),
-        trace((), lambda: motion_picture(fields, gan.max_flow), backward=grad),
-        codec.encode(frames, grad, checkpointing),
-    )
+    return {
+        "window decode": codec.decode(gan.window, start, grad, checkpointing),
+        "flow": _estimate_flow(flow, codec.shapes, frames, grad, checkpointing),
+        "picture": trace((), lambda: motion_picture(fields, gan.max_flow), backward=grad),
+        "encode": codec.encode(frames, grad, checkpointing),
+    }
+
+
+def one_after_the_other(stages: Iterable[Call]) -> Call:
+    """A call made of stages: what each holds stays while the next one runs."""
     held, peak, work = 0.0, 0.0, Work()
     for stage in stages:
         peak = max(peak, held + stage.peak)

@@ -50,6 +50,17 @@ class Step:
 
 
 @dataclass(frozen=True)
+class Stage:
+    """One stage of the motion observation of one clip, forward and backward: bytes, FLOPs and seconds."""
+
+    name: str
+    held: float
+    peak: float
+    flops: float
+    seconds: float
+
+
+@dataclass(frozen=True)
 class Estimate:
     """A recipe on a machine."""
 
@@ -63,6 +74,7 @@ class Estimate:
     clip: tuple[int, int, int]
     networks: tuple[Network, ...]
     steps: tuple[Step, ...]
+    observation: tuple[Stage, ...]
     available: float
     iterations: int
     preparation_hours: float
@@ -147,6 +159,7 @@ def predict(
         (shapes.size.frames, shapes.size.height, shapes.size.width),
         networks,
         tuple(steps),
+        tuple(Stage(n, c.held, c.peak, c.work.flops, c.work.seconds(machine)) for n, c in costs.stages.items()),
         usable(machine.memory),
         config.iterations,
         once,
@@ -165,7 +178,9 @@ def _networks(config: Config, costs: Costs, gpus: int, lora: int | None) -> tupl
     def adapters(name: str, averaged: bool, own_base: bool) -> Network:
         base = (BF16 * blocks + FP32 * (whole - blocks)) / gpus if own_base else 0.0
         learned = FP32 * lora * costs.parameters["adapters"] / gpus
-        return Network(name, lora * costs.parameters["adapters"], base + learned, learned, 2 * learned, averaged * learned)
+        return Network(
+            name, lora * costs.parameters["adapters"], base + learned, learned, 2 * learned, averaged * learned
+        )
 
     layers = round((whole - costs.parameters["rest"]) / costs.parameters["block"])
     blocks = layers * costs.parameters["block"]

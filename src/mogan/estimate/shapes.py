@@ -102,7 +102,9 @@ def read_shapes(model: str) -> Shapes:
     for part in ("transformer", "vae", "text_encoder"):
         path = folder / part / "config.json"
         if not path.is_file():
-            raise UserError(f"{model} has no {part}/config.json: give a diffusers folder, lab, or {', '.join(PUBLISHED)}")
+            raise UserError(
+                f"{model} has no {part}/config.json: give a diffusers folder, lab, or {', '.join(PUBLISHED)}"
+            )
         configs[part] = json.loads(path.read_text())
     if configs["transformer"].get("image_dim") is not None:
         raise UserError(f"{model} is image-conditioned; text-to-video transformers are what can be trained here")

@@ -74,7 +74,9 @@ class Call:
 
         Depth, window and clip length repeat equal pieces, so cost is a straight line in them.
         """
-        line = {k: getattr(self, k) + steps * (getattr(longer, k) - getattr(self, k)) for k in ("held", "peak", "copies")}
+        line = {
+            k: getattr(self, k) + steps * (getattr(longer, k) - getattr(self, k)) for k in ("held", "peak", "copies")
+        }
         return Call(self.work + (longer.work - self.work) * steps, **line)
 
 
