@@ -75,13 +75,18 @@ def save_raft(model: RAFT, config: RaftConfig, folder: Path) -> None:
     save_file(state, folder / "model.safetensors")
 
 
+def read_raft_config(path: Path) -> RaftConfig:
+    """What :func:`save_raft` wrote."""
+    raw = json.loads(path.read_text())
+    fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()}
+    return RaftConfig(**fields)
+
+
 def load_raft(path: str | Path) -> RAFT:
     """Load a RAFT: a folder written by :func:`save_raft`, or torchvision's ``raft_large`` weights as a ``.pth`` file."""
     path = Path(path)
     if (path / "config.json").is_file():
-        raw = json.loads((path / "config.json").read_text())
-        fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()}
-        model = RaftConfig(**fields).build()
+        model = read_raft_config(path / "config.json").build()
         model.load_state_dict(load_file(path / "model.safetensors"))
     elif path.suffix in (".pth", ".pt", ".safetensors") and path.is_file():
         state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, weights_only=True)

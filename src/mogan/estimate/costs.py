@@ -6,7 +6,9 @@ followed; ``tests/test_estimate.py`` compares that line with the whole.
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, cast
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
@@ -17,7 +19,7 @@ from mogan.denoiser import Denoiser
 from mogan.discriminator import Discriminator
 from mogan.estimate.shapes import Shapes
 from mogan.estimate.trace import Call, Work, fake, sizes, trace
-from mogan.flow import RaftConfig, RaftFlow, motion_picture
+from mogan.flow import RaftConfig, RaftFlow, motion_picture, read_raft_config
 from mogan.wan import decode_window, encode_video, fold_padding
 
 TEXT_TOKENS = 128  # a long caption; cross-attention to the padding is folded into one token
@@ -50,9 +52,9 @@ class Costs:
 def measure_costs(config: Config, shapes: Shapes, say: Callable[[str], None] = lambda text: None) -> Costs:
     """Trace every call a recipe makes. Takes seconds to a minute; nothing is allocated."""
     dtype = torch.float32 if config.precision == "fp32" else torch.bfloat16
-    parameters = _parameters(shapes)
+    parameters = network_parameters(shapes)
     say("transformer")
-    forward, train = _transformer(shapes, config.checkpointing, dtype)
+    forward, train = transformer_calls(shapes, config.checkpointing, dtype)
     say("autoencoder")
     codec = Codec(shapes, dtype)
     costs: dict[str, Any] = {"forward": forward, "train": train, "decode": codec.decode(shapes.latent[1])}
@@ -65,8 +67,11 @@ def measure_costs(config: Config, shapes: Shapes, say: Callable[[str], None] = l
             costs |= {"stages": stages, "observe": one_after_the_other(plain.values())}
             costs["observe_grad"] = one_after_the_other(stages.values())
         say("discriminator")
-        costs["judge"], parameters["discriminator"] = _judge(config, shapes, dtype, learns=True)
-        costs["judge_frozen"], _ = _judge(config, shapes, dtype, learns=False)
+        gan = config.gan
+        seen = gan.window if gan.space == "motion" else shapes.latent[1]
+        judge = partial(judge_call, shapes, gan.blocks, len(gan.taps), seen, config.checkpointing, dtype)
+        costs["judge"], parameters["discriminator"] = judge(learns=True)
+        costs["judge_frozen"], _ = judge(learns=False)
     return Costs(parameters=parameters, **costs)
 
 
@@ -79,7 +84,7 @@ def build_transformer(shapes: Shapes, layers: int | None = None) -> Any:
     return fold_padding(WanTransformer3DModel(**config | ({} if layers is None else {"num_layers": layers})))
 
 
-def _parameters(shapes: Shapes) -> dict[str, int]:
+def network_parameters(shapes: Shapes) -> dict[str, int]:
     """Exact counts, from two depths."""
     with torch.device("meta"):
         one, two = (sizes(build_transformer(shapes, n))[0] for n in (1, 2))
@@ -101,7 +106,7 @@ def _parameters(shapes: Shapes) -> dict[str, int]:
     }
 
 
-def _transformer(shapes: Shapes, checkpointing: bool, dtype: torch.dtype) -> tuple[Call, Call]:
+def transformer_calls(shapes: Shapes, checkpointing: bool, dtype: torch.dtype) -> tuple[Call, Call]:
     """One call without gradient, one with; at full depth."""
     calls: dict[bool, list[Call]] = {False: [], True: []}
     with fake():
@@ -119,25 +124,26 @@ def _transformer(shapes: Shapes, checkpointing: bool, dtype: torch.dtype) -> tup
     return forward, train
 
 
-def _judge(config: Config, shapes: Shapes, dtype: torch.dtype, *, learns: bool) -> tuple[Call, int]:
-    """The discriminator on one observation, and its number of parameters."""
-    gan = cast(GANConfig, config.gan)
-    channels, frames, height, width = shapes.latent
+def judge_call(
+    shapes: Shapes, blocks: int, heads: int, frames: int, checkpointing: bool, dtype: torch.dtype, *, learns: bool
+) -> tuple[Call, int]:
+    """A discriminator of so many blocks and heads on one observation of ``frames`` latent frames; its parameters."""
+    channels, _, height, width = shapes.latent
     calls, counts = [], []
     with fake():
-        length = gan.window if gan.space == "motion" else frames
-        seen = torch.empty(1, channels, length, height, width, requires_grad=not learns)
+        seen = torch.empty(1, channels, frames, height, width, requires_grad=not learns)
         text = torch.empty(1, TEXT_TOKENS, shapes.transformer["text_dim"])
-        for blocks in (1, 2):
-            at = (blocks - 1,) * len(gan.taps)  # heads cost the same wherever they read
-            network = Discriminator(build_transformer(shapes, blocks), text, blocks=blocks, tap_at=at, dtype=dtype)
-            if config.checkpointing:
+        for depth in (1, 2):
+            at = (depth - 1,) * heads  # heads cost the same wherever they read
+            network = Discriminator(build_transformer(shapes, depth), text, blocks=depth, tap_at=at, dtype=dtype)
+            if checkpointing:
                 network.transformer.enable_gradient_checkpointing()
             if not learns:
                 network.requires_grad_(False)
+            network.train()
             counts.append(sizes(network)[0])
-            calls.append(trace(network.parameters(), lambda n=network.train(): n(seen), backward=True))
-    return calls[0].along(calls[1], gan.blocks - 1), counts[0] + (gan.blocks - 1) * (counts[1] - counts[0])
+            calls.append(trace(network.parameters(), lambda n=network: n(seen), backward=True))
+    return calls[0].along(calls[1], blocks - 1), counts[0] + (blocks - 1) * (counts[1] - counts[0])
 
 
 # ---------------------------------------------------------------------------------------------- autoencoder and flow
@@ -205,11 +211,15 @@ def _flow(gan: GANConfig) -> tuple[RaftFlow | None, int]:
     """The recipe's RAFT with random weights; None for a classical estimator, whose cost is the CPU's."""
     if gan.flow == "farneback":
         return None, 0
-    network = RaftConfig().build() if gan.flow == "lab" else raft_large()
+    settings = Path(gan.flow) / "config.json"
+    if settings.is_file():
+        network = read_raft_config(settings).build()
+    else:
+        network = RaftConfig().build() if gan.flow == "lab" else raft_large()
     return RaftFlow(network, gan.flow_iterations), sizes(network)[0]
 
 
-def _estimate_flow(flow: RaftFlow | None, shapes: Shapes, frames: int, grad: bool, checkpointing: bool) -> Call:
+def estimate_flow(flow: RaftFlow | None, shapes: Shapes, frames: int, grad: bool, checkpointing: bool) -> Call:
     """RAFT on a window: chunks of pairs one after the other, ``iterations`` refinements each."""
     if flow is None:
         return Call(Work(), 0.0, 0.0)
@@ -237,7 +247,7 @@ def _observe(
     fields = torch.empty(1, 2, frames - 1, size.height, size.width, device="meta", requires_grad=grad)
     return {
         "window decode": codec.decode(gan.window, start, grad, checkpointing),
-        "flow": _estimate_flow(flow, codec.shapes, frames, grad, checkpointing),
+        "flow": estimate_flow(flow, codec.shapes, frames, grad, checkpointing),
         "picture": trace((), lambda: motion_picture(fields, gan.max_flow), backward=grad),
         "encode": codec.encode(frames, grad, checkpointing),
     }

@@ -219,7 +219,9 @@ def _activations(config: Config, update: Update, costs: Costs) -> float:
         return max(train.peak, train.held + guided * forward.peak)
     if update.by != "gan":
         return train.peak
-    assert config.gan is not None and costs.judge is not None and costs.judge_frozen is not None
+    assert config.gan is not None
+    assert costs.judge is not None
+    assert costs.judge_frozen is not None
     seen = costs.observe_grad if update.learns == "student" else costs.observe
     if update.learns == "student":
         held, peak = (seen.held, seen.peak) if seen else (0.0, 0.0)
@@ -240,7 +242,9 @@ def _work(config: Config, update: Update, costs: Costs) -> tuple[Work, float]:
         return forward * before + train + forward * (guided + 1), before + 4
     if update.by == "dmd":
         return forward * (before + 1) + train, before + 3
-    assert config.gan is not None and costs.judge is not None and costs.judge_frozen is not None
+    assert config.gan is not None
+    assert costs.judge is not None
+    assert costs.judge_frozen is not None
     if update.learns == "student":
         seen = costs.observe_grad.work if costs.observe_grad else Work()
         return forward * before + train + seen + costs.judge_frozen.work, before + 4

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mogan.errors import UserError
-from mogan.wan import Geometry, fit_latents, geometry, lab_folder
+from mogan.wan import WAN_22, Geometry, fit_latents, geometry, lab_folder
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ PUBLISHED = {
         _transformer(24, 14336, 30, 48),
         VAE_22,
         UMT5_XXL,
-        Geometry(fps=24, height=704, width=1280, frames=121),
+        WAN_22,
     ),
 }
 
