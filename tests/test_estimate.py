@@ -15,7 +15,7 @@ from conftest import TRANSFORMER, VAE
 from mogan.cli import main
 from mogan.config import Update
 from mogan.estimate import machines
-from mogan.estimate.check import compare
+from mogan.estimate.check import compare, small
 from mogan.estimate.costs import Codec, Costs, build_transformer, judge_call, network_parameters, transformer_calls
 from mogan.estimate.predict import advise, predict
 from mogan.estimate.shapes import PUBLISHED, Shapes, read_shapes, resized
@@ -219,9 +219,12 @@ def test_another_batch_keeps_the_size_of_its_parts(batch, parts):
 
 @pytest.mark.slow
 def test_predicted_memory_is_what_is_allocated():
-    shapes = replace(TINY, size=Geometry(16, 128, 128, 21), transformer=TINY.transformer | {"num_layers": 3})
+    shapes = replace(small(PUBLISHED["wan2.1-t2v-1.3b"], 3, 12), size=Geometry(16, 128, 128, 21))
     for case in compare(shapes, window=3):
-        assert abs(case.error) < 0.3, case  # convolutions take scratch space that no trace sees
+        if case.name.startswith(("decode", "encode")):
+            assert -0.35 < case.error < 0.05, case  # a CPU's convolutions unfold their input, which no trace sees
+        else:
+            assert abs(case.error) < 0.1, case
 
 
 def test_judge_parameters_follow_the_line(family):

@@ -11,7 +11,7 @@ from torch import nn
 
 from mogan import wan
 from mogan.data import Batch
-from mogan.denoiser import Denoiser, frozen, guided_velocity, taps
+from mogan.denoiser import Denoiser, frozen, guided_velocity, recomputed, taps
 from mogan.discriminator import Discriminator, approximate_penalty, discriminator_loss, generator_loss
 from mogan.objectives.dmd import DMD, dmd_direction
 from mogan.objectives.gan import GAN
@@ -270,6 +270,26 @@ def test_without_penalties_their_passes_are_left_out(discriminator):
         )
     hook.remove()
     assert len(calls) == 2
+
+
+def test_recomputed_activations_leave_the_gan_gradients_as_they_are(family):
+    base, text = family / "teacher", torch.randn(1, 3, 64, generator=torch.Generator().manual_seed(0))
+    gradients = {}
+    for again in (False, True):
+        torch.manual_seed(0)
+        discriminator = Discriminator(wan.load_transformer(base), text, blocks=3, tap_at=(0, 1, 2)).train()
+        if again:
+            discriminator.transformer.enable_gradient_checkpointing(recomputed)
+        x0 = torch.randn(1, 4, 3, 4, 4, generator=torch.Generator().manual_seed(1)).requires_grad_(True)
+        gan = gan_with(discriminator)
+        loss, _ = gan.student_loss(Rollout(x0, 0, text), BATCH, torch.Generator().manual_seed(2))
+        loss.backward()  # outside of the freezing the loss was computed in
+        assert all(p.grad is None for p in discriminator.parameters())
+        discriminator(x0.detach()).sum().backward()
+        learned = [p.grad.clone() for p in discriminator.parameters() if p.grad is not None]
+        gradients[again] = [x0.grad, *learned]
+    for plain, repeated in zip(gradients[False], gradients[True], strict=True):
+        assert torch.equal(plain, repeated)
 
 
 def test_frozen_restores_what_was_trainable(discriminator):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from mogan import wan
 from mogan.config import Config, GANConfig
 from mogan.data import Cache, ensure_observations
-from mogan.denoiser import Denoiser
+from mogan.denoiser import Denoiser, recomputed
 from mogan.discriminator import Discriminator
 from mogan.errors import UserError
 from mogan.flow import FlowEstimator, RaftFlow
@@ -118,7 +118,7 @@ def assemble(
     if config.gan is not None:
         discriminator = _discriminator(config.gan, base, encode, dtype, target, config.seed)
         if config.checkpointing:
-            discriminator.transformer.enable_gradient_checkpointing()
+            discriminator.transformer.enable_gradient_checkpointing(recomputed)
         networks["discriminator"] = discriminator
         observe = None
         if config.gan.space == "motion":

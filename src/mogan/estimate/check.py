@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from mogan.denoiser import Denoiser
+from mogan.denoiser import Denoiser, recomputed
 from mogan.discriminator import Discriminator
 from mogan.estimate.costs import Codec, build_transformer, estimate_flow, judge_call, transformer_calls
 from mogan.estimate.shapes import Shapes
@@ -84,7 +84,7 @@ def compare(shapes: Shapes, *, window: int, text_tokens: int = 128) -> Iterator[
     layers = shapes.transformer["num_layers"]
     taps = tuple(range(layers))[-3:]
     judge = Discriminator(build_transformer(shapes), text, blocks=layers, tap_at=taps).train()
-    judge.transformer.enable_gradient_checkpointing()
+    judge.transformer.enable_gradient_checkpointing(recomputed)
     predicted, _ = judge_call(shapes, layers, len(taps), shapes.latent[1], True, torch.float32, learns=True)
     real = allocated_peak(lambda: judge(latent).sum().backward())
     yield Case("discriminator", predicted.peak, real)

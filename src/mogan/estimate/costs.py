@@ -15,7 +15,7 @@ from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from torchvision.models.optical_flow import raft_large
 
 from mogan.config import Config, GANConfig
-from mogan.denoiser import Denoiser
+from mogan.denoiser import Denoiser, recomputed
 from mogan.discriminator import Discriminator
 from mogan.estimate.shapes import Shapes
 from mogan.estimate.trace import Call, Work, fake, sizes, trace
@@ -137,7 +137,7 @@ def judge_call(
             at = (depth - 1,) * heads  # heads cost the same wherever they read
             network = Discriminator(build_transformer(shapes, depth), text, blocks=depth, tap_at=at, dtype=dtype)
             if checkpointing:
-                network.transformer.enable_gradient_checkpointing()
+                network.transformer.enable_gradient_checkpointing(recomputed)
             if not learns:
                 network.requires_grad_(False)
             network.train()
