@@ -137,10 +137,9 @@ def measure(work: Path, clip: tuple[int, int, int], device: str, narrow: bool) -
     cache = work / f"cache-{'narrow-' if narrow else ''}{'x'.join(map(str, clip))}"
     if not cache.exists():
         random_cache(cache, model, clip)
-    if narrow:  # RAFT-large needs 128 pixels; the lab's reads 64
-        config = replace(
-            config, gan=replace(config.gan, flow="farneback" if not _lab_raft() else "lab", flow_iterations=2)
-        )
+    if narrow:  # raft_large needs 128 pixels, a small one reads 64
+        save_raft(RaftConfig().build(), RaftConfig(), work / "raft")
+        config = replace(config, gan=replace(config.gan, flow=str(work / "raft"), flow_iterations=2))
     parts = assemble(config, open_cache(cache), model=str(model), student=str(model), run=None, device=device)
     rows = run_iteration(parts)
     few, many = sampling_seconds(parts)
