@@ -3,7 +3,7 @@ PYTHON ?= python3
 PY := .venv/bin/python
 READY := .venv/.ready
 
-.PHONY: demo test test-slow test-all check format bench lab clean
+.PHONY: demo test test-slow test-all check format bench gpu lab clean
 
 demo: $(READY)
 	$(PY) -m mogan demo
@@ -26,6 +26,10 @@ format: $(READY)
 bench: $(READY)
 	$(PY) benchmarks/observation.py
 	$(PY) benchmarks/step.py
+
+# One GPU, no network: one iteration of the full-size recipe on random weights; without a GPU a dry run.
+gpu: $(READY)
+	$(PY) benchmarks/gpu.py
 
 lab: $(READY)
 	$(PY) -m mogan lab build

@@ -43,3 +43,20 @@ def motion_score() -> Config:
 
 def flow_matching() -> Config:
     return shrink(recipes.flow_matching_lab())
+
+
+def wan() -> Config:
+    """The full-size recipe with batches, depth and window that a CPU bears."""
+    config = recipes.mogan_wan_1_3b()
+    assert config.gan is not None
+    plan = tuple(replace(u, batch=2, accumulate=2, times=1) for u in config.plan)
+    gan = replace(
+        config.gan,
+        blocks=2,
+        taps=(0, 1),
+        window=2,
+        starts=(0, 1),
+        flow=os.environ["MOGAN_TEST_RAFT"],
+        flow_iterations=2,
+    )
+    return replace(config, plan=plan, gan=gan, iterations=2, save_every=1, sample_every=2, sample_prompts=1)

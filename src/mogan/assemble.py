@@ -14,7 +14,7 @@ from mogan import wan
 from mogan.checkpoint import latest_checkpoint, load_part
 from mogan.config import Config, GANConfig
 from mogan.data import Cache, ensure_observations, ensure_text
-from mogan.denoiser import Denoiser
+from mogan.denoiser import Denoiser, recomputed
 from mogan.discriminator import Discriminator
 from mogan.distributed import World, choose_device, local, shard, split_tokens
 from mogan.errors import UserError
@@ -151,6 +151,8 @@ def assemble(
         )
     if config.gan is not None:
         discriminator = _discriminator(config.gan, base, encode, dtype, world, config.seed)
+        if config.checkpointing:
+            discriminator.transformer.enable_gradient_checkpointing(recomputed)
         networks["discriminator"] = discriminator
         observe = None
         if config.gan.space == "motion":

@@ -5,13 +5,14 @@ L text tokens, D width.
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from mogan.schedule import velocity_to_x0
 
@@ -78,6 +79,20 @@ def frozen(*modules: nn.Module) -> Iterator[None]:
     finally:
         for p in parameters:
             p.requires_grad_(True)
+
+
+def recomputed(module: nn.Module, *inputs: Any) -> Any:
+    """Call a module and recompute it in the backward pass as it was called: with its weights frozen if they were.
+
+    A loss that borrows a network computes with it inside :func:`frozen`; the backward pass comes after that.
+    """
+    learns = any(p.requires_grad for p in module.parameters())
+    return checkpoint(
+        module,
+        *inputs,
+        use_reentrant=False,
+        context_fn=lambda: (nullcontext(), nullcontext() if learns else frozen(module)),
+    )
 
 
 @contextmanager

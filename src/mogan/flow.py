@@ -25,6 +25,7 @@ from torchvision.models.optical_flow._utils import make_coords_grid, upsample_fl
 from mogan.errors import UserError
 
 FlowEstimator = Callable[[Tensor], Tensor]
+PIXELS_PER_CHUNK = 2 * 480 * 832  # a pair of this size takes about 4 GB of memory in the backward pass
 
 
 @dataclass(frozen=True)
@@ -76,13 +77,18 @@ def save_raft(model: RAFT, config: RaftConfig, folder: Path) -> None:
     save_file(state, folder / "model.safetensors")
 
 
+def read_raft_config(path: Path) -> RaftConfig:
+    """What :func:`save_raft` wrote."""
+    raw = json.loads(path.read_text())
+    fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()}
+    return RaftConfig(**fields)
+
+
 def load_raft(path: str | Path) -> RAFT:
     """Load a RAFT: a folder written by :func:`save_raft`, or torchvision's ``raft_large`` weights as a ``.pth`` file."""
     path = Path(path)
     if (path / "config.json").is_file():
-        raw = json.loads((path / "config.json").read_text())
-        fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()}
-        model = RaftConfig(**fields).build()
+        model = read_raft_config(path / "config.json").build()
         model.load_state_dict(load_file(path / "model.safetensors"))
     elif path.suffix in (".pth", ".pt", ".safetensors") and path.is_file():
         model = raft_large()
@@ -111,7 +117,7 @@ class RaftFlow(nn.Module):
     Args:
         raft: a torchvision ``RAFT``; frozen here.
         iterations: refinement steps (12 in training, 20 in VBench's dynamic degree).
-        pairs_per_chunk: frame pairs estimated at once.
+        pairs_per_chunk: frame pairs estimated at once; fewer where frames are large (``PIXELS_PER_CHUNK``).
         checkpointing: recompute each chunk in the backward pass.
     """
 
@@ -125,6 +131,10 @@ class RaftFlow(nn.Module):
     def train(self, mode: bool = True) -> "RaftFlow":
         """Stay in evaluation mode: RAFT's batch statistics are frozen with its weights."""
         return super().train(False)
+
+    def pairs_at_once(self, height: int, width: int) -> int:
+        """Frame pairs of this size that are estimated at once."""
+        return max(1, min(self.pairs_per_chunk, PIXELS_PER_CHUNK // (height * width)))
 
     def _estimate(self, frames_BFCHW: Tensor) -> Tensor:
         """Flow between neighbours of a few frames. The encoders see every frame once, and only the last refinement is
@@ -148,6 +158,7 @@ class RaftFlow(nn.Module):
             seen = raft.corr_block.index_pyramid(centroids_coords=there)
             hidden, step = raft.update_block(hidden, context, seen, there - start)
             there = there + step
+        raft.corr_block.corr_pyramid = []  # torchvision keeps it in the module: gigabytes that nobody reads again
         mask = None if raft.mask_predictor is None else raft.mask_predictor(hidden)
         flow = upsample_flow(there - start, up_mask=mask)
         return flow[..., pad[2] : flow.shape[-2] - pad[3], pad[0] : flow.shape[-1] - pad[1]].unflatten(0, (b, f - 1))
@@ -163,7 +174,7 @@ class RaftFlow(nn.Module):
                 f"this flow network needs clips of at least {smallest} x {smallest} pixels, not {h} x {w}: use --flow farneback"
             )
         frames = video_BCFHW.float().transpose(1, 2)
-        span = max(1, self.pairs_per_chunk // b)  # pairs of each clip at once
+        span = max(1, self.pairs_at_once(h, w) // b)  # of each clip
         flows = []
         with torch.autocast(video_BCFHW.device.type, enabled=False):
             for first in range(0, f - 1, span):

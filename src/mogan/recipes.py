@@ -89,43 +89,44 @@ def dmd2_wan_1_3b() -> Config:
     """The 3-step warm start MoGAN post-trains: DMD2 on Wan2.1-T2V-1.3B.
 
     MoGAN does not give its warm-start recipe; these are the values of CausVid's bidirectional stage, the only public
-    3-step one (steps 1000/757/522, shift 8, guidance 3.5 written as ``cond + w (cond - uncond)``, so 4.5 here).
+    3-step one (steps 1000/757/522, shift 8, guidance 3.5 written as ``cond + w (cond - uncond)``, so 4.5 here), with
+    DMD2's backward simulation in place of CausVid's noised real latents: MoGAN trains so, and prompts are enough.
     """
-    lr = Optimizer(
-        lr=2e-6, betas=(0.9, 0.999), weight_decay=0.01, clip=10.0
-    )  # CausVid lr, betas; Self-Forcing wd, clip
+    lr = Optimizer(lr=2e-6, betas=(0.9, 0.999), weight_decay=0.01, clip=10.0)  # CausVid
     return Config(
         recipe="dmd2_wan_1_3b",
         sigmas=(1.0, 0.757, 0.522),  # CausVid
-        plan=(
+        plan=(  # batch 64: CausVid; 5 to 1: DMD2, CausVid
             Update(learns="student", by="dmd", batch=64, accumulate=64),
-            Update(learns="fake_score", by="dmd", times=5, batch=64, accumulate=64),  # DMD2: 5 to 1
+            Update(learns="fake_score", by="dmd", times=5, batch=64, accumulate=64),
         ),
         optimizers={"student": lr, "fake_score": lr},
-        dmd=DMDConfig(guidance=4.5, shift=8.0),
-        iterations=1000,  # CausVid: saturates at about 1K
-        ema=0.99,  # Self-Forcing
+        dmd=DMDConfig(guidance=4.5, shift=8.0),  # CausVid; levels clamped to [0.02, 0.98] as in DMD
+        # CausVid: "saturates" below 1000 iterations, of which every fifth updates the student: 200 of ours
+        iterations=200,
+        ema=0.98,  # FastVideo's DMD2; Self-Forcing's 0.99 would leave 13 % of the start in the average after 200 updates
         negative_prompt=WAN_NEGATIVE_PROMPT,
         checkpointing=True,
         save_every=50,
-        sample_every=100,
+        sample_every=50,
     )
 
 
 def mogan_wan_1_3b() -> Config:
     """MoGAN as published, on a 3-step Wan2.1-T2V-1.3B (section 5.1 and appendices A and B)."""
-    lr = Optimizer(lr=1e-5, betas=(0.0, 0.999), weight_decay=0.01, clip=10.0)  # lr: 5.1; the rest as Self-Forcing
+    # lr: 5.1, of all networks as none is named; betas, weight decay and clip are not given: Self-Forcing's, a co-author's
+    lr = Optimizer(lr=1e-5, betas=(0.0, 0.999), weight_decay=0.01, clip=10.0)
     return Config(
         recipe="mogan_wan_1_3b",
-        sigmas=(1.0, 0.757, 0.522),
-        plan=(  # order and 4 fake-score updates: appendix B; batches 64 and 16: 5.1
+        sigmas=(1.0, 0.757, 0.522),  # not given; CausVid's 3 steps, see dmd2_wan_1_3b
+        plan=(  # order and 4 fake-score updates: appendix B; batch 64 of what judges, 16 of the student: 5.1
             Update(learns="student", by="dmd", batch=16, accumulate=16),
             Update(learns="fake_score", by="dmd", times=4, batch=64, accumulate=64),
             Update(learns="student", by="gan", batch=16, accumulate=16),
             Update(learns="discriminator", by="gan", batch=64, accumulate=64),
         ),
         optimizers={"student": lr, "fake_score": lr, "discriminator": lr},
-        dmd=DMDConfig(guidance=4.5, shift=8.0),
+        dmd=DMDConfig(guidance=4.5, shift=8.0),  # not given; as the warm start
         gan=GANConfig(
             space="motion",
             blocks=16,  # 5.1
@@ -134,16 +135,16 @@ def mogan_wan_1_3b() -> Config:
             judge_weight=0.5,  # lambda_2, 5.1
             r1=0.3,  # 5.1
             r2=0.3,  # 5.1
-            noise=0.01,  # 5.1
+            noise=0.01,  # 5.1; prompt "a video with good motion" and sigma 0, the defaults: section 4
             normalise=True,  # as printed the effective weight is 3e-5; see docs/methods/mogan.md
             window=12,  # 5.1; decodes to 45 or 48 frames, 45 are used
             starts=tuple(range(10)),  # every window inside 21 latent frames
             max_flow=144.0,  # 0.15 of the diagonal of 480 x 832 (VideoJAM's scale)
-            flow="raft_large_C_T_SKHT_V2.pth",
+            flow="raft_large_C_T_SKHT_V2.pth",  # RAFT: section 4; which weights and how many refinements is not given
             flow_iterations=12,
         ),
         iterations=800,  # "early stop at step 800", appendix B
-        ema=0.99,
+        ema=0.99,  # not given; Self-Forcing
         negative_prompt=WAN_NEGATIVE_PROMPT,
         checkpointing=True,
         save_every=50,

@@ -63,6 +63,14 @@ class Position:
         return [self.generator(purpose, place) for place in batch.places]
 
 
+def with_batch(update: Update, batch: int) -> Update:
+    """The same update on another batch, computed in parts no larger than the recipe's: those are what fits."""
+    part = min(batch, update.batch // update.accumulate)
+    return replace(
+        update, batch=batch, accumulate=next(n for n in range(1, batch + 1) if batch % n == 0 and batch // n <= part)
+    )
+
+
 def draw_exit(config: Config, where: Position) -> int:
     """The step of the rollout that is judged: uniform over the student's steps, the same on every process."""
     return int(torch.randint(len(config.sigmas), (1,), generator=where.generator(0)))
@@ -152,6 +160,7 @@ def step(parts: Assembly, update: Update, where: Position, batch: Batch | None =
     if not np.isfinite([record["loss"], record["grad_norm"]]).all():
         raise _not_finite(parts, update, where, record)
     optimizer.step()
+    optimizer.zero_grad(set_to_none=True)  # a network that rests keeps no gradients
     if update.learns == "student":
         parts.update_average()
     return record
@@ -324,7 +333,7 @@ def train(
         raise UserError(f"--lora takes a rank of at least 1, not {lora}")
     config = replace(config, **{k: v for k, v in chosen.items() if v is not None})
     if batch is not None:
-        config = replace(config, plan=tuple(replace(u, batch=batch, accumulate=1) for u in config.plan))
+        config = replace(config, plan=tuple(with_batch(u, batch) for u in config.plan))
     if lr is not None:
         slower = {k: replace(o, lr=lr) if k.startswith("student") else o for k, o in config.optimizers.items()}
         config = replace(config, optimizers=slower)

@@ -8,7 +8,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.resources import files
 from pathlib import Path
@@ -44,6 +44,9 @@ class Geometry:
     frames: int = 81
 
 
+WAN_22 = Geometry(fps=24, height=704, width=1280, frames=121)  # TI2V-5B, whose autoencoder has 48 channels
+
+
 def lab_folder() -> Path:
     """The packaged family: ``teacher/``, ``student/``, ``raft/``."""
     return Path(str(files("mogan.lab") / "family"))
@@ -58,6 +61,7 @@ def resolve_model(name: str | Path) -> Path:
         return folder
     folder = Path(name)
     if (folder / "model_index.json").is_file():
+        check_parts(folder)
         return folder
     if folder.exists() or str(name).count("/") != 1 or str(name).startswith((".", "/", "~")):
         raise UserError(
@@ -68,9 +72,53 @@ def resolve_model(name: str | Path) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(str(name), ignore_patterns=["*.msgpack", "assets/*"]))
+        folder = Path(snapshot_download(str(name), ignore_patterns=["*.msgpack", "assets/*"]))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise UserError(f"could not get {name} from the hub ({type(error).__name__}): give a local folder") from error
+    check_parts(folder)
+    return folder
+
+
+def check_parts(model: Path) -> None:
+    """Read the configs of a folder and raise a UserError if its parts cannot belong together or cannot be trained here."""
+    index = json.loads((model / "model_index.json").read_text())
+    if any(index.get("transformer_2") or ()):  # a stock folder of one transformer says [null, null]
+        raise UserError(
+            f"{model} holds two transformers, one for high and one for low noise (Wan2.2 A14B); models with one are what can be trained here"
+        )
+    transformer, vae, text = (_config(model, part) for part in ("transformer", "vae", "text_encoder"))
+    if transformer is not None and not _from_text_alone(transformer):
+        raise UserError(f"{model} is image-conditioned; text-to-video transformers are what can be trained here")
+    if vae is not None:
+        channels = vae.get("z_dim", 16)
+        if transformer is not None and transformer.get("out_channels", 16) != channels:
+            raise UserError(
+                f"{model}: the autoencoder has {channels} channels and the transformer {transformer['out_channels']}: they "
+                "belong to different models, take both from one"
+            )
+        mean, deviation = (vae.get(key, [1.0] * 16) for key in ("latents_mean", "latents_std"))  # 16: diffusers' own
+        numbers = len(mean) == len(deviation) == channels and all(map(math.isfinite, [*mean, *deviation]))
+        if not numbers or min(deviation) <= 0:
+            raise UserError(
+                f"{model}/vae/config.json needs {channels} numbers in latents_mean and {channels} positive ones in latents_std: "
+                "latents would be scaled wrongly, get the file again"
+            )
+    if transformer is not None and text is not None and transformer.get("text_dim", 4096) != text.get("d_model"):
+        raise UserError(
+            f"{model}: the text encoder gives {text.get('d_model')} numbers per token and the transformer reads "
+            f"{transformer.get('text_dim', 4096)}: they belong to different models, take both from one"
+        )
+
+
+def _config(model: Path, part: str) -> dict | None:
+    path = model / part / "config.json"
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+def _from_text_alone(transformer: dict) -> bool:
+    """False for transformers that read an image: through attention (Wan2.1 I2V) or more channels (I2V, VACE)."""
+    extra = transformer.get("image_dim") or transformer.get("added_kv_proj_dim")
+    return not extra and transformer.get("in_channels", 16) == transformer.get("out_channels", 16)
 
 
 def model_facts(model: Path) -> dict:
@@ -80,9 +128,10 @@ def model_facts(model: Path) -> dict:
 
 
 def geometry(model: Path) -> Geometry:
-    """Frame rate and size the model was made for; Wan 2.1's own where the folder does not say."""
-    facts = model_facts(model)
-    return Geometry(**{k: facts[k] for k in ("fps", "height", "width", "frames") if k in facts})
+    """Frame rate and size the model was made for; where the folder does not say, those of Wan 2.1 or 2.2's TI2V-5B."""
+    facts, vae = model_facts(model), _config(model, "vae") or {}
+    usual = WAN_22 if vae.get("z_dim") == 48 else Geometry()
+    return replace(usual, **{k: facts[k] for k in ("fps", "height", "width", "frames") if k in facts})
 
 
 def fingerprint(model: Path, part: str) -> str:
@@ -125,7 +174,7 @@ def load_vae(model: Path, dtype: torch.dtype | None = None) -> AutoencoderKLWan:
 def load_transformer(model: Path, part: str = "transformer") -> WanTransformer3DModel:
     """A transformer in fp32 whose cross-attention folds the text padding (see :class:`FoldedPadding`)."""
     transformer = _from_pretrained(WanTransformer3DModel, model, part, torch.float32)
-    if transformer.config.image_dim is not None or transformer.config.added_kv_proj_dim is not None:
+    if not _from_text_alone(transformer.config):
         raise UserError(f"{model} is image-conditioned; text-to-video transformers are what can be trained here")
     return fold_padding(transformer)
 
@@ -150,7 +199,18 @@ def load_text(model: Path, device: str | torch.device = "cpu") -> TextEncoder:
     from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 
     tokenizer = AutoTokenizer.from_pretrained(model / "tokenizer", local_files_only=True)
-    encoder = UMT5EncoderModel.from_pretrained(model / "text_encoder", local_files_only=True).to(device).eval()
+    encoder, info = UMT5EncoderModel.from_pretrained(
+        model / "text_encoder", local_files_only=True, output_loading_info=True
+    )
+    lacking = [k for k in info["missing_keys"] if "embed_tokens" not in k]  # tied to the shared embedding
+    if lacking:
+        raise UserError(f"{model}/text_encoder lacks {len(lacking)} tensors, first {lacking[0]}; get it again")
+    if len(tokenizer) > encoder.config.vocab_size:
+        raise UserError(
+            f"{model}: the tokenizer knows {len(tokenizer)} tokens and the text encoder {encoder.config.vocab_size}: they "
+            "belong to different models, take both from one"
+        )
+    encoder = encoder.to(device).eval()
 
     @torch.no_grad()
     def encode(prompts: list[str]) -> list[Tensor]:
@@ -332,8 +392,13 @@ def encode_video(
 
 def latent_shape(model: Path, size: Geometry) -> tuple[int, int, int, int]:
     """``(C, F, H, W)`` of the latents of a clip of this geometry; the clip must fit the autoencoder and the patches."""
-    vae = json.loads((model / "vae" / "config.json").read_text())
-    patch = json.loads((model / "transformer" / "config.json").read_text()).get("patch_size", (1, 2, 2))
+    vae, transformer = (json.loads((model / part / "config.json").read_text()) for part in ("vae", "transformer"))
+    return fit_latents(vae, transformer, size)
+
+
+def fit_latents(vae: dict, transformer: dict, size: Geometry) -> tuple[int, int, int, int]:
+    """:func:`latent_shape` from the two configs."""
+    patch = transformer.get("patch_size", (1, 2, 2))
     space, time = vae.get("scale_factor_spatial", 8), vae.get("scale_factor_temporal", 4)
     multiple = space * max(patch[1:])
     if size.frames % time != 1 or size.height % multiple or size.width % multiple:

@@ -1,0 +1,161 @@
+"""``mogan estimate``: the question, and the answer as a table."""
+
+import json
+import sys
+from dataclasses import asdict, replace
+from functools import lru_cache
+from typing import Annotated, Any
+
+import tyro
+
+from mogan.config import Config, GANConfig
+from mogan.errors import UserError
+from mogan.estimate.costs import Costs, measure_costs
+from mogan.estimate.machines import CONTEXT, FRAGMENTS, MACHINES, REACHED_BANDWIDTH, REACHED_COMPUTE
+from mogan.estimate.predict import Change, Estimate, advise, predict
+from mogan.estimate.shapes import read_shapes, resized
+from mogan.recipes import find_recipe
+
+GB = 1e9
+
+
+def estimate(
+    recipe: Annotated[str, tyro.conf.Positional],
+    *,
+    gpu: str = "h200",
+    gpus: int = 1,
+    model: str | None = None,
+    lora: int | None = None,
+    frames: int | None = None,
+    height: int | None = None,
+    width: int | None = None,
+    clips: int = 15000,
+    json_output: Annotated[bool, tyro.conf.arg(name="json")] = False,
+) -> None:
+    """Predict memory, time and cost of a recipe, before paying for them.
+
+    The networks are built from their configuration files without weights and the code that trains is run on them without
+    contents, so shapes and operations are the real ones; nothing is downloaded. What a GPU reaches of its data sheet is an
+    assumption (see docs/scaling.md). Where the run does not fit, it says what to change first.
+
+    Args:
+        recipe: a name such as mogan_wan_1_3b, or your own module:function.
+        gpu: h200, h100, a100-80, a100-40, l40s or 4090.
+        gpus: how many, sharded over with FSDP2.
+        model: a folder with transformer, vae and text_encoder config.json, lab, or a published model by name
+            (wan2.1-t2v-1.3b, wan2.1-t2v-14b, wan2.2-ti2v-5b); the recipe's own by default.
+        lora: rank of adapters that student and fake score learn in place of all their weights.
+        frames: of a clip, in place of the model's.
+        height: pixels.
+        width: pixels.
+        clips: real clips whose observations are computed before the first step (MoGAN: 15000).
+        json_output: print JSON.
+    """
+    if gpu not in MACHINES:
+        raise UserError(f"no machine {gpu!r}: use one of {', '.join(MACHINES)}")
+    if gpus < 1 or (lora is not None and lora < 1):
+        raise UserError("--gpus and --lora take a number of at least 1")
+    config = find_recipe(recipe)
+    price = pricing(config, model, gpu, frames=frames, height=height, width=width, clips=clips)
+    found = price(config, gpus, lora)
+    changes = () if found.fits else advise(config, gpus, lora, price)
+    if json_output:
+        print(json.dumps(as_json(found, changes), indent=2))
+    else:
+        print(as_table(found, changes))
+
+
+def pricing(
+    config: Config,
+    model: str | None,
+    gpu: str,
+    *,
+    frames: int | None = None,
+    height: int | None = None,
+    width: int | None = None,
+    clips: int = 15000,
+):
+    """A function ``(config, gpus, lora) -> Estimate`` that traces each variant of the networks once."""
+    shapes = read_shapes(model or ("lab" if config.recipe.endswith("_lab") else "wan2.1-t2v-1.3b"))
+    shapes = resized(shapes, frames=frames, height=height, width=width)
+    if config.gan is not None and config.gan.space == "motion" and config.gan.window > shapes.latent[1]:
+        raise UserError(
+            f"the recipe's window of {config.gan.window} is longer than the clip's {shapes.latent[1]} latent frames"
+        )
+
+    def say(what: str) -> None:
+        print(f"tracing the {what} ...", file=sys.stderr, flush=True)
+
+    @lru_cache
+    def costs_of(checkpointing: bool, gan: GANConfig | None) -> Costs:  # nothing else in a recipe changes them
+        return measure_costs(replace(config, checkpointing=checkpointing, gan=gan), shapes, say)
+
+    def price(changed: Config, gpus: int, lora: int | None, machine: str = gpu) -> Estimate:
+        costs = costs_of(changed.checkpointing, changed.gan)
+        return predict(changed, shapes, costs, MACHINES[machine], gpus, clips=clips, lora=lora)
+
+    return price
+
+
+def as_json(found: Estimate, changes: tuple[Change, ...]) -> dict[str, Any]:
+    """Everything in the table, in bytes, FLOPs and seconds."""
+    return asdict(found) | {
+        "peak": found.peak,
+        "fits": found.fits,
+        "iteration_seconds": found.iteration_seconds,
+        "hours": found.hours,
+        "gpu_hours": found.hours * found.gpus,
+        "changes": [asdict(c) for c in changes],
+    }
+
+
+def as_table(found: Estimate, changes: tuple[Change, ...]) -> str:
+    """The answer for people."""
+    frames, height, width = found.clip
+    adapters = f", adapters of rank {found.lora}" if found.lora else ""
+    lines = [
+        f"{found.recipe} on {found.model}, {frames} x {height} x {width}, "
+        f"{found.gpus} x {found.machine.name}{adapters}, checkpointing {'on' if found.checkpointing else 'off'}",
+        "",
+        f"{'per GPU, GB':<20}{'parameters':>12}{'weights':>10}{'gradients':>11}{'Adam':>9}{'average':>9}",
+    ]
+    for n in found.networks:
+        numbers = (n.weights, n.gradients, n.moments, n.average)
+        cells = "".join(
+            f"{x / GB:>{w}.2f}" if x else f"{'-':>{w}}" for x, w in zip(numbers, (10, 11, 9, 9), strict=True)
+        )
+        lines.append(f"{n.name:<20}{n.parameters / 1e6:>10.0f} M{cells}")
+    lines += [
+        "",
+        f"{'update':<22}{'times':>6}{'clips':>7}{'at once':>9}{'activations':>13}{'peak GB':>9}{'PFLOP':>9}{'seconds':>9}",
+    ]
+    for s in found.steps:
+        lines.append(
+            f"{s.label:<22}{s.times:>6}{s.clips:>7g}{s.part:>9}{s.activations / GB:>13.1f}{s.peak / GB:>9.1f}"
+            f"{s.flops / 1e15:>9.2f}{s.seconds:>9.1f}"
+        )
+    if found.observation:
+        lines += ["", f"{'motion observation, one clip':<35}{'kept GB':>9}{'peak GB':>13}{'PFLOP':>18}{'seconds':>9}"]
+    for stage in found.observation:
+        cells = f"{stage.held / GB:>9.1f}{stage.peak / GB:>13.1f}{stage.flops / 1e15:>18.2f}{stage.seconds:>9.2f}"
+        lines.append(f"{stage.name:<35}{cells}")
+    hours = found.hours
+    lines += [
+        "",
+        f"iteration {found.iteration_seconds:.1f} s; {found.iterations} iterations and "
+        f"{found.preparation_hours:.1f} h for the real clips' observations: {hours:.1f} h, {hours * found.gpus:.0f} GPU-hours",
+        f"memory: {found.peak / GB:.1f} GB of {found.available / GB:.1f} that {found.machine.memory / GB:.0f} GB leave for tensors: "
+        + ("it fits" if found.fits else "it does not fit"),
+        f"main memory while starting: {found.main_memory / GB:.0f} GB for the text encoder, then none",
+    ]
+    if found.note:
+        lines.append(found.note)
+    if changes:
+        lines += ["", "change, in this order:"]
+        lines += [f"  {c.what}: {c.peak / GB:.1f} GB{', fits' if c.fits else ''}" for c in changes]
+    lines += [
+        "",
+        f"assumed, not measured: {REACHED_COMPUTE:.0%} of peak FLOPS, {REACHED_BANDWIDTH:.0%} of memory bandwidth, "
+        f"{CONTEXT / GB:g} GB and {FRAGMENTS:.0%} of memory lost to the driver and fragments",
+    ]
+    return "\n".join(lines)

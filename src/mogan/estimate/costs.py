@@ -1,0 +1,262 @@
+"""What each call of a training step costs, traced on the real networks at the real shapes, batch 1.
+
+Depth and windows repeat equal pieces, so each network is traced at two small depths or lengths and the line through them
+followed; ``tests/test_estimate.py`` compares that line with the whole.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from torchvision.models.optical_flow import raft_large
+
+from mogan.config import Config, GANConfig
+from mogan.denoiser import Denoiser, recomputed
+from mogan.discriminator import Discriminator
+from mogan.estimate.shapes import Shapes
+from mogan.estimate.trace import Call, Work, fake, sizes, trace
+from mogan.flow import RaftConfig, RaftFlow, motion_picture, read_raft_config
+from mogan.wan import decode_window, encode_video, fold_padding
+
+TEXT_TOKENS = 128  # a long caption; cross-attention to the padding is folded into one token
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Calls at batch 1, and parameters, of everything a recipe uses.
+
+    Attributes:
+        forward: the transformer without gradient; ``train``: with, and its backward pass.
+        judge: the discriminator, forward and backward, its weights learning; ``judge_frozen``: only its input's gradient.
+        observe: window decode, flow and encode without gradient; ``observe_grad``: with; ``stages``: of the latter.
+        decode: of a whole clip, for sampling.
+        parameters: of ``transformer``, ``block`` (one of its blocks), ``rest`` (what is outside them), ``adapters`` (per rank), ``discriminator``, ``vae``,
+            ``flow``, ``text_encoder``.
+    """
+
+    forward: Call
+    train: Call
+    decode: Call
+    parameters: Mapping[str, int]
+    observe: Call | None = None
+    observe_grad: Call | None = None
+    stages: Mapping[str, Call] = field(default_factory=dict)
+    judge: Call | None = None
+    judge_frozen: Call | None = None
+
+
+def measure_costs(config: Config, shapes: Shapes, say: Callable[[str], None] = lambda text: None) -> Costs:
+    """Trace every call a recipe makes. Takes seconds to a minute; nothing is allocated."""
+    dtype = torch.float32 if config.precision == "fp32" else torch.bfloat16
+    parameters = network_parameters(shapes)
+    say("transformer")
+    forward, train = transformer_calls(shapes, config.checkpointing, dtype)
+    say("autoencoder")
+    codec = Codec(shapes, dtype)
+    costs: dict[str, Any] = {"forward": forward, "train": train, "decode": codec.decode(shapes.latent[1])}
+    if config.gan is not None:
+        if config.gan.space == "motion":
+            say("optical flow")
+            flow, parameters["flow"] = _flow(config.gan)
+            plain = _observe(codec, flow, config.gan, grad=False, checkpointing=config.checkpointing)
+            stages = _observe(codec, flow, config.gan, grad=True, checkpointing=config.checkpointing)
+            costs |= {"stages": stages, "observe": one_after_the_other(plain.values())}
+            costs["observe_grad"] = one_after_the_other(stages.values())
+        say("discriminator")
+        gan = config.gan
+        seen = gan.window if gan.space == "motion" else shapes.latent[1]
+        judge = partial(judge_call, shapes, gan.blocks, len(gan.taps), seen, config.checkpointing, dtype)
+        costs["judge"], parameters["discriminator"] = judge(learns=True)
+        costs["judge_frozen"], _ = judge(learns=False)
+    return Costs(parameters=parameters, **costs)
+
+
+# ---------------------------------------------------------------------------------------------- transformers
+
+
+def build_transformer(shapes: Shapes, layers: int | None = None) -> Any:
+    """A Wan transformer of this shape (on whatever device is current), at another depth if asked."""
+    config = {k: v for k, v in shapes.transformer.items() if not k.startswith("_")}
+    return fold_padding(WanTransformer3DModel(**config | ({} if layers is None else {"num_layers": layers})))
+
+
+def network_parameters(shapes: Shapes) -> dict[str, int]:
+    """Exact counts, from two depths."""
+    with torch.device("meta"):
+        one, two = (sizes(build_transformer(shapes, n))[0] for n in (1, 2))
+        vae = sizes(AutoencoderKLWan(**_known(shapes.vae)))[0]
+    width = shapes.transformer["num_attention_heads"] * shapes.transformer["attention_head_dim"]
+    layers, ffn = shapes.transformer["num_layers"], shapes.transformer["ffn_dim"]
+    text = shapes.text_encoder
+    inner = text["num_heads"] * text["d_kv"]
+    gated = 3 if str(text.get("feed_forward_proj", "gated-gelu")).startswith("gated") else 2
+    buckets = text.get("relative_attention_num_buckets", 32) * text["num_heads"]
+    layer = 4 * text["d_model"] * inner + gated * text["d_model"] * text["d_ff"] + 2 * text["d_model"] + buckets
+    return {
+        "transformer": one + (layers - 1) * (two - one),
+        "block": two - one,
+        "rest": one - (two - one),
+        "adapters": layers * (8 * 2 * width + 2 * (width + ffn)),  # per rank; eight square matrices and two of the MLP
+        "vae": vae,
+        "text_encoder": text["vocab_size"] * text["d_model"] + text["num_layers"] * layer + text["d_model"],
+    }
+
+
+def transformer_calls(shapes: Shapes, checkpointing: bool, dtype: torch.dtype) -> tuple[Call, Call]:
+    """One call without gradient, one with; at full depth."""
+    calls: dict[bool, list[Call]] = {False: [], True: []}
+    with fake():
+        x, sigma = torch.empty(1, *shapes.latent), torch.full((1,), 0.5)
+        text = torch.empty(1, TEXT_TOKENS, shapes.transformer["text_dim"])
+        for layers in (1, 2):
+            network = build_transformer(shapes, layers).train()
+            if checkpointing:
+                network.enable_gradient_checkpointing()
+            denoiser = Denoiser(network, dtype)
+            for backward, found in calls.items():
+                found.append(trace(network.parameters(), lambda d=denoiser: d(x, sigma, text), backward=backward))
+    more = shapes.transformer["num_layers"] - 1
+    forward, train = (one.along(two, more) for one, two in calls.values())
+    return forward, train
+
+
+def judge_call(
+    shapes: Shapes, blocks: int, heads: int, frames: int, checkpointing: bool, dtype: torch.dtype, *, learns: bool
+) -> tuple[Call, int]:
+    """A discriminator of so many blocks and heads on one observation of ``frames`` latent frames; its parameters."""
+    channels, _, height, width = shapes.latent
+    calls, counts = [], []
+    with fake():
+        seen = torch.empty(1, channels, frames, height, width, requires_grad=not learns)
+        text = torch.empty(1, TEXT_TOKENS, shapes.transformer["text_dim"])
+        for depth in (1, 2):
+            at = (depth - 1,) * heads  # heads cost the same wherever they read
+            network = Discriminator(build_transformer(shapes, depth), text, blocks=depth, tap_at=at, dtype=dtype)
+            if checkpointing:
+                network.transformer.enable_gradient_checkpointing(recomputed)
+            if not learns:
+                network.requires_grad_(False)
+            network.train()
+            counts.append(sizes(network)[0])
+            calls.append(trace(network.parameters(), lambda n=network: n(seen), backward=True))
+    return calls[0].along(calls[1], blocks - 1), counts[0] + (blocks - 1) * (counts[1] - counts[0])
+
+
+# ---------------------------------------------------------------------------------------------- autoencoder and flow
+
+
+def _known(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of ``AutoencoderKLWan`` among a config file's entries."""
+    return {k: v for k, v in config.items() if not k.startswith("_") and k != "clip_output"}
+
+
+class Codec:
+    """The autoencoder of some shapes, on the meta device; every call is traced once."""
+
+    def __init__(self, shapes: Shapes, dtype: torch.dtype):
+        self.shapes = shapes
+        usual = torch.get_default_dtype()
+        torch.set_default_dtype(dtype)
+        try:
+            with torch.device("meta"):
+                self.vae: Any = AutoencoderKLWan(**_known(shapes.vae)).eval().requires_grad_(False)
+        finally:
+            torch.set_default_dtype(usual)
+        self._traced: dict[tuple, Call] = {}
+
+    def decode(self, length: int, start: int = 0, grad: bool = False, checkpointing: bool = False) -> Call:
+        """Decode of ``length`` latent frames after ``start`` others. From the third latent frame on all cost the same."""
+        if not grad:
+            whole = start + length
+            return self._decode(0, 2).along(self._decode(0, 3), whole - 2) if whole > 3 else self._decode(start, length)
+        if start + length <= 4 or length <= 2:
+            return self._decode(start, length, True, checkpointing)
+        window = self._decode(2, 2, True, checkpointing).along(self._decode(2, 3, True, checkpointing), length - 2)
+        prefix = self._decode(0, 3).work - self._decode(0, 2).work
+        return Call(window.work + prefix * (start - 2), window.held, window.peak)
+
+    def encode(self, frames: int, grad: bool = False, checkpointing: bool = False) -> Call:
+        """Encode of ``4 k + 1`` frames. From the second chunk on all cost the same."""
+        if frames <= 13:
+            return self._encode(frames, grad, checkpointing)
+        three, four = (self._encode(n, grad, checkpointing) for n in (9, 13))
+        return three.along(four, (frames - 9) / 4)
+
+    def _decode(self, first: int, count: int, grad: bool = False, checkpointing: bool = False) -> Call:
+        channels, _, height, width = self.shapes.latent
+        z = torch.empty(1, channels, first + count, height, width, device="meta", requires_grad=grad)
+        return self._once(
+            ("decode", first, count, grad, checkpointing),
+            lambda: decode_window(self.vae, z, first, count, checkpointing),
+        )
+
+    def _encode(self, frames: int, grad: bool, checkpointing: bool) -> Call:
+        size = self.shapes.size
+        video = torch.empty(1, 3, frames, size.height, size.width, device="meta", requires_grad=grad)
+        return self._once(
+            ("encode", frames, 0, grad, checkpointing), lambda: encode_video(self.vae, video, checkpointing)
+        )
+
+    def _once(self, key: tuple, call: Callable[[], torch.Tensor]) -> Call:
+        if key not in self._traced:
+            self._traced[key] = trace((), call, backward=key[3])
+        return self._traced[key]
+
+
+def _flow(gan: GANConfig) -> tuple[RaftFlow | None, int]:
+    """The recipe's RAFT with random weights; None for a classical estimator, whose cost is the CPU's."""
+    if gan.flow == "farneback":
+        return None, 0
+    settings = Path(gan.flow) / "config.json"
+    if settings.is_file():
+        network = read_raft_config(settings).build()
+    else:
+        network = RaftConfig().build() if gan.flow == "lab" else raft_large()
+    return RaftFlow(network, gan.flow_iterations), sizes(network)[0]
+
+
+def estimate_flow(flow: RaftFlow | None, shapes: Shapes, frames: int, grad: bool, checkpointing: bool) -> Call:
+    """RAFT on a window: chunks of pairs one after the other, ``iterations`` refinements each."""
+    if flow is None:
+        return Call(Work(), 0.0, 0.0)
+    size = shapes.size
+    pairs = min(flow.pairs_at_once(size.height, size.width), frames - 1)
+    flow.checkpointing = checkpointing
+    wanted, calls = flow.iterations, []
+    for flow.iterations in (1, 2):
+        with fake():
+            video = torch.empty(1, 3, pairs + 1, size.height, size.width, requires_grad=grad)
+            calls.append(trace((), lambda v=video: flow(v), backward=grad))
+    flow.iterations = wanted
+    chunk = calls[0].along(calls[1], wanted - 1)
+    chunks = (frames - 1) / pairs
+    held = chunk.held * chunks
+    return Call(chunk.work * chunks, held, held - chunk.held + chunk.peak)
+
+
+def _observe(
+    codec: Codec, flow: RaftFlow | None, gan: GANConfig, *, grad: bool, checkpointing: bool
+) -> dict[str, Call]:
+    """The stages of an observation, in order. The window starts at its mean start."""
+    frames, size = 4 * gan.window - 3, codec.shapes.size
+    start = round(sum(gan.starts) / len(gan.starts))
+    fields = torch.empty(1, 2, frames - 1, size.height, size.width, device="meta", requires_grad=grad)
+    return {
+        "window decode": codec.decode(gan.window, start, grad, checkpointing),
+        "flow": estimate_flow(flow, codec.shapes, frames, grad, checkpointing),
+        "picture": trace((), lambda: motion_picture(fields, gan.max_flow), backward=grad),
+        "encode": codec.encode(frames, grad, checkpointing),
+    }
+
+
+def one_after_the_other(stages: Iterable[Call]) -> Call:
+    """A call made of stages: what each holds stays while the next one runs."""
+    held, peak, work = 0.0, 0.0, Work()
+    for stage in stages:
+        peak = max(peak, held + stage.peak)
+        held, work = held + stage.held, work + stage.work
+    return Call(work, held, peak)

@@ -1,0 +1,330 @@
+"""From costs and a machine to memory per GPU, time per update, and the price of a run."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from mogan.config import Config, Update
+from mogan.estimate.costs import Costs
+from mogan.estimate.machines import GPUS_PER_NODE, REACHED_LINK, Machine, usable
+from mogan.estimate.shapes import Shapes
+from mogan.estimate.trace import Work
+
+FP32, BF16 = 4, 2  # bytes
+
+
+@dataclass(frozen=True)
+class Network:
+    """What one network occupies on one GPU, bytes."""
+
+    name: str
+    parameters: int
+    weights: float
+    gradients: float = 0.0
+    moments: float = 0.0
+    average: float = 0.0
+
+
+@dataclass(frozen=True)
+class Step:
+    """One update on one GPU.
+
+    Attributes:
+        label: who learns, from whom; ``times``: per iteration.
+        clips: of its batch, on this GPU; ``part``: computed at once.
+        activations: most bytes that come and go; ``peak``: with everything that stays.
+        flops: computed by one GPU, recomputation included; ``model_flops``: without it.
+        seconds: predicted; ``waiting``: seconds of communication, which overlap with computing.
+    """
+
+    label: str
+    times: int
+    clips: float
+    part: int
+    activations: float
+    peak: float
+    flops: float
+    model_flops: float
+    seconds: float
+    waiting: float
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of the motion observation of one clip, forward and backward: bytes, FLOPs and seconds."""
+
+    name: str
+    held: float
+    peak: float
+    flops: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A recipe on a machine."""
+
+    recipe: str
+    model: str
+    machine: Machine
+    gpus: int
+    lora: int | None
+    checkpointing: bool
+    window: int | None
+    clip: tuple[int, int, int]
+    networks: tuple[Network, ...]
+    steps: tuple[Step, ...]
+    observation: tuple[Stage, ...]
+    available: float
+    iterations: int
+    preparation_hours: float
+    main_memory: float
+    note: str = ""
+
+    @property
+    def peak(self) -> float:
+        """Most bytes on one GPU."""
+        return max(step.peak for step in self.steps)
+
+    @property
+    def fits(self) -> bool:
+        """Whether that is less than the GPU has for tensors."""
+        return self.peak <= self.available
+
+    @property
+    def iteration_seconds(self) -> float:
+        """One pass through the plan."""
+        return sum(step.times * step.seconds for step in self.steps)
+
+    @property
+    def hours(self) -> float:
+        """The whole run, from start to last checkpoint, without loading and sampling."""
+        return self.preparation_hours + self.iterations * self.iteration_seconds / 3600
+
+
+def predict(
+    config: Config, shapes: Shapes, costs: Costs, machine: Machine, gpus: int, *, clips: int, lora: int | None = None
+) -> Estimate:
+    """Price a recipe.
+
+    Sharding is FSDP2's: weights, gradients, moments and averages are divided by the GPUs; two blocks are gathered in bf16 at
+    a time; autoencoder and flow network are on every GPU. One GPU keeps everything, and autocast's copies of the weights.
+
+    Args:
+        config: the recipe.
+        shapes: the model.
+        costs: of :func:`mogan.estimate.costs.measure_costs` for both.
+        machine: one GPU of it.
+        gpus: how many.
+        clips: real clips whose observations are computed before the first step.
+        lora: rank of adapters in place of full weights of student and fake score.
+    """
+    networks = _networks(config, costs, gpus, lora)
+    stays = sum(n.weights + n.moments + n.average for n in networks)
+    gradients = {n.name: n.gradients for n in networks}
+    steps = []
+    for update in config.plan:
+        share = update.batch / gpus
+        part = max(1, min(update.batch // update.accumulate, math.ceil(share)))
+        activations = _activations(config, update, costs) * part + _gathered(shapes, costs, gpus)
+        learner = gradients[update.learns]
+        work, passes = _work(config, update, costs)
+        waiting = _communication(costs, machine, gpus, passes) * math.ceil(share / part)
+        steps.append(
+            Step(
+                update.label,
+                update.times,
+                share,
+                part,
+                activations,
+                stays + learner + max(activations, learner),  # AdamW's foreach step needs as much again as the weights
+                work.flops * share,
+                (work.flops - _recomputed(config, update, costs)) * share,
+                max(work.seconds(machine) * share, waiting),
+                waiting,
+            )
+        )
+    odd = [u.batch for u in config.plan if u.batch % gpus]
+    gan = config.gan
+    observations = clips * len(gan.starts) if gan is not None and costs.observe is not None else 0
+    once = costs.observe.work.seconds(machine) * observations / gpus / 3600 if costs.observe is not None else 0.0
+    return Estimate(
+        config.recipe,
+        shapes.name,
+        machine,
+        gpus,
+        lora,
+        config.checkpointing,
+        gan.window if gan is not None and gan.space == "motion" else None,
+        (shapes.size.frames, shapes.size.height, shapes.size.width),
+        networks,
+        tuple(steps),
+        tuple(Stage(n, c.held, c.peak, c.work.flops, c.work.seconds(machine)) for n, c in costs.stages.items()),
+        usable(machine.memory),
+        config.iterations,
+        once,
+        FP32 * costs.parameters["text_encoder"],
+        f"a batch of {odd[0]} does not split over {gpus} GPUs: give --batch a multiple of {gpus}" if odd else "",
+    )
+
+
+def _networks(config: Config, costs: Costs, gpus: int, lora: int | None) -> tuple[Network, ...]:
+    whole = costs.parameters["transformer"]
+
+    def trained(name: str, parameters: int, averaged: bool = False) -> Network:
+        mine = FP32 * parameters / gpus
+        return Network(name, parameters, mine, mine, 2 * mine, mine if averaged else 0.0)
+
+    def adapters(name: str, averaged: bool, own_base: bool) -> Network:
+        base = (BF16 * blocks + FP32 * (whole - blocks)) / gpus if own_base else 0.0
+        learned = FP32 * lora * costs.parameters["adapters"] / gpus
+        return Network(
+            name, lora * costs.parameters["adapters"], base + learned, learned, 2 * learned, averaged * learned
+        )
+
+    layers = round((whole - costs.parameters["rest"]) / costs.parameters["block"])
+    blocks = layers * costs.parameters["block"]
+    learning = {u.learns for u in config.plan}
+    found = []
+    if "student" in learning:
+        # adapters of student and fake score share the teacher's frozen weights, unless the student starts elsewhere
+        found.append(adapters("student", True, config.gan is not None) if lora else trained("student", whole, True))
+    if config.dmd is not None:
+        held = BF16 * blocks + FP32 * (whole - blocks) if lora else FP32 * whole
+        found.append(Network("teacher", whole, held / gpus))
+        found.append(adapters("fake_score", False, False) if lora else trained("fake_score", whole))
+    if config.gan is not None:
+        found.append(trained("discriminator", costs.parameters["discriminator"]))
+    precision = FP32 if config.precision == "fp32" else BF16
+    found.append(Network("autoencoder", costs.parameters["vae"], precision * costs.parameters["vae"]))
+    if costs.parameters.get("flow"):
+        found.append(Network("flow network", costs.parameters["flow"], FP32 * costs.parameters["flow"]))
+    return tuple(found)
+
+
+def _gathered(shapes: Shapes, costs: Costs, gpus: int) -> float:
+    """Weights in the precision of the matrix products, beside the fp32 ones."""
+    if gpus == 1:
+        return max(costs.train.copies, costs.forward.copies)
+    block, rest = costs.parameters["block"], costs.parameters["rest"]
+    return 2 * BF16 * block + FP32 * block + FP32 * rest  # two gathered blocks, one block's gradients, what is outside
+
+
+def _activations(config: Config, update: Update, costs: Costs) -> float:
+    """Most bytes alive at once in one update of one clip, beside weights and gradients."""
+    forward, train = costs.forward, costs.train
+    if update.by == "dmd" and update.learns == "student":
+        assert config.dmd is not None
+        guided = 1 if config.dmd.guidance == 1 else 2
+        return max(train.peak, train.held + guided * forward.peak)
+    if update.by != "gan":
+        return train.peak
+    assert config.gan is not None
+    assert costs.judge is not None
+    assert costs.judge_frozen is not None
+    seen = costs.observe_grad if update.learns == "student" else costs.observe
+    if update.learns == "student":
+        held, peak = (seen.held, seen.peak) if seen else (0.0, 0.0)
+        return max(train.peak, train.held + peak, train.held + held + costs.judge_frozen.peak)
+    calls = 2 + bool(config.gan.r1) + bool(config.gan.r2)
+    return max(seen.peak if seen else 0.0, forward.peak, (calls - 1) * costs.judge.held + costs.judge.peak)
+
+
+def _work(config: Config, update: Update, costs: Costs) -> tuple[Work, float]:
+    """Work of one update per clip, and passes over a transformer's weights (forward 1, trained 2)."""
+    before = (len(config.sigmas) - 1) / 2  # the exit step is uniform over the student's steps
+    forward, train = costs.forward.work, costs.train.work
+    if update.by == "flow_matching":
+        return train, 2
+    if update.by == "dmd" and update.learns == "student":
+        assert config.dmd is not None
+        guided = 1 if config.dmd.guidance == 1 else 2
+        return forward * before + train + forward * (guided + 1), before + 4
+    if update.by == "dmd":
+        return forward * (before + 1) + train, before + 3
+    assert config.gan is not None
+    assert costs.judge is not None
+    assert costs.judge_frozen is not None
+    if update.learns == "student":
+        seen = costs.observe_grad.work if costs.observe_grad else Work()
+        return forward * before + train + seen + costs.judge_frozen.work, before + 4
+    calls = 2 + bool(config.gan.r1) + bool(config.gan.r2)
+    seen = costs.observe.work if costs.observe else Work()
+    return forward * (before + 1) + seen + costs.judge.work * calls, before + 1 + 2 * calls
+
+
+def _recomputed(config: Config, update: Update, costs: Costs) -> float:
+    """Operations of the forward passes that checkpointing repeats, per clip."""
+    if not config.checkpointing:
+        return 0.0
+    trains_student = update.learns == "student"
+    flops = costs.forward.work.flops if trains_student or update.by != "gan" else 0.0
+    if update.by == "gan" and config.gan is not None and costs.judge is not None:
+        calls = 1 if trains_student else 2 + bool(config.gan.r1) + bool(config.gan.r2)
+        flops += calls * costs.judge.work.flops / 4  # forward, forward again, and a backward pass of twice the work
+        if trains_student and costs.observe is not None:
+            start = sum(config.gan.starts) / len(config.gan.starts)
+            flops += costs.observe.work.flops * config.gan.window / (config.gan.window + start)
+    return flops
+
+
+def _communication(costs: Costs, machine: Machine, gpus: int, passes: float) -> float:
+    """Seconds a part's collectives take: bf16 weights gathered at every pass, fp32 gradients reduced once."""
+    if gpus == 1:
+        return 0.0
+    moved = costs.parameters["transformer"] * (BF16 * passes + FP32) * (gpus - 1) / gpus
+    return moved / (REACHED_LINK * (machine.link if gpus <= GPUS_PER_NODE else machine.network))
+
+
+# ---------------------------------------------------------------------------------------------- what to change
+
+
+@dataclass(frozen=True)
+class Change:
+    """One thing to change, and what comes of it together with those before it."""
+
+    what: str
+    peak: float
+    fits: bool
+
+
+def advise(
+    config: Config, gpus: int, lora: int | None, price: Callable[[Config, int, int | None], Estimate]
+) -> tuple[Change, ...]:
+    """What to change, one after the other, until the run fits: cheapest in quality and in money first.
+
+    The text encoder is never on the GPU and the autoencoder is small, so nothing is gained by moving them.
+    """
+    changes: list[Change] = []
+
+    def attempt(what: str, changed: Config, number: int, rank: int | None) -> bool:
+        found = price(changed, number, rank)
+        changes.append(Change(what, found.peak, found.fits))
+        return found.fits
+
+    if not config.checkpointing:
+        config = replace(config, checkpointing=True)
+        if attempt("recompute activations: checkpointing=True in the recipe", config, gpus, lora):
+            return tuple(changes)
+    if any(u.batch // u.accumulate > 1 for u in config.plan):
+        config = replace(config, plan=tuple(replace(u, accumulate=u.batch) for u in config.plan))
+        if attempt("one clip at a time: accumulate = batch in the recipe's plan", config, gpus, lora):
+            return tuple(changes)
+    if lora is None and (config.dmd is not None or config.gan is not None):
+        lora = 64
+        if attempt("learn adapters instead of all weights: --lora 64", config, gpus, lora):
+            return tuple(changes)
+    for number in (2, 4, 8, 16, 32, 64):
+        if number > gpus and price(config, number, lora).fits:
+            attempt(f"shard over {number} GPUs", config, number, lora)
+            return tuple(changes)
+    if gpus < 64:
+        attempt("shard over 64 GPUs", config, 64, lora)
+    if config.gan is not None and config.gan.space == "motion":
+        for window in (9, 6, 4, 3):
+            if window < config.gan.window:
+                starts = config.gan.starts
+                shorter = replace(config, gan=replace(config.gan, window=window, starts=starts))
+                if attempt(f"a window of {window} latent frames in the recipe", shorter, max(gpus, 64), lora):
+                    return tuple(changes)
+    return tuple(changes)

@@ -1,0 +1,109 @@
+"""A complete diffusers folder of a published Wan model with random weights: the real shapes, nothing downloaded.
+
+For checks of everything but quality: memory, time, file formats. Depth and vocabulary may be reduced; widths stay.
+"""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
+
+from mogan.errors import UserError
+from mogan.estimate.shapes import PUBLISHED, Shapes
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """One token per byte, ``</s>`` at the end as T5 has it: reads any language, needs no vocabulary file."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: i for i, token in enumerate(["<pad>", "</s>", "<unk>", *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=512
+    )
+
+
+def random_wan(
+    folder: Path,
+    size: str = "wan2.1-t2v-1.3b",
+    *,
+    layers: int | None = None,
+    text_layers: int = 2,
+    clip: tuple[int, int, int] | None = None,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    changes: dict[str, dict[str, Any]] | None = None,
+) -> Path:
+    """Write the folder; returns it.
+
+    The text encoder keeps its width and has few layers and a vocabulary of bytes: embeddings have the real shape.
+
+    Args:
+        folder: where to; must not exist.
+        size: name of a published model.
+        layers: of the transformer; all of them by default.
+        text_layers: of the text encoder (the real one has 24 and 5.7 billion weights).
+        clip: ``(frames, height, width)`` noted as what the model generates; the published one by default.
+        dtype: of the saved weights.
+        seed: of the weights.
+        changes: entries of ``transformer``, ``vae`` or ``text_encoder`` to change, for sizes in between.
+    """
+    if size.lower() not in PUBLISHED:
+        raise UserError(f"no published model {size!r}: use one of {', '.join(PUBLISHED)}")
+    if folder.exists():
+        raise UserError(f"{folder} exists already: give another folder or remove it")
+    shapes = _changed(PUBLISHED[size.lower()], layers, text_layers, clip, changes or {})
+    _ = shapes.latent  # a clip that does not fit the model is found here
+    torch.manual_seed(seed)
+    tokenizer = byte_tokenizer()
+    usual = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        pipeline = WanPipeline(
+            tokenizer=tokenizer,
+            text_encoder=UMT5EncoderModel(UMT5Config(**shapes.text_encoder | {"vocab_size": len(tokenizer)})),
+            vae=AutoencoderKLWan(**shapes.vae),
+            transformer=WanTransformer3DModel(**shapes.transformer),
+            scheduler=UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0),
+        )
+    finally:
+        torch.set_default_dtype(usual)
+    temporary = folder.with_name(f".{folder.name}.new")
+    pipeline.save_pretrained(temporary)
+    facts = {
+        "fps": shapes.size.fps,
+        "height": shapes.size.height,
+        "width": shapes.size.width,
+        "frames": shapes.size.frames,
+    }
+    (temporary / "mogan.json").write_text(json.dumps(facts, indent=2) + "\n")
+    temporary.rename(folder)
+    return folder
+
+
+def _changed(
+    shapes: Shapes,
+    layers: int | None,
+    text_layers: int,
+    clip: tuple[int, int, int] | None,
+    changes: dict[str, dict[str, Any]],
+) -> Shapes:
+    transformer = shapes.transformer | ({} if layers is None else {"num_layers": layers})
+    text = shapes.text_encoder | {"num_layers": text_layers}
+    size = shapes.size
+    if clip is not None:
+        size = replace(size, frames=clip[0], height=clip[1], width=clip[2])
+    return replace(
+        shapes,
+        transformer=transformer | changes.get("transformer", {}),
+        vae=shapes.vae | changes.get("vae", {}),
+        text_encoder=text | changes.get("text_encoder", {}),
+        size=size,
+    )

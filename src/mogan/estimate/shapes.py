@@ -1,0 +1,119 @@
+"""Configurations of published Wan models, and of any diffusers folder: what a network's shape is, without its weights."""
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from mogan.errors import UserError
+from mogan.wan import WAN_22, Geometry, fit_latents, geometry, lab_folder
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """Configs as diffusers and transformers write them, and what the model generates."""
+
+    name: str
+    transformer: dict[str, Any]
+    vae: dict[str, Any]
+    text_encoder: dict[str, Any]
+    size: Geometry
+
+    @property
+    def latent(self) -> tuple[int, int, int, int]:
+        """``(C, F, H, W)`` of a clip's latents."""
+        return fit_latents(self.vae, self.transformer, self.size)
+
+
+def _transformer(heads: int, ffn: int, layers: int, channels: int = 16) -> dict[str, Any]:
+    return {
+        "patch_size": [1, 2, 2],
+        "num_attention_heads": heads,
+        "attention_head_dim": 128,
+        "in_channels": channels,
+        "out_channels": channels,
+        "text_dim": 4096,
+        "freq_dim": 256,
+        "ffn_dim": ffn,
+        "num_layers": layers,
+        "cross_attn_norm": True,
+        "qk_norm": "rms_norm_across_heads",
+        "eps": 1e-6,
+        "image_dim": None,
+        "added_kv_proj_dim": None,
+        "rope_max_seq_len": 1024,
+    }
+
+
+# google/umt5-xxl, the encoder of every Wan model (5.7 B parameters)
+UMT5_XXL = {
+    "vocab_size": 256384,
+    "d_model": 4096,
+    "d_kv": 64,
+    "d_ff": 10240,
+    "num_layers": 24,
+    "num_heads": 64,
+    "relative_attention_num_buckets": 32,
+    "relative_attention_max_distance": 128,
+    "dropout_rate": 0.1,
+    "layer_norm_epsilon": 1e-6,
+    "feed_forward_proj": "gated-gelu",
+    "tie_word_embeddings": False,
+}
+
+# Wan2.1's autoencoder is the default of diffusers' AutoencoderKLWan, latents_mean and latents_std included.
+VAE_21: dict[str, Any] = {}
+# Wan2.2's (TI2V-5B): 48 channels, 16 x 16 pixels per latent. Its latent statistics do not change its cost.
+VAE_22 = {
+    "base_dim": 160,
+    "decoder_base_dim": 256,
+    "z_dim": 48,
+    "is_residual": True,
+    "in_channels": 12,
+    "out_channels": 12,
+    "patch_size": 2,
+    "scale_factor_temporal": 4,
+    "scale_factor_spatial": 16,
+    "latents_mean": [0.0] * 48,
+    "latents_std": [1.0] * 48,
+}
+WAN_21 = Geometry(fps=16, height=480, width=832, frames=81)
+
+# transformer/config.json of the Wan-AI/...-Diffusers repositories, as diffusers' convert_wan_to_diffusers.py has them
+PUBLISHED = {
+    "wan2.1-t2v-1.3b": Shapes("Wan2.1-T2V-1.3B", _transformer(12, 8960, 30), VAE_21, UMT5_XXL, WAN_21),
+    "wan2.1-t2v-14b": Shapes("Wan2.1-T2V-14B", _transformer(40, 13824, 40), VAE_21, UMT5_XXL, WAN_21),
+    "wan2.2-ti2v-5b": Shapes(
+        "Wan2.2-TI2V-5B",
+        _transformer(24, 14336, 30, 48),
+        VAE_22,
+        UMT5_XXL,
+        WAN_22,
+    ),
+}
+
+
+def read_shapes(model: str) -> Shapes:
+    """Shapes of a published model by name, of the lab, or of a local folder that holds at least the config files."""
+    if model.lower() in PUBLISHED:
+        return PUBLISHED[model.lower()]
+    folder = lab_folder() / "teacher" if model == "lab" else Path(model)
+    configs = {}
+    for part in ("transformer", "vae", "text_encoder"):
+        path = folder / part / "config.json"
+        if not path.is_file():
+            raise UserError(
+                f"{model} has no {part}/config.json: give a diffusers folder, lab, or {', '.join(PUBLISHED)}"
+            )
+        configs[part] = json.loads(path.read_text())
+    if configs["transformer"].get("image_dim") is not None:
+        raise UserError(f"{model} is image-conditioned; text-to-video transformers are what can be trained here")
+    return Shapes(folder.name, **configs, size=geometry(folder))
+
+
+def resized(shapes: Shapes, *, frames: int | None, height: int | None, width: int | None) -> Shapes:
+    """The same model at another clip size; raises UserError if it does not fit the model."""
+    chosen = {k: v for k, v in {"frames": frames, "height": height, "width": width}.items() if v is not None}
+    shapes = replace(shapes, size=replace(shapes.size, **chosen))
+    _ = shapes.latent
+    return shapes

@@ -1,0 +1,234 @@
+"""Real configuration files at reduced depth, random weights: every command once, ending in a stock ``WanPipeline``."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKLWan, WanPipeline
+
+from mogan import wan
+from mogan.cli import main
+from mogan.estimate.costs import build_transformer, transformer_calls
+from mogan.estimate.random_wan import random_wan
+from mogan.estimate.shapes import PUBLISHED, VAE_22, read_shapes, resized
+from mogan.estimate.trace import fake
+from mogan.flow import RaftConfig, save_raft
+from mogan.video import write_video
+
+NARROW = {
+    "transformer": {"num_attention_heads": 2, "attention_head_dim": 32, "ffn_dim": 128, "text_dim": 64, "freq_dim": 64},
+    "vae": {"base_dim": 8},
+    "text_encoder": {"d_model": 64, "d_ff": 128, "num_heads": 4, "d_kv": 16},
+}
+CLIP = (9, 64, 64)
+
+
+@pytest.fixture
+def raft(tmp_path, monkeypatch):
+    config = RaftConfig((8, 8, 8, 8, 16), (8, 8, 8, 8, 16), 8, 2, 2, 16)
+    save_raft(config.build(), config, tmp_path / "raft")
+    monkeypatch.setenv("MOGAN_TEST_RAFT", str(tmp_path / "raft"))
+    return tmp_path / "raft"
+
+
+def videos(folder):
+    """Two clips of a bright square that moves."""
+    folder.mkdir()
+    for number in range(2):
+        frames = np.full((12, 64, 64, 3), 40, np.uint8)
+        for i, frame in enumerate(frames):
+            frame[20:36, 4 + 3 * i : 20 + 3 * i, number] = 220
+        write_video(folder / f"{number}.mp4", frames, 16)
+        (folder / f"{number}.txt").write_text(f"a square moving right, number {number}, 向右")
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", ["narrow", "real"])
+def test_a_random_1_3b_folder_goes_through_every_command(width, raft, tmp_path, monkeypatch):
+    model, cache, run, out = (tmp_path / name for name in ("model", "cache", "run", "export"))
+    random_wan(model, layers=2, text_layers=1, clip=CLIP, changes=NARROW if width == "narrow" else None)
+    assert (
+        main(
+            [
+                "prepare",
+                str(videos(tmp_path / "videos")),
+                "--model",
+                str(model),
+                "--out",
+                str(cache),
+                "--flow",
+                str(raft),
+            ]
+        )
+        == 0
+    )
+    train = [
+        "train",
+        "tiny_recipes:wan",
+        "--model",
+        str(model),
+        "--student",
+        str(model),
+        "--data",
+        str(cache),
+        "--out",
+        str(run),
+    ]
+    assert main([*train, "--iterations", "1"]) == 0
+    assert main([*train, "--iterations", "2"]) == 0  # resumes
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["iteration"] for line in lines] == [0] * 4 + [1] * 4
+    assert all(np.isfinite([line["loss"], line["grad_norm"]]).all() for line in lines)
+    assert main(["export", str(run), "--out", str(out)]) == 0
+
+    pipeline = WanPipeline.from_pretrained(out)
+    pipeline.set_progress_bar_config(disable=True)
+    seen = []
+    video = pipeline(
+        "a square",
+        height=CLIP[1],
+        width=CLIP[2],
+        num_frames=CLIP[0],
+        num_inference_steps=3,
+        guidance_scale=1.0,
+        output_type="np",
+        generator=torch.Generator().manual_seed(0),
+        callback_on_step_end=lambda pipe, step, t, kwargs: seen.append(float(t)) or {},
+    ).frames[0]
+    assert video.shape == (*CLIP, 3)
+    assert np.isfinite(video).all()
+    assert seen == pytest.approx([1000, 757, 522], abs=0.5)  # CausVid's levels, from the scheduler in the export
+
+
+@pytest.mark.slow
+def test_the_autoencoder_of_wan_2_2_decodes_in_windows_and_encodes_as_stock():
+    torch.manual_seed(0)
+    narrow = VAE_22 | {
+        "base_dim": 16,
+        "decoder_base_dim": 16,
+        "z_dim": 8,
+        "latents_mean": [0.1] * 8,
+        "latents_std": [2.0] * 8,
+    }
+    vae = AutoencoderKLWan(**narrow).eval().requires_grad_(False)
+    z = torch.randn(1, 8, 3, 2, 2)
+    stock = vae.decode(z * 2 + 0.1).sample
+    assert torch.equal(wan.decode_window(vae, z), stock)
+    assert torch.equal(wan.decode_window(vae, z, 1, 2), stock[:, :, 1:])
+    expected = (vae.encode(stock).latent_dist.mean - 0.1) / 2
+    torch.testing.assert_close(wan.encode_video(vae, stock), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_every_published_model_runs_at_its_own_shape_without_its_weights(name):
+    shapes = PUBLISHED[name]
+    with fake():
+        network = build_transformer(shapes, 1)
+        out = network(torch.empty(1, *shapes.latent), torch.empty(1), torch.empty(1, 20, 4096), return_dict=False)[0]
+    assert tuple(out.shape) == (1, *shapes.latent)
+    forward, train = transformer_calls(resized(shapes, frames=9, height=64, width=64), True, torch.bfloat16)
+    assert train.work.flops > 3 * forward.work.flops
+
+
+def spoil(model, part, **entries):
+    path = model / part / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | entries))
+
+
+@pytest.mark.parametrize(
+    ("part", "entries", "message"),
+    [
+        ("vae", {"z_dim": 48}, "the autoencoder has 48 channels and the transformer 4"),
+        ("vae", {"latents_std": [1.0, 1.0, 0.0, 1.0]}, "positive ones in latents_std"),
+        ("vae", {"latents_mean": [0.0]}, "needs 4 numbers in latents_mean"),
+        (
+            "text_encoder",
+            {"d_model": 4096},
+            "the text encoder gives 4096 numbers per token and the transformer reads 64",
+        ),
+        ("transformer", {"in_channels": 36}, "image-conditioned"),
+        ("transformer", {"image_dim": 1280}, "image-conditioned"),
+    ],
+)
+def test_parts_of_different_models_are_found_before_they_are_loaded(part, entries, message, family, tmp_path):
+    import shutil
+
+    model = tmp_path / "model"
+    shutil.copytree(family / "teacher", model)
+    assert wan.resolve_model(model) == model
+    spoil(model, part, **entries)
+    with pytest.raises(wan.UserError, match=message):
+        wan.resolve_model(model)
+
+
+def test_two_transformers_are_named_as_what_is_missing(family, tmp_path):
+    import shutil
+
+    model = tmp_path / "model"
+    shutil.copytree(family / "teacher", model)
+    index = json.loads((model / "model_index.json").read_text())
+    (model / "model_index.json").write_text(
+        json.dumps(index | {"transformer_2": ["diffusers", "WanTransformer3DModel"]})
+    )
+    with pytest.raises(wan.UserError, match="two transformers"):
+        wan.resolve_model(model)
+
+
+def test_the_size_of_wan_2_2_is_known_without_a_note(family, tmp_path):
+    assert wan.geometry(tmp_path) == wan.Geometry()
+    (tmp_path / "vae").mkdir()
+    (tmp_path / "vae" / "config.json").write_text(json.dumps({"z_dim": 48}))
+    assert wan.geometry(tmp_path) == wan.WAN_22
+    (tmp_path / "mogan.json").write_text(json.dumps({"frames": 49}))
+    assert wan.geometry(tmp_path) == replace(wan.WAN_22, frames=49)
+
+
+def test_a_text_encoder_without_some_of_its_tensors_is_refused(family, tmp_path):
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    model = tmp_path / "model"
+    shutil.copytree(family / "teacher", model)
+    path = model / "text_encoder" / "model.safetensors"
+    tensors = load_file(path)
+    gone = next(k for k in tensors if "wi_0" in k)
+    save_file({k: v for k, v in tensors.items() if k != gone}, path, metadata={"format": "pt"})
+    with pytest.raises(wan.UserError, match="lacks 1 tensors"):
+        wan.load_text(model)
+
+
+def test_estimate_reads_what_random_wan_writes(tmp_path):
+    model = random_wan(tmp_path / "m", layers=1, text_layers=1, clip=CLIP, changes=NARROW)
+    shapes = read_shapes(str(model))
+    assert shapes.latent == (16, 3, 8, 8)
+    wan.resolve_model(model)
+    assert [len(e) for e in wan.load_text(model)(["ab", "é"])] == [3, 3]  # a token per byte and the end
+    with pytest.raises(wan.UserError, match="exists already"):
+        random_wan(model)
+
+
+@pytest.mark.slow
+def test_make_gpu_runs_dry_without_a_gpu(tmp_path, capsys, monkeypatch):
+    import runpy
+    import sys
+    from pathlib import Path
+
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU: `make gpu` measures it")
+    script = Path(__file__).parent.parent / "benchmarks" / "gpu.py"
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- make gpu writes below -->\nold\n<!-- make gpu wrote above -->\nafter\n")
+    monkeypatch.setattr(sys, "argv", [str(script), "--work", str(tmp_path / "work"), "--page", str(page)])
+    main_of = runpy.run_path(str(script))
+    main_of["main"]()
+    shown = capsys.readouterr().out
+    for label in ("student<dmd", "fake_score<dmd", "student<gan", "discriminator<gan"):
+        assert label in shown
+    assert "old" in page.read_text()  # a CPU writes no GPU table
+    main_of["write_table"](page, ["new"])
+    assert page.read_text() == "before\n<!-- make gpu writes below -->\nnew\n<!-- make gpu wrote above -->\nafter\n"
