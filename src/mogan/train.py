@@ -143,7 +143,6 @@ def step(parts: Assembly, update: Update, where: Position, batch: Batch | None =
     """
     objective, config = parts.objectives[update.by], parts.config
     network, optimizer = parts.networks[update.learns], parts.optimizers[update.optimizer_name]
-    optimizer.zero_grad(set_to_none=True)
     totals: dict[str, Tensor] = {}
     batch = batch or draw(parts, update, where)
     pieces = split(batch, parts_of(len(batch.ids), update.batch // update.accumulate))
