@@ -18,11 +18,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mogan.assemble import assemble
-from mogan.checkpoint import latest_checkpoint, load_checkpoint, stored
+from mogan.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint, stored
 from mogan.data import one_ahead, open_cache
 from mogan.distributed import World, join
 from mogan.errors import UserError
-from mogan.train import Position, draw, parts_of, run_training, step
+from mogan.train import Position, _graceful_stop, draw, parts_of, run_training, step
 from tiny_recipes import dmd, flow_matching, mogan
 
 HERE = Path(__file__).parent
@@ -203,6 +203,32 @@ def test_batch_that_does_not_split_is_refused_before_anything_is_loaded(family, 
         assemble(flow_matching(), open_cache(cache), model="nowhere", run=None, world=World(torch.device("cpu"), 0, 3))
 
 
+# ---------------------------------------------------------------------------------------------- checkpoints
+
+
+def test_checkpoint_comes_back_whole_or_in_part_and_holds_no_pickle(tmp_path):
+    state = {"net.w": torch.randn(3, 4), "net_optimizer.0.step": torch.tensor(7.0), "ema.w": torch.randn(3, 4)}
+    path = save_checkpoint(tmp_path, 5, state, dmd())
+    assert {f.suffix for f in path.iterdir()} == {".safetensors", ".json"}
+    assert stored(path) == {name: tensor.shape for name, tensor in state.items()}
+    again = {name: torch.full_like(tensor, torch.nan) for name, tensor in state.items()}
+    load_checkpoint(path, again)
+    assert all(torch.equal(again[name], state[name]) for name in state)
+    part = {"ema.w": torch.zeros(3, 4)}
+    load_checkpoint(path, part)
+    assert torch.equal(part["ema.w"], state["ema.w"])
+
+
+def test_checkpoint_that_was_cut_short_is_named(tmp_path):
+    path = save_checkpoint(tmp_path, 5, {"net.w": torch.randn(64)}, dmd())
+    file = next(path.glob("*.safetensors"))
+    file.write_bytes(file.read_bytes()[:-8])
+    with pytest.raises(UserError, match=r"000005 cannot be read .*delete that folder"):
+        stored(path)
+    with pytest.raises(UserError, match=r"000005 cannot be read .*delete that folder"):
+        load_checkpoint(path, {"net.w": torch.zeros(64)})
+
+
 # ---------------------------------------------------------------------------------------------- failures
 
 
@@ -280,6 +306,17 @@ def test_a_process_alone_needs_nothing(monkeypatch):
         join("cpu", replicas=2),
     ):
         pass
+
+
+def test_a_signal_that_torchrun_repeats_is_one_request_to_stop():
+    with _graceful_stop() as stop:
+        assert not stop
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert stop
+        stop.asked -= 2
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGTERM)
 
 
 @pytest.mark.slow
