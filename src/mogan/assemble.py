@@ -100,6 +100,11 @@ def assemble(
     base, start = _where(config, model, student)
     if cache.has_clips:
         cache.require(vae=wan.fingerprint(base, "vae"))
+    size = wan.geometry(base)
+    if cache.has_clips:
+        size = wan.Geometry(**{k: cache.facts[k] for k in ("fps", "height", "width", "frames")})
+    shape = wan.latent_shape(base, size)
+    _check_window(config, shape[1])
     dtype = {"auto": wan.fast_dtype(target), "bf16": torch.bfloat16, "fp32": torch.float32}[config.precision]
     student_network = _denoiser(start, "transformer", config, dtype, target)
     networks: dict[str, nn.Module] = {"student": student_network}
@@ -152,12 +157,8 @@ def assemble(
             optimizers[update.optimizer_name] = torch.optim.AdamW(
                 learnable, lr=o.lr, betas=o.betas, weight_decay=o.weight_decay
             )
-    size = wan.geometry(base)
-    if cache.has_clips:
-        size = wan.Geometry(**{k: cache.facts[k] for k in ("fps", "height", "width", "frames")})
     average = {k: v.detach().clone() for k, v in student_network.transformer.state_dict().items()}
     facts = {"model": str(base), "student": str(start), "data": str(cache.path)}
-    shape = wan.latent_shape(base, size)
     return Assembly(
         config, cache, run, target, size, shape, networks, objectives, optimizers, average, vae, flow, key, facts
     )
@@ -181,6 +182,15 @@ def _where(config: Config, model: str, student: str | None) -> tuple[Path, Path]
     return base, start
 
 
+def _check_window(config: Config, frames: int) -> None:
+    gan = config.gan
+    if gan is not None and gan.space == "motion" and max(gan.starts) + gan.window > frames:
+        raise UserError(
+            f"{config.recipe} looks at latent frames up to {max(gan.starts) + gan.window} and clips have {frames}: prepare "
+            "longer clips, or give the recipe a shorter window and fewer starts"
+        )
+
+
 def _denoiser(folder: Path, part: str, config: Config, dtype: torch.dtype, device: torch.device) -> Denoiser:
     transformer = wan.load_transformer(folder, part).to(device).train()
     if config.checkpointing:
@@ -192,6 +202,10 @@ def _discriminator(gan: GANConfig, base: Path, encode, dtype, device, seed: int)
     torch.manual_seed(seed)  # the heads start at random
     text = wan.stack_text(encode([gan.prompt]))
     trunk = wan.load_transformer(base)
+    if gan.blocks > len(trunk.blocks):
+        raise UserError(
+            f"the recipe's discriminator takes {gan.blocks} blocks and {base} has {len(trunk.blocks)}: lower gan.blocks and gan.taps"
+        )
     network = Discriminator(trunk, text, blocks=gan.blocks, tap_at=gan.taps, sigma=gan.sigma, dtype=dtype)
     return network.to(device).train()
 
