@@ -27,6 +27,7 @@ from mogan.data import ensure_text, open_cache, save_latent, text_path
 from mogan.estimate.command import pricing
 from mogan.estimate.machines import MACHINES
 from mogan.estimate.random_wan import random_wan
+from mogan.flow import RaftConfig, save_raft
 from mogan.prepare import DISCRIMINATOR_PROMPT
 from mogan.recipes import find_recipe
 from mogan.rollout import roll_out

@@ -82,6 +82,7 @@ def test_the_line_through_small_depths_is_the_whole_network(whole):
     assert line.peak == pytest.approx(whole.peak, rel=0.05)
 
 
+@pytest.mark.slow
 def test_the_line_through_small_windows_is_the_whole_window():
     codec = Codec(TINY, torch.float32)
     line, traced = codec.decode(5, 2, True, True), codec._decode(2, 5, True, True)
@@ -224,7 +225,7 @@ def test_predicted_memory_is_what_is_allocated():
         if case.name.startswith(("decode", "encode")):
             assert -0.35 < case.error < 0.05, case  # a CPU's convolutions unfold their input, which no trace sees
         else:
-            assert abs(case.error) < 0.1, case
+            assert abs(case.error) < 0.15, case
 
 
 def test_judge_parameters_follow_the_line(family):

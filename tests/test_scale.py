@@ -8,8 +8,11 @@ import pytest
 import torch
 from diffusers import AutoencoderKLWan, WanPipeline
 
+import tiny_recipes
 from mogan import wan
+from mogan.assemble import assemble
 from mogan.cli import main
+from mogan.data import open_cache
 from mogan.estimate.costs import build_transformer, transformer_calls
 from mogan.estimate.random_wan import random_wan
 from mogan.estimate.shapes import PUBLISHED, VAE_22, read_shapes, resized
@@ -132,6 +135,18 @@ def test_every_published_model_runs_at_its_own_shape_without_its_weights(name):
     assert tuple(out.shape) == (1, *shapes.latent)
     forward, train = transformer_calls(resized(shapes, frames=9, height=64, width=64), True, torch.bfloat16)
     assert train.work.flops > 3 * forward.work.flops
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"starts": (0, 3)}, "looks at latent frames up to 5 and clips have 4"), ({"blocks": 40}, "takes 40 blocks")],
+)
+def test_a_recipe_too_large_for_the_model_is_a_sentence(change, message, family, cache, monkeypatch):
+    monkeypatch.setenv("MOGAN_TEST_RAFT", str(family / "raft"))
+    config = tiny_recipes.mogan()
+    config = replace(config, gan=replace(config.gan, **change))
+    with pytest.raises(wan.UserError, match=message):
+        assemble(config, open_cache(cache), model=str(family / "teacher"), student=str(family / "student"), run=None)
 
 
 def spoil(model, part, **entries):

@@ -129,6 +129,11 @@ def assemble(
     base, start, adapters_of = _where(config, model, student)
     if cache.has_clips:
         cache.require(vae=wan.fingerprint(base, "vae"))
+    size = wan.geometry(base)
+    if cache.has_clips:
+        size = wan.Geometry(**{k: cache.facts[k] for k in ("fps", "height", "width", "frames")})
+    shape = wan.latent_shape(base, size)
+    _check_window(config, shape[1])
     dtype = _dtype(config, target)
     frozen = _frozen_weights(config, dtype, world)
     student_network = _denoiser(frozen, start, "transformer", config, dtype, world)
@@ -191,12 +196,8 @@ def assemble(
             optimizers[update.optimizer_name] = torch.optim.AdamW(
                 learnable, lr=o.lr, betas=o.betas, weight_decay=o.weight_decay
             )
-    size = wan.geometry(base)
-    if cache.has_clips:
-        size = wan.Geometry(**{k: cache.facts[k] for k in ("fps", "height", "width", "frames")})
     average = {k: v.detach().clone() for k, v in learned_state(student_network.transformer).items()}
     facts = {"model": str(base), "student": str(start), "data": str(cache.path)}
-    shape = wan.latent_shape(base, size)
     return Assembly(
         config, cache, run, world, size, shape, networks, objectives, optimizers, average, vae, flow, key, facts
     )
@@ -269,6 +270,15 @@ def _continue_adapters(networks: dict[str, nn.Module], run: Path) -> None:
         load_learned(networks["fake_score"], fake)
 
 
+def _check_window(config: Config, frames: int) -> None:
+    gan = config.gan
+    if gan is not None and gan.space == "motion" and max(gan.starts) + gan.window > frames:
+        raise UserError(
+            f"{config.recipe} looks at latent frames up to {max(gan.starts) + gan.window} and clips have {frames}: prepare "
+            "longer clips, or give the recipe a shorter window and fewer starts"
+        )
+
+
 def _check_processes(config: Config, world: World) -> None:
     if config.lora is not None and world.ranks > 1:
         raise UserError("--lora trains in one process: start one, or leave --lora out")
@@ -298,6 +308,10 @@ def _discriminator(gan: GANConfig, base: Path, encode, dtype, world: World, seed
     torch.manual_seed(seed)  # the heads start at random
     text = wan.stack_text(encode([gan.prompt]))
     trunk = wan.load_transformer(base)
+    if gan.blocks > len(trunk.blocks):
+        raise UserError(
+            f"the recipe's discriminator takes {gan.blocks} blocks and {base} has {len(trunk.blocks)}: lower gan.blocks and gan.taps"
+        )
     network = Discriminator(trunk, text, blocks=gan.blocks, tap_at=gan.taps, sigma=gan.sigma, dtype=dtype)
     if not gan.train_trunk:
         network.transformer.requires_grad_(False)
