@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mogan import wan
-from mogan.config import Config, GANConfig
+from mogan.config import Config, GANConfig, ShiftConfig
 from mogan.data import Cache, ensure_observations
 from mogan.denoiser import Denoiser
 from mogan.discriminator import Discriminator
@@ -20,7 +20,9 @@ from mogan.objectives import Objective
 from mogan.objectives.dmd import DMD
 from mogan.objectives.flow_matching import FlowMatching
 from mogan.objectives.gan import GAN
+from mogan.objectives.shift import Shift
 from mogan.observation import MotionObservation
+from mogan.rewards import MotionRewards, PixelFlux
 
 
 @dataclass
@@ -140,7 +142,26 @@ def assemble(
     if config.flow_matching is not None:
         f = config.flow_matching
         objectives["flow_matching"] = FlowMatching(
-            student_network, encode([""])[0], shift=f.shift, drop_text=f.drop_text
+            student_network, encode([""])[0], shift=f.shift, drop_text=f.drop_text, given=config.given
+        )
+    if config.shift is not None:
+        s = config.shift
+        flow = wan.load_flow(s.flow, s.flow_iterations)
+        flow = flow.to(target) if isinstance(flow, RaftFlow) else flow
+        rewards = _rewards(s, cache, config.seed).to(target)
+        networks["reward"] = rewards
+        objectives["shift"] = Shift(
+            student_network,
+            rewards,
+            PixelFlux(vae, flow),
+            wan.stack_text(encode([config.negative_prompt]), target),
+            guidance=s.guidance,
+            sigmas=config.sigmas,
+            given=config.given,
+            points=s.points,
+            shift=s.shift,
+            weight=s.weight,
+            beta=s.beta,
         )
     optimizers: dict[str, torch.optim.Optimizer] = {}
     for update in config.plan:
@@ -192,6 +213,21 @@ def _discriminator(gan: GANConfig, base: Path, encode, dtype, device, seed: int)
     trunk = wan.load_transformer(base)
     network = Discriminator(trunk, text, blocks=gan.blocks, tap_at=gan.taps, sigma=gan.sigma, dtype=dtype)
     return network.to(device).train()
+
+
+def _rewards(s: ShiftConfig, cache: Cache, seed: int) -> MotionRewards:
+    if not cache.has_clips:
+        raise UserError(f"{cache.path} holds prompts alone; this recipe needs videos: prepare a folder of them")
+    frames, height, width = (cache.facts[k] for k in ("frames", "height", "width"))
+    if any(a % b for a, b in zip((frames - 1, height, width), s.patch, strict=True)):
+        raise UserError(
+            f"clips of {frames} x {height} x {width} do not split into patches {s.patch}: change shift.patch"
+            " in the recipe so that it divides frames - 1, height and width"
+        )
+    torch.manual_seed(seed)
+    return MotionRewards(
+        (frames, height, width), patch=s.patch, width=s.width, depth=s.depth, heads=s.heads, clip=s.clip
+    )
 
 
 def observe_real_clips(

@@ -32,6 +32,8 @@ class Batch:
     latent_BCFHW: Tensor | None = None
     observation_BCFHW: Tensor | None = None
     window_start: int | None = None
+    generated_BCFHW: Tensor | None = None  # SHIFT: a clip from the same first frame beside each of latent_BCFHW
+    advantage_B2: Tensor | None = None  # SHIFT: of the generated clip and of the real one
 
 
 @dataclass

@@ -30,9 +30,10 @@ from mogan.checkpoint import (
 from mogan.config import Config, Update
 from mogan.data import Batch, draw_batch, open_cache
 from mogan.errors import UserError
+from mogan.objectives.shift import Shift
 from mogan.recipes import ablate, find_recipe
-from mogan.rollout import Rollout, normal, roll_out
-from mogan.sample import sample_student, to_frames
+from mogan.rollout import Rollout, animate, normal, roll_out
+from mogan.sample import sample_student, seeded, to_frames
 from mogan.wan import stack_text
 from mogan.watch import Watch
 
@@ -66,14 +67,20 @@ def draw_exit(config: Config, where: Position) -> int:
 
 
 def draw(parts: Assembly, update: Update, where: Position) -> Batch:
-    """The batch of one step: prompts and, where the update needs them, real clips or their observation of one window."""
-    config = parts.config
+    """The batch of one step: prompts and, where the update needs them, real clips or their observation of one window.
+
+    For SHIFT it also holds clips sampled now; repeats of the student's update share those of the first.
+    """
+    config, objective = parts.config, parts.objectives[update.by]
+    if isinstance(objective, Shift) and update.learns == "student" and where.repeat:
+        assert objective.pairs is not None, "pairs are sampled at the first repeat"
+        return objective.pairs
     in_motion = update.by == "gan" and config.gan is not None and config.gan.space == "motion"
-    if update.by == "flow_matching" or (update.learns == "discriminator" and not in_motion):
+    if update.by in ("flow_matching", "shift") or (update.learns == "discriminator" and not in_motion):
         want: tuple[str, ...] = ("latent",)
     else:
         want = ("observation",) if update.learns == "discriminator" else ()
-    return draw_batch(
+    batch = draw_batch(
         parts.cache,
         seed=where.seed,
         rank=RANK,
@@ -85,6 +92,12 @@ def draw(parts: Assembly, update: Update, where: Position) -> Batch:
         observations=parts.observations,
         starts=config.gan.starts if in_motion and config.gan is not None else (),
     )
+    if isinstance(objective, Shift):
+        generator = where.generator(2, 0, RANK)
+        batch = objective.sample(batch, generator, update.accumulate)
+        if update.learns == "student":
+            batch = objective.pairs = objective.weigh(batch, generator, update.accumulate)
+    return batch
 
 
 def split(batch: Batch, parts: int) -> list[Batch]:
@@ -95,7 +108,15 @@ def split(batch: Batch, parts: int) -> list[Batch]:
         window = slice(i * size, (i + 1) * size)
         cut: dict[str, Any] = {
             name: None if (value := getattr(batch, name)) is None else value[window]
-            for name in ("prompts", "text", "ids", "latent_BCFHW", "observation_BCFHW")
+            for name in (
+                "prompts",
+                "text",
+                "ids",
+                "latent_BCFHW",
+                "observation_BCFHW",
+                "generated_BCFHW",
+                "advantage_B2",
+            )
         }
         pieces.append(replace(batch, **cut))
     return pieces
@@ -163,7 +184,7 @@ def run_training(parts: Assembly, run: Path) -> None:
         for iteration in bar:
             shown = {}
             for index, update in enumerate(config.plan):
-                for repeat in range(update.times):
+                for repeat in range(update.times if update.happens(iteration) else 0):
                     began = time.perf_counter()
                     record = step(parts, update, Position(config.seed, iteration, index, repeat))
                     record |= {"seconds": time.perf_counter() - began}
@@ -239,15 +260,24 @@ class _graceful_stop:
 
 @torch.no_grad()
 def sample_sheet(parts: Assembly, run: Path, iteration: int) -> None:
-    """Clips of the averaged student on the first prompts, their flow, and one sheet of both."""
+    """Clips of the averaged student on the first prompts (image to video: from the first clips' first frames), their
+    flow, and one sheet of both.
+    """
     from mogan.flow import RaftFlow
     from mogan.video import contact_sheet, flow_picture, write_video
     from mogan.wan import decode_video
 
-    prompts = list(dict.fromkeys(e["caption"] for e in parts.cache.entries))[: parts.config.sample_prompts]
-    text = stack_text([parts.cache.text(p) for p in prompts], parts.device)
+    config = parts.config
+    first = {e["caption"]: e["id"] for e in reversed(parts.cache.entries)}  # of each prompt, its first clip
+    prompts = list(dict.fromkeys(e["caption"] for e in parts.cache.entries))[: config.sample_prompts]
+    text, seeds = stack_text([parts.cache.text(p) for p in prompts], parts.device), list(range(len(prompts)))
     with parts.averaged_student() as student:
-        latents = sample_student(student, text, parts.latent_shape, parts.config.sigmas, list(range(len(prompts))))
+        if config.given:
+            noise = normal(torch.Size((len(seeds), *parts.latent_shape)), seeded(seeds), parts.device)
+            real = torch.stack([parts.cache.latent(first[p]) for p in prompts]).to(noise)
+            latents = animate(student, noise, real[:, :, : config.given], text, text, config.sigmas, guidance=1.0)
+        else:
+            latents = sample_student(student, text, parts.latent_shape, config.sigmas, seeds)
     video = decode_video(parts.vae, latents)
     folder = run / "samples" / f"{iteration:06d}"
     folder.mkdir(parents=True, exist_ok=True)
