@@ -17,12 +17,14 @@ from mogan.data import open_cache
 from mogan.errors import UserError
 from mogan.recipes import ABLATIONS, ablate
 from mogan.train import Position, run_training, step
-from tiny_recipes import dmd, flow_matching, mogan
+from tiny_recipes import dmd, flow_matching, mogan, sft_i2v, shift
 
 RECIPES = {
     "mogan": mogan,
     "dmd": dmd,
     "flow_matching": flow_matching,
+    "sft_i2v": sft_i2v,
+    "shift": shift,
     **{a: (lambda a=a: ablate(mogan(), a)) for a in ABLATIONS},
 }
 
