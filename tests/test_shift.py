@@ -1,7 +1,7 @@
 """SHIFT: pixel flux, rewards, advantages, the hybrid loss, and the loop that refreshes the rewards."""
 
 import json
-from dataclasses import replace
+from dataclasses import fields, replace
 from types import SimpleNamespace
 
 import hypothesis.strategies as st
@@ -22,7 +22,7 @@ from mogan.errors import UserError
 from mogan.flow import RaftFlow
 from mogan.lab.world import exact_flow, make_scene, owner
 from mogan.objectives.flow_matching import velocity_error
-from mogan.objectives.shift import Shift, advantages, pair_weights
+from mogan.objectives.shift import Pairs, Shift, advantages, pair_weights
 from mogan.recipes import shift_wan_1_3b
 from mogan.rewards import (
     Flux,
@@ -196,16 +196,16 @@ def random_flux(batch=2, points=6):
 
 def test_the_reward_is_the_mean_of_clipped_raw_logits(monkeypatch):
     rewards = tiny_rewards(clip=(-4.0, 2.0))
-    monkeypatch.setattr(rewards, "forward", lambda flux: torch.tensor([[-9.0, 1.0], [3.0, 0.5]]))
-    assert rewards.reward(random_flux()).tolist() == [(-4.0 + 1.0) / 2, (2.0 + 0.5) / 2]
+    monkeypatch.setattr(rewards, "forward", lambda maps, states: torch.tensor([[-9.0, 1.0], [3.0, 0.5]]))
+    assert rewards.reward(torch.empty(0), torch.empty(0)).tolist() == [(-4.0 + 1.0) / 2, (2.0 + 0.5) / 2]
 
 
 def test_maps_are_cut_into_patches_and_points_are_a_set():
     rewards, flux, seen = tiny_rewards(), random_flux(), []
     hook = rewards.instantaneous.register_forward_pre_hook(lambda m, a: seen.append(a[0]))
     with torch.no_grad():
-        logits = rewards(flux)
-        shuffled = rewards(replace(flux, states_BND=flux.states_BND.flip(1)))
+        logits = rewards(flux.maps_BCFHW, flux.states_BND)
+        shuffled = rewards(flux.maps_BCFHW, flux.states_BND.flip(1))
     hook.remove()
     torch.testing.assert_close(logits, shuffled)
     patch = flux.maps_BCFHW[1, :, 2:4, 0:4, 4:8]  # second of 2 in time, first row, second column
@@ -262,11 +262,11 @@ class Brightness(nn.Module):
         super().__init__()
         self.slopes = nn.Parameter(torch.tensor([1.0, 3.0]))
 
-    def forward(self, flux):
-        return flux.maps_BCFHW.mean((1, 2, 3, 4))[:, None] * self.slopes
+    def forward(self, maps, states):
+        return maps.mean((1, 2, 3, 4))[:, None] * self.slopes
 
-    def reward(self, flux):
-        return self(flux).clamp(-4, 4).mean(1)
+    def reward(self, maps, states):
+        return self(maps, states).clamp(-4, 4).mean(1)
 
 
 def stand_in(**changes):
@@ -321,30 +321,34 @@ def test_given_frames_are_clean_at_level_zero_and_do_not_count():
 @pytest.mark.parametrize("parts", [1, 2, 4])
 def test_the_baseline_is_that_of_the_whole_batch_however_it_is_split(parts):
     objective, _, _ = stand_in()
-    batch = objective.sample(real_batch(), torch.Generator().manual_seed(1), parts)
-    weighed = objective.weigh(batch, torch.Generator(), parts)
-    made, real = (2 * x.numpy().mean((1, 2, 3, 4)) for x in (batch.generated_BCFHW, batch.latent_BCFHW))
+    pairs = objective.sample(real_batch(), torch.Generator().manual_seed(1), parts).pairs
+    made, real = (2 * x.numpy().mean((1, 2, 3, 4)) for x in (pairs.generated_BCFHW, pairs.real_BCFHW))
     expected = np.stack([made - made.mean(), real - made.mean()], 1)
-    np.testing.assert_allclose(weighed.advantage_B2, expected, atol=1e-5)
-    assert torch.equal(batch.generated_BCFHW[:, :, :1], batch.latent_BCFHW[:, :, :1])  # the same first frame
-    assert not torch.equal(batch.generated_BCFHW, batch.latent_BCFHW)
+    np.testing.assert_allclose(pairs.advantage_B2, expected, atol=1e-5)
+    assert torch.equal(pairs.real_BCFHW, real_batch().latent_BCFHW)
+    assert torch.equal(pairs.generated_BCFHW[:, :, :1], pairs.real_BCFHW[:, :, :1])  # the same first frame
+    assert not torch.equal(pairs.generated_BCFHW, pairs.real_BCFHW)
 
 
-def test_real_and_generated_clips_are_followed_from_the_same_points():
+def test_a_pair_is_observed_in_order_and_followed_from_the_same_random_points():
     objective, _, _ = stand_in()
-    made, real = objective._observe(torch.zeros(3, 2, 3, 4, 4), torch.ones(3, 2, 3, 4, 4), torch.Generator())
-    assert torch.equal(made.states_BND, real.states_BND)
-    assert made.states_BND.shape == (3, 4, 2)
-    assert len(made.states_BND.unique()) == 24  # drawn at random for every clip
+    pairs = objective.sample(real_batch(3), torch.Generator(), 1).pairs
+    assert torch.equal(pairs.maps_B2CFHW, torch.stack([pairs.generated_BCFHW, pairs.real_BCFHW], 1))
+    assert torch.equal(pairs.states_B2ND[:, 0], pairs.states_B2ND[:, 1])
+    assert len(pairs.states_B2ND[:, 0].unique()) == 3 * 4 * 2
+
+
+def pairs_of(made, real, advantage):
+    both = torch.stack([made, real], 1)
+    return Pairs(made, real, advantage, both, torch.zeros(len(made), 2, 4, 2))
 
 
 @pytest.mark.parametrize("form", ["exp", "linear"])
 def test_the_loss_weighs_both_halves_and_a_pair_shares_level_and_noise(form):
     objective, student, _ = stand_in(weight=form)
     seen = []
-    batch = replace(
-        real_batch(2), generated_BCFHW=torch.randn(2, 2, 3, 4, 4), advantage_B2=torch.tensor([[1.0, 3.0], [-1, 2]])
-    )
+    made, real = torch.randn(2, 2, 3, 4, 4), torch.randn(2, 2, 3, 4, 4)
+    batch = replace(real_batch(2), pairs=pairs_of(made, real, torch.tensor([[1.0, 3.0], [-1, 2]])))
     student.transformer.register_forward_pre_hook(lambda m, a: seen.append(a))
     loss, _ = objective.student_loss(None, batch, torch.Generator().manual_seed(4))
 
@@ -358,14 +362,14 @@ def test_the_loss_weighs_both_halves_and_a_pair_shares_level_and_noise(form):
         x_t = (1 - s) * x0 + s * noise
         return np.square(0.5 * x_t + 0.1 * s - (noise - x0)).mean((1, 2, 3, 4))
 
-    a = batch.advantage_B2.double().numpy() / 2.0
+    a = batch.pairs.advantage_B2.double().numpy() / 2.0
     w = np.exp(a) if form == "exp" else np.maximum(a, -1)
-    expected = (w[:, 0] * error(batch.generated_BCFHW) + w[:, 1] * error(batch.latent_BCFHW)).mean()
+    expected = (w[:, 0] * error(made) + w[:, 1] * error(real)).mean()
     np.testing.assert_allclose(loss.item(), expected, rtol=1e-5)
     levels = seen[0][1]
     assert torch.equal(levels[:2], levels[2:])
     x_t, level = seen[0][0], levels.view(4, 1, 3, 4, 4) / 1000
-    clean = torch.cat([batch.generated_BCFHW, batch.latent_BCFHW])
+    clean = torch.cat([made, real])
     added = (x_t - (1 - level) * clean)[:, :, 1:] / level[:, :, 1:]
     torch.testing.assert_close(added[:2], added[2:], atol=1e-4, rtol=1e-4)
 
@@ -373,10 +377,8 @@ def test_the_loss_weighs_both_halves_and_a_pair_shares_level_and_noise(form):
 def test_no_gradient_passes_between_student_and_rewards():
     objective, student, rewards = stand_in()
     batch = objective.sample(real_batch(), torch.Generator().manual_seed(1), 1)
-    weighed = objective.weigh(batch, torch.Generator(), 1)
-    assert not weighed.advantage_B2.requires_grad
-    assert not batch.generated_BCFHW.requires_grad
-    objective.student_loss(None, weighed, torch.Generator())[0].backward()
+    assert not any(getattr(batch.pairs, field.name).requires_grad for field in fields(Pairs))
+    objective.student_loss(None, batch, torch.Generator())[0].backward()
     assert all(p.grad is None for p in rewards.parameters())
     assert all(p.grad is not None for p in student.parameters())
     student.zero_grad(set_to_none=True)
@@ -387,9 +389,10 @@ def test_no_gradient_passes_between_student_and_rewards():
 
 def test_rewards_learn_by_binary_cross_entropy():
     objective, _, rewards = stand_in()
-    batch = replace(real_batch(), generated_BCFHW=torch.randn(4, 2, 3, 4, 4))
+    made, real = torch.randn(4, 2, 3, 4, 4), torch.randn(4, 2, 3, 4, 4)
+    batch = replace(real_batch(), pairs=pairs_of(made, real, torch.zeros(4, 2)))
     loss, _ = objective.judge_loss(None, batch, torch.Generator())
-    logits = [x.mean((1, 2, 3, 4))[:, None] * rewards.slopes for x in (batch.latent_BCFHW, batch.generated_BCFHW)]
+    logits = [x.mean((1, 2, 3, 4))[:, None] * rewards.slopes for x in (real, made)]
     each = [
         F.binary_cross_entropy_with_logits(logits[0][:, k], torch.ones(4))
         + F.binary_cross_entropy_with_logits(logits[1][:, k], torch.zeros(4))
@@ -401,7 +404,7 @@ def test_rewards_learn_by_binary_cross_entropy():
 def test_one_clip_has_no_baseline():
     objective, _, _ = stand_in()
     with pytest.raises(UserError, match="at least 2"):
-        objective.weigh(objective.sample(real_batch(1), torch.Generator(), 1), torch.Generator(), 1)
+        objective.sample(real_batch(1), torch.Generator(), 1)
 
 
 # ------------------------------------------------------------------------------------------------ in the loop
@@ -419,18 +422,19 @@ def test_an_update_happens_in_a_range_of_iterations(start, length, every):
     assert Update(learns="reward", by="shift", batch=2, start=start, every=every).happens(start + 7 * every)
 
 
-def test_repeats_share_pairs_and_another_iteration_samples_anew(family, cache):
+def test_updates_of_an_iteration_share_pairs_and_the_next_iteration_samples_anew(family, cache):
     config = shift()
-    parts, student = build(config, family, cache), config.plan[1]
+    parts, student, reward = build(config, family, cache), config.plan[1], config.plan[2]
     first = draw(parts, student, Position(0, 1, 1, 0))
     assert draw(parts, student, Position(0, 1, 1, 1)) is first
+    assert draw(parts, reward, Position(0, 1, 2, 0)) is first  # the newest on-policy samples
     again = draw(parts, student, Position(0, 2, 1, 0))
-    assert not torch.equal(again.generated_BCFHW, first.generated_BCFHW)
+    assert not torch.equal(again.pairs.generated_BCFHW, first.pairs.generated_BCFHW)
     pieces = split(first, 2)
-    assert torch.equal(torch.cat([p.advantage_B2 for p in pieces]), first.advantage_B2)
-    fresh = draw(parts, config.plan[2], Position(0, 2, 2, 0))
-    assert fresh.advantage_B2 is None  # rewards are refreshed on clips sampled for it
-    assert not torch.equal(fresh.generated_BCFHW, again.generated_BCFHW)
+    assert [p.ids for p in pieces] == [first.ids[:1], first.ids[1:]]
+    for field in fields(Pairs):
+        whole = getattr(first.pairs, field.name)
+        assert torch.equal(torch.cat([getattr(p.pairs, field.name) for p in pieces]), whole)
 
 
 def test_rewards_warm_up_then_refresh_every_m_and_a_resumed_run_is_the_same(family, cache, tmp_path):
@@ -439,9 +443,7 @@ def test_rewards_warm_up_then_refresh_every_m_and_a_resumed_run_is_the_same(fami
     for run, stops in ((whole, (4,)), (halves, (2, 4))):
         (run / "checkpoints").mkdir(parents=True)
         for stop in stops:
-            run_training(build(config, family, cache, run), run) if stop == 4 else run_training(
-                build(replace(config, iterations=stop), family, cache, run), run
-            )
+            run_training(build(replace(config, iterations=stop), family, cache, run), run)
     lines = [[json.loads(line) for line in (r / "metrics.jsonl").read_text().splitlines()] for r in (whole, halves)]
     told = [(line["iteration"], line["update"]) for line in lines[0]]
     assert told == [
@@ -499,5 +501,5 @@ def test_full_size_rewards_take_the_recipes_clips():
     s = shift_wan_1_3b().shift
     with torch.device("meta"):
         rewards = MotionRewards((81, 480, 832), patch=s.patch, width=s.width, depth=1, heads=s.heads, clip=s.clip)
-        flux = Flux(torch.randn(1, 4, 80, 480, 832), torch.randn(1, s.points, state_size(81)), torch.zeros(1))
-        assert rewards.reward(flux).shape == (1,)
+        maps, states = torch.randn(1, 4, 80, 480, 832), torch.randn(1, s.points, state_size(81))
+        assert rewards.reward(maps, states).shape == (1,)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,8 +33,7 @@ class Batch:
     latent_BCFHW: Tensor | None = None
     observation_BCFHW: Tensor | None = None
     window_start: int | None = None
-    generated_BCFHW: Tensor | None = None  # SHIFT: a clip from the same first frame beside each of latent_BCFHW
-    advantage_B2: Tensor | None = None  # SHIFT: of the generated clip and of the real one
+    pairs: Any = None  # :class:`mogan.objectives.shift.Pairs`
 
 
 @dataclass

@@ -87,23 +87,23 @@ def flow_matching_lab() -> Config:
 
 def sft_i2v_lab() -> Config:
     """The lab's teacher becomes image-conditioned: supervised fine-tuning on real clips, first latent frame given."""
-    return replace(flow_matching_lab(), recipe="sft_i2v_lab", sigmas=shifted_levels(20, 3.0), given=1, iterations=400)
+    return replace(flow_matching_lab(), recipe="sft_i2v_lab", sigmas=shifted_levels(10, 3.0), given=1, iterations=400)
 
 
 def shift_lab() -> Config:
     """SHIFT on the lab's image-conditioned model (``--student``: the export of a sft_i2v_lab run).
 
     The paper's constants are not public; these were chosen here. Order as its Algorithm 1: warm up the rewards, then
-    sample, reward, denoise several times, refresh the rewards now and then.
+    sample, reward, denoise several times, refresh the rewards every M = 2 iterations.
     """
     return Config(
         recipe="shift_lab",
-        sigmas=shifted_levels(20, 3.0),
+        sigmas=shifted_levels(10, 3.0),
         given=1,
         plan=(
-            Update(learns="reward", by="shift", batch=16, stop=60),
-            Update(learns="student", by="shift", times=8, batch=16, start=60),
-            Update(learns="reward", by="shift", times=2, batch=16, start=60, every=2),
+            Update(learns="reward", by="shift", times=4, batch=8, stop=8),
+            Update(learns="student", by="shift", times=12, batch=8, start=8),
+            Update(learns="reward", by="shift", times=4, batch=8, start=8, every=2),
         ),
         optimizers={"student": Optimizer(lr=1e-4), "reward": Optimizer(lr=3e-4, weight_decay=0.01)},
         shift=ShiftConfig(
@@ -118,12 +118,12 @@ def shift_lab() -> Config:
             depth=3,
             heads=4,
             flow="lab",
-            flow_iterations=6,
+            flow_iterations=4,
         ),
-        iterations=110,
+        iterations=20,
         ema=0.98,
-        save_every=10,
-        sample_every=50,
+        save_every=2,
+        sample_every=10,
     )
 
 
@@ -204,9 +204,9 @@ def shift_wan_1_3b() -> Config:
         sigmas=shifted_levels(30, 3.0),  # shift: Wan's for 480p
         given=1,
         plan=(  # order: the paper's Algorithm 1
-            Update(learns="reward", by="shift", batch=8, accumulate=8, stop=200),
-            Update(learns="student", by="shift", times=16, batch=8, accumulate=8, start=200),
-            Update(learns="reward", by="shift", times=4, batch=8, accumulate=8, start=200, every=4),
+            Update(learns="reward", by="shift", times=4, batch=8, accumulate=8, stop=50),
+            Update(learns="student", by="shift", times=16, batch=8, accumulate=8, start=50),
+            Update(learns="reward", by="shift", times=4, batch=8, accumulate=8, start=50, every=2),
         ),
         optimizers={
             "student": Optimizer(lr=1e-5, weight_decay=0.01),
@@ -227,10 +227,10 @@ def shift_wan_1_3b() -> Config:
             flow_iterations=12,
         ),
         negative_prompt=WAN_NEGATIVE_PROMPT,
-        iterations=400,
+        iterations=200,
         ema=0.99,
         checkpointing=True,
-        save_every=20,
+        save_every=10,
         sample_every=50,
     )
 

@@ -204,14 +204,14 @@ class MotionRewards(nn.Module):
         self.instantaneous = ViT(4 * patch[0] * patch[1] * patch[2], places, width, depth, heads)
         self.long_term = ViT(state_size(size[0]), 0, width, depth, heads)
 
-    def forward(self, flux: Flux) -> Float[Tensor, "b 2"]:
-        """Raw logits of both, positive = real."""
-        cut = flux.maps_BCFHW
+    def forward(self, maps_BCFHW: Tensor, states_BND: Tensor) -> Float[Tensor, "b 2"]:
+        """Raw logits of both, positive = real, on what :class:`Flux` holds."""
+        cut = maps_BCFHW
         for axis, length in zip((2, 3, 4), self.patch, strict=True):
             cut = cut.unfold(axis, length, length)  # patches come first, what is in them last
         tokens = cut.movedim(1, 4).flatten(1, 3).flatten(2)
-        return torch.stack([self.instantaneous(tokens), self.long_term(flux.states_BND)], 1)
+        return torch.stack([self.instantaneous(tokens), self.long_term(states_BND)], 1)
 
-    def reward(self, flux: Flux) -> Float[Tensor, " b"]:
+    def reward(self, maps_BCFHW: Tensor, states_BND: Tensor) -> Float[Tensor, " b"]:
         """Mean of the two raw logits, each clipped: about the log density ratio of real to generated motion."""
-        return self(flux).clamp(*self.clip).mean(1)
+        return self(maps_BCFHW, states_BND).clamp(*self.clip).mean(1)

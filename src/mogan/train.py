@@ -69,12 +69,11 @@ def draw_exit(config: Config, where: Position) -> int:
 def draw(parts: Assembly, update: Update, where: Position) -> Batch:
     """The batch of one step: prompts and, where the update needs them, real clips or their observation of one window.
 
-    For SHIFT it also holds clips sampled now; repeats of the student's update share those of the first.
+    For SHIFT they are pairs of real and freshly sampled clips, which all updates of an iteration share.
     """
     config, objective = parts.config, parts.objectives[update.by]
-    if isinstance(objective, Shift) and update.learns == "student" and where.repeat:
-        assert objective.pairs is not None, "pairs are sampled at the first repeat"
-        return objective.pairs
+    if isinstance(objective, Shift) and objective.latest is not None and objective.latest[0] == where.iteration:
+        return objective.latest[1]
     in_motion = update.by == "gan" and config.gan is not None and config.gan.space == "motion"
     if update.by in ("flow_matching", "shift") or (update.learns == "discriminator" and not in_motion):
         want: tuple[str, ...] = ("latent",)
@@ -93,10 +92,8 @@ def draw(parts: Assembly, update: Update, where: Position) -> Batch:
         starts=config.gan.starts if in_motion and config.gan is not None else (),
     )
     if isinstance(objective, Shift):
-        generator = where.generator(2, 0, RANK)
-        batch = objective.sample(batch, generator, update.accumulate)
-        if update.learns == "student":
-            batch = objective.pairs = objective.weigh(batch, generator, update.accumulate)
+        batch = objective.sample(batch, where.generator(2, 0, RANK), update.accumulate)
+        objective.latest = where.iteration, batch
     return batch
 
 
@@ -108,15 +105,7 @@ def split(batch: Batch, parts: int) -> list[Batch]:
         window = slice(i * size, (i + 1) * size)
         cut: dict[str, Any] = {
             name: None if (value := getattr(batch, name)) is None else value[window]
-            for name in (
-                "prompts",
-                "text",
-                "ids",
-                "latent_BCFHW",
-                "observation_BCFHW",
-                "generated_BCFHW",
-                "advantage_B2",
-            )
+            for name in ("prompts", "text", "ids", "latent_BCFHW", "observation_BCFHW", "pairs")
         }
         pieces.append(replace(batch, **cut))
     return pieces
@@ -314,7 +303,7 @@ def train(
     """Train a recipe on a cache; the same command again goes on where it stopped.
 
     Args:
-        recipe: a name such as mogan_lab, dmd_lab, flow_matching_lab, mogan_wan_1_3b, or your own module:function.
+        recipe: a name such as mogan_lab, dmd_lab, flow_matching_lab, shift_lab, mogan_wan_1_3b, or your own module:function.
         data: a cache made by `mogan prepare`.
         out: folder of the run: checkpoints, metrics.jsonl, tensorboard, samples.
         model: base model (teacher, autoencoder, text): lab, a diffusers folder or a hub id.

@@ -5,7 +5,7 @@ both, each as much as its advantage says. The paper's equations 8 to 12 are not 
 what it says about them, see ``docs/methods/shift.md``.
 """
 
-from dataclasses import replace
+from dataclasses import dataclass, fields, replace
 
 import torch
 from jaxtyping import Float
@@ -18,7 +18,7 @@ from mogan.errors import UserError
 from mogan.objectives import Loss
 from mogan.objectives.flow_matching import velocity_error
 from mogan.observation import motion_amount
-from mogan.rewards import Flux, MotionRewards, PixelFlux
+from mogan.rewards import MotionRewards, PixelFlux
 from mogan.rollout import animate, normal
 from mogan.schedule import draw_sigma
 from mogan.wan import stack_text
@@ -40,8 +40,25 @@ def pair_weights(advantage: Tensor, form: str, beta: float) -> Tensor:
     return (advantage / beta).exp() if form == "exp" else (advantage / beta).clamp(min=FLOOR)
 
 
+@dataclass(frozen=True)
+class Pairs:
+    """Generated and real clips from the same first frames and prompts; index 0 of a pair is the generated clip."""
+
+    generated_BCFHW: Tensor
+    real_BCFHW: Tensor
+    advantage_B2: Tensor
+    maps_B2CFHW: Tensor
+    states_B2ND: Tensor
+
+    def __getitem__(self, window: slice) -> "Pairs":
+        return Pairs(*(getattr(self, field.name)[window] for field in fields(self)))
+
+
 class Shift:
     """Advantage-weighted denoising of generated and real clips. Owns the rewards.
+
+    Pairs are sampled once per iteration. All updates in it share them: several of the student, and the refresh of the
+    rewards, which the paper does on "the most recent on-policy samples".
 
     Args:
         student: the network being trained, which is also the sampler.
@@ -74,61 +91,60 @@ class Shift:
         self.student, self.rewards, self.see, self.null_1LD = student, rewards, see, null_1LD
         self.guidance, self.sigmas, self.given, self.points = guidance, sigmas, given, points
         self.shift, self.weight, self.beta = shift, weight, beta
-        self.pairs: Batch | None = None  # of this iteration: all updates of the student in it share them
+        self.latest: tuple[int, Batch] | None = None  # iteration and its pairs, which all updates in it share
         self.seen: dict[str, Tensor] = {}
 
-    @torch.no_grad()
     def sample(self, batch: Batch, generator: torch.Generator, parts: int) -> Batch:
-        """The batch with a generated clip beside each real one; sampled in ``parts``, which bounds memory."""
-        assert batch.latent_BCFHW is not None, "SHIFT needs clips, not only prompts"
-        device = self.null_1LD.device
-        real = batch.latent_BCFHW.float().to(device)
-        text = stack_text(batch.text, device)
-        made = [
-            animate(self.student, normal(x.shape, generator, device), x[:, :, : self.given], t, self.null_1LD,
-                    self.sigmas, self.guidance)
-            for x, t in zip(real.chunk(parts), text.chunk(parts), strict=True)
-        ]  # fmt: skip
-        return replace(batch, latent_BCFHW=real, generated_BCFHW=torch.cat(made))
+        """The batch with :class:`Pairs`: a generated clip beside each real one, both observed and rewarded.
 
-    @torch.no_grad()
-    def weigh(self, batch: Batch, generator: torch.Generator, parts: int) -> Batch:
-        """The batch with the advantages of its generated and real clips; the whole batch shares one baseline."""
+        Made in ``parts``, which bounds memory; the baseline is that of the whole batch.
+        """
         if len(batch.ids) < 2:
             raise UserError("SHIFT's baseline is the mean over the generated clips: give a batch of at least 2")
-        assert batch.latent_BCFHW is not None and batch.generated_BCFHW is not None  # noqa: PT018
-        rewards, motion = [], []
-        for made, real in zip(batch.generated_BCFHW.chunk(parts), batch.latent_BCFHW.chunk(parts), strict=True):
-            fluxes = self._observe(made, real, generator)
-            rewards.append(torch.stack([self.rewards.reward(flux) for flux in fluxes], 1))
-            motion.append(motion_amount(fluxes[0].flow_BCFHW))
+        assert batch.latent_BCFHW is not None, "SHIFT needs clips, not only prompts"
+        device = self.null_1LD.device
+        real_BCFHW, text_BLD = batch.latent_BCFHW.float().to(device), stack_text(batch.text, device)
+        made, maps, states, rewards, motion = zip(
+            *(
+                self._pair(*part, generator)
+                for part in zip(real_BCFHW.chunk(parts), text_BLD.chunk(parts), strict=True)
+            ),
+            strict=True,
+        )
         reward_B2 = torch.cat(rewards)
         self.seen = {"reward": reward_B2[:, 0].mean(), "real_reward": reward_B2[:, 1].mean()}
         self.seen["motion"] = torch.cat(motion).mean()
-        return replace(batch, advantage_B2=advantages(*reward_B2.unbind(1)))
+        advantage_B2 = advantages(*reward_B2.unbind(1))
+        pairs = Pairs(torch.cat(made), real_BCFHW, advantage_B2, torch.cat(maps), torch.cat(states))
+        return replace(batch, latent_BCFHW=None, pairs=pairs)
 
-    def _observe(self, made: Tensor, real: Tensor, generator: torch.Generator) -> tuple[Flux, Flux]:
-        """Both are followed from the same points: a pair has the same first frame."""
-        queries = torch.rand(len(made), self.points, 2, generator=generator).to(made)
-        return self.see(made, queries), self.see(real, queries)
+    @torch.no_grad()
+    def _pair(self, real: Tensor, text: Tensor, generator: torch.Generator) -> tuple[Tensor, ...]:
+        """Generated clips, maps and states and rewards of both, and how much the generated ones move."""
+        noise = normal(real.shape, generator, real.device)
+        made = animate(self.student, noise, real[:, :, : self.given], text, self.null_1LD, self.sigmas, self.guidance)
+        # a pair has the same first frame, so both are followed from the same points
+        queries = torch.rand(len(real), self.points, 2, generator=generator).to(real)
+        fluxes = [self.see(clips, queries) for clips in (made, real)]
+        reward_B2 = torch.stack([self.rewards.reward(f.maps_BCFHW, f.states_BND) for f in fluxes], 1)
+        maps, states = (torch.stack(x, 1) for x in zip(*((f.maps_BCFHW, f.states_BND) for f in fluxes), strict=True))
+        return made, maps, states, reward_B2, motion_amount(fluxes[0].flow_BCFHW)
 
     def student_loss(self, rollout: None, batch: Batch, generator: torch.Generator) -> Loss:
         """``mean_b [w(A~_b) ell(x~_b; t_b, e_b) + w(A_b) ell(x_b; t_b, e_b)]``: a pair shares level and noise."""
-        made, real, advantage = batch.generated_BCFHW, batch.latent_BCFHW, batch.advantage_B2
-        assert made is not None and real is not None and advantage is not None  # noqa: PT018
+        pairs: Pairs = batch.pairs
+        real = pairs.real_BCFHW
         sigma = draw_sigma(len(real), generator, k=self.shift).to(real)
         noise, text = normal(real.shape, generator, real.device), stack_text(batch.text, real.device)
         twice = [torch.cat([x, x]) for x in (noise, sigma, text)]
-        error = velocity_error(self.student, torch.cat([made, real]), *twice, given=self.given)
-        weight_B2 = pair_weights(advantage, self.weight, self.beta)
+        error = velocity_error(self.student, torch.cat([pairs.generated_BCFHW, real]), *twice, given=self.given)
+        weight_B2 = pair_weights(pairs.advantage_B2, self.weight, self.beta)
         loss = (weight_B2 * error.unflatten(0, (2, -1)).T).sum(1).mean()
         return loss, self.seen | {"weight": weight_B2[:, 0].mean(), "real_weight": weight_B2[:, 1].mean()}
 
     def judge_loss(self, rollout: None, batch: Batch, generator: torch.Generator) -> Loss:
-        """``-E log D(x) - E log (1 - D(x~))`` of both rewards (SHIFT eq. 7), on real and freshly generated clips."""
-        assert batch.generated_BCFHW is not None and batch.latent_BCFHW is not None  # noqa: PT018
-        fluxes = self._observe(batch.generated_BCFHW, batch.latent_BCFHW, generator)
-        made, real = (self.rewards(flux) for flux in fluxes)
+        """``-E log D(x) - E log (1 - D(x~))`` of both rewards (SHIFT eq. 7), on the newest on-policy clips."""
+        pairs: Pairs = batch.pairs
+        made, real = (self.rewards(pairs.maps_B2CFHW[:, i], pairs.states_B2ND[:, i]) for i in (0, 1))
         gap = (real - made).detach().mean(0)
-        logs = {"gap_instantaneous": gap[0], "gap_long_term": gap[1]}
-        return discriminator_loss(real, made), logs | {"motion": motion_amount(fluxes[0].flow_BCFHW).mean()}
+        return discriminator_loss(real, made), {"gap_instantaneous": gap[0], "gap_long_term": gap[1]}
