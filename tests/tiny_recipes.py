@@ -53,5 +53,5 @@ def sft_i2v() -> Config:
 def shift() -> Config:
     config = shrink(recipes.shift_lab())
     warm, student, refresh = config.plan
-    plan = (replace(warm, stop=1), replace(student, start=1), replace(refresh, start=1, every=2, times=1))
+    plan = (replace(warm, stop=1, times=1), replace(student, start=1), replace(refresh, start=1, every=2, times=1))
     return replace(config, plan=plan, sigmas=(1.0, 0.5))
