@@ -17,7 +17,7 @@ from mogan.data import open_cache
 from mogan.errors import UserError
 from mogan.recipes import ABLATIONS, ablate
 from mogan.train import Position, run_training, step
-from tiny_recipes import dmd, flow_matching, mogan, motion_score, msm
+from tiny_recipes import dmd, flow_matching, mogan, motion_score, msm, sft_i2v, shift
 
 RECIPES = {
     "mogan": mogan,
@@ -25,6 +25,8 @@ RECIPES = {
     "flow_matching": flow_matching,
     "msm": msm,
     "motion_score": motion_score,
+    "sft_i2v": sft_i2v,
+    "shift": shift,
     **{a: (lambda a=a: ablate(mogan(), a)) for a in ABLATIONS},
 }
 

@@ -18,8 +18,19 @@ def shrink(config: Config) -> Config:
         flow=os.environ["MOGAN_TEST_RAFT"],
         flow_iterations=2,
     )
+    pairs = config.shift and replace(
+        config.shift, points=5, width=16, depth=1, heads=2, flow=os.environ["MOGAN_TEST_RAFT"], flow_iterations=1
+    )
     return replace(
-        config, plan=plan, gan=gan, iterations=3, save_every=1, sample_every=100, sample_prompts=0, precision="fp32"
+        config,
+        plan=plan,
+        shift=pairs,
+        gan=gan,
+        iterations=3,
+        save_every=1,
+        sample_every=100,
+        sample_prompts=0,
+        precision="fp32",
     )
 
 
@@ -60,3 +71,14 @@ def wan() -> Config:
         flow_iterations=2,
     )
     return replace(config, plan=plan, gan=gan, iterations=2, save_every=1, sample_every=2, sample_prompts=1)
+
+
+def sft_i2v() -> Config:
+    return shrink(recipes.sft_i2v_lab())
+
+
+def shift() -> Config:
+    config = shrink(recipes.shift_lab())
+    warm, student, refresh = config.plan
+    plan = (replace(warm, stop=1, times=1), replace(student, start=1), replace(refresh, start=1, every=2, times=1))
+    return replace(config, plan=plan, sigmas=(1.0, 0.5))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mogan import wan
 from mogan.checkpoint import latest_checkpoint, load_part
-from mogan.config import Config, GANConfig
+from mogan.config import Config, GANConfig, ShiftConfig
 from mogan.data import Cache, ensure_observations, ensure_text
 from mogan.denoiser import Denoiser, recomputed
 from mogan.discriminator import Discriminator
@@ -26,7 +26,9 @@ from mogan.objectives.flow_matching import FlowMatching
 from mogan.objectives.gan import GAN
 from mogan.objectives.motion_score import MotionScore
 from mogan.objectives.msm import motion_direction
+from mogan.objectives.shift import Shift
 from mogan.observation import MotionObservation
+from mogan.rewards import MotionRewards, PixelFlux
 from mogan.sample import open_generator
 
 
@@ -179,7 +181,26 @@ def assemble(
     if config.flow_matching is not None:
         f = config.flow_matching
         objectives["flow_matching"] = FlowMatching(
-            student_network, encode([""])[0], shift=f.shift, drop_text=f.drop_text
+            student_network, encode([""])[0], shift=f.shift, drop_text=f.drop_text, given=config.given
+        )
+    if config.shift is not None:
+        s = config.shift
+        flow = wan.load_flow(s.flow, s.flow_iterations)
+        flow = flow.to(target) if isinstance(flow, RaftFlow) else flow
+        rewards = _rewards(s, cache, config.seed).to(target)
+        networks["reward"] = rewards
+        objectives["shift"] = Shift(
+            student_network,
+            rewards,
+            PixelFlux(vae, flow),
+            wan.stack_text(encode([config.negative_prompt]), target),
+            guidance=s.guidance,
+            sigmas=config.sigmas,
+            given=config.given,
+            points=s.points,
+            shift=s.shift,
+            weight=s.weight,
+            beta=s.beta,
         )
     if config.motion_score is not None:
         m = config.motion_score
@@ -282,6 +303,8 @@ def _check_window(config: Config, frames: int) -> None:
 def _check_processes(config: Config, world: World) -> None:
     if config.lora is not None and world.ranks > 1:
         raise UserError("--lora trains in one process: start one, or leave --lora out")
+    if config.shift is not None and world.ranks > 1:
+        raise UserError("SHIFT compares the clips of a whole batch and trains in one process: start one")
     for update in config.plan:
         if update.batch % world.shares:
             raise UserError(
@@ -317,6 +340,21 @@ def _discriminator(gan: GANConfig, base: Path, encode, dtype, world: World, seed
         network.transformer.requires_grad_(False)
     shard(network, trunk.blocks, world, dtype)
     return network.to(world.device).train()
+
+
+def _rewards(s: ShiftConfig, cache: Cache, seed: int) -> MotionRewards:
+    if not cache.has_clips:
+        raise UserError(f"{cache.path} holds prompts alone; this recipe needs videos: prepare a folder of them")
+    frames, height, width = (cache.facts[k] for k in ("frames", "height", "width"))
+    if any(a % b for a, b in zip((frames - 1, height, width), s.patch, strict=True)):
+        raise UserError(
+            f"clips of {frames} x {height} x {width} do not split into patches {s.patch}: change shift.patch"
+            " in the recipe so that it divides frames - 1, height and width"
+        )
+    torch.manual_seed(seed)
+    return MotionRewards(
+        (frames, height, width), patch=s.patch, width=s.width, depth=s.depth, heads=s.heads, clip=s.clip
+    )
 
 
 def cache_observations(config: Config, cache: Cache, model: str, device: str = "auto") -> int:

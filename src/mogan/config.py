@@ -26,12 +26,13 @@ class Update:
     """One kind of step within an iteration.
 
     Attributes:
-        learns: the network that learns: ``student``, ``fake_score`` or ``discriminator``.
-        by: the objective that judges: ``dmd``, ``gan``, ``flow_matching`` or ``motion_score``.
+        learns: the network that learns: ``student``, ``fake_score``, ``discriminator`` or ``reward``.
+        by: the objective that judges: ``dmd``, ``gan``, ``flow_matching``, ``motion_score`` or ``shift``.
         times: repetitions within one iteration.
         batch: clips per step.
         accumulate: the batch is processed in this many parts.
         optimizer: name of the optimiser; updates that share a name share its moments. Defaults to ``learns``.
+        start, stop, every: it happens in iterations ``range(start, stop, every)``; no ``stop`` is the end of the run.
     """
 
     learns: str
@@ -40,6 +41,14 @@ class Update:
     batch: int
     accumulate: int = 1
     optimizer: str | None = None
+    start: int = 0
+    stop: int | None = None
+    every: int = 1
+
+    def happens(self, iteration: int) -> bool:
+        """Whether this update is part of an iteration."""
+        ended = self.stop is not None and iteration >= self.stop
+        return not ended and iteration >= self.start and (iteration - self.start) % self.every == 0
 
     @property
     def optimizer_name(self) -> str:
@@ -120,6 +129,35 @@ class MotionScoreConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ShiftConfig:
+    """Advantage-weighted denoising with motion rewards; see :class:`mogan.objectives.shift.Shift`.
+
+    Attributes:
+        guidance: of the sampler; its levels are the config's ``sigmas``.
+        shift: shift of the levels at which pairs are denoised.
+        weight: ``exp`` or ``linear``; ``beta``: its temperature.
+        clip: range of a reward.
+        points: query points per clip.
+        patch: frames, height and width of a patch of the flux maps.
+        width, depth, heads: of each reward's transformer.
+        flow: flow estimator (see :func:`mogan.wan.load_flow`); ``flow_iterations``: its refinement steps.
+    """
+
+    guidance: float
+    shift: float
+    weight: str
+    beta: float
+    clip: tuple[float, float]
+    points: int
+    patch: tuple[int, int, int]
+    width: int
+    depth: int
+    heads: int
+    flow: str
+    flow_iterations: int = 12
+
+
+@dataclass(frozen=True, kw_only=True)
 class Config:
     """Everything a run is made of. Written as JSON beside every checkpoint.
 
@@ -128,6 +166,7 @@ class Config:
         sigmas: the student's levels, descending from 1, final 0 implied.
         plan: the updates of one iteration, in order.
         optimizers: by name, see ``Update.optimizer``.
+        given: latent frames the student is given, clean: 0 is text to video, 1 image to video.
         ema: decay of the student's averaged weights, which are what is sampled and exported.
         lora: rank of the adapters that student and fake score learn instead of all their weights; ``None``: all weights.
         negative_prompt: the teacher's unconditional branch.
@@ -148,6 +187,8 @@ class Config:
     flow_matching: FlowMatchingConfig | None = None
     lora: int | None = None
     motion_score: MotionScoreConfig | None = None
+    shift: ShiftConfig | None = None
+    given: int = 0
     negative_prompt: str = ""
     precision: str = "auto"
     checkpointing: bool = False

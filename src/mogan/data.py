@@ -8,7 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -41,6 +41,7 @@ class Batch:
     observation_BCFHW: Tensor | None = None
     window_start: int | None = None
     places: list[int] = field(default_factory=list)
+    pairs: Any = None  # :class:`mogan.objectives.shift.Pairs`
 
 
 @dataclass

@@ -5,12 +5,13 @@ the clean latent, then noise it afresh to the next level.
 """
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mogan.denoiser import Denoiser
+from mogan.denoiser import Denoiser, guided_velocity
 from mogan.schedule import add_noise
 
 
@@ -65,6 +66,30 @@ def roll_out(
         level = torch.full((x.shape[0],), sigmas[step + 1], device=x.device)
         x = add_noise(x0, normal(x0.shape, generator, x0.device), level)
     return Rollout(x0, exit_step, text_BLD)
+
+
+@torch.no_grad()
+def animate(
+    denoiser: Denoiser,
+    noise_BCFHW: Float[Tensor, "b c f h w"],
+    given_BCFHW: Float[Tensor, "b c g h w"],
+    text_BLD: Float[Tensor, "b l d"],
+    null_1LD: Tensor,
+    sigmas: tuple[float, ...],
+    guidance: float,
+) -> Float[Tensor, "b c f h w"]:
+    """Image to video by Euler steps: the first latent frames are given, and stay clean at level 0 throughout.
+
+    That is how Wan 2.2's TI2V model is conditioned (diffusers: ``expand_timesteps``). ``sigmas`` descend from 1, final 0
+    implied; guidance as in :func:`mogan.denoiser.guided_velocity`.
+    """
+    x, given = noise_BCFHW, given_BCFHW.shape[2]
+    for level, following in pairwise((*sigmas, 0.0)):
+        x = torch.cat([given_BCFHW, x[:, :, given:]], 2)
+        sigma = torch.full((x.shape[0], x.shape[2]), level, device=x.device)
+        sigma[:, :given] = 0.0
+        x = x + (following - level) * guided_velocity(denoiser, x, sigma, text_BLD, null_1LD, guidance)
+    return torch.cat([given_BCFHW, x[:, :, given:]], 2)
 
 
 def normal(shape: torch.Size, generator: torch.Generator | list[torch.Generator], device) -> Tensor:

@@ -33,9 +33,10 @@ from mogan.data import Batch, draw_batch, one_ahead, open_cache
 from mogan.distributed import join, whole
 from mogan.errors import UserError
 from mogan.journal import Journal
+from mogan.objectives.shift import Shift
 from mogan.recipes import ablate, find_recipe
-from mogan.rollout import Rollout, normal, roll_out
-from mogan.sample import sample_student, to_frames
+from mogan.rollout import Rollout, animate, normal, roll_out
+from mogan.sample import sample_student, seeded, to_frames
 from mogan.wan import stack_text
 
 
@@ -80,7 +81,8 @@ def draw(parts: Assembly, update: Update, where: Position) -> Batch:
     """Our share of the batch of one step: prompts and, where needed, real clips or their observations of one window."""
     config = parts.config
     in_motion = update.by == "gan" and config.gan is not None and config.gan.space == "motion"
-    if update.by in ("flow_matching", "motion_score") or (update.learns == "discriminator" and not in_motion):
+    from_clips = update.by in ("flow_matching", "motion_score", "shift")
+    if from_clips or (update.learns == "discriminator" and not in_motion):
         want: tuple[str, ...] = ("latent",)
     else:
         want = ("observation",) if update.learns == "discriminator" else ()
@@ -112,7 +114,7 @@ def split(batch: Batch, parts: int) -> list[Batch]:
         window = slice(i * size, (i + 1) * size)
         cut: dict[str, Any] = {
             name: None if (value := getattr(batch, name)) is None else value[window]
-            for name in ("prompts", "text", "ids", "latent_BCFHW", "observation_BCFHW", "places")
+            for name in ("prompts", "text", "ids", "latent_BCFHW", "observation_BCFHW", "places", "pairs")
         }
         pieces.append(replace(batch, **cut))
     return pieces
@@ -145,6 +147,8 @@ def step(parts: Assembly, update: Update, where: Position, batch: Batch | None =
     network, optimizer = parts.networks[update.learns], parts.optimizers[update.optimizer_name]
     totals: dict[str, Tensor] = {}
     batch = batch or draw(parts, update, where)
+    if isinstance(objective, Shift):
+        batch = objective.pairs_for(where.iteration, batch, where.generator(2), update.accumulate)
     pieces = split(batch, parts_of(len(batch.ids), update.batch // update.accumulate))
     for piece in pieces:
         rollout = rollout_for(parts, update, piece, where)
@@ -185,7 +189,7 @@ def run_training(parts: Assembly, run: Path) -> None:
         for iteration in bar:
             shown = {}
             for index, update in enumerate(config.plan):
-                for repeat in range(update.times):
+                for repeat in range(update.times if update.happens(iteration) else 0):
                     began = time.perf_counter()
                     record = step(parts, update, Position(config.seed, iteration, index, repeat), next(batches))
                     record |= {"seconds": time.perf_counter() - began}
@@ -209,7 +213,7 @@ def positions(config: Config, start: int) -> Iterator[Position]:
     """Every step of a run from iteration ``start`` on, in order."""
     for iteration in range(start, config.iterations):
         for index, update in enumerate(config.plan):
-            for repeat in range(update.times):
+            for repeat in range(update.times if update.happens(iteration) else 0):
                 yield Position(config.seed, iteration, index, repeat)
 
 
@@ -249,15 +253,24 @@ class _graceful_stop:
 
 @torch.no_grad()
 def sample_sheet(parts: Assembly, run: Path, iteration: int) -> None:
-    """Clips of the averaged student on the first prompts, their flow, and one sheet of both."""
+    """Clips of the averaged student on the first prompts (image to video: from the first clips' first frames), their
+    flow, and one sheet of both.
+    """
     from mogan.flow import RaftFlow
     from mogan.video import contact_sheet, flow_picture, write_video
     from mogan.wan import decode_video
 
-    prompts = list(dict.fromkeys(e["caption"] for e in parts.cache.entries))[: parts.config.sample_prompts]
-    text = stack_text([parts.cache.text(p) for p in prompts], parts.device)
+    config = parts.config
+    first = {e["caption"]: e["id"] for e in reversed(parts.cache.entries)}  # of each prompt, its first clip
+    prompts = list(dict.fromkeys(e["caption"] for e in parts.cache.entries))[: config.sample_prompts]
+    text, seeds = stack_text([parts.cache.text(p) for p in prompts], parts.device), list(range(len(prompts)))
     with parts.averaged_student() as student:
-        latents = sample_student(student, text, parts.latent_shape, parts.config.sigmas, list(range(len(prompts))))
+        if config.given:
+            noise = normal(torch.Size((len(seeds), *parts.latent_shape)), seeded(seeds), parts.device)
+            real = torch.stack([parts.cache.latent(first[p]) for p in prompts]).to(noise)
+            latents = animate(student, noise, real[:, :, : config.given], text, text, config.sigmas, guidance=1.0)
+        else:
+            latents = sample_student(student, text, parts.latent_shape, config.sigmas, seeds)
     if not parts.world.main:
         return
     video = decode_video(parts.vae, latents)
@@ -299,7 +312,7 @@ def train(
     """Train a recipe on a cache; the same command again goes on where it stopped.
 
     Args:
-        recipe: a name such as mogan_lab, dmd_lab, flow_matching_lab, mogan_wan_1_3b, or your own module:function.
+        recipe: a name such as mogan_lab, dmd_lab, flow_matching_lab, shift_lab, mogan_wan_1_3b, or your own module:function.
         data: a cache made by `mogan prepare`.
         out: folder of the run: checkpoints, metrics.jsonl, tensorboard, samples.
         model: base model (teacher, autoencoder, text): lab, a diffusers folder or a hub id.

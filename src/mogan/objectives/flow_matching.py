@@ -1,6 +1,7 @@
 """Flow matching on real clips: how the teacher was trained, and supervised fine-tuning (SFT)."""
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from mogan.data import Batch
@@ -17,6 +18,21 @@ def stack_some(text: list[Tensor], null: Tensor, drop: float, generator: Randomn
     return stack_text([null if d else t for d, t in zip(dropped, text, strict=True)], device)
 
 
+def velocity_error(
+    student: Denoiser, x0_BCFHW: Tensor, noise_BCFHW: Tensor, sigma_B: Tensor, text_BLD: Tensor, *, given: int
+) -> Float[Tensor, " b"]:
+    """Mean of ``||v - (noise - x0)||^2`` per clip. The first ``given`` latent frames are clean, at level 0, and do not count.
+
+    Told apart by their level, given frames condition the others: image to video as Wan 2.2's TI2V does it.
+    """
+    levels = sigma_B
+    if given:
+        levels = sigma_B[:, None].repeat(1, x0_BCFHW.shape[2])
+        levels[:, :given] = 0.0
+    velocity = student.velocity(add_noise(x0_BCFHW, noise_BCFHW, levels), levels, text_BLD)
+    return (velocity - (noise_BCFHW - x0_BCFHW))[:, :, given:].square().flatten(1).mean(1)
+
+
 class FlowMatching:
     """``E ||v(x_t, t, text) - (noise - x0)||^2`` on the batch's clips; the prompt is dropped now and then for guidance.
 
@@ -25,12 +41,13 @@ class FlowMatching:
         null: embedding ``(L, D)`` of the empty prompt.
         shift: shift of the drawn levels.
         drop_text: probability with which a clip is trained without its prompt.
+        given: latent frames that are given (image to video: 1).
     """
 
     needs_rollout = False
 
-    def __init__(self, student: Denoiser, null: Tensor, *, shift: float, drop_text: float):
-        self.student, self.null, self.shift, self.drop_text = student, null, shift, drop_text
+    def __init__(self, student: Denoiser, null: Tensor, *, shift: float, drop_text: float, given: int = 0):
+        self.student, self.null, self.shift, self.drop_text, self.given = student, null, shift, drop_text, given
 
     def student_loss(self, rollout: Rollout | None, batch: Batch, generator: Randomness) -> Loss:
         """The loss on the batch; ``rollout`` is not used."""
@@ -41,8 +58,7 @@ class FlowMatching:
         sigma = draw_sigma(len(x0), generator, k=self.shift).to(device)
         text = stack_some(batch.text, self.null, self.drop_text, generator, device)
         noise = normal(x0.shape, generator, device)
-        velocity = self.student.velocity(add_noise(x0, noise, sigma), sigma, text)
-        return (velocity - (noise - x0)).square().mean(), {}
+        return velocity_error(self.student, x0, noise, sigma, text, given=self.given).mean(), {}
 
     def judge_loss(self, rollout: Rollout | None, batch: Batch, generator: Randomness) -> Loss:
         """Flow matching owns no network that chases the student."""

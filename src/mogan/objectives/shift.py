@@ -1,0 +1,156 @@
+"""SHIFT (arXiv 2603.17426): motion rewards weigh a denoising loss, so nothing is differentiated through the sampler.
+
+A clip is sampled for every real one, from the same first frame and prompt. Both are rewarded, and the student denoises
+both, each as much as its advantage says. The paper's equations 8 to 12 are not public: the loss is a reconstruction of
+what it says about them, see ``docs/methods/shift.md``.
+"""
+
+from dataclasses import dataclass, fields, replace
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from mogan.data import Batch
+from mogan.denoiser import Denoiser
+from mogan.discriminator import discriminator_loss
+from mogan.errors import UserError
+from mogan.objectives import Loss, Randomness
+from mogan.objectives.flow_matching import velocity_error
+from mogan.observation import motion_amount
+from mogan.rewards import MotionRewards, PixelFlux
+from mogan.rollout import animate, normal
+from mogan.schedule import draw_sigma
+from mogan.wan import stack_text
+
+FLOOR = -1.0  # least weight of the linear form
+
+
+def advantages(generated_B: Float[Tensor, " b"], real_B: Float[Tensor, " b"]) -> Float[Tensor, "b 2"]:
+    """Rewards of generated and real clips less the mean reward of the generated ones; not divided by a deviation."""
+    return torch.stack([generated_B, real_B], 1) - generated_B.mean()
+
+
+def pair_weights(advantage: Tensor, form: str, beta: float) -> Tensor:
+    """What a clip's denoising loss weighs (reconstructed).
+
+    ``exp``: ``exp(A / beta)``, the Gibbs tilt whose forward KL the paper minimises; never negative. ``linear``:
+    ``A / beta``, not below -1: a policy gradient, which pushes away from clips worse than the mean.
+    """
+    return (advantage / beta).exp() if form == "exp" else (advantage / beta).clamp(min=FLOOR)
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Generated and real clips from the same first frames and prompts; index 0 of a pair is the generated clip."""
+
+    generated_BCFHW: Tensor
+    real_BCFHW: Tensor
+    advantage_B2: Tensor
+    maps_B2CFHW: Tensor
+    states_B2ND: Tensor
+
+    def __getitem__(self, window: slice) -> "Pairs":
+        return Pairs(*(getattr(self, field.name)[window] for field in fields(self)))
+
+
+class Shift:
+    """Advantage-weighted denoising of generated and real clips. Owns the rewards.
+
+    Pairs are sampled once per iteration. All updates in it share them: several of the student, and the refresh of the
+    rewards, which the paper does on "the most recent on-policy samples".
+
+    Args:
+        student: the network being trained, which is also the sampler.
+        rewards: the two discriminators; ``see``: what they are shown of latents.
+        null_1LD: embedding of the empty (or negative) prompt; ``guidance``: of the sampler.
+        sigmas: the sampler's levels.
+        given: latent frames that are given (image to video: 1).
+        points: query points per clip, drawn at random each time.
+        shift: shift of the levels at which pairs are denoised.
+        weight: ``exp`` or ``linear``; ``beta``: its temperature; see :func:`pair_weights`.
+    """
+
+    needs_rollout = False
+
+    def __init__(
+        self,
+        student: Denoiser,
+        rewards: MotionRewards,
+        see: PixelFlux,
+        null_1LD: Tensor,
+        *,
+        guidance: float,
+        sigmas: tuple[float, ...],
+        given: int,
+        points: int,
+        shift: float,
+        weight: str,
+        beta: float,
+    ):
+        self.student, self.rewards, self.see, self.null_1LD = student, rewards, see, null_1LD
+        self.guidance, self.sigmas, self.given, self.points = guidance, sigmas, given, points
+        self.shift, self.weight, self.beta = shift, weight, beta
+        self.latest: tuple[int, Batch] | None = None  # iteration and its pairs, which all updates in it share
+        self.seen: dict[str, Tensor] = {}
+
+    def pairs_for(self, iteration: int, batch: Batch, generator: torch.Generator, parts: int) -> Batch:
+        """The pairs of an iteration: sampled from ``batch`` by its first update, the same for all that follow in it."""
+        if self.latest is None or self.latest[0] != iteration:
+            self.latest = iteration, self.sample(batch, generator, parts)
+        return self.latest[1]
+
+    def sample(self, batch: Batch, generator: torch.Generator, parts: int) -> Batch:
+        """The batch with :class:`Pairs`: a generated clip beside each real one, both observed and rewarded.
+
+        Made in ``parts``, which bounds memory; the baseline is that of the whole batch.
+        """
+        if len(batch.ids) < 2:
+            raise UserError("SHIFT's baseline is the mean over the generated clips: give a batch of at least 2")
+        assert batch.latent_BCFHW is not None, "SHIFT needs clips, not only prompts"
+        device = self.null_1LD.device
+        real_BCFHW, text_BLD = batch.latent_BCFHW.float().to(device), stack_text(batch.text, device)
+        made, maps, states, rewards, motion = zip(
+            *(
+                self._pair(*part, generator)
+                for part in zip(real_BCFHW.chunk(parts), text_BLD.chunk(parts), strict=True)
+            ),
+            strict=True,
+        )
+        reward_B2 = torch.cat(rewards)
+        self.seen = {"reward": reward_B2[:, 0].mean(), "real_reward": reward_B2[:, 1].mean()}
+        self.seen["motion"] = torch.cat(motion).mean()
+        advantage_B2 = advantages(*reward_B2.unbind(1))
+        pairs = Pairs(torch.cat(made), real_BCFHW, advantage_B2, torch.cat(maps), torch.cat(states))
+        return replace(batch, latent_BCFHW=None, pairs=pairs)
+
+    @torch.no_grad()
+    def _pair(self, real: Tensor, text: Tensor, generator: torch.Generator) -> tuple[Tensor, ...]:
+        """Generated clips, maps and states and rewards of both, and how much the generated ones move."""
+        noise = normal(real.shape, generator, real.device)
+        made = animate(self.student, noise, real[:, :, : self.given], text, self.null_1LD, self.sigmas, self.guidance)
+        # a pair has the same first frame, so both are followed from the same points
+        queries = torch.rand(len(real), self.points, 2, generator=generator).to(real)
+        fluxes = [self.see(clips, queries) for clips in (made, real)]
+        reward_B2 = torch.stack([self.rewards.reward(f.maps_BCFHW, f.states_BND) for f in fluxes], 1)
+        maps, states = (torch.stack(x, 1) for x in zip(*((f.maps_BCFHW, f.states_BND) for f in fluxes), strict=True))
+        return made, maps, states, reward_B2, motion_amount(fluxes[0].flow_BCFHW)
+
+    def student_loss(self, rollout: None, batch: Batch, generator: Randomness) -> Loss:
+        """``mean_b [w(A~_b) ell(x~_b; t_b, e_b) + w(A_b) ell(x_b; t_b, e_b)]``: a pair shares level and noise."""
+        pairs: Pairs = batch.pairs
+        real = pairs.real_BCFHW
+        sigma = draw_sigma(len(real), generator, k=self.shift).to(real)
+        noise, text = normal(real.shape, generator, real.device), stack_text(batch.text, real.device)
+        twice = [torch.cat([x, x]) for x in (noise, sigma, text)]
+        error = velocity_error(self.student, torch.cat([pairs.generated_BCFHW, real]), *twice, given=self.given)
+        weight_B2 = pair_weights(pairs.advantage_B2, self.weight, self.beta)
+        loss = (weight_B2 * error.unflatten(0, (2, -1)).T).sum(1).mean()
+        return loss, self.seen | {"weight": weight_B2[:, 0].mean(), "real_weight": weight_B2[:, 1].mean()}
+
+    def judge_loss(self, rollout: None, batch: Batch, generator: Randomness) -> Loss:
+        """``-E log D(x) - E log (1 - D(x~))`` of both rewards (SHIFT eq. 7), on the newest on-policy clips."""
+        pairs: Pairs = batch.pairs
+        made, real = (self.rewards(pairs.maps_B2CFHW[:, i], pairs.states_B2ND[:, i]) for i in (0, 1))
+        gap = (real - made).detach().mean(0)
+        return discriminator_loss(real, made), {"gap_instantaneous": gap[0], "gap_long_term": gap[1]}
