@@ -37,7 +37,7 @@ from mogan.rewards import (
     track_states,
 )
 from mogan.rollout import animate
-from mogan.train import Position, draw, run_training, split, step
+from mogan.train import Position, draw, run_training, split, step, with_pairs
 from tiny_recipes import shift
 
 TEXT = torch.zeros(1, 2, 8)
@@ -424,12 +424,16 @@ def test_an_update_happens_in_a_range_of_iterations(start, length, every):
 
 def test_updates_of_an_iteration_share_pairs_and_the_next_iteration_samples_anew(family, cache):
     config = shift()
-    parts, student, reward = build(config, family, cache), config.plan[1], config.plan[2]
-    first = draw(parts, student, Position(0, 1, 1, 0))
-    assert draw(parts, student, Position(0, 1, 1, 1)) is first
-    assert draw(parts, reward, Position(0, 1, 2, 0)) is first  # the newest on-policy samples
-    again = draw(parts, student, Position(0, 2, 1, 0))
-    assert not torch.equal(again.pairs.generated_BCFHW, first.pairs.generated_BCFHW)
+    parts = build(config, family, cache)
+
+    def pairs(iteration, update, repeat):
+        where = Position(0, iteration, update, repeat)
+        return with_pairs(parts, config.plan[update], draw(parts, config.plan[update], where), where)
+
+    first = pairs(1, 1, 0)
+    assert pairs(1, 1, 1) is first
+    assert pairs(1, 2, 0) is first  # the newest on-policy samples
+    assert not torch.equal(pairs(2, 1, 0).pairs.generated_BCFHW, first.pairs.generated_BCFHW)
     pieces = split(first, 2)
     assert [p.ids for p in pieces] == [first.ids[:1], first.ids[1:]]
     for field in fields(Pairs):

@@ -67,19 +67,14 @@ def draw_exit(config: Config, where: Position) -> int:
 
 
 def draw(parts: Assembly, update: Update, where: Position) -> Batch:
-    """The batch of one step: prompts and, where the update needs them, real clips or their observation of one window.
-
-    For SHIFT they are pairs of real and freshly sampled clips, which all updates of an iteration share.
-    """
-    config, objective = parts.config, parts.objectives[update.by]
-    if isinstance(objective, Shift) and objective.latest is not None and objective.latest[0] == where.iteration:
-        return objective.latest[1]
+    """The batch of one step: prompts and, where the update needs them, real clips or their observation of one window."""
+    config = parts.config
     in_motion = update.by == "gan" and config.gan is not None and config.gan.space == "motion"
     if update.by in ("flow_matching", "shift") or (update.learns == "discriminator" and not in_motion):
         want: tuple[str, ...] = ("latent",)
     else:
         want = ("observation",) if update.learns == "discriminator" else ()
-    batch = draw_batch(
+    return draw_batch(
         parts.cache,
         seed=where.seed,
         rank=RANK,
@@ -91,10 +86,17 @@ def draw(parts: Assembly, update: Update, where: Position) -> Batch:
         observations=parts.observations,
         starts=config.gan.starts if in_motion and config.gan is not None else (),
     )
-    if isinstance(objective, Shift):
-        batch = objective.sample(batch, where.generator(2, 0, RANK), update.accumulate)
-        objective.latest = where.iteration, batch
-    return batch
+
+
+def with_pairs(parts: Assembly, update: Update, batch: Batch, where: Position) -> Batch:
+    """For SHIFT: pairs of real and freshly sampled clips, which all updates of an iteration share. Else the batch."""
+    objective = parts.objectives[update.by]
+    if not isinstance(objective, Shift):
+        return batch
+    if objective.latest is None or objective.latest[0] != where.iteration:
+        pairs = objective.sample(batch, where.generator(2, 0, RANK), update.accumulate)
+        objective.latest = where.iteration, pairs
+    return objective.latest[1]
 
 
 def split(batch: Batch, parts: int) -> list[Batch]:
@@ -134,7 +136,8 @@ def step(parts: Assembly, update: Update, where: Position) -> dict[str, float]:
     network, optimizer = parts.networks[update.learns], parts.optimizers[update.optimizer_name]
     optimizer.zero_grad(set_to_none=True)
     totals: dict[str, Tensor] = {}
-    for number, piece in enumerate(split(draw(parts, update, where), update.accumulate)):
+    batch = with_pairs(parts, update, draw(parts, update, where), where)
+    for number, piece in enumerate(split(batch, update.accumulate)):
         rollout = rollout_for(parts, update, piece, where, number)
         judge = objective.student_loss if update.learns == "student" else objective.judge_loss
         loss, logs = judge(rollout, piece, where.generator(3, number, RANK))
