@@ -78,7 +78,8 @@ def measured(clips: list[np.ndarray], scenes: list[Scene]) -> dict[str, float]:
     flow = wan.load_flow("lab", 6)
     rows = [read_instruments(c, s.caption) for c, s in zip(clips, scenes, strict=True)]
     degree = mean(dynamic_degree(iter(c), FPS, flow).decision for c in tqdm(clips, desc="measure", unit="clip"))
-    return {"dynamic_degree": degree} | {k: float(np.nanmean([r[k] for r in rows])) for k in INSTRUMENTS}
+    found = {k: [r[k] for r in rows if np.isfinite(r[k])] for k in INSTRUMENTS}
+    return {"dynamic_degree": degree} | {k: mean(v) for k, v in found.items() if v}  # absent: no subject was found
 
 
 def logged(run: Path) -> dict[str, float | list[float]]:
