@@ -114,6 +114,7 @@ def test_a_vbench_that_fails_is_quoted_and_its_output_kept(tmp_path, python, mon
     clips = write_clips(tmp_path / "still", count=1)
     with pytest.raises(UserError, match=r"vbench failed \(RuntimeError: no weights\): see .*r\.still\.vbench\.log"):
         evaluate((clips,), out=tmp_path / "r.json", flow="farneback", quick=True, compare_vbench=python)
+    assert json.loads((tmp_path / "r.json").read_text())["systems"]["still"]["metrics"]  # ours are not lost
     assert "no weights" in (tmp_path / "r.still.vbench.log").read_text()
 
 

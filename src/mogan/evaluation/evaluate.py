@@ -61,7 +61,7 @@ def evaluate(
         compare_vbench: a Python that has the package vbench; runs it on the same clips and writes down the differences.
         lab: track the subjects of clips whose caption is the lab's.
         quick: leave out what needs flow in both directions.
-        device: where flow is estimated; a GPU if there is one.
+        device: where flow and networks run; a GPU if there is one.
 
     Returns:
         What was written.
@@ -104,10 +104,11 @@ def evaluate(
                 for clip, entry in zip(clips, system.clips, strict=True)
             ],
         }
+    _write(out, results)
     if compare_vbench:
         for system in systems:
             print(official.compare(compare_vbench, system, results["systems"][system.name], out))
-    _write(out, results)
+        _write(out, results)
     print(table(results))
     for name, result in results["systems"].items():
         for warning in result["how"]["warnings"]:

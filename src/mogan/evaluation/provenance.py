@@ -41,7 +41,7 @@ def how_measured(
         else f"{device.type} ({platform.machine()})",
         "packages": {
             name: importlib.metadata.version(name)
-            for name in ("mogan", "torch", "torchvision", "numpy", "opencv-python-headless", "av")
+            for name in ("mogan", "torch", "torchvision", "transformers", "numpy", "opencv-python-headless", "av")
         }
         | {"python": platform.python_version()},
         "failed": [

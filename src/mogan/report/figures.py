@@ -20,9 +20,13 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#8A6D00", "#56B4E9", "#5
 HEADLINES = (
     "dynamic_degree", "motion_smoothness", "motion_score", "flow_top5", "lab_net", "lab_speed", "lab_wobble",
     "lab_pulsing",
-    "warping_error", "log_jerk", "saturation", "appearance_distance",
+    "warping_error", "log_jerk", "subject_consistency", "aesthetic_quality", "imaging_quality", "saturation",
+    "appearance_distance", "cd_fvd",
 )  # fmt: skip
-SPREADS = ("flow_top5", "lab_speed", "lab_wobble", "motion_smoothness", "warping_error", "saturation")
+SPREADS = (
+    "flow_top5", "lab_speed", "lab_wobble", "motion_smoothness", "warping_error", "subject_consistency",
+    "imaging_quality", "saturation",
+)  # fmt: skip
 SHORT = ("loss",)
 POINTS = 300
 INK = "#1c2733"
