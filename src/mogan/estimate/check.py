@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -77,7 +78,7 @@ def compare(shapes: Shapes, *, window: int, text_tokens: int = 128) -> Iterator[
             network.enable_gradient_checkpointing()
         denoiser = Denoiser(network)
         _, predicted = transformer_calls(shapes, checkpointing, torch.float32)
-        real = allocated_peak(lambda d=denoiser: d(latent, torch.full((1,), 0.5), text).sum().backward())
+        real = allocated_peak(partial(_backward, denoiser, latent, torch.full((1,), 0.5), text))
         yield Case(f"transformer, checkpointing {checkpointing}", predicted.peak, real)
         del network, denoiser
 
@@ -107,6 +108,10 @@ def compare(shapes: Shapes, *, window: int, text_tokens: int = 128) -> Iterator[
     predicted = estimate_flow(flow, shapes, frames, True, True)
     real = allocated_peak(lambda: _gradient(flow(video), video))
     yield Case(f"flow, {frames} frames", predicted.peak, real)
+
+
+def _backward(network: Callable[..., Tensor], *inputs: Tensor) -> None:
+    network(*inputs).sum().backward()
 
 
 def _gradient(out: Tensor, of: Tensor) -> None:

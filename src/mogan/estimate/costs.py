@@ -118,7 +118,7 @@ def transformer_calls(shapes: Shapes, checkpointing: bool, dtype: torch.dtype) -
                 network.enable_gradient_checkpointing()
             denoiser = Denoiser(network, dtype)
             for backward, found in calls.items():
-                found.append(trace(network.parameters(), lambda d=denoiser: d(x, sigma, text), backward=backward))
+                found.append(trace(network.parameters(), partial(denoiser, x, sigma, text), backward=backward))
     more = shapes.transformer["num_layers"] - 1
     forward, train = (one.along(two, more) for one, two in calls.values())
     return forward, train
@@ -142,7 +142,7 @@ def judge_call(
                 network.requires_grad_(False)
             network.train()
             counts.append(sizes(network)[0])
-            calls.append(trace(network.parameters(), lambda n=network: n(seen), backward=True))
+            calls.append(trace(network.parameters(), partial(network, seen), backward=True))
     return calls[0].along(calls[1], blocks - 1), counts[0] + (blocks - 1) * (counts[1] - counts[0])
 
 
@@ -230,7 +230,7 @@ def estimate_flow(flow: RaftFlow | None, shapes: Shapes, frames: int, grad: bool
     for flow.iterations in (1, 2):
         with fake():
             video = torch.empty(1, 3, pairs + 1, size.height, size.width, requires_grad=grad)
-            calls.append(trace((), lambda v=video: flow(v), backward=grad))
+            calls.append(trace((), partial(flow, video), backward=grad))
     flow.iterations = wanted
     chunk = calls[0].along(calls[1], wanted - 1)
     chunks = (frames - 1) / pairs

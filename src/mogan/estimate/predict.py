@@ -169,7 +169,7 @@ def predict(
 
 
 def _networks(config: Config, costs: Costs, gpus: int, lora: int | None) -> tuple[Network, ...]:
-    whole = costs.parameters["transformer"]
+    whole, rank = costs.parameters["transformer"], lora or 0
 
     def trained(name: str, parameters: int, averaged: bool = False) -> Network:
         mine = FP32 * parameters / gpus
@@ -177,9 +177,9 @@ def _networks(config: Config, costs: Costs, gpus: int, lora: int | None) -> tupl
 
     def adapters(name: str, averaged: bool, own_base: bool) -> Network:
         base = (BF16 * blocks + FP32 * (whole - blocks)) / gpus if own_base else 0.0
-        learned = FP32 * lora * costs.parameters["adapters"] / gpus
+        learned = FP32 * rank * costs.parameters["adapters"] / gpus
         return Network(
-            name, lora * costs.parameters["adapters"], base + learned, learned, 2 * learned, averaged * learned
+            name, rank * costs.parameters["adapters"], base + learned, learned, 2 * learned, averaged * learned
         )
 
     layers = round((whole - costs.parameters["rest"]) / costs.parameters["block"])
