@@ -10,8 +10,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from conftest import SIGMAS
-from mogan.assemble import assemble
 from mogan import wan
+from mogan.assemble import assemble
 from mogan.card import licence_of, model_card, model_name
 from mogan.data import open_cache
 from mogan.errors import UserError
