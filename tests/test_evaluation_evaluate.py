@@ -190,7 +190,7 @@ def test_networks_that_cannot_measure_say_so(folders, tmp_path, monkeypatch):
     clip = Clip(sorted(folders[0].glob("*.mp4"))[0])
     with pytest.raises(UserError, match="not finite"):
         measure(clip, Broken(), lambda first, second: first)
-    monkeypatch.setattr("mogan.evaluation.evaluate.estimator", lambda *_: (Broken(), {"name": "broken"}))
+    monkeypatch.setattr("mogan.evaluation.tools.estimator", lambda *_: (Broken(), {"name": "broken"}))
     with pytest.raises(UserError, match="no clip of teacher could be measured; the first says: the flow network"):
         evaluate((folders[0],), out=tmp_path / "r.json")
 

@@ -239,11 +239,15 @@ def _where(config: Config, model: str, student: str | None) -> tuple[Path, Path,
             + (f"adapters of rank {source.lora}: give --lora {source.lora}, or" if source.lora else "full weights:")
             + " export it with `mogan export` and name the export with --student"
         )
-    if post_trains and source.sigmas and source.sigmas != config.sigmas:
+    if post_trains and source.sigmas and not _agree(source.sigmas, config.sigmas):
         raise UserError(
             f"{student} samples at levels {list(source.sigmas)}, the recipe at {list(config.sigmas)}; they must agree"
         )
     return base, source.folder, source.run
+
+
+def _agree(sigmas: tuple[float, ...], others: tuple[float, ...]) -> bool:
+    return len(sigmas) == len(others) and all(abs(a - b) < 1e-4 for a, b in zip(sigmas, others, strict=True))
 
 
 def _frozen_weights(config: Config, dtype: torch.dtype, world: World) -> Callable[[Path, str], Any]:

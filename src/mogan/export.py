@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 import tyro
 from diffusers import FlowMatchLCMScheduler
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import nn
 from tqdm import tqdm
 
@@ -146,7 +146,9 @@ def save_lora(run: Path, source: Generator, out: Path, rank: int | None, dtype: 
         named[f"diffusion_model.{original_module(module)}.{leaf}"] = tensor.to(dtype).contiguous()
     about = {"base": model_name(base), "sigmas": source.sigmas, "notes": notes}
     temporary = out.with_name(f".{out.name}.new")
-    save_file(named, temporary, {"format": "pt", "mogan": json.dumps(about)})
+    temporary.write_bytes(
+        save(named, {"format": "pt", "mogan": json.dumps(about)})
+    )  # save_file lets nobody else read it
     temporary.rename(out)
     write_atomically(
         out.with_suffix(".md"),

@@ -79,7 +79,7 @@ def merge(transformer: nn.Module, adapters: Factors) -> None:
     """Add ``B A`` to the weights of the named modules, in place."""
     for name, (a, b) in adapters.items():
         weight = transformer.get_parameter(f"{name}.weight")
-        weight.add_((b.to(weight.device).float() @ a.to(weight.device).float()).to(weight.dtype))
+        weight.add_(b.to(weight.device).float() @ a.to(weight.device).float())
 
 
 def decompose(difference_OI: Tensor, rank: int) -> tuple[Tensor, Tensor]:

@@ -186,9 +186,8 @@ def train_raft(out: Path, work: Path, steps: int) -> None:
     def loss_of(step: int, share: float) -> Tensor:
         decoded = share > 0.33 and step % 2 == 0
         if decoded not in pools:
-            pools[decoded] = flow_pairs(
-                1000, AutoencoderKLWan.from_pretrained(out / "teacher" / "vae") if decoded else None
-            )
+            vae = AutoencoderKLWan.from_pretrained(out / "teacher" / "vae") if decoded else None
+            pools[decoded] = flow_pairs(400 if decoded else 1000, vae)
         index = torch.randint(len(pools[decoded][0]), (12,))
         first, second, flow = (part[index] for part in pools[decoded])
         first, second = _worn(*_mirrored(to_video(first), to_video(second), flow))
