@@ -169,3 +169,32 @@ def test_flowmo_is_refused_for_a_student(tmp_path, family, capsys):
 
 def test_no_number_is_not_a_number_in_a_table():
     assert math.isnan(mean_interval([math.nan], ["a"]).mean)
+
+
+@pytest.mark.slow
+def test_a_study_runs_from_nothing_and_a_second_call_only_writes_the_table(tmp_path, monkeypatch, capsys):
+    from mogan.study import study as module
+
+    for name, small in (("TRAIN_VIDEOS", 12), ("TRAIN_PROMPTS", 16), ("REFERENCE", 4)):
+        monkeypatch.setattr(module, name, small)
+    options = ["--seeds", "1", "--column", "mogan", "--prompts", "2", "--clips", "1", "--iterations", "1"]
+    command = ["study", "table1", "--out", str(tmp_path / "s"), *options]
+    assert main(command) == 0
+    results = json.loads((tmp_path / "s" / "table1.json").read_text())
+    assert list(results["systems"]) == ["dmd", "mogan"]
+    for system in results["systems"].values():
+        assert system["metrics"]["dynamic_degree"]["n"] == 2
+        assert set(system["per_seed"]) == {"0"}
+        assert system["training_seconds"]["0"] > 0
+    assert "final_gap" in results["systems"]["mogan"]
+    assert (tmp_path / "s" / "report.html").stat().st_size > 10_000
+    assert (tmp_path / "s" / "table1.png").is_file()
+    start = json.loads((tmp_path / "s" / "mogan" / "seed0" / "run" / "run.json").read_text())["student"]
+    assert start == str(tmp_path / "s" / "dmd" / "seed0" / "export")
+
+    made = {p: p.stat().st_mtime_ns for p in (tmp_path / "s").rglob("*.mp4")}
+    assert main(command) == 0
+    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "s").rglob("*.mp4")} == made
+    assert "| dmd | 0 |" in capsys.readouterr().out
+    assert main([*command[:-1], "2"]) == 2
+    assert "other options" in capsys.readouterr().err

@@ -14,8 +14,10 @@ from mogan.checkpoint import write_atomically
 from mogan.errors import UserError
 from mogan.evaluation.clips import read_folder
 from mogan.lab.world import make_scene
+from mogan.report.page import report
 from mogan.study.collect import bars, combine, markdown
 from mogan.study.columns import Column, table1, table2
+from mogan.study.figure import draw
 from mogan.study.jobs import Job, run_jobs
 
 STUDIES = {"table1": table1, "table2": table2}
@@ -75,11 +77,11 @@ def study(
     write_atomically(out / f"{name}.json", json.dumps(results, indent=1) + "\n")
     page = markdown(name, results)
     write_atomically(out / f"{name}.md", page)
-    from mogan.study.figure import draw
-
     draw(results["systems"], out / f"{name}.png")
+    runs = write_clips(columns, numbers, out)
+    report((out / "results.json", *runs), out=out / "report.html", title=name)
     print(page)
-    print(f"written to {out}/{name}.json, .md and .png")
+    print(f"written to {out}/{name}.json, .md and .png; clips of seed {first_seed} in {out}/report.html")
 
 
 def chosen(columns: tuple[Column, ...], names: tuple[str, ...]) -> tuple[Column, ...]:
@@ -192,6 +194,20 @@ def _training(homes: dict[str, Path]) -> dict[str, Any]:
             gaps[seed] = sum(gap[-10:]) / len(gap[-10:])
             worst[seed] = max(row["grad_norm"] for row in rows if row["update"] == "student<gan")
     return {"training_seconds": seconds} | ({"final_gap": gaps, "largest_motion_gradient": worst} if gaps else {})
+
+
+def write_clips(columns: tuple[Column, ...], numbers: range, out: Path) -> list[Path]:
+    """``results.json`` with the clips of the first training seed, for the report; returns the runs behind them."""
+    systems, runs = {}, []
+    for column in columns:
+        home = Path(column.name) / f"seed{seeds_of(column, numbers)[0]}"
+        found = json.loads((out / home / "results.json").read_text())["systems"]["samples"]
+        clips = [clip | {"file": str(home / clip["file"])} for clip in found["clips"]]
+        systems[column.name] = found | {"clips": clips}
+        if column.recipe:
+            runs.append(out / home / "run")
+    write_atomically(out / "results.json", json.dumps({"systems": systems}, indent=1) + "\n")
+    return runs
 
 
 def _clock(out: Path, seconds: float) -> float:
