@@ -51,7 +51,7 @@ def test_autoencoder_keeps_27_decibels_on_held_out_clips(held_out):
     assert (10 * torch.log10(4 / error)).mean() >= 27
 
 
-@pytest.mark.parametrize(("decoded", "bar"), [(False, 0.45), (True, 0.6)])
+@pytest.mark.parametrize(("decoded", "bar"), [(False, 0.4), (True, 0.5)])
 def test_flow_network_keeps_its_end_point_error_on_moving_pixels(held_out, decoded, bar):
     """The aim is 0.35; docs/lab.md says what is reached and why."""
     video = held_out[int(decoded)]
