@@ -6,7 +6,7 @@ real motion does. Teacher and fake score are exact. Two measurements:
 - gradient flow of the expected DMD gradient, fake score exact: the docs' algebra, factor ``1 + lambda (2 - 2 cos w)``;
 - the package's own ``DMD`` objective on random batches (its per-sample normalisation included), with SGD and with Adam.
 
-    python benchmarks/msm_convergence.py --out docs/images/msm_convergence.svg   # about a minute on one core
+    python benchmarks/msm_convergence.py --out docs/images/msm_convergence.png   # about a minute on one core
 """
 
 import argparse
