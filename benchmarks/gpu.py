@@ -21,12 +21,12 @@ from pathlib import Path
 import torch
 
 from mogan.assemble import Assembly, assemble
-from mogan.checkpoint import write_atomically
 from mogan.config import Config
 from mogan.data import ensure_text, open_cache, save_latent, text_path
 from mogan.estimate.command import pricing
 from mogan.estimate.machines import MACHINES
 from mogan.estimate.random_wan import random_wan
+from mogan.files import write_atomically
 from mogan.flow import RaftConfig, save_raft
 from mogan.prepare import DISCRIMINATOR_PROMPT
 from mogan.recipes import find_recipe

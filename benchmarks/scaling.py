@@ -7,9 +7,9 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
-from mogan.checkpoint import write_atomically
 from mogan.config import Config
 from mogan.estimate.command import pricing
+from mogan.files import write_atomically
 from mogan.recipes import find_recipe
 from mogan.train import with_batch
 

@@ -21,13 +21,14 @@ from tqdm import tqdm
 
 from mogan import wan
 from mogan.assemble import assemble
-from mogan.checkpoint import check_same_run, write_atomically
+from mogan.checkpoint import check_same_run
 from mogan.clips import to_video
 from mogan.config import Config
 from mogan.data import open_cache
 from mogan.denoiser import Denoiser
 from mogan.evaluation.motion import dynamic_degree
 from mogan.export import export
+from mogan.files import write_atomically
 from mogan.lab.instruments import read_instruments
 from mogan.lab.render import render
 from mogan.lab.world import FPS, Scene, make_scene

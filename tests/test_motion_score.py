@@ -14,11 +14,11 @@ from torch import nn
 from conftest import CAPTIONS
 from mogan import sample as sampling
 from mogan.assemble import assemble
-from mogan.checkpoint import write_atomically
 from mogan.data import Batch, open_cache
 from mogan.denoiser import Denoiser
 from mogan.errors import UserError
 from mogan.evaluation.likelihood import log_likelihood, motion_log_likelihood, noise_log_density
+from mogan.files import write_atomically
 from mogan.motion_score import centred_path, continue_clip, differences, euler, fuse, motion_velocity, steer
 from mogan.objectives.motion_score import MotionScore
 from mogan.rollout import normal

@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from conftest import CAPTIONS, SIGMAS
 from mogan import wan
 from mogan.assemble import assemble
-from mogan.checkpoint import write_atomically
 from mogan.data import open_cache
 from mogan.denoiser import Denoiser
 from mogan.errors import UserError
 from mogan.export import export, save_student, scheduler_for
+from mogan.files import write_atomically
 from mogan.sample import Job, safe_name, sample, sample_student, sample_teacher, shard_of
 from mogan.schedule import shifted_levels
 from mogan.train import run_training

@@ -7,7 +7,6 @@ files' headers. A run of one process writes the same format.
 """
 
 import json
-import os
 import shutil
 import warnings
 from dataclasses import asdict
@@ -22,16 +21,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from mogan.config import Config
 from mogan.distributed import ONE, World
 from mogan.errors import UserError
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a text file under a temporary name, flush it to disk, then rename."""
-    temporary = path.with_name(f".{path.name}.new")
-    with temporary.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+from mogan.files import write_atomically
 
 
 def save_checkpoint(run: Path, iteration: int, state: dict[str, Tensor], config: Config, world: World = ONE) -> Path:

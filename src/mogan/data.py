@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mogan.errors import UserError
-from mogan.video import replacing
+from mogan.files import replacing
 
 FORMAT = "mogan-cache"
 VERSION = 1

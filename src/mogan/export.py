@@ -16,8 +16,9 @@ from tqdm import tqdm
 
 from mogan import wan
 from mogan.card import metrics_table, model_card, model_name, run_notes
-from mogan.checkpoint import latest_checkpoint, load_part, write_atomically
+from mogan.checkpoint import latest_checkpoint, load_part
 from mogan.errors import UserError
+from mogan.files import write_atomically
 from mogan.layouts import original_module, split_leaf
 from mogan.lora import decompose, factors, merge
 from mogan.sample import Generator, open_generator

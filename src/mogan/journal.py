@@ -7,8 +7,8 @@ from pathlib import Path
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from mogan.checkpoint import write_atomically
 from mogan.config import Update
+from mogan.files import write_atomically
 from mogan.watch import Watch
 
 

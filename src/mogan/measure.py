@@ -14,8 +14,9 @@ from tqdm import tqdm
 
 from mogan.clips import ShortShot, Source, clips_of, motion_of
 from mogan.errors import UserError
+from mogan.files import replacing
 from mogan.flow import FlowEstimator
-from mogan.video import probe, read_frames, replacing
+from mogan.video import probe, read_frames
 
 if TYPE_CHECKING:
     from mogan.wan import Geometry

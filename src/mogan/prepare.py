@@ -21,9 +21,10 @@ from tqdm import tqdm
 from mogan import data
 from mogan.clips import Source, make_clip, scan, to_video
 from mogan.errors import UserError
+from mogan.files import replacing
 from mogan.flow import FlowEstimator
 from mogan.measure import Done, in_threads, measure
-from mogan.video import read_frames, replacing
+from mogan.video import read_frames
 
 if TYPE_CHECKING:
     from mogan.wan import Geometry

@@ -20,18 +20,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from mogan.assemble import Assembly, assemble
-from mogan.checkpoint import (
-    check_same_run,
-    latest_checkpoint,
-    load_checkpoint,
-    save_checkpoint,
-    stored,
-    write_atomically,
-)
+from mogan.checkpoint import check_same_run, latest_checkpoint, load_checkpoint, save_checkpoint, stored
 from mogan.config import Config, Update
 from mogan.data import Batch, draw_batch, one_ahead, open_cache
 from mogan.distributed import join, whole
 from mogan.errors import UserError
+from mogan.files import write_atomically
 from mogan.journal import Journal
 from mogan.objectives.shift import Shift
 from mogan.recipes import ablate, find_recipe

@@ -4,7 +4,6 @@ Frames are uint8 RGB arrays ``(H, W, 3)``; clips are ``(F, H, W, 3)``. Decoding 
 grow with the file.
 """
 
-import os
 from collections.abc import Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from mogan.errors import UserError
+from mogan.files import replacing
 
 SUFFIXES = (".mp4", ".webm", ".mov", ".avi", ".mkv", ".m4v", ".gif")
 
@@ -204,22 +204,6 @@ def _picture(reformatter: VideoReformatter, shown: _Decoded, size: tuple[int, in
 
 
 # ---------------------------------------------------------------------------------------------- writing
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary name beside ``path``, with its suffix, that takes its place when the block ends well.
-
-    The name is always the same, so what a killed process leaves is overwritten by the next.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".tmp-{path.name}")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def write_video(path: str | Path, frames_FHWC: Iterable[np.ndarray], fps: float, crf: int = 16) -> None:

@@ -22,6 +22,7 @@ from mogan.evaluation.sets import set_metrics
 from mogan.evaluation.statistics import mean_interval
 from mogan.evaluation.tools import Tools, gather_tools
 from mogan.evaluation.vbench import read_info, restrict
+from mogan.files import write_atomically
 from mogan.lab.instruments import parse_caption, read_instruments
 
 Record = dict[str, Any]
@@ -104,11 +105,11 @@ def evaluate(
                 for clip, entry in zip(clips, system.clips, strict=True)
             ],
         }
-    _write(out, results)
+    write_atomically(out, json.dumps(results, indent=1, allow_nan=False) + "\n")
     if compare_vbench:
         for system in systems:
             print(official.compare(compare_vbench, system, results["systems"][system.name], out))
-        _write(out, results)
+        write_atomically(out, json.dumps(results, indent=1, allow_nan=False) + "\n")
     print(table(results))
     for name, result in results["systems"].items():
         for warning in result["how"]["warnings"]:
@@ -225,13 +226,6 @@ def _metrics(clips: list[Record], target: list[Record] | None) -> dict[str, Any]
         real = [clip for clip in target if "error" not in clip]
         metrics |= {name: found.to_json() for name, found in set_metrics(clips, real).items()}
     return metrics
-
-
-def _write(out: Path, results: dict[str, Any]) -> None:
-    out.parent.mkdir(parents=True, exist_ok=True)
-    part = out.with_name(out.name + ".part")
-    part.write_text(json.dumps(results, indent=1, allow_nan=False) + "\n")
-    part.replace(out)
 
 
 def table(results: dict[str, Any]) -> str:

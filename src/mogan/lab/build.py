@@ -10,10 +10,10 @@ from transformers import PreTrainedTokenizerFast
 
 from mogan import wan
 from mogan.assemble import assemble
-from mogan.checkpoint import write_atomically
 from mogan.data import open_cache
 from mogan.denoiser import Denoiser
 from mogan.export import save_student
+from mogan.files import write_atomically
 from mogan.flow import RaftFlow, load_raft
 from mogan.lab import stages
 from mogan.lab.world import FPS, FRAMES, SIZE, exact_flow, make_scene

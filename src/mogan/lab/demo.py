@@ -3,10 +3,10 @@
 import time
 from pathlib import Path
 
-from mogan.checkpoint import write_atomically
 from mogan.errors import UserError
 from mogan.evaluation.evaluate import evaluate
 from mogan.export import export
+from mogan.files import write_atomically
 from mogan.lab.render import render
 from mogan.lab.world import make_scene
 from mogan.prepare import prepare

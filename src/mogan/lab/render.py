@@ -8,8 +8,9 @@ import numpy as np
 from tqdm import tqdm
 
 from mogan.errors import UserError
+from mogan.files import replacing
 from mogan.lab import world
-from mogan.video import replacing, write_video
+from mogan.video import write_video
 
 
 def render(

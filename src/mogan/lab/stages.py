@@ -21,6 +21,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
 from mogan.denoiser import Denoiser
+from mogan.files import replacing
 from mogan.flow import RaftConfig, save_raft
 from mogan.lab.muon import muon_and_adamw
 from mogan.lab.world import COLOURS, DIRECTIONS, FRAMES, SHAPES, Scene, exact_flow, make_scene, render
@@ -88,8 +89,8 @@ def run_stage(
 
     def save(step: int) -> None:
         states = [o.state_dict() for o in optimizers]
-        torch.save({"model": model.state_dict(), "average": average, "optimizers": states, "step": step}, f"{path}.new")
-        Path(f"{path}.new").replace(path)
+        with replacing(path) as new:
+            torch.save({"model": model.state_dict(), "average": average, "optimizers": states, "step": step}, new)
 
     bar = tqdm(range(start, steps), initial=start, total=steps, desc=f"lab {name}", mininterval=5)
     for step in bar:

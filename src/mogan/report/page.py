@@ -12,11 +12,12 @@ from mogan import __version__
 from mogan.errors import UserError
 from mogan.evaluation.names import METRICS
 from mogan.evaluation.statistics import mean_interval
+from mogan.files import replacing
 from mogan.report.figures import COLOURS, curve_figure, interval_figure, spread_figure, to_svg
 from mogan.report.footage import Footage, gather
 from mogan.report.sources import Curves, Result, read_sources
 from mogan.report.verdict import FACTORS, paired, signed, threshold_table, verdicts
-from mogan.video import contact_sheet, replacing
+from mogan.video import contact_sheet
 
 GROUPS = {
     "Motion by VBench's rules": (

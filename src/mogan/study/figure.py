@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from mogan.evaluation.names import METRICS
-from mogan.video import replacing
+from mogan.files import replacing
 
 PANELS = ("dynamic_degree", "lab_net", "lab_wobble")
 

@@ -14,8 +14,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from mogan.checkpoint import write_atomically
 from mogan.errors import UserError
+from mogan.files import write_atomically
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ from typing import Any, Literal
 
 import tyro
 
-from mogan.checkpoint import write_atomically
 from mogan.errors import UserError
 from mogan.evaluation.clips import read_folder
+from mogan.files import write_atomically
 from mogan.lab.world import make_scene
 from mogan.report.page import report
 from mogan.study.collect import bars, combine, markdown
