@@ -347,8 +347,7 @@ def _discriminator(gan: GANConfig, base: Path, encode, dtype, world: World, seed
 
 
 def _rewards(s: ShiftConfig, cache: Cache, seed: int) -> MotionRewards:
-    if not cache.has_clips:
-        raise UserError(f"{cache.path} holds prompts alone; this recipe needs videos: prepare a folder of them")
+    cache.require_clips()
     frames, height, width = (cache.facts[k] for k in ("frames", "height", "width"))
     if any(a % b for a, b in zip((frames - 1, height, width), s.patch, strict=True)):
         raise UserError(

@@ -88,6 +88,11 @@ class Cache:
         if different:
             raise UserError(f"{self.path} {different}: prepare it again for this model, into another --out")
 
+    def require_clips(self) -> None:
+        """Raise UserError if the cache holds prompts alone."""
+        if not self.has_clips:
+            raise UserError(f"{self.path} holds prompts alone; this recipe needs videos: prepare a folder of them")
+
     def _read(self, path: Path) -> dict[str, Tensor]:
         if path not in self._held:
             tensors = load_file(path)
@@ -189,8 +194,8 @@ def draw_batch(
     """
     unknown = set(want) - {"latent", "observation"}
     assert not unknown, f"a batch has no {unknown}"
-    if want and not cache.has_clips:
-        raise UserError(f"{cache.path} holds prompts alone; this recipe needs videos: prepare a folder of them")
+    if want:
+        cache.require_clips()
     first = (iteration * ranks + rank) * size
     chosen = [cache.entries[clip_at(len(cache), seed, update, repeat, first + i)] for i in range(size)]
     ids = [entry["id"] for entry in chosen]
@@ -280,8 +285,7 @@ def ensure_observations(
         UserError: the cache holds no clips, or the disk has no room; nothing is written then.
     """
     opened = open_cache(cache)
-    if not opened.has_clips:
-        raise UserError(f"{opened.path} holds prompts alone; this recipe needs videos: prepare a folder of them")
+    opened.require_clips()
     settings = json.dumps(key | {"starts": list(starts)}, sort_keys=True)
     folder = opened.path / "observations" / hashlib.sha256(settings.encode()).hexdigest()[:16]
     ids = [entry["id"] for entry in opened.entries]

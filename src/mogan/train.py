@@ -60,10 +60,7 @@ class Position:
 
 def with_batch(update: Update, batch: int) -> Update:
     """The same update on another batch, computed in parts no larger than the recipe's: those are what fits."""
-    part = min(batch, update.batch // update.accumulate)
-    return replace(
-        update, batch=batch, accumulate=next(n for n in range(1, batch + 1) if batch % n == 0 and batch // n <= part)
-    )
+    return replace(update, batch=batch, accumulate=parts_of(batch, update.batch // update.accumulate))
 
 
 def draw_exit(config: Config, where: Position) -> int:
