@@ -1,12 +1,14 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from torchvision.models.optical_flow import raft_large
 
 from mogan.errors import UserError
-from mogan.flow import RaftConfig, RaftFlow, load_raft, motion_picture, save_raft, warp
+from mogan.flow import RaftConfig, RaftFlow, load_raft, motion_picture, refinements, save_raft, warp
 
-SMALL = RaftConfig((8, 8, 8, 8, 16), (8, 8, 8, 8, 16), 8, 2, 2, 16)
+SMALL = RaftConfig((8, 8, 8, 8, 16), (8, 8, 8, 8, 16), 8, 2, 2, 16, stride=8)  # the stride that torchvision knows
 
 
 @pytest.fixture(scope="module")
@@ -44,8 +46,33 @@ def test_raft_stays_frozen_and_in_evaluation_mode(raft):
     assert not any(m.training for m in estimator.modules())
 
 
-def test_sizes_that_are_not_multiples_of_eight_are_padded(raft):
-    assert RaftFlow(raft, 2)(torch.rand(1, 3, 2, 35, 42)).shape == (1, 2, 1, 35, 42)
+def test_every_refinement_is_torchvisions(raft):
+    frames = torch.rand(1, 2, 3, 32, 32) * 2 - 1
+    found, expected = refinements(raft, frames, 3, every=True), raft(frames[:, 0], frames[:, 1], num_flow_updates=3)
+    for one, two in zip(found, expected, strict=True):
+        torch.testing.assert_close(one[:, 0], two, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("stride", [4, 8])
+def test_sizes_that_are_not_multiples_of_the_stride_are_padded(stride):
+    network = replace(SMALL, stride=stride).build().eval()
+    cells = network.feature_encoder(torch.rand(1, 3, 32, 64)).shape[-2:]
+    assert cells == (32 // stride, 64 // stride)
+    assert RaftFlow(network, 2)(torch.rand(1, 3, 2, 35, 42)).shape == (1, 2, 1, 35, 42)
+
+
+def test_upsampling_puts_the_flow_of_a_cell_over_its_pixels():
+    """With a mask that picks the cell itself, a field at stride 4 is the nearest-neighbour enlargement, times 4."""
+    network = replace(SMALL, stride=4).build().eval()
+    mask = network.mask_predictor
+    for p in mask.parameters():
+        p.data.zero_()
+    mask.conv.bias.data.view(9, 4, 4)[4] = 400.0  # of the nine neighbours the middle one
+    coarse = []
+    network.update_block.flow_head.register_forward_hook(lambda *call: coarse.append(call[2]))
+    (flow,) = refinements(network, torch.rand(1, 2, 3, 32, 32), 1)
+    expected = 4 * coarse[0].repeat_interleave(4, -1).repeat_interleave(4, -2)
+    torch.testing.assert_close(flow[:, 0], expected)
 
 
 def test_input_scale_matters(raft):

@@ -30,22 +30,27 @@ PIXELS_PER_CHUNK = 2 * 480 * 832  # a pair of this size takes about 4 GB of memo
 
 @dataclass(frozen=True)
 class RaftConfig:
-    """Widths of a small torchvision ``RAFT``; the defaults are the lab's (stride 8, two correlation levels)."""
+    """Widths of a small torchvision ``RAFT``; the defaults are the lab's.
 
-    feature_layers: tuple[int, ...] = (24, 24, 32, 48, 64)
-    context_layers: tuple[int, ...] = (24, 24, 32, 48, 96)
-    hidden: int = 48
+    ``stride`` is the size in pixels of a cell that is matched, 8 as published or 4: an object must cover a few cells to be
+    seen turning, and the lab's cover 8 to 20 pixels.
+    """
+
+    feature_layers: tuple[int, ...] = (16, 16, 40, 40, 64)
+    context_layers: tuple[int, ...] = (16, 16, 40, 40, 64)
+    hidden: int = 32
     correlation_levels: int = 2
     correlation_radius: int = 3
-    motion_channels: int = 48
+    motion_channels: int = 32
+    stride: int = 4
 
     def build(self) -> RAFT:
         """A RAFT of this size with random weights."""
         correlation = tv.CorrBlock(num_levels=self.correlation_levels, radius=self.correlation_radius)
         motion = tv.MotionEncoder(
             in_channels_corr=correlation.out_channels,
-            corr_layers=(64, 48),
-            flow_layers=(32, 16),
+            corr_layers=(64, 32),
+            flow_layers=(16, 16),
             out_channels=self.motion_channels,
         )
         context = self.context_layers[-1] - self.hidden
@@ -55,17 +60,23 @@ class RaftConfig:
             kernel_size=((1, 5), (5, 1)),
             padding=((0, 2), (2, 0)),
         )
-        block = tv.ResidualBlock
+        block, strides = tv.ResidualBlock, (2, 1, 2, self.stride // 4)
+        mask = tv.MaskPredictor(in_channels=self.hidden, hidden_size=64, multiplier=0.25)
+        mask.conv = nn.Conv2d(64, 9 * self.stride**2, 1)  # torchvision's is for a stride of 8 alone
         return RAFT(
-            feature_encoder=tv.FeatureEncoder(block=block, layers=self.feature_layers, norm_layer=nn.InstanceNorm2d),
-            context_encoder=tv.FeatureEncoder(block=block, layers=self.context_layers, norm_layer=nn.BatchNorm2d),
+            feature_encoder=tv.FeatureEncoder(
+                block=block, layers=self.feature_layers, strides=strides, norm_layer=nn.InstanceNorm2d
+            ),
+            context_encoder=tv.FeatureEncoder(
+                block=block, layers=self.context_layers, strides=strides, norm_layer=nn.BatchNorm2d
+            ),
             corr_block=correlation,
             update_block=tv.UpdateBlock(
                 motion_encoder=motion,
                 recurrent_block=recurrent,
                 flow_head=tv.FlowHead(in_channels=self.hidden, hidden_size=64),
             ),
-            mask_predictor=tv.MaskPredictor(in_channels=self.hidden, hidden_size=64, multiplier=0.25),
+            mask_predictor=mask,
         )
 
 
@@ -109,6 +120,40 @@ def load_raft(path: str | Path) -> RAFT:
     return model.float().eval().requires_grad_(False)
 
 
+def refinements(raft: RAFT, frames_BFCHW: Tensor, iterations: int, *, every: bool = False) -> list[Tensor]:
+    """Flow ``(B, F - 1, 2, H, W)`` between neighbours of a few frames: the last refinement, or every one (to train on).
+
+    The encoders see every frame once, and only what is returned is brought to full size: torchvision's own ``forward``
+    does both for every pair and every refinement, and knows no stride but 8.
+    """
+    b, f, c, h, w = frames_BFCHW.shape
+    stride = raft.feature_encoder.downsample_factor
+    pad_h, pad_w = -h % stride, -w % stride
+    pad = (pad_w // 2, pad_w - pad_w // 2, pad_h // 2, pad_h - pad_h // 2)
+    flat = frames_BFCHW.reshape(b * f, c, h, w)
+    if pad_h or pad_w:
+        flat = F.pad(flat, pad, mode="replicate")
+    features = raft.feature_encoder(flat).unflatten(0, (b, f))
+    raft.corr_block.build_pyramid(features[:, :-1].flatten(0, 1), features[:, 1:].flatten(0, 1))
+    read = raft.context_encoder(flat.unflatten(0, (b, f))[:, :-1].flatten(0, 1))
+    size = raft.update_block.hidden_state_size
+    hidden, context = torch.tanh(read[:, :size]), F.relu(read[:, size:])
+    start = make_coords_grid(len(read), *read.shape[-2:]).to(read)
+    there, flows = start, []
+    for iteration in range(iterations):
+        there = there.detach()
+        seen = raft.corr_block.index_pyramid(centroids_coords=there)
+        hidden, step = raft.update_block(hidden, context, seen, there - start)
+        there = there + step
+        if every or iteration == iterations - 1:
+            mask = None if raft.mask_predictor is None else raft.mask_predictor(hidden)
+            flow = upsample_flow(there - start, up_mask=mask, factor=stride)
+            flow = flow[..., pad[2] : flow.shape[-2] - pad[3], pad[0] : flow.shape[-1] - pad[1]]
+            flows.append(flow.unflatten(0, (b, f - 1)))
+    raft.corr_block.corr_pyramid = []  # torchvision keeps it in the module: gigabytes that nobody reads again
+    return flows
+
+
 class RaftFlow(nn.Module):
     """RAFT as a function of a whole video, in fp32, over chunks of frame pairs.
 
@@ -137,39 +182,16 @@ class RaftFlow(nn.Module):
         return max(1, min(self.pairs_per_chunk, PIXELS_PER_CHUNK // (height * width)))
 
     def _estimate(self, frames_BFCHW: Tensor) -> Tensor:
-        """Flow between neighbours of a few frames. The encoders see every frame once, and only the last refinement is
-        brought to full size: torchvision's own ``forward`` does both for every pair and every refinement.
-        """
-        raft, (b, f, c, h, w) = self.raft, frames_BFCHW.shape
-        pad_h, pad_w = -h % 8, -w % 8
-        pad = (pad_w // 2, pad_w - pad_w // 2, pad_h // 2, pad_h - pad_h // 2)
-        flat = frames_BFCHW.reshape(b * f, c, h, w)
-        if pad_h or pad_w:
-            flat = F.pad(flat, pad, mode="replicate")
-        features = raft.feature_encoder(flat).unflatten(0, (b, f))
-        raft.corr_block.build_pyramid(features[:, :-1].flatten(0, 1), features[:, 1:].flatten(0, 1))
-        read = raft.context_encoder(flat.unflatten(0, (b, f))[:, :-1].flatten(0, 1))
-        size = raft.update_block.hidden_state_size
-        hidden, context = torch.tanh(read[:, :size]), F.relu(read[:, size:])
-        start = make_coords_grid(len(read), *read.shape[-2:]).to(read)
-        there = start
-        for _ in range(self.iterations):
-            there = there.detach()
-            seen = raft.corr_block.index_pyramid(centroids_coords=there)
-            hidden, step = raft.update_block(hidden, context, seen, there - start)
-            there = there + step
-        raft.corr_block.corr_pyramid = []  # torchvision keeps it in the module: gigabytes that nobody reads again
-        mask = None if raft.mask_predictor is None else raft.mask_predictor(hidden)
-        flow = upsample_flow(there - start, up_mask=mask)
-        return flow[..., pad[2] : flow.shape[-2] - pad[3], pad[0] : flow.shape[-1] - pad[1]].unflatten(0, (b, f - 1))
+        return refinements(self.raft, frames_BFCHW, self.iterations)[-1]
 
     def forward(self, video_BCFHW: Float[Tensor, "b 3 f h w"]) -> Float[Tensor, "b 2 f-1 h w"]:
         """Flow between neighbouring frames of a video in [-1, 1]."""
         b, _, f, h, w = video_BCFHW.shape
         if f < 2:
             raise ValueError("optical flow needs at least two frames")
-        smallest = 8 * 2**self.raft.corr_block.num_levels  # the coarsest correlation must keep two cells a side
-        if min(h, w) <= smallest - 8:
+        stride = self.raft.feature_encoder.downsample_factor
+        smallest = stride * 2**self.raft.corr_block.num_levels  # the coarsest correlation must keep two cells a side
+        if min(h, w) <= smallest - stride:
             raise UserError(
                 f"this flow network needs clips of at least {smallest} x {smallest} pixels, not {h} x {w}: use --flow farneback"
             )

@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
 from mogan.denoiser import Denoiser
 from mogan.files import replacing
-from mogan.flow import RaftConfig, save_raft
+from mogan.flow import RaftConfig, refinements, save_raft
 from mogan.lab.muon import muon_and_adamw
 from mogan.lab.world import COLOURS, DIRECTIONS, FRAMES, SHAPES, Scene, exact_flow, make_scene, render
 from mogan.schedule import add_noise, shift
@@ -192,7 +192,7 @@ def train_raft(out: Path, work: Path, steps: int) -> None:
         index = torch.randint(len(pools[decoded][0]), (12,))
         first, second, flow = (part[index] for part in pools[decoded])
         first, second = _worn(*_mirrored(to_video(first), to_video(second), flow))
-        predictions = raft(first, second, num_flow_updates=6)
+        predictions = [p[:, 0] for p in refinements(raft, torch.stack([first, second], 1), 6, every=True)]
         moving = flow.square().sum(1, keepdim=True) > 0.01
         weight = (_share_of_each(moving) + _share_of_each(~moving)) / len(flow)
         discount = [0.8 ** (len(predictions) - 1 - i) for i in range(len(predictions))]
