@@ -42,6 +42,7 @@ class RaftConfig:
     correlation_levels: int = 2
     correlation_radius: int = 3
     motion_channels: int = 32
+    motion_layers: tuple[tuple[int, int], tuple[int, int]] = ((64, 32), (16, 16))  # of correlation, of flow
     stride: int = 4
 
     def build(self) -> RAFT:
@@ -49,8 +50,8 @@ class RaftConfig:
         correlation = tv.CorrBlock(num_levels=self.correlation_levels, radius=self.correlation_radius)
         motion = tv.MotionEncoder(
             in_channels_corr=correlation.out_channels,
-            corr_layers=(64, 32),
-            flow_layers=(16, 16),
+            corr_layers=self.motion_layers[0],
+            flow_layers=self.motion_layers[1],
             out_channels=self.motion_channels,
         )
         context = self.context_layers[-1] - self.hidden
