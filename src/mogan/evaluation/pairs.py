@@ -24,7 +24,11 @@ def to_video(frames: Iterable[np.ndarray], device: torch.device | str = "cpu") -
 
 @torch.inference_mode()
 def flow_of_pairs(pairs: Iterable[Pair], flow: FlowEstimator) -> Iterator[np.ndarray]:
-    """Flow from the first to the second frame of every pair: float32 ``(2, H, W)``, one at a time."""
+    """Flow from the first to the second frame of every pair: float32 ``(2, H, W)``, one at a time.
+
+    Pairs in a row, each beginning with the frame the last one ended with, go to the estimator as one video: RAFT then
+    encodes every frame once.
+    """
     device = device_of(flow)
     source = iter(pairs)
     first = next(source, None)
@@ -33,8 +37,12 @@ def flow_of_pairs(pairs: Iterable[Pair], flow: FlowEstimator) -> Iterator[np.nda
     size = max(1, min(32, PIXELS_AT_ONCE // (first[0].shape[0] * first[0].shape[1])))
     batch = [first, *islice(source, size - 1)]
     while batch:
-        videos = torch.cat([to_video(pair, device) for pair in batch])
-        fields = flow(videos)[:, :, 0].float().cpu().numpy()
+        if all(before[1] is after[0] for before, after in pairwise(batch)):
+            video = to_video([batch[0][0], *(second for _, second in batch)], device)
+            fields = flow(video)[0].transpose(0, 1).float().cpu().numpy()
+        else:
+            videos = torch.cat([to_video(pair, device) for pair in batch])
+            fields = flow(videos)[:, :, 0].float().cpu().numpy()
         if not np.isfinite(fields).all():
             raise UserError(
                 "the flow network gives numbers that are not finite: its weights are damaged, or no weights of flow"
