@@ -207,9 +207,9 @@ def test_ten_of_forty_pairs_decide(above, expected):
 
     def flow(video):
         nonlocal done
-        field = torch.zeros(video.shape[0], 2, 1, *video.shape[3:])
-        for pair in range(len(field)):
-            field[pair, 1] = 1.2 if done < above else 1.1
+        field = torch.zeros(video.shape[0], 2, video.shape[2] - 1, *video.shape[3:])
+        for pair in range(field.shape[2]):
+            field[:, 1, pair] = 1.2 if done < above else 1.1
             done += 1
         return field
 
