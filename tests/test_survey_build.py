@@ -119,7 +119,7 @@ def test_mistakes_are_told_in_one_sentence(tmp_path):
     empty.mkdir()
     with mistake("at least two systems"):
         build((folders[0],), out=out)
-    with mistake("holds no clips"):
+    with mistake("holds no video"):
         build((folders[0], str(empty)), out=out)
     with mistake("is not a folder"):
         build((folders[0], "x=nowhere"), out=out)
@@ -141,9 +141,6 @@ def test_mistakes_are_told_in_one_sentence(tmp_path):
         build((folders[0], str(other)), out=out)
     survey = build((folders[0], str(other)), out=out, common=True)
     assert [item.prompt for item in survey.of_kind("pair")] == [PROMPTS[0]]
-    (other / "strange.mp4").write_bytes(b"")
-    with mistake("not named"):
-        read_samples(other)
 
 
 def test_broken_and_unplayable_clips_are_told_by_name(tmp_path):
@@ -165,15 +162,23 @@ def test_broken_and_unplayable_clips_are_told_by_name(tmp_path):
         build(tuple(folders), out=tmp_path / "survey")
 
 
+def test_folders_are_read_as_the_evaluation_reads_them(tmp_path):
+    make_clip(tmp_path / "a.mp4", 0)
+    (tmp_path / "metadata.jsonl").write_text(json.dumps({"file_name": "a.mp4", "caption": "a cat runs", "seed": 4}))
+    ((key, entry),) = read_samples(tmp_path).items()
+    assert (key, entry.path, entry.seed) == (("a cat runs", 0), tmp_path / "a.mp4", 4)
+
+
 def test_listings_are_checked_line_by_line(tmp_path):
     make_clip(tmp_path / "0.mp4", 0)
     listing = tmp_path / "samples.jsonl"
     good = {"file": "0.mp4", "prompt": "p", "index": 0, "seed": 1}
     for line, match in (
-        ("{", "line 1 is no sample"),
-        ('{"file": "0.mp4"}', "line 1 is no sample"),
-        (json.dumps({**good, "file": "1.mp4"}), "not there"),
-        (json.dumps(good) + "\n" + json.dumps(good), "two clips"),
+        ("{", "not one JSON object per line"),
+        ('{"file": "0.mp4"}', "without file or prompt"),
+        (json.dumps({**good, "file": "1.mp4"}), "none of the 1 files"),
+        (json.dumps(good) + "\n" + json.dumps({**good, "file": "1.mp4", "index": 1}), "1.mp4, which is not there"),
+        (json.dumps(good) + "\n" + json.dumps({**good, "file": "./0.mp4"}), "two clips"),
     ):
         listing.write_text(line)
         with mistake(match):

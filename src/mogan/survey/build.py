@@ -15,9 +15,10 @@ import tyro
 from av.bitstream import BitStreamFilterContext
 
 from mogan.errors import UserError
+from mogan.evaluation.clips import Entry
 from mogan.survey import checks
 from mogan.survey.folder import Clip, Item, Survey, write_survey
-from mogan.survey.pairing import Key, Sample, named_folders, read_samples, shared_keys
+from mogan.survey.pairing import Key, named_folders, read_samples, shared_keys
 from mogan.survey.statistics import detectable
 from mogan.video import read_video, write_video
 
@@ -46,9 +47,9 @@ def build(
     """Pair the clips of two or more systems for a human survey.
 
     Clips are paired when they have the same prompt and the same number k: from `samples.jsonl` (as `mogan sample`
-    writes it) where there is one, otherwise from names like `a cat runs-0.mp4`. With three systems or more, every two
-    of them are compared. The new folder holds the clips under random names, without audio or metadata, practice pairs,
-    attention checks made of your own clips, and `survey.json`, which is private.
+    writes it), `metadata.jsonl` or `metadata.csv` where there is one, otherwise from names like `a cat runs-0.mp4`. With
+    three systems or more, every two of them are compared. The new folder holds the clips under random names, without
+    audio or metadata, practice pairs, attention checks made of your own clips, and `survey.json`, which is private.
 
     Example: mogan survey build --a mogan=out/mogan --b dmd=out/dmd --out survey
 
@@ -95,7 +96,7 @@ def build(
     return survey
 
 
-def _assemble(samples: dict[str, dict[Key, Sample]], keys: list[Key], folder: Path) -> Survey:
+def _assemble(samples: dict[str, dict[Key, Entry]], keys: list[Key], folder: Path) -> Survey:
     clips: dict[tuple[str, Key], Clip] = {}
     for key in keys:
         for name in samples:

@@ -1,24 +1,12 @@
 """Which clips belong together: folders of clips -> samples -> the (prompt, k) that every system has."""
 
-import json
-import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 from mogan.errors import UserError
+from mogan.evaluation.clips import Entry, read_folder
 
-NAME = re.compile(r"(?P<prompt>.+)-(?P<index>\d+)\.mp4", re.DOTALL)
 Key = tuple[str, int]
-
-
-class Sample(NamedTuple):
-    """One clip of one system."""
-
-    path: Path
-    prompt: str
-    number: int
-    seed: int | None
 
 
 def named_folders(given: Sequence[str]) -> dict[str, Path]:
@@ -40,59 +28,24 @@ def named_folders(given: Sequence[str]) -> dict[str, Path]:
     return folders
 
 
-def read_samples(folder: Path) -> dict[Key, Sample]:
-    """The clips of one system by (prompt, k), from ``samples.jsonl`` or from VBench's names ``{prompt}-{k}.mp4``."""
-    listing = folder / "samples.jsonl"
-    samples = list(_listed(listing) if listing.is_file() else _by_name(folder))
-    if not samples:
-        raise UserError(f"{folder} holds no clips: expected samples.jsonl or files named like 'a cat runs-0.mp4'.")
-    by_key: dict[Key, Sample] = {}
-    for sample in samples:
-        key = (sample.prompt, sample.number)
+def read_samples(folder: Path) -> dict[Key, Entry]:
+    """The clips of one system by (prompt, k), found as every command finds them: see ``read_folder``.
+
+    A survey shows every clip that is listed, so a listed file that is not there is an error here.
+    """
+    system = read_folder(folder, folder.name)
+    if system.missing:
+        raise UserError(f"{folder / system.naming} names {system.missing[0]}, which is not there: sample again.")
+    by_key: dict[Key, Entry] = {}
+    for entry in system.clips:
+        key = (entry.prompt, entry.index)
         if key in by_key:
-            raise UserError(f"{folder} has two clips for '{_short(sample.prompt)}' number {sample.number}: remove one.")
-        by_key[key] = sample
+            raise UserError(f"{folder} has two clips for '{_short(entry.prompt)}' number {entry.index}: remove one.")
+        by_key[key] = entry
     return by_key
 
 
-def _listed(listing: Path) -> Iterable[Sample]:
-    for number, line in enumerate(listing.read_text(encoding="utf-8").splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            seed = row.get("seed")
-            sample = Sample(
-                listing.parent / str(row["file"]),
-                str(row["prompt"]),
-                int(row["index"]),
-                None if seed is None else int(seed),
-            )
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise UserError(
-                f"{listing} line {number} is no sample ({error!r}): it needs file, prompt and index."
-            ) from error
-        if not sample.path.is_file():
-            raise UserError(f"{listing} line {number} names {sample.path.name}, which is not there: sample again.")
-        yield sample
-
-
-def _by_name(folder: Path) -> Iterable[Sample]:
-    strange = []
-    for path in sorted(folder.glob("*.mp4")):
-        match = NAME.fullmatch(path.name)
-        if match:
-            yield Sample(path, match["prompt"], int(match["index"]), None)
-        else:
-            strange.append(path.name)
-    if strange:
-        raise UserError(
-            f"{len(strange)} clips in {folder} are not named '<prompt>-<k>.mp4' (first: {strange[0]}): "
-            "rename them or write samples.jsonl."
-        )
-
-
-def shared_keys(samples: dict[str, dict[Key, Sample]], common: bool) -> list[Key]:
+def shared_keys(samples: dict[str, dict[Key, Entry]], common: bool) -> list[Key]:
     """The (prompt, k) that every system has, in order; a ``UserError`` where some lack partners or seeds differ."""
     everything = sorted(set().union(*samples.values()))
     shared = [key for key in everything if all(key in clips for clips in samples.values())]
