@@ -199,7 +199,7 @@ def train_raft(out: Path, work: Path, steps: int) -> None:
         errors = [d * (weight * (p - flow).abs()).sum() for d, p in zip(discount, predictions, strict=True)]
         return torch.stack(errors).sum() / 2
 
-    run_stage("raft", raft, loss_of, work, steps=steps, lr=5e-4, is_matrix=lambda name, p: False)
+    run_stage("raft", raft, loss_of, work, steps=steps, lr=2e-3)
     save_raft(raft, config, out / "raft")
 
 
