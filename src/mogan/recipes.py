@@ -70,7 +70,7 @@ def mogan_lab() -> Config:
             starts=(0, 1, 2),
             max_flow=4.0,
             flow="lab",
-            flow_iterations=6,
+            flow_iterations=4,
         ),
         iterations=80,
         ema=0.95,
