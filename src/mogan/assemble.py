@@ -384,7 +384,7 @@ def _motion_observation(config: Config, gan: GANConfig, vae: Any, device: torch.
     if isinstance(flow, RaftFlow):
         flow = flow.to(device)
         flow.checkpointing = config.checkpointing
-    return MotionObservation(vae, flow, gan.window, gan.max_flow, config.checkpointing)
+    return MotionObservation(vae, flow, gan.window, gan.max_flow, config.checkpointing, gan.flow_resolution)
 
 
 def _observe_real_clips(cache: Cache, gan: GANConfig, observe: MotionObservation, vae: str, world: World) -> Path:
@@ -399,7 +399,7 @@ def _observe_real_clips(cache: Cache, gan: GANConfig, observe: MotionObservation
         "flow_iterations": gan.flow_iterations,
         "window": gan.window,
         "max_flow": gan.max_flow,
-    }
+    } | ({} if gan.flow_resolution is None else {"flow_resolution": gan.flow_resolution})
 
     @torch.no_grad()
     def observed(latent_BCFHW: Tensor, start: int) -> Tensor:

@@ -86,7 +86,8 @@ class GANConfig:
         prompt: what the trunk is told; ``sigma``: the noise level it is told.
         window: latent frames decoded; ``starts``: where a window may begin, one is drawn per update.
         max_flow: pixels per frame drawn as 1.
-        flow: flow estimator (see :func:`mogan.wan.load_flow`); ``flow_iterations``: its refinement steps.
+        flow: flow estimator (see :func:`mogan.wan.load_flow`); ``flow_iterations``: its refinement steps;
+            ``flow_resolution``: the part of height and width it sees, ``None`` for all.
         drawn_levels: noise the observation to drawn levels and tell them to the trunk, instead of ``sigma`` always.
         train_trunk: the trunk learns too; otherwise only tokens and heads.
     """
@@ -117,6 +118,7 @@ class FlowMatchingConfig:
 
     shift: float
     drop_text: float = 0.1
+    flow_resolution: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
