@@ -221,7 +221,7 @@ def test_it_learns_what_the_exact_observation_is(judged):
 # ------------------------------------------------------------------------------------------- a run
 
 
-@settings(max_examples=30)
+@settings(max_examples=30, deadline=None)
 @given(st.integers(0, 40), st.integers(0, 5), st.integers(1, 9))
 def test_one_of_two_updates_happens_where_one_leaves_out_what_the_other_has(iteration, start, every):
     common = {"learns": "student", "batch": 1, "start": start}
