@@ -4,20 +4,20 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from mogan.assemble import assemble
-from mogan.checkpoint import checkpoints, latest_checkpoint, load_checkpoint, stored
+from mogan.checkpoint import check_same_run, checkpoints, latest_checkpoint, load_checkpoint, stored
 from mogan.config import Optimizer
 from mogan.data import open_cache
 from mogan.errors import UserError
 from mogan.recipes import ABLATIONS, ablate
 from mogan.train import Position, run_training, step
-from tiny_recipes import dmd, flow_matching, mogan, motion_score, msm, sft_i2v, shift
+from tiny_recipes import dmd, flow_matching, mogan, motion_score, msm, sft_i2v, shift, surrogate
 
 RECIPES = {
     "mogan": mogan,
@@ -27,6 +27,7 @@ RECIPES = {
     "motion_score": motion_score,
     "sft_i2v": sft_i2v,
     "shift": shift,
+    "surrogate": surrogate,
     **{a: (lambda a=a: ablate(mogan(), a)) for a in ABLATIONS},
 }
 
@@ -214,3 +215,17 @@ def test_two_updates_may_have_their_own_optimiser_states(family, cache):
     step(parts, plan[0], Position(0, 0, 0, 0))
     assert parts.optimizers["student"].state
     assert not parts.optimizers["student_motion"].state
+
+
+def test_an_option_that_is_newer_than_a_run_does_not_stop_it(tmp_path):
+    config = mogan()
+    old = asdict(config)
+    del old["surrogate"], old["gan"]["flow_resolution"]
+    for update in old["plan"]:
+        del update["unless"]
+    (tmp_path / "config.json").write_text(json.dumps(old))
+    check_same_run(tmp_path, config)
+    with pytest.raises(UserError, match="another optimizers"):
+        check_same_run(tmp_path, replace(config, optimizers=config.optimizers | {"student": Optimizer(lr=1.0)}))
+    with pytest.raises(UserError, match="another gan"):
+        check_same_run(tmp_path, replace(config, gan=replace(config.gan, flow_resolution=0.5)))

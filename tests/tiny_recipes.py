@@ -18,6 +18,7 @@ def shrink(config: Config) -> Config:
         flow=os.environ["MOGAN_TEST_RAFT"],
         flow_iterations=2,
     )
+    surrogate = config.surrogate and replace(config.surrogate, width=8, blocks=1, pairs=4)
     pairs = config.shift and replace(
         config.shift, points=5, width=16, depth=1, heads=2, flow=os.environ["MOGAN_TEST_RAFT"], flow_iterations=1
     )
@@ -26,6 +27,7 @@ def shrink(config: Config) -> Config:
         plan=plan,
         shift=pairs,
         gan=gan,
+        surrogate=surrogate,
         iterations=3,
         save_every=1,
         sample_every=100,
@@ -36,6 +38,10 @@ def shrink(config: Config) -> Config:
 
 def mogan() -> Config:
     return shrink(recipes.mogan_lab())
+
+
+def surrogate() -> Config:
+    return shrink(recipes.mogan_surrogate_lab())
 
 
 def dmd() -> Config:

@@ -27,9 +27,12 @@ from mogan.objectives.gan import GAN
 from mogan.objectives.motion_score import MotionScore
 from mogan.objectives.msm import motion_direction
 from mogan.objectives.shift import Shift
-from mogan.observation import MotionObservation
+from mogan.objectives.surrogate import Surrogate
+from mogan.objectives.together import Together
+from mogan.observation import MotionObservation, Observed
 from mogan.rewards import MotionRewards, PixelFlux
 from mogan.sample import open_generator
+from mogan.surrogate import MotionSurrogate, Remembered
 
 
 @dataclass
@@ -136,6 +139,7 @@ def assemble(
         size = wan.Geometry(**{k: cache.facts[k] for k in ("fps", "height", "width", "frames")})
     shape = wan.latent_shape(base, size)
     _check_window(config, shape[1])
+    _check_surrogate(config)
     dtype = _dtype(config, target)
     frozen = _frozen_weights(config, dtype, world)
     student_network = _denoiser(frozen, start, "transformer", config, dtype, world)
@@ -166,10 +170,13 @@ def assemble(
             observe = _motion_observation(config, config.gan, vae, target)
             flow = observe.flow
             key = _observe_real_clips(cache, config.gan, observe, wan.fingerprint(base, "vae"), world)
-        g = config.gan
-        objectives["gan"] = GAN(
+        exact: Callable[[Tensor, int], Observed] | None = observe
+        g, seen = config.gan, _surrogate(config, shape, target)
+        if observe is not None and seen is not None:
+            networks["surrogate"], exact = seen, Remembered(observe, seen)
+        gan = GAN(
             discriminator,
-            observe,
+            exact,
             student_weight=g.student_weight,
             judge_weight=g.judge_weight,
             r1=g.r1,
@@ -178,6 +185,9 @@ def assemble(
             normalise=g.normalise,
             drawn_levels=g.drawn_levels,
         )
+        objectives["gan"] = gan
+        if config.surrogate is not None and seen is not None:
+            objectives["surrogate"] = Surrogate(seen, gan, config.surrogate.limit)
     if config.flow_matching is not None:
         f = config.flow_matching
         objectives["flow_matching"] = FlowMatching(
@@ -207,6 +217,8 @@ def assemble(
         objectives["motion_score"] = MotionScore(
             student_network, encode([""])[0], windows=m.windows, shift=m.shift, drop_text=m.drop_text
         )
+    for several in (u for u in config.plan if len(u.judges) > 1):
+        objectives[several.by] = Together([objectives[judge] for judge in several.judges])
     if adapters_of is not None:
         _continue_adapters(networks, adapters_of)
     optimizers: dict[str, torch.optim.Optimizer] = {}
@@ -304,7 +316,14 @@ def _check_window(config: Config, frames: int) -> None:
         )
 
 
+def _check_surrogate(config: Config) -> None:
+    if config.surrogate is not None and (config.gan is None or config.gan.space != "motion"):
+        raise UserError(f"{config.recipe} has a motion surrogate and looks at no optical flow: give gan.space motion")
+
+
 def _check_processes(config: Config, world: World) -> None:
+    if config.surrogate is not None and world.ranks > 1:
+        raise UserError("a motion surrogate remembers the clips of one process: start one, or train without it")
     if config.lora is not None and world.ranks > 1:
         raise UserError("--lora trains in one process: start one, or leave --lora out")
     if config.shift is not None and world.ranks > 1:
@@ -346,6 +365,16 @@ def _discriminator(gan: GANConfig, base: Path, encode, dtype, world: World, seed
     return network.to(world.device).train()
 
 
+def _surrogate(config: Config, shape: tuple[int, int, int, int], device: torch.device) -> MotionSurrogate | None:
+    gan, s = config.gan, config.surrogate
+    if gan is None or s is None:
+        return None
+    torch.manual_seed(config.seed)
+    channels, _, height, width = shape
+    network = MotionSurrogate((channels, height, width), gan.window, width=s.width, blocks=s.blocks, pairs=s.pairs)
+    return network.to(device)
+
+
 def _rewards(s: ShiftConfig, cache: Cache, seed: int) -> MotionRewards:
     cache.require_clips()
     frames, height, width = (cache.facts[k] for k in ("frames", "height", "width"))
@@ -384,7 +413,7 @@ def _motion_observation(config: Config, gan: GANConfig, vae: Any, device: torch.
     if isinstance(flow, RaftFlow):
         flow = flow.to(device)
         flow.checkpointing = config.checkpointing
-    return MotionObservation(vae, flow, gan.window, gan.max_flow, config.checkpointing)
+    return MotionObservation(vae, flow, gan.window, gan.max_flow, config.checkpointing, gan.flow_resolution)
 
 
 def _observe_real_clips(cache: Cache, gan: GANConfig, observe: MotionObservation, vae: str, world: World) -> Path:
@@ -399,7 +428,7 @@ def _observe_real_clips(cache: Cache, gan: GANConfig, observe: MotionObservation
         "flow_iterations": gan.flow_iterations,
         "window": gan.window,
         "max_flow": gan.max_flow,
-    }
+    } | ({} if gan.flow_resolution is None else {"flow_resolution": gan.flow_resolution})
 
     @torch.no_grad()
     def observed(latent_BCFHW: Tensor, start: int) -> Tensor:

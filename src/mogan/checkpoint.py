@@ -11,6 +11,7 @@ import shutil
 import warnings
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -114,10 +115,17 @@ def check_same_run(run: Path, config: Config) -> None:
     path = run / "config.json"
     if not path.is_file():
         return
-    old, new = json.loads(path.read_text()), json.loads(json.dumps(asdict(config)))
+    old, new = _stated(json.loads(path.read_text())), _stated(json.loads(json.dumps(asdict(config))))
     free = {"iterations", "save_every", "sample_every", "keep", "sample_prompts"}
-    changed = [k for k in new if k not in free and old.get(k) != new[k]]
+    changed = [k for k in new | old if k not in free and old.get(k) != new.get(k)]
     if changed:
         raise UserError(
             f"{run} was made with another {changed[0]} ({old.get(changed[0])}); give another --out, or the same settings"
         )
+
+
+def _stated(value: Any) -> Any:
+    """A config without what is None: an option that is newer than a run is None where it is not used."""
+    if isinstance(value, dict):
+        return {k: _stated(v) for k, v in value.items() if v is not None}
+    return [_stated(v) for v in value] if isinstance(value, list) else value

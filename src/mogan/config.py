@@ -26,13 +26,15 @@ class Update:
     """One kind of step within an iteration.
 
     Attributes:
-        learns: the network that learns: ``student``, ``fake_score``, ``discriminator`` or ``reward``.
-        by: the objective that judges: ``dmd``, ``gan``, ``flow_matching``, ``motion_score`` or ``shift``.
+        learns: the network that learns: ``student``, ``fake_score``, ``discriminator``, ``surrogate`` or ``reward``.
+        by: the objective that judges: ``dmd``, ``gan``, ``surrogate``, ``flow_matching``, ``motion_score`` or ``shift``; of
+            the student also several on one rollout, ``dmd+gan``.
         times: repetitions within one iteration.
         batch: clips per step.
         accumulate: the batch is processed in this many parts.
         optimizer: name of the optimiser; updates that share a name share its moments. Defaults to ``learns``.
         start, stop, every: it happens in iterations ``range(start, stop, every)``; no ``stop`` is the end of the run.
+        unless: and not in ``range(start, stop, unless)``: those that another update has with this as its ``every``.
     """
 
     learns: str
@@ -44,11 +46,19 @@ class Update:
     start: int = 0
     stop: int | None = None
     every: int = 1
+    unless: int | None = None
 
     def happens(self, iteration: int) -> bool:
         """Whether this update is part of an iteration."""
+        since = iteration - self.start
         ended = self.stop is not None and iteration >= self.stop
-        return not ended and iteration >= self.start and (iteration - self.start) % self.every == 0
+        left_out = self.unless is not None and since % self.unless == 0
+        return not ended and not left_out and since >= 0 and since % self.every == 0
+
+    @property
+    def judges(self) -> tuple[str, ...]:
+        """The names in ``by``."""
+        return tuple(self.by.split("+"))
 
     @property
     def optimizer_name(self) -> str:
@@ -86,7 +96,8 @@ class GANConfig:
         prompt: what the trunk is told; ``sigma``: the noise level it is told.
         window: latent frames decoded; ``starts``: where a window may begin, one is drawn per update.
         max_flow: pixels per frame drawn as 1.
-        flow: flow estimator (see :func:`mogan.wan.load_flow`); ``flow_iterations``: its refinement steps.
+        flow: flow estimator (see :func:`mogan.wan.load_flow`); ``flow_iterations``: its refinement steps;
+            ``flow_resolution``: the part of height and width it sees, ``None`` for all.
         drawn_levels: noise the observation to drawn levels and tell them to the trunk, instead of ``sigma`` always.
         train_trunk: the trunk learns too; otherwise only tokens and heads.
     """
@@ -107,8 +118,25 @@ class GANConfig:
     max_flow: float
     flow: str
     flow_iterations: int = 12
+    flow_resolution: float | None = None
     drawn_levels: bool = False
     train_trunk: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class SurrogateConfig:
+    """A network that predicts ``gan``'s observation; see :class:`mogan.surrogate.MotionSurrogate`.
+
+    Attributes:
+        width: channels inside, a multiple of 8; ``blocks``: how many residual blocks.
+        pairs: of the student's latents and their exact observation that it remembers.
+        limit: relative error above which updates by the surrogate are exact instead; ``None``: never.
+    """
+
+    width: int
+    blocks: int
+    pairs: int
+    limit: float | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,6 +212,7 @@ class Config:
     ema: float
     dmd: DMDConfig | None = None
     gan: GANConfig | None = None
+    surrogate: SurrogateConfig | None = None
     flow_matching: FlowMatchingConfig | None = None
     lora: int | None = None
     motion_score: MotionScoreConfig | None = None
@@ -211,7 +240,8 @@ class Config:
         for update in self.plan:
             if update.optimizer_name not in self.optimizers:
                 raise ValueError(f"{update.label}: no optimiser named {update.optimizer_name}")
-            if getattr(self, update.by, None) is None:
-                raise ValueError(f"{update.label}: the config has no {update.by}")
+            for judge in update.judges:
+                if getattr(self, judge, None) is None:
+                    raise ValueError(f"{update.label}: the config has no {judge}")
             if update.batch % update.accumulate:
                 raise ValueError(f"{update.label}: batch {update.batch} does not split into {update.accumulate} parts")

@@ -6,6 +6,7 @@ The chain is differentiable from the flow's latents back to the student's; nothi
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
@@ -32,6 +33,7 @@ class MotionObservation:
         window: latent frames decoded with gradient (MoGAN: 12 of 21).
         max_flow: pixels per frame that the picture draws as 1.
         checkpointing: recompute decoder and encoder in the backward pass, latent frame by latent frame.
+        flow_resolution: part of height and width at which flow is estimated; ``None``: all.
     """
 
     vae: torch.nn.Module
@@ -39,6 +41,7 @@ class MotionObservation:
     window: int
     max_flow: float
     checkpointing: bool = True
+    flow_resolution: float | None = None
 
     def __call__(self, latent_BCFHW: Float[Tensor, "b c f h w"], start: int) -> Observed:
         """Observe latent frames ``start ... start + window - 1``.
@@ -48,9 +51,16 @@ class MotionObservation:
         """
         video = decode_window(self.vae, latent_BCFHW, start, self.window, self.checkpointing)
         video = video[:, :, -(4 * self.window - 3) :]
-        flow = self.flow(video)
+        flow = self.flow(video) if self.flow_resolution is None else self._coarse_flow(video, self.flow_resolution)
         latent = encode_video(self.vae, motion_picture(flow, self.max_flow), self.checkpointing)
         return Observed(latent, flow, video)
+
+    def _coarse_flow(self, video_BCFHW: Tensor, part: float) -> Tensor:
+        """Flow of the video made smaller, in pixels of the whole one."""
+        frames, height, width = video_BCFHW.shape[2:]
+        small = F.interpolate(video_BCFHW, (frames, round(height * part), round(width * part)), mode="trilinear")
+        scale = torch.tensor([width / small.shape[4], height / small.shape[3]]).to(video_BCFHW).view(1, 2, 1, 1, 1)
+        return scale * F.interpolate(self.flow(small), (frames - 1, height, width), mode="trilinear")
 
 
 def motion_amount(flow_BCFHW: Float[Tensor, "b 2 f h w"]) -> Float[Tensor, " b"]:

@@ -15,6 +15,7 @@ from mogan.config import (
     MotionScoreConfig,
     Optimizer,
     ShiftConfig,
+    SurrogateConfig,
     Update,
 )
 from mogan.errors import UserError
@@ -76,6 +77,26 @@ def mogan_lab() -> Config:
         ema=0.95,
         save_every=20,
         sample_every=40,
+    )
+
+
+def mogan_surrogate_lab() -> Config:
+    """MoGAN on the lab's student, its motion updates through a surrogate but for every eighth; every number chosen here."""
+    base = mogan_lab()
+    exact = tuple(replace(u, every=8) if u.by == "gan" else u for u in base.plan)
+    predicted = tuple(replace(u, by="surrogate", unless=8) for u in base.plan if u.by == "gan")
+    learning = (
+        Update(
+            learns="surrogate", by="surrogate", batch=8, times=150, stop=1
+        ),  # on real clips: there are no others yet
+        Update(learns="surrogate", by="surrogate", batch=8, times=4, start=1),
+    )
+    return replace(
+        base,
+        recipe="mogan_surrogate_lab",
+        plan=(learning[0], *exact, *predicted, learning[1]),
+        optimizers=base.optimizers | {"surrogate": Optimizer(lr=1e-3)},
+        surrogate=SurrogateConfig(width=64, blocks=4, pairs=64, limit=0.5),
     )
 
 

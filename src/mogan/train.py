@@ -71,10 +71,13 @@ def draw_exit(config: Config, where: Position) -> int:
 def draw(parts: Assembly, update: Update, where: Position) -> Batch:
     """Our share of the batch of one step: prompts and, where needed, real clips or their observations of one window."""
     config = parts.config
-    in_motion = update.by == "gan" and config.gan is not None and config.gan.space == "motion"
+    by_gan = "gan" in update.judges or "surrogate" in update.judges
+    in_motion = by_gan and config.gan is not None and config.gan.space == "motion"
     from_clips = update.by in ("flow_matching", "motion_score", "shift")
     if from_clips or (update.learns == "discriminator" and not in_motion):
         want: tuple[str, ...] = ("latent",)
+    elif update.by == "surrogate" and update.learns != "student":
+        want = ("latent", "observation")
     else:
         want = ("observation",) if update.learns == "discriminator" else ()
     return draw_batch(
@@ -113,7 +116,8 @@ def split(batch: Batch, parts: int) -> list[Batch]:
 
 def rollout_for(parts: Assembly, update: Update, batch: Batch, where: Position) -> Rollout | None:
     """What the student makes of the batch's prompts; with gradient if it is the student that learns."""
-    if not parts.objectives[update.by].needs_rollout:
+    from_memory = update.learns == "surrogate"
+    if from_memory or not parts.objectives[update.by].needs_rollout:
         return None
     generators = where.generators(2, batch)
     noise = normal(torch.Size((len(batch.prompts), *parts.latent_shape)), generators, parts.device)
@@ -143,7 +147,7 @@ def step(parts: Assembly, update: Update, where: Position, batch: Batch | None =
     pieces = split(batch, parts_of(len(batch.ids), update.batch // update.accumulate))
     for piece in pieces:
         rollout = rollout_for(parts, update, piece, where)
-        judge = objective.student_loss if update.learns == "student" else objective.judge_loss
+        judge = getattr(objective, f"{update.learns}_loss", objective.judge_loss)
         loss, logs = judge(rollout, piece, where.generators(3, piece))
         (loss / len(pieces)).backward()
         for key, value in ({"loss": loss.detach()} | logs).items():

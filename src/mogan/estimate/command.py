@@ -76,6 +76,8 @@ def pricing(
     clips: int = 15000,
 ):
     """A function ``(config, gpus, lora) -> Estimate`` that traces each variant of the networks once."""
+    if config.surrogate is not None or any(len(u.judges) > 1 for u in config.plan):
+        raise UserError("surrogates and shared rollouts are not priced: estimate the recipe without them")
     shapes = read_shapes(model or ("lab" if config.recipe.endswith("_lab") else "wan2.1-t2v-1.3b"))
     shapes = resized(shapes, frames=frames, height=height, width=width)
     if config.gan is not None and config.gan.space == "motion" and config.gan.window > shapes.latent[1]:

@@ -3,6 +3,7 @@
 Both are one class; they differ in what the discriminator is shown.
 """
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -12,7 +13,7 @@ from mogan.data import Batch
 from mogan.denoiser import frozen
 from mogan.discriminator import Discriminator, approximate_penalty, discriminator_loss, generator_loss
 from mogan.objectives import Loss, Randomness
-from mogan.observation import MotionObservation, motion_amount, saturation
+from mogan.observation import Observed, motion_amount, saturation
 from mogan.rollout import Rollout, normal
 from mogan.schedule import add_noise, uniform
 
@@ -22,7 +23,7 @@ class GAN:
 
     Args:
         discriminator: real-or-generated network.
-        observe: what it is shown of a latent; ``None`` shows the latent itself (the paper's "video-space" ablation).
+        observe: what it is shown of a latent (see :class:`mogan.observation.MotionObservation`); ``None`` shows the latent itself (the paper's "video-space" ablation).
         student_weight: lambda_1; judge_weight: lambda_2.
         r1, r2: weights of the penalties on real and on generated observations; 0 leaves the extra pass out.
         noise: sigma of the penalties, in units of the discriminator's (normalised) input.
@@ -36,7 +37,7 @@ class GAN:
     def __init__(
         self,
         discriminator: Discriminator,
-        observe: MotionObservation | None,
+        observe: Callable[[Tensor, int], Observed] | None,
         *,
         student_weight: float,
         judge_weight: float,
@@ -72,9 +73,14 @@ class GAN:
     def student_loss(self, rollout: Rollout, batch: Batch, generator: Randomness) -> Loss:
         """``lambda_1 E softplus(-D(o))``; gradient passes through the discriminator and the observation, not into them."""
         observation, logs = self._observe(rollout, batch.window_start or 0)
+        loss, more = self.persuade(observation, generator)
+        return loss, logs | more
+
+    def persuade(self, observation: Tensor, generator: Randomness) -> Loss:
+        """The student's loss on an observation of its clips, exact or not."""
         with frozen(self.discriminator):
             logits = self.discriminator(*self._shown(observation, generator))
-        return self.student_weight * generator_loss(logits), logs | {"fake_logit": logits.detach().mean()}
+        return self.student_weight * generator_loss(logits), {"fake_logit": logits.detach().mean()}
 
     def judge_loss(self, rollout: Rollout, batch: Batch, generator: Randomness) -> Loss:
         """``lambda_2`` (logistic) ``+ r1 R1 + r2 R2`` on real observations of the batch and on the student's."""
@@ -82,11 +88,15 @@ class GAN:
             fake, logs = self._observe(rollout, batch.window_start or 0)
         real = batch.latent_BCFHW if self.observe is None else batch.observation_BCFHW
         assert real is not None, "the batch holds no real observations"
-        real = real.to(fake)
+        loss, more = self.tell_apart(real.to(fake), fake, generator)
+        return loss, logs | more
+
+    def tell_apart(self, real: Tensor, fake: Tensor, generator: Randomness) -> Loss:
+        """The discriminator's loss on observations of real clips and of the student's, both exact or neither."""
         (real, real_sigma), (fake, fake_sigma) = self._shown(real, generator), self._shown(fake, generator)
         real_logits, fake_logits = self.discriminator(real, real_sigma), self.discriminator(fake, fake_sigma)
         loss = self.judge_weight * discriminator_loss(real_logits, fake_logits)
-        logs = logs | {
+        logs = {
             "real_logit": real_logits.detach().mean(),
             "fake_logit": fake_logits.detach().mean(),
             "gap": (real_logits.detach().mean() - fake_logits.detach().mean()),

@@ -7,7 +7,7 @@ the training loop.
 from dataclasses import dataclass, replace
 
 from mogan.config import Config, GANConfig, Update
-from mogan.recipes import ablate, mogan_lab
+from mogan.recipes import ablate, mogan_lab, mogan_surrogate_lab
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,12 @@ def table2() -> tuple[Column, ...]:
         ("heads_only", "discriminator's trunk frozen"),
         ("guidance_1", "teacher without guidance"),
         ("guidance_5", "teacher guided by 5"),
+        ("surrogate", "motion updates through a surrogate, every eighth exact"),
+        ("surrogate_unchecked", "a surrogate that learns in the first 10 iterations and is trusted ever after"),
+        ("half_flow", "flow estimated at half resolution"),
+        ("few_refinements", "flow refined twice, not 6 times"),
+        ("short_window", "2 of 5 latent frames decoded, not 3"),
+        ("shared_rollout", "one update of the student for both losses"),
     )
     return (TEACHER, DMD, MOGAN, *(Column(name, about, here + name, start="dmd") for name, about in variants))
 
@@ -145,6 +151,50 @@ def guidance_1() -> Config:
 def guidance_5() -> Config:
     """The teacher's guidance is itself a motion knob."""
     return _guided(5.0)
+
+
+def surrogate() -> Config:
+    """The surrogate, checked on every eighth iteration."""
+    return mogan_surrogate_lab()
+
+
+def surrogate_unchecked() -> Config:
+    """What a surrogate is worth that the student may leave behind: exact for 10 iterations, then never again."""
+    config, warm = mogan_surrogate_lab(), 10
+    assert config.surrogate is not None
+
+    def changed(update: Update) -> Update:
+        if update.by == "gan":
+            return replace(update, every=1, stop=warm)
+        if update.learns == "surrogate":
+            return replace(update, stop=min(update.stop or warm, warm))
+        return replace(update, unless=None, start=warm) if update.by == "surrogate" else update
+
+    plan = tuple(changed(u) for u in config.plan)
+    return replace(config, plan=plan, surrogate=replace(config.surrogate, limit=None))
+
+
+def half_flow() -> Config:
+    """Flow estimated at half of height and width."""
+    return _gan(mogan_lab(), flow_resolution=0.5)
+
+
+def few_refinements() -> Config:
+    """Flow refined 2 times."""
+    return _gan(mogan_lab(), flow_iterations=2)
+
+
+def short_window() -> Config:
+    """Windows of 2 latent frames."""
+    return _gan(mogan_lab(), window=2, starts=(0, 1, 2, 3))
+
+
+def shared_rollout() -> Config:
+    """The student's two losses are added on one rollout: half its rollouts, and half its steps."""
+    config = mogan_lab()
+    student = next(u for u in config.plan if u.learns == "student")
+    others = tuple(u for u in config.plan if u.learns != "student")
+    return replace(config, plan=(replace(student, by="dmd+gan"), *others))
 
 
 def _guided(guidance: float) -> Config:
