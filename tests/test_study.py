@@ -14,7 +14,7 @@ from mogan.flowmo import FlowMo, temporal_variance
 from mogan.recipes import find_recipe, mogan_lab
 from mogan.study import columns
 from mogan.study.collect import bars, combine, markdown
-from mogan.study.jobs import Job, run_jobs
+from mogan.study.jobs import Job, core_seconds, run_jobs
 from mogan.study.study import chosen, jobs_of, shared_jobs
 
 
@@ -62,13 +62,29 @@ def test_jobs_run_once_and_a_failure_says_where_to_look(tmp_path):
     videos = ("lab", "render", "--out", str(tmp_path / "v"), "--clips", "1", "--motion", "rich", "--seed")
     jobs = [Job("render", (*videos, "0")), Job("again", (*videos, "0"), after=("render",))]
     run_jobs(jobs, tmp_path / "logs", 1)
-    first = (tmp_path / "logs" / "render.log").read_text()
+    first, spent = (tmp_path / "logs" / "render.log").read_text(), core_seconds(jobs, tmp_path / "logs")
     run_jobs(jobs, tmp_path / "logs", 1)
     assert (tmp_path / "logs" / "render.log").read_text() == first
+    assert core_seconds(jobs, tmp_path / "logs") == spent > core_seconds(jobs[:1], tmp_path / "logs") > 0
     with pytest.raises(UserError, match="other options"):
         run_jobs([Job("render", (*videos, "1"))], tmp_path / "logs", 1)
     with pytest.raises(UserError, match=r"other failed: .*give another --out.*other\.log"):
         run_jobs([Job("other", (*videos, "1"))], tmp_path / "logs", 1)
+
+
+def test_studies_share_a_folder_but_not_at_the_same_time(tmp_path):
+    fcntl = pytest.importorskip("fcntl")
+    (tmp_path / "logs").mkdir()
+    with (tmp_path / "logs" / "lock").open("w") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match=f"another study is running in {tmp_path}: wait"):
+            run_jobs([Job("never", ("lab",))], tmp_path / "logs", 1)
+    one, other = columns.table1(), columns.table2()
+    jobs = [[*shared_jobs(tmp_path), *(j for c in t for j in jobs_of(c, 0, tmp_path, 5, None))] for t in (one, other)]
+    shared = {j.name for j in jobs[0]} & {j.name for j in jobs[1]}
+    assert {"cache", "teacher-0-measure", "dmd-0-export", "mogan-0-train"} <= shared
+    first, second = ({j.name: j for j in found if j.name in shared} for found in jobs)
+    assert first == second
 
 
 def clips_of(values, seed=0):
@@ -187,7 +203,7 @@ def test_a_study_runs_from_nothing_and_a_second_call_only_writes_the_table(tmp_p
         assert set(system["per_seed"]) == {"0"}
         assert system["training_seconds"]["0"] > 0
     assert "final_gap" in results["systems"]["mogan"]
-    assert (tmp_path / "s" / "report.html").stat().st_size > 10_000
+    assert (tmp_path / "s" / "table1.html").stat().st_size > 10_000
     assert (tmp_path / "s" / "table1.png").is_file()
     start = json.loads((tmp_path / "s" / "mogan" / "seed0" / "run" / "run.json").read_text())["student"]
     assert start == str(tmp_path / "s" / "dmd" / "seed0" / "export")

@@ -1,7 +1,7 @@
 """Commands with results on disk, run a few at a time, each once.
 
 A job is an ordinary ``mogan`` command line that goes on where it stopped, so a study that is killed loses nothing: the
-next call runs what is not done.
+next call runs what is not done. Studies share one folder: what two of them need is done once.
 """
 
 import os
@@ -9,6 +9,8 @@ import shlex
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,19 +47,20 @@ def run_jobs(jobs: list[Job], logs: Path, workers: int) -> None:
     logs.mkdir(parents=True, exist_ok=True)
     done = {job.name for job in jobs if _is_done(job, logs)}
     waiting = [job for job in jobs if job.name not in done]
-    running: dict[str, tuple[Job, subprocess.Popen]] = {}
-    threads = str(max(1, (os.cpu_count() or 1) // workers))
+    running: dict[str, tuple[Job, subprocess.Popen, float]] = {}
+    threads = max(1, (os.cpu_count() or 1) // workers)
     try:
-        with tqdm(total=len(jobs), initial=len(done), desc="study", unit="job", smoothing=0) as bar:
+        with _alone(logs), tqdm(total=len(jobs), initial=len(done), desc="study", unit="job", smoothing=0) as bar:
             while waiting or running:
                 ready = [job for job in waiting if set(job.after) <= done][: workers - len(running)]
                 for job in ready:
                     waiting.remove(job)
-                    running[job.name] = (job, _start(job, logs, threads))
-                for name, (job, process) in list(running.items()):
+                    running[job.name] = (job, _start(job, logs, threads), time.perf_counter())
+                for name, (job, process, began) in list(running.items()):
                     if process.poll() is None:
                         continue
                     del running[name]
+                    _charge(job, logs, threads * (time.perf_counter() - began))
                     if process.returncode:
                         raise UserError(_failure(job, logs))
                     write_atomically(logs / f"{name}.done", shlex.join(job.command) + "\n")
@@ -66,10 +69,38 @@ def run_jobs(jobs: list[Job], logs: Path, workers: int) -> None:
                 bar.set_postfix_str(", ".join(running))
                 time.sleep(0.5)
     finally:
-        for _, process in running.values():
+        for _, process, _ in running.values():
             process.terminate()  # training saves first
-        for _, process in running.values():
+        for job, process, began in running.values():
             process.wait()
+            _charge(job, logs, threads * (time.perf_counter() - began))
+
+
+def core_seconds(jobs: list[Job], logs: Path) -> float:
+    """Seconds that jobs have run, over all calls and times the cores each was given."""
+    paths = [logs / f"{job.name}.core_seconds" for job in jobs]
+    return sum(float(line) for path in paths if path.is_file() for line in path.read_text().splitlines())
+
+
+def _charge(job: Job, logs: Path, seconds: float) -> None:
+    with (logs / f"{job.name}.core_seconds").open("a") as file:
+        file.write(f"{seconds:.1f}\n")
+
+
+@contextmanager
+def _alone(logs: Path) -> Iterator[None]:
+    """Studies share jobs, so two in one folder would do them twice, each in the other's files."""
+    try:
+        import fcntl
+    except ModuleNotFoundError:  # Windows: the user's care
+        yield
+        return
+    with (logs / "lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UserError(f"another study is running in {logs.parent}: wait for it, or give another --out") from error
+        yield
 
 
 def _is_done(job: Job, logs: Path) -> bool:
@@ -81,8 +112,8 @@ def _is_done(job: Job, logs: Path) -> bool:
     return True
 
 
-def _start(job: Job, logs: Path, threads: str) -> subprocess.Popen:
-    environment = os.environ | {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
+def _start(job: Job, logs: Path, threads: int) -> subprocess.Popen:
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
     with (logs / f"{job.name}.log").open("a") as log:
         log.write(f"$ mogan {shlex.join(job.command)}\n")
         log.flush()

@@ -1,10 +1,8 @@
 """``mogan study``: render, prepare, train every column with every seed, sample, measure, and write the table."""
 
 import json
-import os
 import platform
 import sys
-import time
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +16,7 @@ from mogan.report.page import report
 from mogan.study.collect import bars, combine, markdown
 from mogan.study.columns import Column, table1, table2
 from mogan.study.figure import draw
-from mogan.study.jobs import Job, run_jobs
+from mogan.study.jobs import Job, core_seconds, run_jobs
 
 STUDIES = {"table1": table1, "table2": table2}
 TRAIN_SEED, PROMPT_SEED, RICH_SEED, WORLD_SEED = 21, 22, 23, 24  # worlds: no training sees the last three
@@ -28,7 +26,7 @@ TRAIN_VIDEOS, TRAIN_PROMPTS, REFERENCE = 512, 4000, 256
 def study(
     name: tyro.conf.Positional[Literal["table1", "table2"]],
     *,
-    out: Path | None = None,
+    out: Path = Path("runs/study"),
     seeds: int = 3,
     first_seed: int = 0,
     column: tuple[str, ...] = (),
@@ -40,12 +38,13 @@ def study(
     """Repeat a table of the paper in the laboratory, with training seeds and intervals.
 
     Every column is trained with every seed, sampled on the same held-out prompts and seeds, and measured; the table, its
-    figure and a report with clips are written into OUT. Stop it at any time: the same command goes on. The whole takes
-    hours; `--column mogan --seeds 1` repeats one column in under half an hour.
+    figure and a report with clips are written into OUT under the study's name. Studies share OUT: the videos, and every
+    column that two of them have, are made once. Stop it at any time: the same command goes on. The whole takes hours;
+    `--column mogan --seeds 1` repeats one column in under half an hour.
 
     Args:
         name: table1 (teacher, FlowMo, DMD, MoGAN) or table2 (MoGAN with one part or setting changed).
-        out: folder for everything. Default: runs/study-NAME.
+        out: folder for everything, the same for all studies.
         seeds: training seeds.
         first_seed: the first of them.
         column: only these columns, and those they start from.
@@ -54,8 +53,6 @@ def study(
         iterations: of training, in place of the recipes'.
         workers: commands run at a time; the cores are shared between them.
     """
-    began = time.perf_counter()
-    out = out or Path("runs") / f"study-{name}"
     out.mkdir(parents=True, exist_ok=True)
     columns = chosen(STUDIES[name](), column)
     write_prompts(out / "held_out.txt", PROMPT_SEED, prompts, "rich")
@@ -66,22 +63,23 @@ def study(
         *(j for c in columns for s in seeds_of(c, numbers) for j in jobs_of(c, s, out, clips, iterations)),
     ]
     run_jobs(jobs, out / "logs", workers)
-    minutes = _clock(out, time.perf_counter() - began) / 60
+    minutes = core_seconds(jobs, out / "logs") / 60
     results = collect(columns, numbers, out)
     results["how"] = {
         "command": f"mogan study {' '.join(sys.argv[2:])}" if sys.argv[1:2] == ["study"] else f"mogan study {name}",
-        "sentence": f"{seeds} training seeds, {prompts} held-out prompts, {clips} clips each; {minutes:.0f} minutes on "
-        f"{os.cpu_count()} cores ({platform.machine()}).",
-        "minutes": minutes,
+        "sentence": f"{seeds} training seeds, {prompts} held-out prompts, {clips} clips each; its jobs, those that other "
+        f"studies share included, took {minutes:.0f} core-minutes ({platform.machine()}).",
+        "core_minutes": minutes,
     }
     write_atomically(out / f"{name}.json", json.dumps(results, indent=1) + "\n")
     page = markdown(name, results)
     write_atomically(out / f"{name}.md", page)
     draw(results["systems"], out / f"{name}.png")
-    runs = write_clips(columns, numbers, out)
-    report((out / "results.json", *runs), out=out / "report.html", title=name)
+    clips_file = out / f"{name}.results.json"
+    runs = write_clips(columns, numbers, clips_file)
+    report((clips_file, *runs), out=out / f"{name}.html", title=name)
     print(page)
-    print(f"written to {out}/{name}.json, .md and .png; clips of seed {first_seed} in {out}/report.html")
+    print(f"written to {out}/{name}.json, .md and .png; clips of seed {first_seed} in {out}/{name}.html")
 
 
 def chosen(columns: tuple[Column, ...], names: tuple[str, ...]) -> tuple[Column, ...]:
@@ -196,9 +194,9 @@ def _training(homes: dict[str, Path]) -> dict[str, Any]:
     return {"training_seconds": seconds} | ({"final_gap": gaps, "largest_motion_gradient": worst} if gaps else {})
 
 
-def write_clips(columns: tuple[Column, ...], numbers: range, out: Path) -> list[Path]:
-    """``results.json`` with the clips of the first training seed, for the report; returns the runs behind them."""
-    systems, runs = {}, []
+def write_clips(columns: tuple[Column, ...], numbers: range, path: Path) -> list[Path]:
+    """A ``results.json`` with the clips of the first training seed, for the report; returns the runs behind them."""
+    out, systems, runs = path.parent, {}, []
     for column in columns:
         home = Path(column.name) / f"seed{seeds_of(column, numbers)[0]}"
         found = json.loads((out / home / "results.json").read_text())["systems"]["samples"]
@@ -206,13 +204,5 @@ def write_clips(columns: tuple[Column, ...], numbers: range, out: Path) -> list[
         systems[column.name] = found | {"clips": clips}
         if column.recipe:
             runs.append(out / home / "run")
-    write_atomically(out / "results.json", json.dumps({"systems": systems}, indent=1) + "\n")
+    write_atomically(path, json.dumps({"systems": systems}, indent=1) + "\n")
     return runs
-
-
-def _clock(out: Path, seconds: float) -> float:
-    """Seconds that the study has taken over all its calls."""
-    path = out / "seconds.json"
-    total = seconds + (json.loads(path.read_text()) if path.is_file() else 0.0)
-    write_atomically(path, json.dumps(total) + "\n")
-    return total
