@@ -19,10 +19,11 @@ from mogan.denoiser import Denoiser
 from mogan.errors import UserError
 from mogan.export import export, save_student, scheduler_for
 from mogan.files import write_atomically
+from mogan.first_frames import sample_from_first_frames
 from mogan.sample import Job, safe_name, sample, sample_student, sample_teacher, shard_of
 from mogan.schedule import shifted_levels
 from mogan.train import run_training
-from mogan.video import read_video
+from mogan.video import read_video, write_video
 from tiny_recipes import mogan
 
 
@@ -192,6 +193,36 @@ def test_sampling_resumes_and_a_run_is_a_model(exported, tmp_path, capsys):
     assert {p: p.read_bytes() for p in (tmp_path / "s").glob("*.mp4")} == before
     sample(prompts=tmp_path / "p.txt", out=tmp_path / "s", model=str(exported / "run"), seeds=2)
     assert "all 4 clips are there" in capsys.readouterr().out
+
+
+def test_first_frames_are_those_of_the_clips_with_the_prompts_as_captions(exported, family, tmp_path, monkeypatch):
+    videos, made = tmp_path / "videos", []
+    videos.mkdir()
+    for number, caption in enumerate(CAPTIONS[:2]):
+        write_video(videos / f"{number}.mp4", np.full((13, 32, 32, 3), 60 + 120 * number, np.uint8), 16)
+        (videos / f"{number}.txt").write_text(caption)
+
+    def kept(student, vae, clips, *rest):
+        made.append((vae, clips, sample_from_first_frames(student, vae, clips, *rest)))
+        return made[-1][2]
+
+    monkeypatch.setattr("mogan.sample.sample_from_first_frames", kept)
+    (tmp_path / "p.txt").write_text("\n".join(CAPTIONS[1::-1]))
+    common = {"model": str(exported / "export"), "precision": "fp32"}
+    sample(prompts=tmp_path / "p.txt", out=tmp_path / "s", first_frames=videos, **common)
+    vae, clips, latents = made.pop()
+    assert [c.name for c in clips] == ["1.mp4", "0.mp4"]
+    for clip, latent in zip(clips, latents, strict=True):
+        first = torch.from_numpy(read_video(clip)[0][:1].copy()).permute(3, 0, 1, 2)[None] / 127.5 - 1
+        with torch.no_grad():
+            torch.testing.assert_close(latent[None, :, :1], wan.encode_video(vae, first), atol=1e-4, rtol=1e-4)
+    with pytest.raises(UserError, match=r"lists .* with first_frames"):
+        sample(prompts=tmp_path / "p.txt", out=tmp_path / "s", **common)
+    (tmp_path / "q.txt").write_text("a moon\n")
+    with pytest.raises(UserError, match="no clip with the caption 'a moon'"):
+        sample(prompts=tmp_path / "q.txt", out=tmp_path / "t", first_frames=videos, **common)
+    with pytest.raises(UserError, match="model trained with them"):
+        sample(prompts=tmp_path / "p.txt", out=tmp_path / "t", first_frames=videos, model=str(family / "teacher"))
 
 
 def test_teacher_sampling_integrates_a_known_velocity():

@@ -11,20 +11,90 @@ from mogan.cli import main
 from mogan.errors import UserError
 from mogan.evaluation.statistics import mean_interval
 from mogan.flowmo import FlowMo, temporal_variance
+from mogan.lab.world import make_scene
 from mogan.recipes import find_recipe, mogan_lab
 from mogan.study import columns
 from mogan.study.collect import bars, combine, markdown
+from mogan.study.cost import from_teacher, iterations_that_fit, training
+from mogan.study.figure import draw
 from mogan.study.jobs import Job, core_seconds, run_jobs
-from mogan.study.study import chosen, jobs_of, shared_jobs
+from mogan.study.study import PROMPT_SEED, chosen, jobs_of, shared_jobs, write_prompts
+
+STUDIES = [columns.table1, columns.table2, columns.methods]
 
 
-@pytest.mark.parametrize("table", [columns.table1, columns.table2])
-def test_every_column_has_a_recipe_that_differs_from_the_others(table):
+@pytest.mark.parametrize("table", STUDIES)
+def test_every_column_has_a_recipe_or_a_length_that_differs_from_the_others(table):
     found = table()
     assert len({c.name for c in found}) == len(found)
-    configs = [find_recipe(c.recipe) for c in found if c.recipe]
-    bodies = [{k: v for k, v in vars(c).items() if k != "recipe"} for c in configs]
+    bodies = []
+    for c in found:
+        config = {k: v for k, v in vars(find_recipe(c.recipe)).items() if k != "recipe"} if c.recipe else {}
+        bodies.append((config, c.start, c.iterations, c.as_long_as, c.sampling))
     assert all(a != b for i, a in enumerate(bodies) for b in bodies[:i])
+
+
+def test_a_name_means_the_same_column_in_every_study():
+    known = {}
+    for column in (c for table in STUDIES for c in table()):
+        assert known.setdefault(column.name, column) == column
+    assert not set(known) & {"videos", "rich", "world", "cache", "captions", "held_out", "logs"}  # also folders
+
+
+def student_updates(column, known):
+    """From the teacher on, by the plan alone."""
+    if column.recipe is None:
+        return 0
+    config = find_recipe(column.recipe)
+    steps = range(column.iterations or config.iterations)
+    own = sum(u.times for i in steps for u in config.plan if u.learns == "student" and u.happens(i))
+    return own + (student_updates(known[column.start], known) if column.start else 0)
+
+
+def test_methods_are_compared_at_equal_student_updates():
+    known = {c.name: c for c in columns.methods()}
+    found = {n: student_updates(c, known) for n, c in known.items() if not c.as_long_as}
+    assert found == {
+        "teacher": 0, "dmd": 400, "msm": 400, "sft_i2v": 400,
+        "sft": 560, "dmd_long": 560, "msm_long": 560, "mogan": 560, "mogan_msm": 560, "sft_i2v_long": 556, "shift": 556,
+    }  # fmt: skip
+    for name, column in known.items():
+        if column.as_long_as:
+            assert column.as_long_as == (name.removesuffix("_t"), "mogan")
+
+
+def logged(out, column, seed, seconds_of_updates):
+    run = out / column / f"seed{seed}" / "run"
+    run.mkdir(parents=True)
+    rows = [
+        {"iteration": i, "update": update, "seconds": seconds}
+        for i, updates in enumerate(seconds_of_updates)
+        for update, seconds in updates
+    ]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_equal_seconds_are_counted_from_the_teacher_and_a_warm_up_is_paid_once(tmp_path):
+    known = {c.name: c for c in columns.methods()}
+    logged(tmp_path, "dmd", 1, [[("student<dmd", 1.0), ("fake_score<dmd", 1.0)]] * 10)
+    logged(tmp_path, "mogan", 1, [[("student<dmd", 2.0), ("student<gan", 4.0)]] * 5)
+    logged(tmp_path, "dmd_long", 1, [[("student<dmd", 1.0)]] * 4)
+    logged(tmp_path, "sft", 1, [[("student<flow_matching", 0.5)]] * 4)
+    logged(tmp_path, "sft_i2v", 1, [[("student<flow_matching", 2.0)]] * 10)
+    logged(tmp_path, "shift", 1, [[("reward<shift", 9.0)]] * 2 + [[("student<shift", 4.0)]] * 4)
+    assert from_teacher(known["mogan"], 1, known, tmp_path) == (20, 50.0)
+    assert from_teacher(known["teacher"], 1, known, tmp_path) == (0, 0.0)
+
+    def fit(name):
+        return iterations_that_fit(known[name], 1, known, tmp_path)
+
+    assert fit("dmd_long_t") == 30  # MoGAN's own 30 seconds: both start from the same student
+    assert fit("sft_t") == 100  # 50 seconds from the teacher on
+    assert fit("shift_t") == 5  # 30 seconds after its start's 20: two of warm-up take 18, three more take 12
+    found = training(known["mogan"], [1], known, tmp_path)
+    assert found == {"training_seconds": {"1": 30.0}, "from_teacher": {"updates": 20, "seconds": 50.0}}
+    (tmp_path / "mogan" / "seed1" / "run" / "metrics.jsonl").write_text("")
+    assert fit("dmd_long_t") == 1
 
 
 def test_one_factor_changes_at_a_time():
@@ -45,17 +115,32 @@ def test_one_factor_changes_at_a_time():
 
 def test_a_column_brings_what_it_starts_from():
     assert [c.name for c in chosen(columns.table1(), ("mogan",))] == ["dmd", "mogan"]
+    found = [c.name for c in chosen(columns.methods(), ("shift_t",))]
+    assert found == ["dmd", "mogan", "sft_i2v", "shift", "shift_t"]
     with pytest.raises(UserError, match="the study has teacher"):
         chosen(columns.table1(), ("nothing",))
 
 
-def test_every_job_waits_only_for_jobs_there_are(tmp_path):
-    jobs = shared_jobs(tmp_path) + [
-        j for c in columns.table2() for s in (0, 1) for j in jobs_of(c, s, tmp_path, 5, None)
-    ]
+@pytest.mark.parametrize("table", STUDIES)
+def test_every_job_waits_only_for_jobs_there_are(table, tmp_path):
+    jobs = shared_jobs(tmp_path, 168) + [j for c in table() for s in (0, 1) for j in jobs_of(c, s, tmp_path, 5, 7)]
     names = [j.name for j in jobs]
     assert len(set(names)) == len(names)
     assert all(set(j.after) <= set(names[:i]) for i, j in enumerate(jobs))
+
+
+def test_image_to_video_starts_from_the_clips_of_the_held_out_prompts(tmp_path):
+    scenes = write_prompts(tmp_path / "held_out.txt", PROMPT_SEED, 3, "rich")
+    jobs = {j.name: j for j in shared_jobs(tmp_path, scenes)}
+    captions = [make_scene(PROMPT_SEED, i, motion="rich").caption for i in range(scenes)]
+    assert list(dict.fromkeys(captions)) == (tmp_path / "held_out.txt").read_text().splitlines()
+    assert jobs["held_out"].command[-6:] == ("--clips", str(scenes), "--motion", "rich", "--seed", str(PROMPT_SEED))
+    shift = next(c for c in columns.methods() if c.name == "shift")
+    train, _, sample, _ = jobs_of(shift, 2, tmp_path, 5, shift.iterations)
+    assert train.command[-4:] == ("--student", str(tmp_path / "sft_i2v" / "seed2" / "export"), "--iterations", "21")
+    assert sample.command[-2:] == ("--first-frames", str(tmp_path / "held_out"))
+    assert sample.after == ("shift-2-export", "held_out")
+    assert "held_out" not in {j.name for j in shared_jobs(tmp_path)}
 
 
 def test_jobs_run_once_and_a_failure_says_where_to_look(tmp_path):
@@ -127,7 +212,7 @@ def systems_with(degree, net):
     return {name: system(name) for name in degree}
 
 
-def test_bars_hold_and_fail_where_they_should():
+def test_bars_hold_and_fail_where_they_should(tmp_path):
     good = systems_with({"teacher": 0.5, "dmd": 0.3, "mogan": 0.7}, {"teacher": 0.2, "dmd": 0.1, "mogan": 0.2})
     assert all(b.holds for b in bars(good))
     bad = systems_with({"teacher": 0.5, "dmd": 0.45, "mogan": 0.5}, {"teacher": 0.2, "dmd": 0.1, "mogan": 0.2})
@@ -141,6 +226,13 @@ def test_bars_hold_and_fail_where_they_should():
     )
     assert "**no**" in page
     assert "| mogan | 0 |" in page
+    assert "Student updates" not in page
+    bad["mogan"] |= {"from_teacher": {"updates": 560, "seconds": 90.0}, "first_frames": True}
+    page = markdown("methods", {"systems": bad, "how": {"sentence": "s", "command": "c"}, "bars": []})
+    assert "| Student updates, from the teacher on | - | - | 560 |" in page
+    assert "| Training, from the teacher on (minutes) | - | - | 1.5 |" in page
+    draw(bad, tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").stat().st_size > 10_000
 
 
 # ---------------------------------------------------------------------------------------------- FlowMo

@@ -16,7 +16,10 @@ COMMANDS = {
     "export": ("mogan.export:export", "a run's student -> a diffusers folder or a LoRA file"),
     "import": ("mogan.imports:import_student", "a student or LoRA made elsewhere -> a diffusers folder"),
     "estimate": ("mogan.estimate.command:estimate", "memory, time and cost of a recipe on a machine, without one"),
-    "study": ("mogan.study.study:study", "the paper's tables at lab scale, with training seeds and intervals"),
+    "study": (
+        "mogan.study.study:study",
+        "the paper's tables, and the methods compared, at lab scale with training seeds",
+    ),
     "survey build": ("mogan.survey.build:build", "pair the clips of two or more systems for human voting"),
     "survey serve": ("mogan.survey.serve:serve", "serve a survey on this machine"),
     "survey analyze": ("mogan.survey.analyze:analyze", "votes -> win / tie / lose with intervals"),

@@ -19,6 +19,7 @@ from tqdm import tqdm
 from mogan import wan
 from mogan.denoiser import Denoiser, guided_velocity
 from mogan.errors import UserError
+from mogan.first_frames import clip_of_prompts, sample_from_first_frames
 from mogan.flowmo import FLOWMO_STEPS, FlowMo
 from mogan.lora import factors, merge
 from mogan.motion_score import steer
@@ -120,6 +121,7 @@ def sample(
     flowmo: bool = False,
     motion: Path | None = None,
     motion_ratio: float = 0.5,
+    first_frames: Path | None = None,
     batch: int = 16,
     limit: int | None = None,
     shard: str = "0/1",
@@ -142,6 +144,8 @@ def sample(
         flowmo: FlowMo guidance (arXiv 2506.01144) in a teacher's first 12 steps.
         motion: run of a motion score recipe; its motion is mixed into a teacher's.
         motion_ratio: 0 is the teacher's own motion, 1 the motion model's.
+        first_frames: folder of captioned clips, for a model trained to be given the first frame: every prompt is the
+            caption of one and starts from its first frame. Sampled by Euler steps at the model's own levels.
         batch: clips made at once.
         limit: use only so many prompts.
         shard: i/n makes every n-th clip, starting with the i-th: for many GPUs, into the same folder.
@@ -160,6 +164,8 @@ def sample(
         raise UserError(f"{model} does not say at which levels it samples (no mogan.json): use --mode teacher")
     if motion is not None and few_steps:
         raise UserError("--motion is mixed into a teacher's steps: name a teacher with --model, or use --mode teacher")
+    if first_frames is not None and not few_steps:
+        raise UserError("--first-frames is for a model trained with them: give the export of such a run, and no --mode")
     how: dict = (
         {"sigmas": list(source.sigmas or ())} if few_steps else {"steps": steps, "guidance": guidance, "shift": shift}
     )
@@ -168,6 +174,8 @@ def sample(
     how |= {"flowmo": True} if flowmo else {}
     if motion is not None:
         how |= {"motion": str(motion), "motion_ratio": motion_ratio}
+    how |= {"first_frames": str(first_frames)} if first_frames else {}
+    starts = clip_of_prompts(first_frames, lines[:limit]) if first_frames else {}
     out.mkdir(parents=True, exist_ok=True)
     listed = listed_samples(out)
 
@@ -201,7 +209,13 @@ def sample(
             part = todo[first : first + batch]
             text = wan.stack_text(encode([job.prompt for job in part]), target)
             numbers = [job.seed for job in part]
-            if few_steps:
+            if starts:
+                assert source.sigmas is not None
+                begin = [starts[job.prompt] for job in part]
+                latents = sample_from_first_frames(
+                    denoiser, vae, begin, text, shape, source.sigmas, seeded(numbers), source.geometry
+                )
+            elif few_steps:
                 assert source.sigmas is not None
                 latents = sample_student(denoiser, text, shape, source.sigmas, numbers)
             else:

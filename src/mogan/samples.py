@@ -52,7 +52,7 @@ def refuse_others(folder: Path, listed: dict[str, Record], wanted: Iterable[Reco
     """Raise if a folder lists clips of the same names that were made otherwise: one folder is one way of sampling."""
     for record in wanted:
         there = listed.get(record["file"], {})
-        for key in ("prompt", "index", "seed", "fps", "sigmas", "steps", "guidance", "shift"):
+        for key in ("prompt", "index", "seed", "fps", "sigmas", "steps", "guidance", "shift", "first_frames"):
             if there and there.get(key) != record.get(key):
                 raise UserError(
                     f"{folder} lists {record['file'][:60]} with {key} {there.get(key)}, not {record.get(key)}: give another "

@@ -1,1 +1,1 @@
-"""Studies: the paper's tables at lab scale, with training seeds and intervals, each from one command."""
+"""Studies: the paper's tables and the methods compared at lab scale, with training seeds and intervals, each from one command."""

@@ -152,6 +152,7 @@ def markdown(study: str, results: dict[str, Any]) -> str:
     for name in names:
         cells = [_cell(s["metrics"].get(name)) for s in systems.values()]
         lines.append(f"| {_label(name)} | " + " | ".join(cells) + " |")
+    lines += _costs(systems)
     lines += ["", "Systems:", ""]
     lines += [f"- `{name}`: {system['about']}{_cost(system)}" for name, system in systems.items()]
     if results["bars"]:
@@ -164,6 +165,19 @@ def markdown(study: str, results: dict[str, Any]) -> str:
             cells = [f"{means[n]:.3g}" if n in means else "-" for n in names]
             lines.append(f"| {name} | {seed} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
+
+
+def _costs(systems: dict[str, Any]) -> list[str]:
+    """Two lines of the table: what training from the teacher took, means over training seeds."""
+    costs = [system.get("from_teacher") for system in systems.values()]
+    if not any(costs):
+        return []
+    updates = [f"{cost['updates']:.0f}" if cost else "-" for cost in costs]
+    minutes = [f"{cost['seconds'] / 60:.1f}" if cost else "-" for cost in costs]
+    return [
+        f"| Student updates, from the teacher on | {' | '.join(updates)} |",
+        f"| Training, from the teacher on (minutes) | {' | '.join(minutes)} |",
+    ]
 
 
 def _label(name: str) -> str:

@@ -21,6 +21,10 @@ class Column:
         start: the column whose student it starts from, seed by seed; None starts from the base model.
         videos: trained on the motion-rich videos; otherwise on captions alone.
         sampling: further options of ``mogan sample``.
+        iterations: of training, in place of the recipe's.
+        first_frames: image to video: sampled from the first frames of the held-out prompts' own clips.
+        as_long_as: ``(column, other)``: train for as many iterations as take from the teacher to ``other``'s student, at
+            the pace that ``column`` was trained at, seed by seed; in place of ``iterations``.
     """
 
     name: str
@@ -29,6 +33,14 @@ class Column:
     start: str | None = None
     videos: bool = True
     sampling: tuple[str, ...] = ()
+    iterations: int | None = None
+    first_frames: bool = False
+    as_long_as: tuple[str, str] | None = None
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """Columns that must be trained before."""
+        return (*((self.start,) if self.start else ()), *(self.as_long_as or ()))
 
 
 TEACHER = Column("teacher", "50 steps, guidance 3")
@@ -63,11 +75,41 @@ def table2() -> tuple[Column, ...]:
         ("surrogate", "motion updates through a surrogate, every eighth exact"),
         ("surrogate_unchecked", "a surrogate that learns in the first 10 iterations and is trusted ever after"),
         ("half_flow", "flow estimated at half resolution"),
-        ("few_refinements", "flow refined twice, not 6 times"),
+        ("few_refinements", "flow refined twice, not 4 times"),
         ("short_window", "2 of 5 latent frames decoded, not 3"),
         ("shared_rollout", "one update of the student for both losses"),
     )
     return (TEACHER, DMD, MOGAN, *(Column(name, about, here + name, start="dmd") for name, about in variants))
+
+
+def methods() -> tuple[Column, ...]:
+    """The methods of this package side by side; docs/methods/comparison.md says what is equal and what is not.
+
+    MoGAN adds 80 + 80 student updates to the 400 that made its DMD student. Every other student gets 560 too, the last
+    160 with fresh optimisers as MoGAN's are; SHIFT's come in twelves, so 156. ``_t`` gets MoGAN's seconds instead.
+    """
+    sft = Column("sft", "50 steps, fine-tuned on the motion-rich videos", "flow_matching_lab", iterations=560)
+    sft = replace(sft, sampling=("--mode", "teacher"))
+    msm = Column("msm", "3 steps, DMD with motion scores", "msm_lab", videos=False)
+    dmd_long = replace(DMD, name="dmd_long", about="3 steps, DMD and more of it", start="dmd", iterations=160)
+    msm_long = replace(msm, name="msm_long", about="3 steps, MSM and more of it", start="msm", iterations=160)
+    mogan_msm = replace(
+        MOGAN, name="mogan_msm", about="3 steps, MoGAN, motion scores in its DMD", recipe="mogan_msm_lab"
+    )
+    i2v = Column("sft_i2v", "10 steps, first frame given, fine-tuned", "sft_i2v_lab", first_frames=True)
+    i2v_long = replace(i2v, name="sft_i2v_long", about=f"{i2v.about}, more of it", start="sft_i2v", iterations=156)
+    shift = replace(
+        i2v_long, name="shift", about="10 steps, first frame given, SHIFT", recipe="shift_lab", iterations=21
+    )
+    timed = (sft, dmd_long, msm_long, i2v_long, shift)
+    return (
+        TEACHER, sft, DMD, dmd_long, msm, msm_long, MOGAN, mogan_msm, i2v, i2v_long, shift, *map(_for_as_long, timed)
+    )  # fmt: skip
+
+
+def _for_as_long(column: Column) -> Column:
+    about = f"{column.about}; for MoGAN's seconds"
+    return replace(column, name=f"{column.name}_t", about=about, iterations=None, as_long_as=(column.name, MOGAN.name))
 
 
 # ---------------------------------------------------------------------------------------------- variants of MoGAN

@@ -24,7 +24,9 @@ def draw(systems: dict[str, Any], path: Path) -> None:
             if {"lab_net", "appearance_distance"} <= means.keys()
         ]
         if points:
-            axes[0].scatter(*zip(*points, strict=True), label=name, color=colours[number % 20])
+            colour, given = colours[number % 20], system.get("first_frames", False)
+            marker, face = ("s", "none") if given else ("o", colour)
+            axes[0].scatter(*zip(*points, strict=True), label=name, marker=marker, facecolors=face, edgecolors=colour)
         for panel, metric in zip(axes[1:], PANELS, strict=True):
             found = system["metrics"].get(metric)
             if found is None:
@@ -32,13 +34,14 @@ def draw(systems: dict[str, Any], path: Path) -> None:
             low, high = found["ci95"] or (found["mean"], found["mean"])
             error = [[found["mean"] - low], [high - found["mean"]]]
             panel.errorbar(found["mean"], number, xerr=error, fmt="o", color=colours[number % 20], capsize=3)
+    squares = any(system.get("first_frames") for system in systems.values())
     axes[0].set(
         xlabel="net displacement, px/frame (tracked, no flow network)",
         ylabel="appearance distance to the teacher's world",
-        title="one point per training seed",
+        title="one point per training seed" + "; squares: first frame given" * squares,
     )
     if axes[0].collections:
-        axes[0].legend(fontsize=8)
+        figure.legend(loc="outside lower center", ncols=8, fontsize=8)  # inside it would cover points
     for panel, metric in zip(axes[1:], PANELS, strict=True):
         panel.set_yticks(range(len(systems)), list(systems) if panel is axes[1] else [""] * len(systems))
         panel.invert_yaxis()

@@ -14,18 +14,18 @@ from mogan.files import write_atomically
 from mogan.lab.world import make_scene
 from mogan.report.page import report
 from mogan.study.collect import bars, combine, markdown
-from mogan.study.columns import Column, table1, table2
+from mogan.study.columns import Column, methods, table1, table2
+from mogan.study.cost import iterations_that_fit, training
 from mogan.study.figure import draw
 from mogan.study.jobs import Job, core_seconds, run_jobs
 
-STUDIES = {"table1": table1, "table2": table2}
+STUDIES = {"table1": table1, "table2": table2, "methods": methods}
 TRAIN_SEED, PROMPT_SEED, RICH_SEED, WORLD_SEED = 21, 22, 23, 24  # worlds: no training sees the last three
 TRAIN_VIDEOS, TRAIN_PROMPTS, REFERENCE = 512, 4000, 256
-MOTION = ("student<gan", "student<dmd+gan", "student<surrogate")  # updates of the student by its motion
 
 
 def study(
-    name: tyro.conf.Positional[Literal["table1", "table2"]],
+    name: tyro.conf.Positional[Literal["table1", "table2", "methods"]],
     *,
     out: Path = Path("runs/study"),
     seeds: int = 3,
@@ -36,7 +36,7 @@ def study(
     iterations: int | None = None,
     workers: int = 2,
 ) -> None:
-    """Repeat a table of the paper in the laboratory, with training seeds and intervals.
+    """Repeat a table of the paper in the laboratory, or compare methods, with training seeds and intervals.
 
     Every column is trained with every seed, sampled on the same held-out prompts and seeds, and measured; the table, its
     figure and a report with clips are written into OUT under the study's name. Studies share OUT: the videos, and every
@@ -44,11 +44,12 @@ def study(
     `--column mogan --seeds 1` repeats one column in under half an hour.
 
     Args:
-        name: table1 (teacher, FlowMo, DMD, MoGAN) or table2 (MoGAN with one part or setting changed).
+        name: table1 (teacher, FlowMo, DMD, MoGAN), table2 (MoGAN with one part or setting changed) or methods (fine-tuning,
+            DMD, MSM, MoGAN, SHIFT and MoGAN with MSM, at equal student updates and at equal seconds).
         out: folder for everything, the same for all studies.
         seeds: training seeds.
         first_seed: the first of them.
-        column: only these columns, and those they start from.
+        column: only these columns, and those they need.
         prompts: held-out prompts.
         clips: clips per prompt, with seeds 0, 1, 2 ...
         iterations: of training, in place of the recipes'.
@@ -56,13 +57,16 @@ def study(
     """
     out.mkdir(parents=True, exist_ok=True)
     columns = chosen(STUDIES[name](), column)
-    write_prompts(out / "held_out.txt", PROMPT_SEED, prompts, "rich")
+    known = {c.name: c for c in columns}
+    scenes = write_prompts(out / "held_out.txt", PROMPT_SEED, prompts, "rich")
     write_prompts(out / "captions.txt", TRAIN_SEED, TRAIN_PROMPTS, "all")
     numbers = range(first_seed, first_seed + seeds)
-    jobs = [
-        *shared_jobs(out),
-        *(j for c in columns for s in seeds_of(c, numbers) for j in jobs_of(c, s, out, clips, iterations)),
-    ]
+    pairs = [(c, s) for c in columns for s in seeds_of(c, numbers)]
+    jobs = shared_jobs(out, scenes if any(c.first_frames for c in columns) else None)
+    jobs += [j for c, s in pairs if not c.as_long_as for j in jobs_of(c, s, out, clips, iterations or c.iterations)]
+    run_jobs(jobs, out / "logs", workers)
+    timed = [(c, s, iterations or iterations_that_fit(c, s, known, out)) for c, s in pairs if c.as_long_as]
+    jobs += [j for c, s, count in timed for j in jobs_of(c, s, out, clips, count)]
     run_jobs(jobs, out / "logs", workers)
     minutes = core_seconds(jobs, out / "logs") / 60
     results = collect(columns, numbers, out)
@@ -84,12 +88,14 @@ def study(
 
 
 def chosen(columns: tuple[Column, ...], names: tuple[str, ...]) -> tuple[Column, ...]:
-    """The named columns and those they start from; all, if none is named."""
+    """The named columns and those they need; all, if none is named."""
     known = {c.name: c for c in columns}
     unknown = [n for n in names if n not in known]
     if unknown:
         raise UserError(f"no column {unknown[0]!r}: the study has {', '.join(known)}")
-    wanted = set(names or known) | {s for n in names if (s := known[n].start)}
+    wanted = set(names or known)
+    while more := {n for name in wanted for n in known[name].needs} - wanted:
+        wanted |= more
     return tuple(c for c in columns if c.name in wanted)
 
 
@@ -98,24 +104,27 @@ def seeds_of(column: Column, numbers: range) -> list[int]:
     return list(numbers) if column.recipe else [0]
 
 
-def write_prompts(path: Path, seed: int, count: int, motion: str) -> None:
-    """So many different captions of a world, in order."""
+def write_prompts(path: Path, seed: int, count: int, motion: str) -> int:
+    """So many different captions of a world, in order; returns how many of its scenes hold them."""
     captions: dict[str, None] = {}
-    for index in range(200 * count):
-        captions[make_scene(seed, index, motion=motion).caption] = None
-        if len(captions) == count:
-            break
+    scenes = 0
+    while len(captions) < count and scenes < 200 * count:
+        captions[make_scene(seed, scenes, motion=motion).caption] = None
+        scenes += 1
     text = "\n".join(captions) + "\n"
     if path.is_file() and path.read_text() != text:
         raise UserError(f"{path} was written for other numbers: give another --out, or the same --prompts")
     write_atomically(path, text)
+    return scenes
 
 
 # ---------------------------------------------------------------------------------------------- jobs
 
 
-def shared_jobs(out: Path) -> list[Job]:
-    """What all columns need: videos, their cache, captions, and the two reference sets."""
+def shared_jobs(out: Path, held_out: int | None = None) -> list[Job]:
+    """What all columns need: videos, their cache, captions, the two reference sets; and for image to video the first
+    so many clips of the world that the held-out prompts come from.
+    """
 
     def render(name: str, clips: int, motion: str, seed: int) -> Job:
         options = ("--clips", str(clips), "--motion", motion, "--seed", str(seed))
@@ -126,6 +135,7 @@ def shared_jobs(out: Path) -> list[Job]:
         render("videos", TRAIN_VIDEOS, "rich", TRAIN_SEED),
         render("rich", REFERENCE, "rich", RICH_SEED),
         render("world", REFERENCE, "all", WORLD_SEED),
+        *([render("held_out", held_out, "rich", PROMPT_SEED)] if held_out else []),
         Job("cache", (*cache, "--observe-for", "mogan_lab"), after=("videos",)),
         Job("captions", ("prepare", str(out / "captions.txt"), "--out", str(out / "captions"))),
         *(Job(f"{n}-measure", _evaluate(out / n, out / f"{n}.json"), after=(n,)) for n in ("rich", "world")),
@@ -148,9 +158,13 @@ def jobs_of(column: Column, seed: int, out: Path, clips: int, iterations: int | 
         model = str(home / "export")
         export = ("export", str(home / "run"), "--out", model, *(() if column.videos else ("--fake-score",)))
         jobs.append(Job(f"{mark}-export", export, after=(f"{mark}-train",), makes=home / "export" / "model_index.json"))
-    sample = ("sample", "--prompts", str(out / "held_out.txt"), "--out", str(home / "samples"), "--model", model)
-    after_sample = (f"{mark}-export",) if column.recipe else ()
-    jobs.append(Job(f"{mark}-sample", (*sample, "--seeds", str(clips), *column.sampling), after=after_sample))
+    sample = ["sample", "--prompts", str(out / "held_out.txt"), "--out", str(home / "samples"), "--model", model]
+    sample += ["--seeds", str(clips), *column.sampling]
+    after_sample = [f"{mark}-export"] if column.recipe else []
+    if column.first_frames:
+        sample += ["--first-frames", str(out / "held_out")]
+        after_sample.append("held_out")
+    jobs.append(Job(f"{mark}-sample", tuple(sample), after=tuple(after_sample)))
     measure = _evaluate(home / "samples", home / "results.json")
     return [*jobs, Job(f"{mark}-measure", measure, after=(f"{mark}-sample",))]
 
@@ -165,13 +179,13 @@ def _evaluate(folder: Path, out: Path) -> tuple[str, ...]:
 def collect(columns: tuple[Column, ...], numbers: range, out: Path) -> dict[str, Any]:
     """Everything measured, as ``results.json`` with ``per_seed`` and ``bars``."""
     rich, world = (_records(out / name, out / f"{name}.json") for name in ("rich", "world"))
-    systems = {}
+    systems, known = {}, {c.name: c for c in columns}
     for column in columns:
         homes = {str(s): out / column.name / f"seed{s}" for s in seeds_of(column, numbers)}
         clips = {seed: _records(home / "samples", home / "results.json") for seed, home in homes.items()}
-        systems[column.name] = combine(column, clips, rich, world)
+        systems[column.name] = combine(column, clips, rich, world) | {"first_frames": column.first_frames}
         if column.recipe:
-            systems[column.name] |= _training(homes)
+            systems[column.name] |= training(column, seeds_of(column, numbers), known, out)
     return {"systems": systems, "bars": [vars(b) for b in bars(systems)]}
 
 
@@ -180,19 +194,6 @@ def _records(folder: Path, results: Path) -> list[dict]:
     from mogan.evaluation.evaluate import measured
 
     return measured([read_folder(folder, folder.name)], [results.with_suffix(".clips.jsonl")], quick=True)[0]
-
-
-def _training(homes: dict[str, Path]) -> dict[str, Any]:
-    """Seconds of training, and how the discriminator stood, per seed."""
-    seconds, gaps, worst = {}, {}, {}
-    for seed, home in homes.items():
-        rows = [json.loads(line) for line in (home / "run" / "metrics.jsonl").read_text().splitlines()]
-        seconds[seed] = sum(row["seconds"] for row in rows)
-        gap = [row["gap"] for row in rows if "gap" in row]
-        if gap:
-            gaps[seed] = sum(gap[-10:]) / len(gap[-10:])
-            worst[seed] = max(row["grad_norm"] for row in rows if row["update"] in MOTION)
-    return {"training_seconds": seconds} | ({"final_gap": gaps, "largest_motion_gradient": worst} if gaps else {})
 
 
 def write_clips(columns: tuple[Column, ...], numbers: range, path: Path) -> list[Path]:
