@@ -14,7 +14,7 @@ from mogan import wan
 from mogan.checkpoint import latest_checkpoint, load_part
 from mogan.config import Config, GANConfig, ShiftConfig
 from mogan.data import Cache, ensure_observations, ensure_text
-from mogan.denoiser import Denoiser, recomputed
+from mogan.denoiser import Denoiser, compile_blocks, recomputed
 from mogan.discriminator import Discriminator
 from mogan.distributed import World, choose_device, local, shard, split_tokens
 from mogan.errors import UserError
@@ -209,6 +209,9 @@ def assemble(
         )
     if adapters_of is not None:
         _continue_adapters(networks, adapters_of)
+    if config.compile:
+        called = [*networks.values(), *(o.teacher for o in objectives.values() if isinstance(o, DMD))]
+        compile_blocks([n.transformer for n in called if isinstance(n, Denoiser | Discriminator)], target)
     optimizers: dict[str, torch.optim.Optimizer] = {}
     for update in config.plan:
         if update.optimizer_name not in optimizers:
@@ -305,6 +308,8 @@ def _check_window(config: Config, frames: int) -> None:
 
 
 def _check_processes(config: Config, world: World) -> None:
+    if config.compile and world.sequence is not None:
+        raise UserError("--compile does not go with --context-parallel, whose hooks lie inside the blocks: leave one out")
     if config.lora is not None and world.ranks > 1:
         raise UserError("--lora trains in one process: start one, or leave --lora out")
     if config.shift is not None and world.ranks > 1:

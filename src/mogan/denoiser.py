@@ -4,7 +4,7 @@ Every sampler and every objective talks to a network through this one contract. 
 L text tokens, D width.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from mogan.errors import UserError
 from mogan.schedule import velocity_to_x0
 
 
@@ -93,6 +94,30 @@ def recomputed(module: nn.Module, *inputs: Any) -> Any:
         use_reentrant=False,
         context_fn=lambda: (nullcontext(), nullcontext() if learns else frozen(module)),
     )
+
+
+VARIANTS = 64  # graphs per block: with and without gradient, frozen or not, one or two batches and text lengths, each class
+
+
+def compile_blocks(transformers: Iterable[Any], device: torch.device) -> None:
+    """Compile every block of Wan transformers in place; call it last, after adapters, checkpointing and sharding.
+
+    Only a block's ``forward`` is compiled. Names of tensors stay, and what hangs on the block stays outside and eager:
+    taps, FSDP2's gathering and freeing, recomputation. Blocks of one network share their graphs.
+
+    Raises:
+        UserError: torch.compile does not work on this machine.
+    """
+    try:
+        torch.compile(torch.sin)(torch.zeros(2, device=device))
+    except Exception as error:  # whatever a compiler may say
+        raise UserError(
+            f"--compile: torch.compile does not work here ({str(error).strip().splitlines()[0]}): install a C++ compiler "
+            "(g++) and Python's headers, or leave --compile out"
+        ) from error
+    for transformer in transformers:
+        for block in transformer.blocks:
+            block.forward = torch.compile(block.forward, recompile_limit=VARIANTS)
 
 
 @contextmanager
