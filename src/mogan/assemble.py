@@ -136,6 +136,7 @@ def assemble(
         size = wan.Geometry(**{k: cache.facts[k] for k in ("fps", "height", "width", "frames")})
     shape = wan.latent_shape(base, size)
     _check_window(config, shape[1])
+    _check_clips(config, cache)
     dtype = _dtype(config, target)
     frozen = _frozen_weights(config, dtype, world)
     student_network = _denoiser(frozen, start, "transformer", config, dtype, world)
@@ -307,9 +308,22 @@ def _check_window(config: Config, frames: int) -> None:
         )
 
 
+def _check_clips(config: Config, cache: Cache) -> None:
+    """A batch of real clips takes each once."""
+    for update in config.plan:
+        from_clips = update.learns == "discriminator" or update.by not in ("dmd", "gan")
+        if cache.has_clips and from_clips and update.batch > len(cache):
+            raise UserError(
+                f"{update.label} takes {update.batch} clips at a time and {cache.path} holds {len(cache)}: prepare more, or "
+                f"give --batch {len(cache)}"
+            )
+
+
 def _check_processes(config: Config, world: World) -> None:
     if config.compile and world.sequence is not None:
-        raise UserError("--compile does not go with --context-parallel, whose hooks lie inside the blocks: leave one out")
+        raise UserError(
+            "--compile does not go with --context-parallel, whose hooks lie inside the blocks: leave one out"
+        )
     if config.lora is not None and world.ranks > 1:
         raise UserError("--lora trains in one process: start one, or leave --lora out")
     if config.shift is not None and world.ranks > 1:

@@ -96,7 +96,9 @@ def recomputed(module: nn.Module, *inputs: Any) -> Any:
     )
 
 
-VARIANTS = 64  # graphs per block: with and without gradient, frozen or not, one or two batches and text lengths, each class
+VARIANTS = (
+    64  # graphs per block: with and without gradient, frozen or not, one or two batches and text lengths, each class
+)
 
 
 def compile_blocks(transformers: Iterable[Any], device: torch.device) -> None:
