@@ -13,6 +13,7 @@ from mogan.denoiser import compile_blocks
 from mogan.distributed import World
 from mogan.errors import UserError
 from mogan.train import resume, run_training
+from test_distributed import assert_same_trajectory, train_alone, train_together
 from test_train import build
 from tiny_recipes import dmd, mogan
 
@@ -53,6 +54,14 @@ def test_a_compiled_run_is_the_eager_run_and_each_resumes_the_other(recipe, chan
     for run, other in (("eager", compiled), ("compiled", eager)):
         check_same_run(tmp_path / run, other)
         assert resume(build(other, family, cache), tmp_path / run) == 2
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_two_sharded_processes_that_compile_follow_the_eager_run_of_one(family, cache, tmp_path):
+    before = train_alone(dmd(), family, cache, tmp_path / "one")
+    train_together(2, "dmd", family, cache, tmp_path / "two", "--compile")
+    assert_same_trajectory(before, tmp_path / "one", tmp_path / "two")
 
 
 def test_a_machine_that_cannot_compile_is_told_what_is_missing(monkeypatch):

@@ -227,14 +227,19 @@ def _readable(part: Path) -> Iterator[None]:
 
 
 def load_text(model: Path, device: str | torch.device = "cpu") -> TextEncoder:
-    """Text encoder as ``prompts -> embeddings (L, D)``, each trimmed to its tokens; cleaned as in ``WanPipeline``."""
+    """Text encoder as ``prompts -> embeddings (L, D)``, each trimmed to its tokens; cleaned as in ``WanPipeline``.
+
+    The full-size encoder is held in bf16, as Wan's own code has it (``t5_dtype``), whatever the files hold: half of 23 GB.
+    """
     from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 
     with _readable(model / "tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(model / "tokenizer", local_files_only=True)
+    width = (_config(model, "text_encoder") or {}).get("d_model", 0)
+    dtype: torch.dtype | str = torch.bfloat16 if width >= 4096 else "auto"  # Wan's is UMT5-XXL, 5.7 billion weights
     with _readable(model / "text_encoder"):
         encoder, info = UMT5EncoderModel.from_pretrained(
-            model / "text_encoder", local_files_only=True, output_loading_info=True
+            model / "text_encoder", local_files_only=True, output_loading_info=True, dtype=dtype
         )
     lacking = [k for k in info["missing_keys"] if "embed_tokens" not in k]  # tied to the shared embedding
     if lacking:
