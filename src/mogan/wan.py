@@ -311,10 +311,11 @@ class FoldedPadding:
         query = attn.norm_q(attn.to_q(hidden_states)).unflatten(2, (attn.heads, -1)).transpose(1, 2)
         key = attn.norm_k(attn.to_k(encoder_hidden_states)).unflatten(2, (attn.heads, -1)).transpose(1, 2)
         value = attn.to_v(encoder_hidden_states).unflatten(2, (attn.heads, -1)).transpose(1, 2)
-        bias = None
-        if key.shape[2] < TEXT_LENGTH:
-            bias = query.new_zeros(1, 1, 1, key.shape[2])
-            bias[..., -1] = math.log(TEXT_LENGTH - key.shape[2] + 1)
+        bias, length = None, key.shape[2]
+        if length < TEXT_LENGTH:
+            # a tensor, not math.log of a number: one compiled graph then serves every length
+            count = torch.full((1,), TEXT_LENGTH - length + 1, dtype=torch.float64, device=query.device)
+            bias = F.pad(count.log().to(query.dtype), (length - 1, 0)).view(1, 1, 1, length)
         out = F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
         out = out.transpose(1, 2).flatten(2, 3).type_as(query)
         return attn.to_out[1](attn.to_out[0](out))
