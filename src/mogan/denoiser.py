@@ -117,6 +117,9 @@ def compile_blocks(transformers: Iterable[Any], device: torch.device) -> None:
             f"--compile: torch.compile does not work here ({str(error).strip().splitlines()[0]}): install a C++ compiler "
             "(g++) and Python's headers, or leave --compile out"
         ) from error
+    # by default the graph used last is tried first, and a recomputed block could meet another one than its forward pass
+    # did (github.com/pytorch/pytorch/issues/166926); torch's own message names this remedy
+    torch._C._dynamo.eval_frame._set_lru_cache(False)
     for transformer in transformers:
         for block in transformer.blocks:
             block.forward = torch.compile(block.forward, recompile_limit=VARIANTS)
