@@ -120,9 +120,10 @@ def compile_blocks(transformers: Iterable[Any], device: torch.device) -> None:
     # by default the graph used last is tried first, and a recomputed block could meet another one than its forward pass
     # did (github.com/pytorch/pytorch/issues/166926); torch's own message names this remedy
     torch._C._dynamo.eval_frame._set_lru_cache(False)
+    compiled: Any = torch.compile  # its annotations lack recompile_limit
     for transformer in transformers:
         for block in transformer.blocks:
-            block.forward = torch.compile(block.forward, recompile_limit=VARIANTS)
+            block.forward = compiled(block.forward, recompile_limit=VARIANTS)
 
 
 @contextmanager
