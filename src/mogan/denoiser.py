@@ -96,9 +96,7 @@ def recomputed(module: nn.Module, *inputs: Any) -> Any:
     )
 
 
-VARIANTS = (
-    64  # graphs per block: with and without gradient, frozen or not, one or two batches and text lengths, each class
-)
+VARIANTS = 64  # graphs per block and class: with and without gradient, frozen or not, sizes of batch
 
 
 def compile_blocks(transformers: Iterable[Any], device: torch.device) -> None:
@@ -113,12 +111,13 @@ def compile_blocks(transformers: Iterable[Any], device: torch.device) -> None:
     try:
         torch.compile(torch.sin)(torch.zeros(2, device=device))
     except Exception as error:  # whatever a compiler may say
+        why = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
-            f"--compile: torch.compile does not work here ({str(error).strip().splitlines()[0]}): install a C++ compiler "
+            f"--compile: torch.compile does not work here ({why}): install a C++ compiler "
             "(g++) and Python's headers, or leave --compile out"
         ) from error
     # by default the graph used last is tried first, and a recomputed block could meet another one than its forward pass
-    # did (github.com/pytorch/pytorch/issues/166926); torch's own message names this remedy
+    # did, which the checkpoint refuses; torch's own message names this remedy
     torch._C._dynamo.eval_frame._set_lru_cache(False)
     compiled: Any = torch.compile  # its annotations lack recompile_limit
     for transformer in transformers:
