@@ -2,6 +2,7 @@
 
 python benchmarks/random_wan.py runs/random-1.3b                                   # full depth, 5.7 GB
 python benchmarks/random_wan.py runs/random-small --layers 2 --clip 9 64 64 --tiny # narrow too: seconds on a CPU
+python benchmarks/random_wan.py runs/random-umt5 --text-encoder-only               # its 24 layers, bf16, 11.4 GB
 """
 
 import argparse
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from mogan.estimate.random_wan import random_wan
+from mogan.estimate.random_wan import random_text_encoder, random_wan
 
 # Narrow everything but the text's width, which the transformer's config fixes.
 TINY = {
@@ -29,7 +30,12 @@ def main() -> None:
     parser.add_argument("--clip", type=int, nargs=3, metavar=("FRAMES", "HEIGHT", "WIDTH"))
     parser.add_argument("--tiny", action="store_true", help="narrow the networks too")
     parser.add_argument("--bf16", action="store_true", help="half the disk")
+    parser.add_argument("--text-encoder-only", action="store_true", help="all of the text encoder in bf16, no more")
     arguments = parser.parse_args()
+    if arguments.text_encoder_only:
+        random_text_encoder(arguments.folder, arguments.size, changes=TINY["text_encoder"] if arguments.tiny else None)
+        print(f"random weights in {arguments.folder}")
+        return
     random_wan(
         arguments.folder,
         arguments.size,

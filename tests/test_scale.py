@@ -14,7 +14,7 @@ from mogan.assemble import assemble
 from mogan.cli import main
 from mogan.data import open_cache
 from mogan.estimate.costs import build_transformer, transformer_calls
-from mogan.estimate.random_wan import random_wan
+from mogan.estimate.random_wan import random_text_encoder, random_wan
 from mogan.estimate.shapes import PUBLISHED, VAE_22, read_shapes, resized
 from mogan.estimate.trace import fake
 from mogan.flow import RaftConfig, save_raft
@@ -225,6 +225,19 @@ def test_estimate_reads_what_random_wan_writes(tmp_path):
     assert [len(e) for e in wan.load_text(model)(["ab", "é"])] == [3, 3]  # a token per byte and the end
     with pytest.raises(wan.UserError, match="exists already"):
         random_wan(model)
+
+
+def test_a_text_encoder_alone_is_written_in_parts_and_encodes_prompts(tmp_path):
+    model = random_text_encoder(tmp_path / "m", layers=2, changes=NARROW["text_encoder"])
+    assert len(list((model / "text_encoder").glob("*.safetensors"))) == 4  # embedding, two blocks, last norm
+    (short, long) = wan.load_text(model)(["ab", "a dog chases a ball. " * 40])
+    assert (short.shape, long.shape) == ((3, 64), (wan.TEXT_LENGTH, 64))
+    assert short.isfinite().all()
+    (tmp_path / "prompts.txt").write_text("a dog runs\na cat sleeps\n")
+    assert main(["prepare", str(tmp_path / "prompts.txt"), "--model", str(model), "--out", str(tmp_path / "c")]) == 0
+    assert len(open_cache(tmp_path / "c")) == 2
+    with pytest.raises(wan.UserError, match="exists already"):
+        random_text_encoder(model)
 
 
 @pytest.mark.slow

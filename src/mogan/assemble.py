@@ -14,7 +14,7 @@ from mogan import wan
 from mogan.checkpoint import latest_checkpoint, load_part
 from mogan.config import Config, GANConfig, ShiftConfig
 from mogan.data import Cache, ensure_observations, ensure_text
-from mogan.denoiser import Denoiser, recomputed
+from mogan.denoiser import Denoiser, compile_blocks, recomputed
 from mogan.discriminator import Discriminator
 from mogan.distributed import World, choose_device, local, shard, split_tokens
 from mogan.errors import UserError
@@ -140,6 +140,7 @@ def assemble(
     shape = wan.latent_shape(base, size)
     _check_window(config, shape[1])
     _check_surrogate(config)
+    _check_clips(config, cache)
     dtype = _dtype(config, target)
     frozen = _frozen_weights(config, dtype, world)
     student_network = _denoiser(frozen, start, "transformer", config, dtype, world)
@@ -221,6 +222,9 @@ def assemble(
         objectives[several.by] = Together([objectives[judge] for judge in several.judges])
     if adapters_of is not None:
         _continue_adapters(networks, adapters_of)
+    if config.compile:
+        called = [*networks.values(), *(o.teacher for o in objectives.values() if isinstance(o, DMD))]
+        compile_blocks([n.transformer for n in called if isinstance(n, Denoiser | Discriminator)], target)
     optimizers: dict[str, torch.optim.Optimizer] = {}
     for update in config.plan:
         if update.optimizer_name not in optimizers:
@@ -321,7 +325,24 @@ def _check_surrogate(config: Config) -> None:
         raise UserError(f"{config.recipe} has a motion surrogate and looks at no optical flow: give gan.space motion")
 
 
+def _check_clips(config: Config, cache: Cache) -> None:
+    """A batch of real clips takes each once."""
+    for update in config.plan:
+        from_clips = (
+            update.learns != "student" and update.by != "dmd" or update.by in ("flow_matching", "shift", "motion_score")
+        )
+        if cache.has_clips and from_clips and update.batch > len(cache):
+            raise UserError(
+                f"{update.label} takes {update.batch} clips at a time and {cache.path} holds {len(cache)}: prepare more, or "
+                f"give --batch {len(cache)}"
+            )
+
+
 def _check_processes(config: Config, world: World) -> None:
+    if config.compile and world.sequence is not None:
+        raise UserError(
+            "--compile does not go with --context-parallel, whose hooks lie inside the blocks: leave one out"
+        )
     if config.surrogate is not None and world.ranks > 1:
         raise UserError("a motion surrogate remembers the clips of one process: start one, or train without it")
     if config.lora is not None and world.ranks > 1:

@@ -111,12 +111,12 @@ def _unreadable(path: Path, error: BaseException) -> UserError:
 
 
 def check_same_run(run: Path, config: Config) -> None:
-    """Refuse to resume a run made by another recipe; the budget and the cadence of saving may change."""
+    """Refuse to resume a run made by another recipe; the budget, the cadence of saving and compilation may change."""
     path = run / "config.json"
     if not path.is_file():
         return
     old, new = _stated(json.loads(path.read_text())), _stated(json.loads(json.dumps(asdict(config))))
-    free = {"iterations", "save_every", "sample_every", "keep", "sample_prompts"}
+    free = {"iterations", "save_every", "sample_every", "keep", "sample_prompts", "compile"}
     changed = [k for k in new | old if k not in free and old.get(k) != new.get(k)]
     if changed:
         raise UserError(

@@ -202,6 +202,7 @@ class Config:
         save_every, sample_every: iterations between checkpoints and between sample sheets.
         keep: checkpoints kept.
         checkpointing: recompute activations in the backward pass, of the transformers and of the whole motion observation.
+        compile: compile the transformers' blocks (torch.compile); changes a run by rounding alone.
     """
 
     recipe: str
@@ -221,6 +222,7 @@ class Config:
     negative_prompt: str = ""
     precision: str = "auto"
     checkpointing: bool = False
+    compile: bool = False
     seed: int = 0
     save_every: int = 50
     sample_every: int = 50

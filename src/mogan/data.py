@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from jaxtyping import Float
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
@@ -95,7 +96,12 @@ class Cache:
 
     def _read(self, path: Path) -> dict[str, Tensor]:
         if path not in self._held:
-            tensors = load_file(path)
+            try:
+                tensors = load_file(path)
+            except (SafetensorError, OSError) as error:
+                raise UserError(
+                    f"{path} cannot be read ({error}): delete it and run the same `mogan prepare` command again"
+                ) from error
             if not self._hold:
                 return tensors
             self._held[path] = tensors

@@ -4,7 +4,7 @@ Every sampler and every objective talks to a network through this one contract. 
 L text tokens, D width.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from mogan.errors import UserError
 from mogan.schedule import velocity_to_x0
 
 
@@ -93,6 +94,35 @@ def recomputed(module: nn.Module, *inputs: Any) -> Any:
         use_reentrant=False,
         context_fn=lambda: (nullcontext(), nullcontext() if learns else frozen(module)),
     )
+
+
+VARIANTS = 64  # graphs per block and class: with and without gradient, frozen or not, sizes of batch
+
+
+def compile_blocks(transformers: Iterable[Any], device: torch.device) -> None:
+    """Compile every block of Wan transformers in place; call it last, after adapters, checkpointing and sharding.
+
+    Only a block's ``forward`` is compiled. Names of tensors stay, and what hangs on the block stays outside and eager:
+    taps, FSDP2's gathering and freeing, recomputation. Blocks of one network share their graphs.
+
+    Raises:
+        UserError: torch.compile does not work on this machine.
+    """
+    try:
+        torch.compile(torch.sin)(torch.zeros(2, device=device))
+    except Exception as error:  # whatever a compiler may say
+        why = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(
+            f"--compile: torch.compile does not work here ({why}): install a C++ compiler "
+            "(g++) and Python's headers, or leave --compile out"
+        ) from error
+    # by default the graph used last is tried first, and a recomputed block could meet another one than its forward pass
+    # did, which the checkpoint refuses; torch's own message names this remedy
+    torch._C._dynamo.eval_frame._set_lru_cache(False)
+    compiled: Any = torch.compile  # its annotations lack recompile_limit
+    for transformer in transformers:
+        for block in transformer.blocks:
+            block.forward = compiled(block.forward, recompile_limit=VARIANTS)
 
 
 @contextmanager

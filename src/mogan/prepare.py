@@ -116,6 +116,7 @@ def prepare(
         fps or made_for.fps, height or made_for.height, width or made_for.width, frames or made_for.frames
     )
     _check_geometry(geometry)
+    wan.latent_shape(folder, geometry)  # some models want larger multiples
     vae = once(lambda: _on(device, wan.load_vae(folder, wan.fast_dtype(device))))
     estimator = once(lambda: _on(device, wan.load_flow(flow)))
     if motion_rich and min_motion is None:

@@ -299,6 +299,7 @@ def train(
     precision: str | None = None,
     save_every: int | None = None,
     sample_every: int | None = None,
+    compile: bool = False,
     device: str = "auto",
     hsdp: int = 1,
     context_parallel: int = 1,
@@ -321,6 +322,7 @@ def train(
         precision: auto, bf16 or fp32.
         save_every: iterations between checkpoints.
         sample_every: iterations between sheets of sample clips.
+        compile: compile the transformers' blocks with torch.compile: slow to start; a run may go on with or without it.
         device: auto, cpu or cuda.
         hsdp: with many processes, copies of the sharded networks: 1 shards over all of them.
         context_parallel: with many processes, how many share the tokens of one sample; it must divide the model's heads.
@@ -333,6 +335,7 @@ def train(
         "seed": seed,
         "precision": precision,
         "lora": lora,
+        "compile": compile or None,
         "save_every": save_every,
         "sample_every": sample_every,
     }

@@ -7,7 +7,8 @@ deviation. Shapes: video ``B 3 F H W`` in [-1, 1], latents ``B C F H W``, text `
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.resources import files
@@ -18,6 +19,7 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d, patchify, unpatchify
 from jaxtyping import Float
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoTokenizer, UMT5EncoderModel
@@ -81,7 +83,7 @@ def resolve_model(name: str | Path) -> Path:
 
 def check_parts(model: Path) -> None:
     """Read the configs of a folder and raise a UserError if its parts cannot belong together or cannot be trained here."""
-    index = json.loads((model / "model_index.json").read_text())
+    index = _json(model / "model_index.json")
     if any(index.get("transformer_2") or ()):  # a stock folder of one transformer says [null, null]
         raise UserError(
             f"{model} holds two transformers, one for high and one for low noise (Wan2.2 A14B); models with one are what can be trained here"
@@ -89,6 +91,9 @@ def check_parts(model: Path) -> None:
     transformer, vae, text = (_config(model, part) for part in ("transformer", "vae", "text_encoder"))
     if transformer is not None and not _from_text_alone(transformer):
         raise UserError(f"{model} is image-conditioned; text-to-video transformers are what can be trained here")
+    for part, config, kind in (("transformer", transformer, WanTransformer3DModel), ("vae", vae, AutoencoderKLWan)):
+        if config is not None:
+            _check_class(model, part, config, kind)
     if vae is not None:
         channels = vae.get("z_dim", 16)
         if transformer is not None and transformer.get("out_channels", 16) != channels:
@@ -112,7 +117,20 @@ def check_parts(model: Path) -> None:
 
 def _config(model: Path, part: str) -> dict | None:
     path = model / part / "config.json"
-    return json.loads(path.read_text()) if path.is_file() else None
+    return _json(path) if path.is_file() else None
+
+
+def _json(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path} is no JSON ({error}): it was cut short, get it again") from error
+
+
+def _check_class(model: Path, part: str, config: dict, kind: type) -> None:
+    found = config.get("_class_name")
+    if found != kind.__name__:
+        raise UserError(f"{model}/{part} holds a {found}, not a {kind.__name__}: only the Wan family is supported")
 
 
 def _from_text_alone(transformer: dict) -> bool:
@@ -124,7 +142,7 @@ def _from_text_alone(transformer: dict) -> bool:
 def model_facts(model: Path) -> dict:
     """What ``mogan.json`` beside ``model_index.json`` says (fps, size, frames, sigmas); empty for a stock folder."""
     path = model / "mogan.json"
-    return json.loads(path.read_text()) if path.is_file() else {}
+    return _json(path) if path.is_file() else {}
 
 
 def geometry(model: Path) -> Geometry:
@@ -140,6 +158,8 @@ def fingerprint(model: Path, part: str) -> str:
     Of large files only the size and both ends are read: enough to tell files apart, in milliseconds.
     """
     digest = hashlib.sha256()
+    if not (model / part).is_dir():
+        raise UserError(f"{model} has no {part}: is it a complete diffusers folder of a Wan model?")
     for path in sorted((model / part).iterdir()):
         if path.suffix in (".json", ".safetensors", ".bin", ".model"):
             digest.update(f"{path.name} {path.stat().st_size}".encode())
@@ -180,28 +200,47 @@ def load_transformer(model: Path, part: str = "transformer") -> WanTransformer3D
 
 
 def _from_pretrained(kind, model: Path, part: str, dtype: torch.dtype):
-    if not (model / part / "config.json").is_file():
+    config = _config(model, part)
+    if config is None:
         raise UserError(f"{model} has no {part}/config.json: is it a complete diffusers folder of a Wan model?")
-    found = json.loads((model / part / "config.json").read_text()).get("_class_name")
-    if found != kind.__name__:
-        raise UserError(f"{model}/{part} holds a {found}, not a {kind.__name__}: only the Wan family is supported")
-    loaded, info = kind.from_pretrained(
-        model / part, torch_dtype=dtype, output_loading_info=True, local_files_only=True
-    )
+    _check_class(model, part, config, kind)
+    with _readable(model / part):
+        loaded, info = kind.from_pretrained(
+            model / part, torch_dtype=dtype, output_loading_info=True, local_files_only=True
+        )
     wrong = [*info["missing_keys"], *info["unexpected_keys"], *info.get("mismatched_keys", [])]
     if wrong:
         raise UserError(f"{model}/{part}: {len(wrong)} tensors do not fit its config, first {wrong[0]}; get it again")
     return loaded
 
 
+@contextmanager
+def _readable(part: Path) -> Iterator[None]:
+    """What diffusers and transformers say of a file that is missing or cut short, each in its own way, as one sentence."""
+    try:
+        yield
+    except (OSError, ValueError, SafetensorError) as error:
+        why = " ".join(str(error).split())
+        raise UserError(
+            f"{part} cannot be read ({type(error).__name__}: {why[:200]}): a file is missing or was cut short, get it again"
+        ) from error
+
+
 def load_text(model: Path, device: str | torch.device = "cpu") -> TextEncoder:
-    """Text encoder as ``prompts -> embeddings (L, D)``, each trimmed to its tokens; cleaned as in ``WanPipeline``."""
+    """Text encoder as ``prompts -> embeddings (L, D)``, each trimmed to its tokens; cleaned as in ``WanPipeline``.
+
+    The full-size encoder is held in bf16, as Wan's own code has it (``t5_dtype``), whatever the files hold: half of 23 GB.
+    """
     from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 
-    tokenizer = AutoTokenizer.from_pretrained(model / "tokenizer", local_files_only=True)
-    encoder, info = UMT5EncoderModel.from_pretrained(
-        model / "text_encoder", local_files_only=True, output_loading_info=True
-    )
+    with _readable(model / "tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(model / "tokenizer", local_files_only=True)
+    width = (_config(model, "text_encoder") or {}).get("d_model", 0)
+    dtype: torch.dtype | str = torch.bfloat16 if width >= 4096 else "auto"  # Wan's is UMT5-XXL, 5.7 billion weights
+    with _readable(model / "text_encoder"):
+        encoder, info = UMT5EncoderModel.from_pretrained(
+            model / "text_encoder", local_files_only=True, output_loading_info=True, dtype=dtype
+        )
     lacking = [k for k in info["missing_keys"] if "embed_tokens" not in k]  # tied to the shared embedding
     if lacking:
         raise UserError(f"{model}/text_encoder lacks {len(lacking)} tensors, first {lacking[0]}; get it again")
@@ -272,10 +311,11 @@ class FoldedPadding:
         query = attn.norm_q(attn.to_q(hidden_states)).unflatten(2, (attn.heads, -1)).transpose(1, 2)
         key = attn.norm_k(attn.to_k(encoder_hidden_states)).unflatten(2, (attn.heads, -1)).transpose(1, 2)
         value = attn.to_v(encoder_hidden_states).unflatten(2, (attn.heads, -1)).transpose(1, 2)
-        bias = None
-        if key.shape[2] < TEXT_LENGTH:
-            bias = query.new_zeros(1, 1, 1, key.shape[2])
-            bias[..., -1] = math.log(TEXT_LENGTH - key.shape[2] + 1)
+        bias, length = None, key.shape[2]
+        if length < TEXT_LENGTH:
+            # a tensor, not math.log of a number: one compiled graph then serves every length
+            count = torch.full((1,), TEXT_LENGTH - length + 1, dtype=torch.float64, device=query.device)
+            bias = F.pad(count.log().to(query.dtype), (length - 1, 0)).view(1, 1, 1, length)
         out = F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
         out = out.transpose(1, 2).flatten(2, 3).type_as(query)
         return attn.to_out[1](attn.to_out[0](out))
@@ -392,7 +432,7 @@ def encode_video(
 
 def latent_shape(model: Path, size: Geometry) -> tuple[int, int, int, int]:
     """``(C, F, H, W)`` of the latents of a clip of this geometry; the clip must fit the autoencoder and the patches."""
-    vae, transformer = (json.loads((model / part / "config.json").read_text()) for part in ("vae", "transformer"))
+    vae, transformer = (_config(model, part) or {} for part in ("vae", "transformer"))  # without one: Wan 2.1's
     return fit_latents(vae, transformer, size)
 
 

@@ -4,13 +4,16 @@ For checks of everything but quality: memory, time, file formats. Depth and voca
 """
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from torch import Tensor
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
 from mogan.errors import UserError
@@ -86,6 +89,65 @@ def random_wan(
     (temporary / "mogan.json").write_text(json.dumps(facts, indent=2) + "\n")
     temporary.rename(folder)
     return folder
+
+
+def random_text_encoder(
+    folder: Path,
+    size: str = "wan2.1-t2v-1.3b",
+    *,
+    layers: int | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    seed: int = 0,
+    changes: dict[str, Any] | None = None,
+) -> Path:
+    """Write a folder that holds a text encoder and nothing else, of full depth and vocabulary; returns it.
+
+    It is written block by block, so it need not fit into memory here. `mogan prepare prompts.txt --model FOLDER` reads it.
+
+    Args:
+        folder: where to; must not exist.
+        size: name of a published model.
+        layers: fewer than all.
+        dtype: of the weights.
+        seed: of the weights.
+        changes: entries of the text encoder's config to change.
+    """
+    if folder.exists():
+        raise UserError(f"{folder} exists already: give another folder or remove it")
+    shape = PUBLISHED[size.lower()].text_encoder | ({} if layers is None else {"num_layers": layers})
+    config = UMT5Config(**shape | (changes or {}), dtype=str(dtype).removeprefix("torch."))
+    config.architectures = ["UMT5EncoderModel"]
+    temporary = folder.with_name(f".{folder.name}.new")
+    config.save_pretrained(temporary / "text_encoder")
+    byte_tokenizer().save_pretrained(temporary / "tokenizer")
+    with torch.device("meta"):
+        shapes = UMT5EncoderModel(config).state_dict()
+    shapes.pop("encoder.embed_tokens.weight")  # tied to the shared embedding
+    groups: dict[str, list[str]] = {}
+    for name in shapes:
+        groups.setdefault(name.split(".layer.")[0], []).append(name)
+    numbers = torch.randn(1 << 24, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    files: dict[str, str] = {}
+    for number, names in enumerate(groups.values(), 1):
+        file = f"model-{number:05d}-of-{len(groups):05d}.safetensors"
+        tensors = {name: _weights(numbers, len(files) + i, shapes[name].shape) for i, name in enumerate(names)}
+        save_file(tensors, temporary / "text_encoder" / file, metadata={"format": "pt"})
+        files |= dict.fromkeys(names, file)
+    total = sum(t.numel() for t in shapes.values()) * dtype.itemsize
+    index = {"metadata": {"total_size": total}, "weight_map": files}
+    (temporary / "text_encoder" / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+    (temporary / "model_index.json").write_text('{"_class_name": "WanPipeline"}\n')
+    temporary.rename(folder)
+    return folder
+
+
+def _weights(numbers: Tensor, turn: int, shape: torch.Size) -> Tensor:
+    """Weights that keep activations of size one, from numbers drawn once: billions would take minutes to draw."""
+    if len(shape) == 1:  # a norm
+        return torch.ones(shape, dtype=numbers.dtype)
+    count = math.prod(shape)
+    whole = numbers.roll(7919 * turn).repeat(-(-count // len(numbers)))[:count]
+    return whole.mul_(shape[-1] ** -0.5).view(shape)
 
 
 def _changed(

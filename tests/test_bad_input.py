@@ -1,0 +1,136 @@
+"""What people get wrong at full scale: one sentence, exit code 2, nothing lost. More of it beside what it belongs to."""
+
+import json
+import shutil
+
+import pytest
+
+from mogan.cli import main
+from mogan.data import open_cache
+from mogan.errors import UserError
+from mogan.files import replacing
+from mogan.train import run_training
+from mogan.wan import Geometry, fingerprint, latent_shape, load_text, load_transformer, resolve_model
+from test_train import build
+from tiny_recipes import flow_matching
+
+
+@pytest.fixture
+def model(family, tmp_path):
+    """A copy to spoil."""
+    return shutil.copytree(family / "teacher", tmp_path / "model")
+
+
+@pytest.fixture
+def own_cache(cache, tmp_path):
+    return shutil.copytree(cache, tmp_path / "cache")
+
+
+def told(arguments, capsys):
+    """What a command that must fail says, one sentence with nothing around it."""
+    assert main([str(a) for a in arguments]) == 2
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert said.startswith(f"mogan {arguments[0]}: ")
+    return said
+
+
+def train_on(model, cache, out):
+    return ["train", "tiny_recipes:flow_matching", "--model", model, "--data", cache, "--out", out, "--device", "cpu"]
+
+
+def edit(path, **entries):
+    path.write_text(json.dumps(json.loads(path.read_text()) | entries))
+
+
+def cut_short(path):
+    """As an interrupted download leaves a file."""
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def test_a_model_of_another_family_is_refused_before_a_video_is_read(model, cache, tmp_path, capsys):
+    shutil.rmtree(
+        model / "transformer"
+    )  # Stable Diffusion has a unet, and text encoder and tokenizer under Wan's names
+    (model / "vae" / "config.json").write_text('{"_class_name": "AutoencoderKL", "latent_channels": 4}')
+    said = told(["prepare", tmp_path / "no videos", "--model", model, "--out", tmp_path / "c"], capsys)
+    assert "holds a AutoencoderKL, not a AutoencoderKLWan: only the Wan family" in said
+    assert "only the Wan family" in told(train_on(model, cache, tmp_path / "run"), capsys)
+    assert not (tmp_path / "c").exists()
+
+
+def test_a_part_that_is_not_there_is_named(model, cache, tmp_path, capsys):
+    shutil.rmtree(model / "transformer")
+    assert "has no transformer/config.json" in told(train_on(model, cache, tmp_path / "run"), capsys)
+    shutil.rmtree(model / "vae")
+    with pytest.raises(UserError, match="has no vae"):
+        fingerprint(model, "vae")
+
+
+def test_a_size_the_model_cannot_take_is_refused_before_it_is_prepared(model, tmp_path, capsys):
+    edit(model / "vae" / "config.json", scale_factor_spatial=16)  # as Wan2.2 TI2V-5B: multiples of 32
+    command = ["prepare", tmp_path / "no videos", "--model", model, "--out", tmp_path / "c"]
+    assert "multiples of 32" in told([*command, "--height", 48, "--width", 64], capsys)
+    assert "multiples of 16, not 40" in told([*command, "--height", 40, "--width", 64], capsys)
+    assert "4 k + 1" in told([*command, "--frames", 16], capsys)
+    assert latent_shape(model, Geometry(16, 64, 64, 13))[1] == 4
+
+
+def test_too_few_clips_for_a_batch_say_how_many_there_are(model, own_cache, tmp_path, capsys):
+    with replacing(own_cache / "index.jsonl") as file:
+        file.write_text((own_cache / "index.jsonl").read_text().splitlines()[0] + "\n")
+    said = told(train_on(model, own_cache, tmp_path / "run"), capsys)
+    assert "takes 2 clips at a time" in said
+    assert "holds 1: prepare more, or give --batch 1" in said
+
+
+def test_a_cache_of_another_autoencoder_is_refused(model, own_cache, tmp_path, capsys):
+    edit(own_cache / "cache.json", vae="0123456789abcdef")
+    said = told(train_on(model, own_cache, tmp_path / "run"), capsys)
+    assert "was made with vae 0123456789abcdef, not" in said
+    assert "prepare it again" in said
+
+
+@pytest.mark.parametrize("part", ["transformer", "vae", "text_encoder"])
+def test_a_download_that_broke_off_is_named_with_its_part(part, model, cache, tmp_path, capsys):
+    (weights,) = (model / part).glob("*.safetensors")
+    cut_short(weights)
+    if part == "text_encoder":
+        with pytest.raises(UserError, match=r"text_encoder cannot be read .*was cut short, get it again"):
+            load_text(model)
+        return
+    own = shutil.copytree(cache, tmp_path / "cache")
+    edit(own / "cache.json", vae=fingerprint(model, "vae"))
+    said = told(train_on(model, own, tmp_path / "run"), capsys)
+    assert f"model/{part} cannot be read" in said
+    assert "get it again" in said
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_a_shard_that_is_missing_is_named(model):
+    transformer = load_transformer(model)
+    shutil.rmtree(model / "transformer")
+    transformer.save_pretrained(model / "transformer", max_shard_size="20KB")
+    shards = sorted((model / "transformer").glob("*.safetensors"))
+    assert len(shards) > 1
+    load_transformer(model)
+    shards[1].unlink()
+    with pytest.raises(UserError, match=r"transformer cannot be read .*missing or was cut short, get it again"):
+        load_transformer(model)
+
+
+def test_a_configuration_cut_short_is_named(model):
+    cut_short(model / "vae" / "config.json")
+    with pytest.raises(UserError, match=r"vae/config\.json is no JSON .*get it again"):
+        resolve_model(model)
+
+
+def test_a_cached_clip_cut_short_is_named_and_the_run_keeps_its_checkpoint(family, own_cache, tmp_path):
+    run_training(build(flow_matching(), family, own_cache, tmp_path / "run"), tmp_path / "run")
+    kept = sorted((tmp_path / "run" / "checkpoints").iterdir())
+    for clip in (own_cache / "clips").iterdir():
+        cut_short(clip)
+    longer = build(flow_matching().with_budget(5), family, own_cache, tmp_path / "run")
+    with pytest.raises(UserError, match=r"clip\d\.safetensors cannot be read .*delete it and run .*mogan prepare"):
+        run_training(longer, tmp_path / "run")
+    assert sorted((tmp_path / "run" / "checkpoints").iterdir()) == kept
+    assert len(open_cache(own_cache)) == 8
