@@ -328,8 +328,10 @@ def _check_surrogate(config: Config) -> None:
 def _check_clips(config: Config, cache: Cache) -> None:
     """A batch of real clips takes each once."""
     for update in config.plan:
-        from_clips = (
-            update.learns != "student" and update.by != "dmd" or update.by in ("flow_matching", "shift", "motion_score")
+        from_clips = (update.learns != "student" and update.by != "dmd") or update.by in (
+            "flow_matching",
+            "shift",
+            "motion_score",
         )
         if cache.has_clips and from_clips and update.batch > len(cache):
             raise UserError(
