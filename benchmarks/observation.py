@@ -22,7 +22,7 @@ def measure(width: int, latents: int, window: int, checkpointed: bool, side: int
     """One forward and backward of the chain in this process: seconds and peak memory above what the models take."""
     from diffusers import AutoencoderKLWan
 
-    from mogan.flow import RaftConfig, RaftFlow, motion_picture
+    from mogan.flow import RaftConfig, RaftFlow, motion_picture, refinements
     from mogan.observation import MotionObservation
 
     torch.manual_seed(0)
@@ -39,9 +39,8 @@ def measure(width: int, latents: int, window: int, checkpointed: bool, side: int
         mean = torch.tensor(vae.config.latents_mean).view(1, -1, 1, 1, 1)
         deviation = torch.tensor(vae.config.latents_std).view(1, -1, 1, 1, 1)
         video = vae.decode(latent * deviation + mean).sample
-        first, second = video[:, :, :-1].transpose(1, 2).flatten(0, 1), video[:, :, 1:].transpose(1, 2).flatten(0, 1)
-        fields = flow.raft(first, second, num_flow_updates=6)[-1]
-        picture = motion_picture(fields.unflatten(0, (1, -1)).transpose(1, 2), 4.0)
+        (fields,) = refinements(flow.raft, video.transpose(1, 2), 6)
+        picture = motion_picture(fields.transpose(1, 2), 4.0)
         out = vae.encode(picture).latent_dist.mean
     out.square().mean().backward()
     seconds = time.perf_counter() - began

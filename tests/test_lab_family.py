@@ -51,13 +51,13 @@ def test_autoencoder_keeps_27_decibels_on_held_out_clips(held_out):
     assert (10 * torch.log10(4 / error)).mean() >= 27
 
 
-@pytest.mark.parametrize(("decoded", "bar"), [(False, 0.4), (True, 0.5)])
+@pytest.mark.parametrize(("decoded", "bar"), [(False, 0.3), (True, 0.4)])
 def test_flow_network_keeps_its_end_point_error_on_moving_pixels(held_out, decoded, bar):
     """The aim is 0.35; docs/lab.md says what is reached and why."""
     video = held_out[int(decoded)]
     scenes = [make_scene(HELD_OUT_SEED, i, motion=m) for m in ("all", "rich") for i in range(12)]
     with torch.no_grad():
-        found = RaftFlow(load_raft(FAMILY / "raft"))(video).transpose(1, 2).numpy()
+        found = RaftFlow(load_raft(FAMILY / "raft"), iterations=4)(video).transpose(1, 2).numpy()
     errors = []
     for scene, flow in zip(scenes, found, strict=True):
         truth, visible = exact_flow(scene)

@@ -28,12 +28,12 @@ def build(
     *,
     out: Path = Path("runs/lab"),
     vae_steps: int = 1500,
-    raft_steps: int = 3600,
+    raft_steps: int = 6000,
     teacher_steps: int = 4500,
     student_iterations: int = 400,
     install: bool = False,
 ) -> None:
-    """Train the laboratory's tiny Wan family from nothing: about two hours on two cores.
+    """Train the laboratory's tiny Wan family from nothing: about three hours on two cores.
 
     Every stage saves itself each minute; the same command goes on where it stopped. The result lies in OUT/family:
     teacher/ and student/ (folders stock WanPipeline opens), raft/, and pictures of what each part can do.
