@@ -21,7 +21,6 @@ from mogan.evaluation.motion import Interpolator
 from mogan.flow import FlowEstimator, RaftFlow
 
 ITERATIONS = 20  # of RAFT, as VBench
-LAB_ITERATIONS = 4  # of the lab's: its end-point error is the same with 12
 
 
 @dataclass(frozen=True)
@@ -68,10 +67,10 @@ def estimator(name: str, device: str | None = None) -> tuple[FlowEstimator, dict
         }
     from mogan.wan import load_flow
 
-    iterations = LAB_ITERATIONS if name == "lab" else ITERATIONS
-    found = load_flow(name, iterations=iterations)
-    how: dict[str, Any] = {"name": name, "iterations": iterations}
+    found = load_flow(name, None if name == "lab" else ITERATIONS)
+    how: dict[str, Any] = {"name": name}
     if isinstance(found, RaftFlow):
+        how["iterations"] = found.iterations
         try:
             found = found.to(device_or_best(device))
         except (RuntimeError, AssertionError) as error:

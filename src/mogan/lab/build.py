@@ -125,7 +125,7 @@ def draw(family: Path, out: Path) -> None:
     decoded = wan.decode_video(vae, wan.encode_video(vae, stages.to_video(clips)))
     rows = [r for a, b in zip(to_frames(stages.to_video(clips)), to_frames(decoded), strict=True) for r in (a, b)]
     contact_sheet(rows, out / "reconstructions.png", titles=[t for s in scenes for t in (s.caption, "decoded")])
-    flow = RaftFlow(load_raft(family / "raft"))(stages.to_video(clips)).transpose(1, 2).numpy()
+    flow = RaftFlow(load_raft(family / "raft"), iterations=4)(stages.to_video(clips)).transpose(1, 2).numpy()
     rows = [flow_picture(f, 4.0) for s, e in zip(scenes, flow, strict=True) for f in (exact_flow(s)[0], e)]
     contact_sheet(rows, out / "flow.png", titles=[t for s in scenes for t in (f"{s.caption}: exact flow", "RAFT")])
     prompts = [s.caption for s in scenes]
