@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 SOURCE = Path(__file__).parent.parent / "src" / "mogan"
-ORDER = ["schedule", "denoiser", "rollout", "objectives", "assemble", "train", "cli"]
+ORDER = ["schedule", "denoiser", "rollout", "objectives", "load", "assemble", "train", "cli"]
 
 
 def imports(path: Path) -> set[str]:

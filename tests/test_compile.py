@@ -7,11 +7,11 @@ from dataclasses import asdict, replace
 import pytest
 import torch
 
-from mogan.assemble import _check_processes
 from mogan.checkpoint import check_same_run, latest_checkpoint, stored
 from mogan.denoiser import compile_blocks
 from mogan.distributed import World
 from mogan.errors import UserError
+from mogan.load import check_processes
 from mogan.train import resume, run_training
 from test_distributed import assert_same_trajectory, train_alone, train_together
 from test_train import build
@@ -76,4 +76,4 @@ def test_a_machine_that_cannot_compile_is_told_what_is_missing(monkeypatch):
 def test_shared_samples_are_not_compiled():
     world = World(torch.device("cpu"), ranks=2, sequence=object())
     with pytest.raises(UserError, match="does not go with --context-parallel"):
-        _check_processes(replace(dmd(), compile=True), world)
+        check_processes(replace(dmd(), compile=True), world)

@@ -27,6 +27,7 @@ from mogan.distributed import join, whole
 from mogan.errors import UserError
 from mogan.files import write_atomically
 from mogan.journal import Journal
+from mogan.load import FROM_CLIPS
 from mogan.objectives.shift import Shift
 from mogan.recipes import ablate, find_recipe
 from mogan.rollout import Rollout, animate, normal, roll_out
@@ -73,8 +74,7 @@ def draw(parts: Assembly, update: Update, where: Position) -> Batch:
     config = parts.config
     by_gan = "gan" in update.judges or "surrogate" in update.judges
     in_motion = by_gan and config.gan is not None and config.gan.space == "motion"
-    from_clips = update.by in ("flow_matching", "motion_score", "shift")
-    if from_clips or (update.learns == "discriminator" and not in_motion):
+    if update.by in FROM_CLIPS or (update.learns == "discriminator" and not in_motion):
         want: tuple[str, ...] = ("latent",)
     elif update.by == "surrogate" and update.learns != "student":
         want = ("latent", "observation")

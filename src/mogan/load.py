@@ -1,0 +1,187 @@
+"""What a run starts from: folders, geometry, precision, and networks loaded as its config wants them; and the checks that
+config, cache, model and processes go together.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache as once
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mogan import wan
+from mogan.config import Config
+from mogan.data import Cache, ensure_text
+from mogan.denoiser import Denoiser
+from mogan.distributed import World, shard, split_tokens
+from mogan.errors import UserError
+from mogan.lora import adapted, hold_in
+from mogan.sample import open_generator
+
+FROM_CLIPS = ("flow_matching", "motion_score", "shift")  # objectives whose student learns from real clips
+
+
+@dataclass(frozen=True)
+class Base:
+    """The base model of a run and how its parts are loaded.
+
+    Attributes:
+        config: of the run; ``world``: its processes.
+        folder: of the base model; ``start``: where the student starts; ``adapters_of``: the run whose adapters it goes on
+            with, if any.
+        geometry: of clips; ``latent_shape``: of their latents ``(C, F, H, W)``.
+        dtype: networks compute in it.
+        vae: frozen, on the device.
+        encode: prompts to text, through the cache.
+        frozen: a frozen transformer by folder and part, each loaded once.
+    """
+
+    config: Config
+    world: World
+    folder: Path
+    start: Path
+    adapters_of: Path | None
+    geometry: wan.Geometry
+    latent_shape: tuple[int, int, int, int]
+    dtype: torch.dtype
+    vae: Any
+    encode: wan.TextEncoder
+    frozen: Callable[[Path, str], Any]
+
+    def denoiser(self, folder: Path, part: str) -> Denoiser:
+        """A transformer that learns: all its weights, or adapters over the frozen one."""
+        config = self.config
+        if config.lora is None:
+            transformer = wan.load_transformer(folder, part).train()
+        else:
+            transformer = adapted(self.frozen(folder, part), config.lora, config.seed).train()
+        if config.checkpointing:
+            transformer.enable_gradient_checkpointing()
+        return Denoiser(_spread(transformer, self.world, self.dtype), self.dtype)
+
+
+def load(config: Config, cache: Cache, model: str, student: str | None, world: World) -> Base:
+    """Find and check everything a run needs; the arguments are :func:`mogan.assemble.assemble`'s.
+
+    Raises:
+        UserError: config, cache, model and processes do not go together.
+    """
+    check_processes(config, world)
+    folder, start, adapters_of = _where(config, model, student)
+    size = wan.geometry(folder)
+    if cache.has_clips:
+        cache.require(vae=wan.fingerprint(folder, "vae"))
+        size = wan.Geometry(**{k: cache.facts[k] for k in ("fps", "height", "width", "frames")})
+    shape = wan.latent_shape(folder, size)
+    _check_window(config, shape[1])
+    _check_clips(config, cache)
+    dtype = dtype_of(config, world.device)
+    vae = wan.load_vae(folder, dtype).to(world.device)
+    encode, frozen = _text_encoder(cache, folder, world), _frozen_weights(config, dtype, world)
+    return Base(config, world, folder, start, adapters_of, size, shape, dtype, vae, encode, frozen)
+
+
+def dtype_of(config: Config, device: torch.device) -> torch.dtype:
+    """Networks compute in it: bf16 where the hardware is fast at it, unless the config says."""
+    return {"auto": wan.fast_dtype(device), "bf16": torch.bfloat16, "fp32": torch.float32}[config.precision]
+
+
+def _where(config: Config, model: str, student: str | None) -> tuple[Path, Path, Path | None]:
+    """Folders of the base model and of the student's start, and the run whose adapters it starts with, if any."""
+    base = wan.resolve_model("lab-teacher" if model == "lab" else model)
+    post_trains = config.gan is not None
+    if student is None and post_trains and model != "lab":
+        raise UserError(f"{config.recipe} post-trains a few-step student: name it with --student (a DMD run's export)")
+    if student is None and not post_trains:
+        return base, base, None
+    source = open_generator(student or "lab")
+    if source.run is not None and (config.lora is None or source.lora != config.lora):
+        raise UserError(
+            f"{student} is a run with "
+            + (f"adapters of rank {source.lora}: give --lora {source.lora}, or" if source.lora else "full weights:")
+            + " export it with `mogan export` and name the export with --student"
+        )
+    if post_trains and source.sigmas and not _agree(source.sigmas, config.sigmas):
+        raise UserError(
+            f"{student} samples at levels {list(source.sigmas)}, the recipe at {list(config.sigmas)}; they must agree"
+        )
+    return base, source.folder, source.run
+
+
+def _agree(sigmas: tuple[float, ...], others: tuple[float, ...]) -> bool:
+    return len(sigmas) == len(others) and all(abs(a - b) < 1e-4 for a, b in zip(sigmas, others, strict=True))
+
+
+def _frozen_weights(config: Config, dtype: torch.dtype, world: World) -> Callable[[Path, str], Any]:
+    """Load frozen transformers, each once: with adapters, networks of the same start share them."""
+
+    @once
+    def load(folder: Path, part: str) -> Any:
+        transformer = hold_in(wan.load_transformer(folder, part), dtype if config.lora else torch.float32)
+        return _spread(transformer, world, dtype)
+
+    return load
+
+
+def _spread(transformer: Any, world: World, dtype: torch.dtype) -> Any:
+    """Over the processes, then to the device: a GPU never holds a whole network."""
+    split_tokens(transformer, world)
+    return shard(transformer, transformer.blocks, world, dtype, partial=True).to(world.device)
+
+
+def _check_window(config: Config, frames: int) -> None:
+    gan = config.gan
+    if config.surrogate is not None and (gan is None or gan.space != "motion"):
+        raise UserError(f"{config.recipe} has a motion surrogate and looks at no optical flow: give gan.space motion")
+    if gan is not None and gan.space == "motion" and max(gan.starts) + gan.window > frames:
+        raise UserError(
+            f"{config.recipe} looks at latent frames up to {max(gan.starts) + gan.window} and clips have {frames}: prepare "
+            "longer clips, or give the recipe a shorter window and fewer starts"
+        )
+
+
+def _check_clips(config: Config, cache: Cache) -> None:
+    """A batch of real clips takes each once."""
+    for update in config.plan:
+        from_clips = update.learns not in ("student", "fake_score") or update.by in FROM_CLIPS
+        if cache.has_clips and from_clips and update.batch > len(cache):
+            raise UserError(
+                f"{update.label} takes {update.batch} clips at a time and {cache.path} holds {len(cache)}: prepare more, or "
+                f"give --batch {len(cache)}"
+            )
+
+
+def check_processes(config: Config, world: World) -> None:
+    """Refuse what cannot be spread over these processes."""
+    if config.compile and world.sequence is not None:
+        raise UserError(
+            "--compile does not go with --context-parallel, whose hooks lie inside the blocks: leave one out"
+        )
+    if config.surrogate is not None and world.ranks > 1:
+        raise UserError("a motion surrogate remembers the clips of one process: start one, or train without it")
+    if config.lora is not None and world.ranks > 1:
+        raise UserError("--lora trains in one process: start one, or leave --lora out")
+    if config.shift is not None and world.ranks > 1:
+        raise UserError("SHIFT compares the clips of a whole batch and trains in one process: start one")
+    for update in config.plan:
+        if update.batch % world.shares:
+            raise UserError(
+                f"{update.label}: a batch of {update.batch} does not split over {world.shares} processes; give --batch a "
+                f"multiple of {world.shares}, start fewer processes, or let several share a sample (--context-parallel)"
+            )
+
+
+def _text_encoder(cache: Cache, base: Path, world: World) -> wan.TextEncoder:
+    """Encode through the cache, on the first process for all.
+
+    The text encoder, Wan's largest part, is loaded only for a prompt that is not in the cache.
+    """
+    encoder = once(lambda: wan.load_text(base))
+
+    def encode(prompts: list[str]) -> list[Tensor]:
+        ensure_text(cache.path, prompts, lambda missing: encoder()(missing))
+        return [cache.text(p) for p in prompts]
+
+    return lambda prompts: world.from_main(lambda: encode(prompts))
