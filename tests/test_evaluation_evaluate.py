@@ -195,7 +195,7 @@ def test_networks_that_cannot_measure_say_so(folders, tmp_path, monkeypatch):
         evaluate((folders[0],), out=tmp_path / "r.json")
 
 
-@pytest.mark.parametrize(("flow", "side"), [("lab", 24), ("dis", 8)])
+@pytest.mark.parametrize(("flow", "side"), [("lab", 12), ("dis", 8)])
 def test_clips_too_small_for_the_flow_are_failures_with_a_reason(tmp_path, flow, side):
     (tmp_path / "a").mkdir()
     frames = np.random.default_rng(0).integers(0, 255, (3, side, 64, 3), dtype=np.uint8)

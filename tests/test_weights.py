@@ -211,7 +211,7 @@ def test_a_flow_network_by_name_is_the_file_in_the_weights_folder(tmp_path):
     torch.manual_seed(0)
     made = raft_large()
     torch.save(made.state_dict(), tmp_path / "cache" / MANIFEST["raft_large_C_T_V1"].file)
-    found, how = estimator("raft_large_C_T_V1", "cpu")
+    found, how = estimator("raft_large_C_T_V1", torch.device("cpu"))
     assert how["name"] == "raft_large_C_T_V1"
     torch.testing.assert_close(found.raft.state_dict(), made.state_dict(), rtol=0, atol=0)
     torch.save({"no": torch.zeros(1)}, tmp_path / "other.pth")

@@ -14,8 +14,9 @@ from mogan.checkpoint import latest_checkpoint, load_part
 from mogan.config import Config, DMDConfig, GANConfig, ShiftConfig, SurrogateConfig, Update
 from mogan.data import Cache, ensure_observations
 from mogan.denoiser import Denoiser, compile_blocks, recomputed
+from mogan.devices import choose_device
 from mogan.discriminator import Discriminator
-from mogan.distributed import World, choose_device, local, shard
+from mogan.distributed import World, local, shard
 from mogan.errors import UserError
 from mogan.flow import FlowEstimator, RaftFlow
 from mogan.load import Base, dtype_of, load
@@ -211,8 +212,8 @@ def _add_gan(made: Assembly, base: Base, g: GANConfig) -> None:
 
 
 def _add_shift(made: Assembly, base: Base, s: ShiftConfig) -> None:
-    config, flow = made.config, wan.load_flow(s.flow, s.flow_iterations)
-    made.flow = flow = flow.to(made.device) if isinstance(flow, RaftFlow) else flow
+    config = made.config
+    made.flow = flow = wan.load_flow(s.flow, s.flow_iterations, made.device)
     rewards = _rewards(s, made.cache, config.seed).to(made.device)
     made.networks["reward"] = rewards
     made.objectives["shift"] = Shift(
@@ -294,9 +295,8 @@ def cache_observations(config: Config, cache: Cache, model: str, device: str = "
 
 
 def _motion_observation(config: Config, gan: GANConfig, vae: Any, device: torch.device) -> MotionObservation:
-    flow = wan.load_flow(gan.flow, gan.flow_iterations)
+    flow = wan.load_flow(gan.flow, gan.flow_iterations, device)
     if isinstance(flow, RaftFlow):
-        flow = flow.to(device)
         flow.checkpointing = config.checkpointing
     return MotionObservation(vae, flow, gan.window, gan.max_flow, config.checkpointing, gan.flow_resolution)
 

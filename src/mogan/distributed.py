@@ -27,6 +27,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor
 
+from mogan.devices import choose_device
 from mogan.errors import UserError
 
 PATIENCE = timedelta(minutes=30)  # a process that keeps the others waiting longer than this is taken for dead
@@ -103,19 +104,6 @@ class World:
 
 
 ONE = World(torch.device("cpu"))  # a process alone
-
-
-def choose_device(name: str, local_rank: int = 0) -> torch.device:
-    """``auto``, ``cpu`` or ``cuda``; each process of a machine takes the GPU of its number, or the only one it sees."""
-    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
-        return torch.device("cpu")
-    seen = torch.cuda.device_count()
-    number = 0 if seen == 1 else local_rank
-    if number >= seen:
-        raise UserError(
-            f"process {local_rank} of this machine finds {seen} GPUs: start one process per GPU, or --device cpu"
-        )
-    return torch.device("cuda", number)
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 import tyro
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from mogan import data
@@ -64,7 +64,7 @@ def prepare(
     extra_prompts: tuple[str, ...] = (DISCRIMINATOR_PROMPT,),
     observe_for: str | None = None,
     workers: int = 2,
-    device: str | None = None,
+    device: str = "auto",
 ) -> None:
     """Turn a folder of videos, or a file of prompts, into a cache to train on.
 
@@ -95,17 +95,16 @@ def prepare(
         observe_for: a recipe such as mogan_lab: also cache the optical flow its discriminator will see of every clip.
             Without it `mogan train` computes that when it starts.
         workers: videos decoded at a time.
-        device: for the networks; "cuda" where there is one.
+        device: auto, cpu or cuda: where the networks run.
     """
-    import torch
-
     from mogan import wan
+    from mogan.devices import choose_device
 
     if not motion_rich and (min_motion is not None or motion_quantile is not None):
         raise UserError("--min-motion and --motion-quantile choose among clips: add --motion-rich")
     folder = wan.resolve_model(model)
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    text = once(lambda: wan.load_text(folder, device))
+    target = choose_device(device)
+    text = once(lambda: wan.load_text(folder, target))
     text_facts = {"model": model} | {part: wan.fingerprint(folder, part) for part in ("text_encoder", "tokenizer")}
     if source.suffix.lower() == ".txt":
         count = prepare_prompts(source, out, text_facts, lambda p: text()(p), extra_prompts)
@@ -117,8 +116,8 @@ def prepare(
     )
     _check_geometry(geometry)
     wan.latent_shape(folder, geometry)  # some models want larger multiples
-    vae = once(lambda: _on(device, wan.load_vae(folder, wan.fast_dtype(device))))
-    estimator = once(lambda: _on(device, wan.load_flow(flow)))
+    vae = once(lambda: wan.load_vae(folder, wan.fast_dtype(target)).to(target))
+    estimator = once(lambda: wan.load_flow(flow, device=target))
     if motion_rich and min_motion is None:
         min_motion = 0.0 if motion_quantile is not None else vbench_threshold(geometry)
     summary = prepare_cache(
@@ -126,9 +125,9 @@ def prepare(
         out,
         geometry=geometry,
         fingerprints=text_facts | {"vae": wan.fingerprint(folder, "vae"), "flow": wan.flow_fingerprint(flow)},
-        encode_video=lambda video: wan.encode_video(vae(), video.to(device)).cpu(),
+        encode_video=lambda video: wan.encode_video(vae(), video.to(target)).cpu(),
         encode_text=lambda prompts: text()(prompts),
-        estimate_flow=lambda video: estimator()(video.to(device)).cpu(),
+        estimate_flow=lambda video: estimator()(video.to(target)).cpu(),
         min_motion=min_motion,
         motion_quantile=motion_quantile,
         caption=caption,
@@ -151,10 +150,6 @@ def prepare(
 def vbench_threshold(geometry: "Geometry") -> float:
     """Pixels per frame above which VBench's dynamic degree calls a pair moving: 6 at 256 px and 8 fps, scaled."""
     return 6.0 * min(geometry.height, geometry.width) / 256 * 8 / geometry.fps
-
-
-def _on(device: str, network: Any) -> Any:
-    return network.to(device) if isinstance(network, nn.Module) else network
 
 
 def _check_geometry(geometry: "Geometry") -> None:

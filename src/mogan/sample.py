@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from mogan import wan
 from mogan.denoiser import Denoiser, guided_velocity
+from mogan.devices import choose_device
 from mogan.errors import UserError
 from mogan.first_frames import clip_of_prompts, sample_from_first_frames
 from mogan.flowmo import FLOWMO_STEPS, FlowMo
@@ -152,7 +153,7 @@ def sample(
         precision: of the networks; auto is fp32 for a few-step student on a CPU (as the stock pipeline there), else bf16.
         device: auto, cpu or cuda.
     """
-    target = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    target = choose_device(device)
     lines = read_prompts(prompts)
     list_sha = fingerprint(lines)
     if told := KNOWN.get(list_sha) or warn_if_changed(prompts, lines):

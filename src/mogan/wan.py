@@ -268,7 +268,7 @@ def load_text(model: Path, device: str | torch.device = "cpu") -> TextEncoder:
     return encode
 
 
-def load_flow(name: str, iterations: int | None = None) -> FlowEstimator:
+def load_flow(name: str, iterations: int | None = None, device: str | torch.device = "cpu") -> FlowEstimator:
     """A flow estimator by name: ``lab``, ``farneback`` (classical, no weights), a name that ``mogan weights list`` shows,
     or the path of RAFT weights. ``iterations`` are its refinements: 12, and 4 of the lab's, which sees no more with 12.
     """
@@ -277,7 +277,7 @@ def load_flow(name: str, iterations: int | None = None) -> FlowEstimator:
 
         return farneback
     raft = load_raft(lab_folder() / "raft" if name == "lab" else find_weights(name))
-    return RaftFlow(raft, iterations or (4 if name == "lab" else 12))
+    return RaftFlow(raft, iterations or (4 if name == "lab" else 12)).to(device)
 
 
 def flow_fingerprint(name: str) -> str:

@@ -41,7 +41,7 @@ def evaluate(
     compare_vbench: str | None = None,
     lab: bool = True,
     quick: bool = False,
-    device: str | None = None,
+    device: str = "auto",
 ) -> dict[str, Any]:
     """Measure folders of clips and write results.json.
 
@@ -62,7 +62,7 @@ def evaluate(
         compare_vbench: a Python that has the package vbench; runs it on the same clips and writes down the differences.
         lab: track the subjects of clips whose caption is the lab's.
         quick: leave out what needs flow in both directions.
-        device: where flow and networks run; a GPU if there is one.
+        device: auto, cpu or cuda: where flow and networks run.
 
     Returns:
         What was written.
@@ -122,7 +122,7 @@ def measured(
     systems: Sequence[System], kept: Sequence[Path], *, flow: str = "lab", interpolator: str = "flow-warp", quick: bool
 ) -> list[list[Record]]:
     """Records of the clips of systems, ``features`` included, each system with its own file of values kept before."""
-    tools = gather_tools(flow, interpolator, None, None, quick=quick, lab=True, video=False)
+    tools = gather_tools(flow, interpolator, None, "auto", quick=quick, lab=True, video=False)
     with tqdm(total=sum(len(s.clips) for s in systems), desc="evaluate", unit="clip") as bar:
         return [_measure_system(s, tools, _Kept(k), bar) for s, k in zip(systems, kept, strict=True)]
 

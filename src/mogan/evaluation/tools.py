@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from mogan.devices import choose_device
 from mogan.errors import UserError
 from mogan.evaluation import cd_fvd
 from mogan.evaluation.backbones import Backbone, find_backbones
@@ -37,11 +38,11 @@ class Tools:
 
 
 def gather_tools(
-    flow: str, interpolator: str, networks: Path | None, device: str | None, *, quick: bool, lab: bool, video: bool
+    flow: str, interpolator: str, networks: Path | None, device: str, *, quick: bool, lab: bool, video: bool
 ) -> Tools:
     """Load what the names and paths of :func:`mogan.evaluation.evaluate.evaluate` mean; ``video``: CD-FVD is wanted."""
-    estimate, about = estimator(flow, device)
-    where = device_or_best(device)
+    where = choose_device(device)
+    estimate, about = estimator(flow, where)
     interpolate, called = _interpolator(interpolator, estimate, where)
     how = {"version": VERSION, "flow": about, "interpolator": called, "decoder": DECODER, "quick": quick}
     if networks is None:
@@ -57,7 +58,7 @@ def gather_tools(
     return Tools(estimate, interpolate, how, quick, lab, looks, modules.get("cd_fvd"))
 
 
-def estimator(name: str, device: str | None = None) -> tuple[FlowEstimator, dict[str, Any]]:
+def estimator(name: str, device: torch.device) -> tuple[FlowEstimator, dict[str, Any]]:
     """A flow estimator by name, and what to write down about it."""
     classical: dict[str, FlowEstimator] = {"farneback": farneback, "dis": dis}
     if name in classical:
@@ -67,23 +68,12 @@ def estimator(name: str, device: str | None = None) -> tuple[FlowEstimator, dict
         }
     from mogan.wan import load_flow
 
-    found = load_flow(name, None if name == "lab" else ITERATIONS)
+    found = load_flow(name, None if name == "lab" else ITERATIONS, device)
     how: dict[str, Any] = {"name": name}
     if isinstance(found, RaftFlow):
         how["iterations"] = found.iterations
-        try:
-            found = found.to(device_or_best(device))
-        except (RuntimeError, AssertionError) as error:
-            raise UserError(
-                f"--device {device} is not to be had here ({str(error).splitlines()[0]}): try cpu"
-            ) from error
         how["weights_sha256"] = hash_weights(found)
     return found, how
-
-
-def device_or_best(device: str | None) -> str:
-    """The device asked for, else a GPU if there is one."""
-    return device or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def hash_weights(module: torch.nn.Module) -> str:
@@ -94,7 +84,7 @@ def hash_weights(module: torch.nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _interpolator(name: str, flow: FlowEstimator, device: str) -> tuple[Interpolator, str]:
+def _interpolator(name: str, flow: FlowEstimator, device: torch.device) -> tuple[Interpolator, str]:
     makers: dict[str, Callable[[], Interpolator]] = {"flow-warp": lambda: flow_warp(flow), "blend": lambda: blend}
     if name in makers:
         return makers[name](), name

@@ -11,6 +11,7 @@ from typing import Any
 import cv2
 import numpy as np
 
+from mogan.devices import choose_device
 from mogan.errors import UserError
 from mogan.evaluation.frames import Clip
 from mogan.evaluation.pairs import flow_of_pairs, neighbours
@@ -108,9 +109,9 @@ def _flow_of(results: list[Result]) -> tuple[FlowEstimator, str]:
     """The estimator the numbers were made with; Farneback's where it is not on this machine."""
     name = next((r.how["flow"]["name"] for r in results if "flow" in r.how), "farneback")
     try:
-        return estimator(name)[0], name
+        return estimator(name, choose_device())[0], name
     except UserError:
-        return estimator("farneback")[0], "farneback"
+        return estimator("farneback", choose_device())[0], "farneback"
 
 
 class _Camera:

@@ -1,0 +1,32 @@
+"""Where networks run."""
+
+import re
+
+import torch
+
+from mogan.errors import UserError
+
+
+def choose_device(name: str = "auto", local_rank: int = 0) -> torch.device:
+    """``auto`` (a GPU if there is one), ``cpu``, ``cuda`` or ``cuda:N``.
+
+    With ``auto`` and ``cuda`` each process of a machine takes the GPU of its number, or the only one it sees.
+
+    Raises:
+        UserError: there is no such device.
+    """
+    found = re.fullmatch(r"auto|cpu|cuda(?::(\d+))?", name)
+    if not found:
+        raise UserError(f"--device takes auto, cpu, cuda or cuda:N, not {name}")
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    seen = torch.cuda.device_count()
+    if seen == 0:
+        raise UserError(f"--device {name} is not to be had here: PyTorch finds no GPU; try cpu")
+    number = int(found[1]) if found[1] else 0 if seen == 1 else local_rank
+    if number >= seen:
+        raise UserError(
+            f"process {local_rank} of this machine asks for GPU {number} and finds {seen}: start one process per GPU, or "
+            "--device cpu"
+        )
+    return torch.device("cuda", number)
