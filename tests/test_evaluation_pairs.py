@@ -42,3 +42,8 @@ def test_pairs_in_a_row_show_every_frame_once():
 def test_numbers_that_are_not_finite_are_refused():
     with pytest.raises(UserError, match="not finite"):
         list(flow_of_pairs([(FRAMES[0], FRAMES[1])], lambda video: torch.full((1, 2, 1, 64, 64), torch.nan)))
+
+
+def test_an_estimator_that_skips_pairs_is_refused():
+    with pytest.raises(ValueError, match="1 fields for 9 frames"):
+        list(flow_of_pairs(neighbours(FRAMES[:9]), lambda video: torch.zeros(1, 2, 1, 64, 64)))

@@ -81,7 +81,7 @@ def test_thresholds_use_the_rule_of_dynamic_degree():
     import torch
 
     def flow(video):
-        field = torch.zeros(video.shape[0], 2, 1, *video.shape[3:])
+        field = torch.zeros(video.shape[0], 2, video.shape[2] - 1, *video.shape[3:])
         field[:, 0] = 2.0
         return field
 

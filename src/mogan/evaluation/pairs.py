@@ -43,6 +43,8 @@ def flow_of_pairs(pairs: Iterable[Pair], flow: FlowEstimator) -> Iterator[np.nda
         else:
             videos = torch.cat([to_video(pair, device) for pair in batch])
             fields = flow(videos)[:, :, 0].float().cpu().numpy()
+        if len(fields) != len(batch):
+            raise ValueError(f"the flow estimator gives {len(fields)} fields for {len(batch) + 1} frames in a row")
         if not np.isfinite(fields).all():
             raise UserError(
                 "the flow network gives numbers that are not finite: its weights are damaged, or no weights of flow"
