@@ -543,8 +543,8 @@ def test_killed_twice_and_run_again_equals_a_run_that_was_left_alone(tmp_path, m
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     killed_when(tmp_path / "v", parts, lambda: len(list((parts / "sources").glob("*.json"))) >= 4)
     assert not (parts / "index.jsonl").exists()
-    killed_when(tmp_path / "v", parts, lambda: len(list((parts / "clips").glob("*.safetensors"))) >= 5)
-    finished = {p: p.stat().st_mtime_ns for p in (parts / "clips").glob("*.safetensors")}
+    killed_when(tmp_path / "v", parts, lambda: len(list((parts / "clips").glob("[!.]*.safetensors"))) >= 5)
+    finished = {p: p.stat().st_mtime_ns for p in (parts / "clips").glob("[!.]*.safetensors")}
     assert finished
     with pytest.raises(UserError, match="not finished"):
         open_cache(parts)
