@@ -2,6 +2,10 @@
 
 import json
 import math
+import signal
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
@@ -306,3 +310,35 @@ def test_a_study_runs_from_nothing_and_a_second_call_only_writes_the_table(tmp_p
     assert "| dmd | 0 |" in capsys.readouterr().out
     assert main([*command[:-1], "2"]) == 2
     assert "other options" in capsys.readouterr().err
+
+
+STUDY = """
+import sys
+from pathlib import Path
+from mogan.study.jobs import Job, run_jobs
+out = Path(sys.argv[1])
+run_jobs([Job("long", ("lab", "render", "--out", str(out / "clips"), "--clips", "100000"))], out / "logs", 1)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ending", [signal.SIGTERM, signal.SIGKILL])
+def test_a_study_that_ends_leaves_no_job_that_another_study_could_meet(tmp_path, ending):
+    study = subprocess.Popen([sys.executable, "-c", STUDY, str(tmp_path)], stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.glob("clips/*.mp4")):
+        assert time.monotonic() < deadline
+        assert study.poll() is None
+        time.sleep(0.1)
+    study.send_signal(ending)
+    study.wait(60)
+    if ending == signal.SIGTERM:
+        before = len(list(tmp_path.glob("clips/*")))
+        time.sleep(1)
+        assert len(list(tmp_path.glob("clips/*"))) == before
+        return
+    try:
+        with pytest.raises(UserError, match="a job that a killed one left"):
+            run_jobs([], tmp_path / "logs", 1)
+    finally:
+        subprocess.run(["pkill", "-KILL", "-f", str(tmp_path / "clips")], check=False)

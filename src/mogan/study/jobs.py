@@ -6,6 +6,7 @@ next call runs what is not done. Studies share one folder: what two of them need
 
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -50,12 +51,16 @@ def run_jobs(jobs: list[Job], logs: Path, workers: int) -> None:
     running: dict[str, tuple[Job, subprocess.Popen, float]] = {}
     threads = max(1, (os.cpu_count() or 1) // workers)
     try:
-        with _alone(logs), tqdm(total=len(jobs), initial=len(done), desc="study", unit="job", smoothing=0) as bar:
+        with (
+            _alone(logs) as lock,
+            _stopped_by_sigterm(),
+            tqdm(total=len(jobs), initial=len(done), desc="study", unit="job", smoothing=0) as bar,
+        ):
             while waiting or running:
                 ready = [job for job in waiting if set(job.after) <= done][: workers - len(running)]
                 for job in ready:
                     waiting.remove(job)
-                    running[job.name] = (job, _start(job, logs, threads), time.perf_counter())
+                    running[job.name] = (job, _start(job, logs, threads, lock), time.perf_counter())
                 for name, (job, process, began) in list(running.items()):
                     if process.poll() is None:
                         continue
@@ -88,19 +93,38 @@ def _charge(job: Job, logs: Path, seconds: float) -> None:
 
 
 @contextmanager
-def _alone(logs: Path) -> Iterator[None]:
-    """Studies share jobs, so two in one folder would do them twice, each in the other's files."""
+def _alone(logs: Path) -> Iterator[tuple[int, ...]]:
+    """Studies share jobs, so two in one folder would do them twice, each in the other's files.
+
+    Yields what jobs inherit: they hold the lock too, since the jobs of a study that was killed run on.
+    """
     try:
         import fcntl
     except ModuleNotFoundError:  # Windows: the user's care
-        yield
+        yield ()
         return
     with (logs / "lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise UserError(f"another study is running in {logs.parent}: wait for it, or give another --out") from error
+            raise UserError(
+                f"another study, or a job that a killed one left, is running in {logs.parent}: wait for it, or give another --out"
+            ) from error
+        yield (file.fileno(),)
+
+
+@contextmanager
+def _stopped_by_sigterm() -> Iterator[None]:
+    """A study that is asked to end stops its jobs first, as on Ctrl-C."""
+
+    def stop(*_: object) -> None:
+        raise SystemExit("stopped; the same command goes on from there")
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
         yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _is_done(job: Job, logs: Path) -> bool:
@@ -112,13 +136,17 @@ def _is_done(job: Job, logs: Path) -> bool:
     return True
 
 
-def _start(job: Job, logs: Path, threads: int) -> subprocess.Popen:
+def _start(job: Job, logs: Path, threads: int, inherits: tuple[int, ...]) -> subprocess.Popen:
     environment = os.environ | {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
     with (logs / f"{job.name}.log").open("a") as log:
         log.write(f"$ mogan {shlex.join(job.command)}\n")
         log.flush()
         return subprocess.Popen(
-            [sys.executable, "-m", "mogan", *job.command], stdout=log, stderr=subprocess.STDOUT, env=environment
+            [sys.executable, "-m", "mogan", *job.command],
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            pass_fds=inherits,
         )
 
 
