@@ -59,7 +59,7 @@ def start(ranks, arguments, **environment):
     ]
 
 
-def finish(processes, seconds=300):
+def finish(processes, seconds=600):
     """Exit codes and what was said, per rank."""
     said = [p.communicate(timeout=seconds) for p in processes]
     return [p.returncode for p in processes], [err for _, err in said]
