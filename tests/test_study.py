@@ -166,7 +166,9 @@ def test_studies_share_a_folder_but_not_at_the_same_time(tmp_path):
     (tmp_path / "logs").mkdir()
     with (tmp_path / "logs" / "lock").open("w") as other:
         fcntl.flock(other, fcntl.LOCK_EX)
-        with pytest.raises(UserError, match=f"another study is running in {tmp_path}: wait"):
+        with pytest.raises(
+            UserError, match=f"another study, or a job that a killed one left, is running in {tmp_path}: wait"
+        ):
             run_jobs([Job("never", ("lab",))], tmp_path / "logs", 1)
     one, other = columns.table1(), columns.table2()
     jobs = [[*shared_jobs(tmp_path), *(j for c in t for j in jobs_of(c, 0, tmp_path, 5, None))] for t in (one, other)]

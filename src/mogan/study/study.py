@@ -193,7 +193,10 @@ def _records(folder: Path, results: Path) -> list[dict]:
     """Values and features of a folder's clips, from the file that the evaluation kept."""
     from mogan.evaluation.evaluate import measured
 
-    return measured([read_folder(folder, folder.name)], [results.with_suffix(".clips.jsonl")], quick=True)[0]
+    records = measured([read_folder(folder, folder.name)], [results.with_suffix(".clips.jsonl")], quick=True)[0]
+    if broken := [record["error"] for record in records if "error" in record]:
+        raise UserError(f"{broken[0]}; remove it, and the .done file of the job that made it, and run this again")
+    return records
 
 
 def write_clips(columns: tuple[Column, ...], numbers: range, path: Path) -> list[Path]:
