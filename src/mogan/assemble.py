@@ -157,7 +157,8 @@ def assemble(
         called = [*made.networks.values(), *(o.teacher for o in made.objectives.values() if isinstance(o, DMD))]
         compile_blocks([n.transformer for n in called if isinstance(n, Denoiser | Discriminator)], made.device)
     for update in config.plan:
-        made.optimizers.setdefault(update.optimizer_name, _optimizer(made, update))
+        if update.optimizer_name not in made.optimizers:
+            made.optimizers[update.optimizer_name] = _optimizer(made, update)
     made.average = {k: v.detach().clone() for k, v in learned_state(student_network.transformer).items()}
     return made
 
@@ -187,14 +188,13 @@ def _add_gan(made: Assembly, base: Base, g: GANConfig) -> None:
         discriminator.transformer.enable_gradient_checkpointing(recomputed)
     made.networks["discriminator"] = discriminator
     exact: Callable[[Tensor, int], Observed] | None = None
-    surrogate = None
     if g.space == "motion":
         exact = observe = _motion_observation(config, g, base.vae, made.device)
         made.flow = observe.flow
         made.observations = _observe_real_clips(made.cache, g, observe, wan.fingerprint(base.folder, "vae"), made.world)
         if config.surrogate is not None:
-            surrogate = _surrogate(config.surrogate, g.window, made)
-            made.networks["surrogate"], exact = surrogate, Remembered(observe, surrogate)
+            exact = Remembered(observe, _surrogate(config.surrogate, g.window, made))
+            made.networks["surrogate"] = exact.surrogate
     gan = GAN(
         discriminator,
         exact,
@@ -207,8 +207,8 @@ def _add_gan(made: Assembly, base: Base, g: GANConfig) -> None:
         drawn_levels=g.drawn_levels,
     )
     made.objectives["gan"] = gan
-    if config.surrogate is not None and surrogate is not None:
-        made.objectives["surrogate"] = Surrogate(surrogate, gan, config.surrogate.limit)
+    if config.surrogate is not None and isinstance(exact, Remembered):
+        made.objectives["surrogate"] = Surrogate(exact.surrogate, gan, config.surrogate.limit)
 
 
 def _add_shift(made: Assembly, base: Base, s: ShiftConfig) -> None:
