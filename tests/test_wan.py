@@ -107,6 +107,29 @@ def test_folded_padding_equals_attending_to_512_rows(family):
     torch.testing.assert_close(folded(x, t, padded)[0], stock(x, t, padded)[0], rtol=1e-4, atol=1e-5)
 
 
+def test_attention_on_a_cpu_is_nearer_to_fp32_than_the_stock_one_under_autocast(family):
+    """Outputs and gradients of stock and ours under bf16 autocast, against stock in fp32."""
+    torch.manual_seed(0)
+    text = torch.zeros(2, 512, 64)
+    text[:, :5] = torch.randn(2, 5, 64)
+    x, timestep = torch.randn(2, 4, 3, 4, 4), torch.tensor([300.0, 800.0])
+
+    def seen(load, text, dtype):
+        transformer = load(family / "teacher")
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            out = transformer(x, timestep, text, return_dict=False)[0].float()
+        out.square().mean().backward()
+        return out.detach(), transformer.blocks[0].attn1.to_q.weight.grad
+
+    def stock(folder):
+        return WanTransformer3DModel.from_pretrained(folder / "transformer")
+
+    exact, rounded = seen(stock, text, torch.float32), seen(stock, text, torch.bfloat16)
+    ours = seen(wan.load_transformer, text[:, :6], torch.bfloat16)
+    for right, theirs, own in zip(exact, rounded, ours, strict=True):
+        assert (own - right).norm() <= 1.2 * (theirs - right).norm()
+
+
 def test_text_is_what_the_stock_pipeline_feeds_the_transformer(family):
     pipe = WanPipeline.from_pretrained(family / "teacher")
     prompts = ["A  red circle moving left", "a video with good motion"]

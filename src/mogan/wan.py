@@ -18,9 +18,12 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d, patchify, unpatchify
+from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from jaxtyping import Float
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoTokenizer, UMT5EncoderModel
 
@@ -317,14 +320,37 @@ class FoldedPadding:
             # a tensor, not math.log of a number: one compiled graph then serves every length
             count = torch.full((1,), TEXT_LENGTH - length + 1, dtype=torch.float64, device=query.device)
             bias = F.pad(count.log().to(query.dtype), (length - 1, 0)).view(1, 1, 1, length)
-        out = F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
+        with _Fp32Attention():
+            out = F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
         out = out.transpose(1, 2).flatten(2, 3).type_as(query)
         return attn.to_out[1](attn.to_out[0](out))
+
+
+class SelfAttention(WanAttnProcessor):
+    """The stock self-attention; on a CPU its softmax and products are in fp32."""
+
+    def __call__(self, *args, **kwargs) -> Tensor:
+        """Same contract as ``WanAttnProcessor``."""
+        with _Fp32Attention():
+            return super().__call__(*args, **kwargs)
+
+
+class _Fp32Attention(TorchFunctionMode):
+    """Within it attention on a CPU ignores autocast: torch's bf16 kernel takes four times as long backwards as fp32."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is not F.scaled_dot_product_attention or (args or tuple(kwargs.values()))[0].device.type != "cpu":
+            return func(*args, **kwargs)
+        args, kwargs = tree_map_only(Tensor, Tensor.float, (args, kwargs))
+        with torch.autocast("cpu", enabled=False):
+            return func(*args, **kwargs)
 
 
 def fold_padding(transformer: WanTransformer3DModel) -> WanTransformer3DModel:
     """Install :class:`FoldedPadding` on every cross-attention; text must then come from :func:`stack_text`."""
     for block in transformer.blocks:
+        block.attn1.set_processor(SelfAttention())
         block.attn2.set_processor(FoldedPadding())
     return transformer
 
