@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,6 @@ TRAIN_SEED, HELD_OUT_SEED = 1, 2
 
 VAE_CONFIG = {
     "base_dim": 16,
-    "z_dim": 24,
     "dim_mult": [2, 4, 4],
     "num_res_blocks": 1,
     "attn_scales": [],
@@ -44,6 +44,9 @@ VAE_CONFIG = {
     "scale_factor_spatial": 8,
     "scale_factor_temporal": 4,
 }
+
+
+WIDE_CHANNELS, CHANNELS = 24, 10  # of the latents, while the autoencoder learns and as it ships
 
 
 def rendered_clips(count: int, seed: int, motion: str = "all", offset: int = 0) -> Tensor:
@@ -130,12 +133,16 @@ def _fast_convolutions(model: nn.Module) -> nn.Module:
 
 
 def train_vae(out: Path, work: Path, steps: int, pool: int = 1500) -> None:
-    """Stage 1: the autoencoder, by squared error with a faint pull of the latents towards unit scale."""
+    """Stage 1: the autoencoder, by squared error with a faint pull of the latents towards unit scale.
+
+    It learns fastest with channels to spare, and a generator learns best without them. So after two thirds of the steps
+    the latents are turned to their principal axes, the strongest are kept, and the decoder alone trains on, under noise.
+    """
     torch.manual_seed(0)
-    vae: Any = _fast_convolutions(AutoencoderKLWan(**VAE_CONFIG, latents_mean=[0.0] * 24, latents_std=[1.0] * 24))
+    wide: Any = _fast_convolutions(build_vae(WIDE_CHANNELS))
     clips = torch.cat([rendered_clips(pool // 2, TRAIN_SEED), rendered_clips(pool // 2, TRAIN_SEED, "rich")])
 
-    def loss_of(step: int, share: float) -> Tensor:
+    def loss_of(vae: Any, noise: float, step: int, share: float) -> Tensor:
         frames, batch = ((1, 24), (5, 8), (9, 5), (17, 3))[step % (3 if share < 0.5 else 4)]
         index = torch.randint(len(clips), (batch,))
         first = int(torch.randint(FRAMES - frames + 1, (1,)))
@@ -144,13 +151,62 @@ def train_vae(out: Path, work: Path, steps: int, pool: int = 1500) -> None:
             video = _as_motion_picture(video)
         with _fast_products():
             mean = vae.encode(video).latent_dist.mean
-            decoded = vae.decode(mean + 0.05 * mean.detach().std() * torch.randn_like(mean), return_dict=False)[0]
+            decoded = vae.decode(mean + noise * mean.detach().std() * torch.randn_like(mean), return_dict=False)[0]
         return F.mse_loss(decoded.float(), video) + 1e-4 * mean.float().square().mean()
 
-    run_stage("vae", vae, loss_of, work, steps=steps, lr=3e-3)
-    _normalise_latents(vae, clips)
-    half = vae.half()
-    half.save_pretrained(out / "teacher" / "vae")
+    wide_steps = 2 * steps // 3
+    run_stage("vae", wide, partial(loss_of, wide, 0.05), work, steps=wide_steps, lr=3e-3)
+    vae: Any = _fast_convolutions(narrow(wide, *principal_axes(wide, clips[:: len(clips) // 250]), CHANNELS))
+    vae.encoder.requires_grad_(False)
+    vae.quant_conv.requires_grad_(False)
+    run_stage("decoder", vae, partial(loss_of, vae, 0.1), work, steps=steps - wide_steps, lr=1.5e-3)
+    vae.half().save_pretrained(out / "teacher" / "vae")
+
+
+@torch.no_grad()
+def principal_axes(vae: AutoencoderKLWan, clips: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean ``(C,)``, variances ``(C,)`` and principal axes ``(C, C)`` (columns, strongest first) of clips' latents."""
+    with _fast_products():
+        latents = torch.cat([vae.encode(to_video(part)).latent_dist.mean.float() for part in clips.split(16)])
+    flat = latents.transpose(0, 1).flatten(1)
+    variances, axes = torch.linalg.eigh(torch.cov(flat).double())
+    return flat.mean(1), variances.flip(0).float(), axes.flip(1).float()
+
+
+@torch.no_grad()
+def narrow(vae: Any, mean: Tensor, variances: Tensor, axes: Tensor, channels: int) -> AutoencoderKLWan:
+    """The same autoencoder on the first ``channels`` axes of its latents, centred, one scale for all channels.
+
+    The axes are folded into the convolutions next to the latents, which then carry what the two 1 x 1 x 1 convolutions
+    between did. One scale: dividing every axis by its own deviation would make a generator work as hard for the least
+    detail as for where things are.
+    """
+    scale = variances[:channels].mean().sqrt().item()
+    old, new, kept = vae.state_dict(), build_vae(channels, scale), axes[:, :channels]
+    wide = len(mean)
+    quant = old["quant_conv.weight"][:wide, :, 0, 0, 0]
+    into = torch.cat([kept.T @ quant, torch.zeros(channels, 2 * wide)])  # the deviation, which nothing reads, is exp(0)
+    offset = kept.T @ (old["quant_conv.bias"][:wide] - mean)
+    back = old["post_quant_conv.weight"][:, :, 0, 0, 0]
+    middle = back @ mean + old["post_quant_conv.bias"]
+    first = old["decoder.conv_in.weight"]
+    folded = {
+        "encoder.conv_out.weight": torch.einsum("ko,oixyz->kixyz", into, old["encoder.conv_out.weight"]),
+        "encoder.conv_out.bias": into @ old["encoder.conv_out.bias"] + torch.cat([offset, torch.zeros(channels)]),
+        "quant_conv.weight": torch.eye(2 * channels)[..., None, None, None],
+        "quant_conv.bias": torch.zeros(2 * channels),
+        "post_quant_conv.weight": torch.eye(channels)[..., None, None, None],
+        "post_quant_conv.bias": torch.zeros(channels),
+        "decoder.conv_in.weight": torch.einsum("oixyz,ik->okxyz", first, back @ kept),
+        "decoder.conv_in.bias": old["decoder.conv_in.bias"] + first.sum((2, 3, 4)) @ middle,
+    }
+    new.load_state_dict(old | folded)
+    return new
+
+
+def build_vae(channels: int, scale: float = 1.0) -> AutoencoderKLWan:
+    """An untrained autoencoder of the lab; ``scale`` is what a Wan pipeline divides its latents by."""
+    return AutoencoderKLWan(**VAE_CONFIG, z_dim=channels, latents_mean=[0.0] * channels, latents_std=[scale] * channels)
 
 
 def _as_motion_picture(video: Tensor) -> Tensor:
@@ -160,16 +216,6 @@ def _as_motion_picture(video: Tensor) -> Tensor:
     mask = (video.amax(1, keepdim=True) - video.amin(1, keepdim=True)).clamp(0, 1)
     direction = torch.randn(len(video), 3, 1, 1, 1) * strength
     return (ground + mask * direction).clamp(-1.5, 1.5)
-
-
-@torch.no_grad()
-def _normalise_latents(vae: AutoencoderKLWan, clips: Tensor) -> None:
-    """Store the latents' mean and deviation per channel in the config, where every Wan pipeline looks for them."""
-    with _fast_products():
-        latents = torch.cat([vae.encode(to_video(part)).latent_dist.mean.float() for part in clips[:256].split(16)])
-    vae.register_to_config(
-        latents_mean=latents.mean((0, 2, 3, 4)).tolist(), latents_std=latents.std((0, 2, 3, 4)).tolist()
-    )
 
 
 def train_raft(out: Path, work: Path, steps: int) -> None:
@@ -266,8 +312,8 @@ TRANSFORMER_CONFIG = {
     "patch_size": (1, 2, 2),
     "num_attention_heads": 4,
     "attention_head_dim": 32,
-    "in_channels": 24,
-    "out_channels": 24,
+    "in_channels": CHANNELS,
+    "out_channels": CHANNELS,
     "text_dim": 64,
     "freq_dim": 128,
     "ffn_dim": 512,
@@ -331,8 +377,12 @@ class _TextToVideo(nn.Module):
         return Denoiser(self.transformer, fast_dtype()).velocity(x, sigma, text)
 
 
-def train_teacher(out: Path, work: Path, steps: int, clips: int = 8000, batch: int = 16) -> None:
-    """Stage 3: text encoder and transformer by flow matching on the world's latents, prompt dropped one time in ten."""
+def train_teacher(out: Path, work: Path, steps: int, clips: int = 8000, batch: int = 32) -> None:
+    """Stage 3: text encoder and transformer by flow matching on the world's latents, prompt dropped one time in ten.
+
+    Half of the levels are shifted as the samplers' are, half uniform: stillness is decided at low noise, where an
+    outline that differs from frame to frame is all that is left to see.
+    """
     torch.manual_seed(0)
     vae = AutoencoderKLWan.from_pretrained(out / "teacher" / "vae")
     latents, captions = world_latents(vae, work, clips)
@@ -343,7 +393,7 @@ def train_teacher(out: Path, work: Path, steps: int, clips: int = 8000, batch: i
     def loss_of(step: int, share: float) -> Tensor:
         index = torch.randint(len(latents), (batch,))
         x0 = latents[index].float()
-        sigma = shift(torch.rand(batch), 3.0)
+        sigma = shift(torch.rand(batch), torch.where(torch.rand(batch) < 0.5, 3.0, 1.0))
         noise = torch.randn_like(x0)
         index = torch.where(torch.rand(batch) < 0.1, len(captions), index)
         ids, mask = tokens.input_ids[index], tokens.attention_mask[index]
