@@ -393,7 +393,8 @@ def train_teacher(out: Path, work: Path, steps: int, clips: int = 8000, batch: i
     def loss_of(step: int, share: float) -> Tensor:
         index = torch.randint(len(latents), (batch,))
         x0 = latents[index].float()
-        sigma = shift(torch.rand(batch), torch.where(torch.rand(batch) < 0.5, 3.0, 1.0))
+        level = torch.rand(batch)
+        sigma = torch.where(torch.rand(batch) < 0.5, shift(level, 3.0), level)
         noise = torch.randn_like(x0)
         index = torch.where(torch.rand(batch) < 0.1, len(captions), index)
         ids, mask = tokens.input_ids[index], tokens.attention_mask[index]
