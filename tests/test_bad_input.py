@@ -90,6 +90,15 @@ def test_a_cache_of_another_autoencoder_is_refused(model, own_cache, tmp_path, c
     assert "prepare it again" in said
 
 
+@pytest.mark.parametrize("part", ["text_encoder", "tokenizer"])
+def test_a_cache_whose_prompts_were_read_by_another_network_is_refused(part, model, own_cache, tmp_path, capsys):
+    """Its embeddings have the right shape and mean something else: the run would learn wrong colours."""
+    edit(own_cache / "cache.json", **{part: "0123456789abcdef"})
+    said = told(train_on(model, own_cache, tmp_path / "run"), capsys)
+    assert f"{part} 0123456789abcdef, not" in said
+    assert "prepare it again" in said
+
+
 @pytest.mark.parametrize("part", ["transformer", "vae", "text_encoder"])
 def test_a_download_that_broke_off_is_named_with_its_part(part, model, cache, tmp_path, capsys):
     (weights,) = (model / part).glob("*.safetensors")

@@ -71,6 +71,8 @@ def load(config: Config, cache: Cache, model: str, student: str | None, world: W
     check_processes(config, world)
     folder, start, adapters_of = _where(config, model, student)
     size = wan.geometry(folder)
+    texts = [part for part in ("text_encoder", "tokenizer") if part in cache.facts and (folder / part).is_dir()]
+    cache.require(**{part: wan.fingerprint(folder, part) for part in texts})
     if cache.has_clips:
         cache.require(vae=wan.fingerprint(folder, "vae"))
         size = wan.Geometry(**{k: cache.facts[k] for k in ("fps", "height", "width", "frames")})
