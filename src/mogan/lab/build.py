@@ -27,9 +27,9 @@ from mogan.video import contact_sheet, flow_picture
 def build(
     *,
     out: Path = Path("runs/lab"),
-    vae_steps: int = 1500,
+    vae_steps: int = 2200,
     raft_steps: int = 6000,
-    teacher_steps: int = 4500,
+    teacher_steps: int = 6500,
     student_iterations: int = 400,
     install: bool = False,
 ) -> None:
