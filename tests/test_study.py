@@ -133,6 +133,12 @@ def test_every_job_waits_only_for_jobs_there_are(table, tmp_path):
     assert all(set(j.after) <= set(names[:i]) for i, j in enumerate(jobs))
 
 
+def test_a_column_given_before_another_is_not_forgotten(tmp_path, capsys):
+    given = ["study", "table1", "--out", str(tmp_path), "--column", "nobody", "--column", "mogan"]
+    assert main(given) == 2
+    assert "no column 'nobody'" in capsys.readouterr().err
+
+
 def test_image_to_video_starts_from_the_clips_of_the_held_out_prompts(tmp_path):
     scenes = write_prompts(tmp_path / "held_out.txt", PROMPT_SEED, 3, "rich")
     jobs = {j.name: j for j in shared_jobs(tmp_path, scenes)}

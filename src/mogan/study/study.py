@@ -30,7 +30,7 @@ def study(
     out: Path = Path("runs/study"),
     seeds: int = 3,
     first_seed: int = 0,
-    column: tuple[str, ...] = (),
+    column: tyro.conf.UseAppendAction[tuple[str, ...]] = (),
     prompts: int = 128,
     clips: int = 5,
     iterations: int | None = None,
@@ -49,7 +49,7 @@ def study(
         out: folder for everything, the same for all studies.
         seeds: training seeds.
         first_seed: the first of them.
-        column: only these columns, and those they need.
+        column: only this column, and those it needs; may be given several times.
         prompts: held-out prompts.
         clips: clips per prompt, with seeds 0, 1, 2 ...
         iterations: of training, in place of the recipes'.
