@@ -218,7 +218,7 @@ def test_a_flow_network_by_name_is_the_file_in_the_weights_folder(tmp_path):
     for name, content in {"other": None, "torn": b"PK\x03\x04", "page": b"<html>"}.items():
         if content:
             (tmp_path / f"{name}.pth").write_bytes(content)
-        with pytest.raises(UserError, match="does not hold the weights of torchvision's raft_large"):
+        with pytest.raises(UserError, match="does not hold the weights of a large RAFT"):
             load_flow(str(tmp_path / f"{name}.pth"))
 
 

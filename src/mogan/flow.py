@@ -5,6 +5,7 @@ A flow estimator is any callable from a video to such a flow.
 """
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -96,8 +97,44 @@ def read_raft_config(path: Path) -> RaftConfig:
     return RaftConfig(**fields)
 
 
+# names of the original RAFT (Teed and Deng 2020, princeton-vl/RAFT) -> torchvision's, one after the other
+ORIGINAL_NAMES = (
+    (r"^module\.", ""),
+    (r"^fnet\.", "feature_encoder."),
+    (r"^cnet\.", "context_encoder."),
+    (r"_encoder\.conv1\.", "_encoder.convnormrelu.0."),
+    (r"_encoder\.norm1\.", "_encoder.convnormrelu.1."),
+    (r"_encoder\.conv2\.", "_encoder.conv."),
+    (r"(layer\d\.\d)\.conv(\d)\.", r"\1.convnormrelu\2.0."),
+    (r"(layer\d\.\d)\.norm([12])\.", r"\1.convnormrelu\2.1."),
+    (r"\.encoder\.convc(\d)\.", r".motion_encoder.convcorr\1.0."),
+    (r"\.encoder\.convf(\d)\.", r".motion_encoder.convflow\1.0."),
+    (r"\.encoder\.conv\.", ".motion_encoder.conv.0."),
+    (r"\.gru\.conv([zrq])(\d)\.", r".recurrent_block.convgru\2.conv\1."),
+    (r"update_block\.mask\.0\.", "mask_predictor.convrelu.0."),
+    (r"update_block\.mask\.2\.", "mask_predictor.conv."),
+)
+
+
+def torchvision_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Weights of a RAFT in the original's layout under torchvision's names; torchvision's own stay as they are.
+
+    The original lists the norm of a shortcut twice; ``norm3`` is ``downsample.1``.
+    """
+    found: dict[str, Tensor] = {}
+    for name, value in state.items():
+        if ".norm3." not in name:
+            for pattern, new in ORIGINAL_NAMES:
+                name = re.sub(pattern, new, name)
+            found[name] = value
+    return found
+
+
 def load_raft(path: str | Path) -> RAFT:
-    """Load a RAFT: a folder written by :func:`save_raft`, or torchvision's ``raft_large`` weights as a ``.pth`` file."""
+    """Load a RAFT: a folder written by :func:`save_raft`, or a file of weights.
+
+    A file holds torchvision's ``raft_large``, or the original's network, such as the ``raft-things.pth`` of VBench.
+    """
     path = Path(path)
     if (path / "config.json").is_file():
         model = read_raft_config(path / "config.json").build()
@@ -105,18 +142,17 @@ def load_raft(path: str | Path) -> RAFT:
     elif path.suffix in (".pth", ".pt", ".safetensors") and path.is_file():
         model = raft_large()
         try:
-            model.load_state_dict(
-                load_file(path) if path.suffix == ".safetensors" else torch.load(path, weights_only=True)
-            )
+            state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, weights_only=True)
+            model.load_state_dict(torchvision_names(state))
         except (SafetensorError, UnpicklingError, RuntimeError, TypeError, AttributeError, EOFError) as error:
             raise UserError(
-                f"{path} does not hold the weights of torchvision's raft_large, or is damaged: fetch it with `mogan "
-                "weights fetch raft_large_C_T_V1`"
+                f"{path} does not hold the weights of a large RAFT, torchvision's or the original's, or is damaged: fetch it "
+                "with `mogan weights fetch raft_large_C_T_V1`"
             ) from error
     else:
         raise UserError(
-            f"no flow network at {path}: give a folder with config.json and model.safetensors, or the .pth file of "
-            "torchvision's raft_large, or a name that `mogan weights list` shows"
+            f"no flow network at {path}: give a folder with config.json and model.safetensors, or a .pth file of "
+            "torchvision's raft_large or the original RAFT, or a name that `mogan weights list` shows"
         )
     return model.float().eval().requires_grad_(False)
 
