@@ -171,6 +171,10 @@ torch.save({"seen": seen, "frames": torch.from_numpy(frames)}, sys.argv[3])
     assert np.abs(frames / 255 - ours).mean() < 0.1  # H.264 of noise
 
 
+def test_export_does_not_tell_where_its_parts_lay(exported):
+    assert json.loads((exported / "export" / "transformer" / "config.json").read_text())["_name_or_path"] == ""
+
+
 def test_export_says_how_to_use_it(exported):
     card = (exported / "export" / "README.md").read_text()
     assert "num_inference_steps=3, guidance_scale=1.0" in card

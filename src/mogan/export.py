@@ -223,9 +223,10 @@ def save_student(
     temporary.mkdir(parents=True)
     for part in ("text_encoder", "tokenizer", "vae"):
         shutil.copytree(base / part, temporary / part, copy_function=_link_or_copy)
-    transformer.to(dtype).save_pretrained(temporary / "transformer")
-    if fake_score is not None:
-        fake_score.to(dtype).save_pretrained(temporary / "fake_score")
+    for part, network in (("transformer", transformer), ("fake_score", fake_score)):
+        if network is not None:
+            network.register_to_config(_name_or_path="")  # else the folder tells where on this machine it came from
+            network.to(dtype).save_pretrained(temporary / part)
     scheduler.save_pretrained(temporary / "scheduler")
     index = json.loads((base / "model_index.json").read_text())
     index["scheduler"] = ["diffusers", "FlowMatchLCMScheduler"]

@@ -348,7 +348,10 @@ class _Fp32Attention(TorchFunctionMode):
 
 
 def fold_padding(transformer: WanTransformer3DModel) -> WanTransformer3DModel:
-    """Install :class:`FoldedPadding` on every cross-attention; text must then come from :func:`stack_text`."""
+    """Install :class:`FoldedPadding` on every cross-attention; text must then come from :func:`stack_text`.
+
+    Self-attention becomes :class:`SelfAttention`, which differs on a CPU alone.
+    """
     for block in transformer.blocks:
         block.attn1.set_processor(SelfAttention())
         block.attn2.set_processor(FoldedPadding())
