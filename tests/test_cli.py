@@ -114,3 +114,36 @@ def test_warnings_come_in_words_and_once(key, values, update, word):
     assert len(said) == 1
     assert word in said[0]
     assert watched(key, [values[0]] * 30, update) == []
+
+
+LAST_WORDS = """
+import atexit, os, sys
+from mogan import cli
+
+class Torn:
+    def __del__(self, write=os.write):
+        write(1, b"torn ")
+
+torn = Torn()
+atexit.register(print, "at exit", end=" ")
+command, ending = sys.argv[1:]
+def main():
+    if ending.startswith("stop:"):
+        raise SystemExit(ending[5:])
+    return int(ending)
+cli.main = main
+cli.run()
+"""
+
+
+@pytest.mark.parametrize(
+    ("ending", "code", "said"), [("0", 0, ""), ("2", 2, ""), ("stop:saved at 3", 1, "saved at 3\n")]
+)
+@pytest.mark.parametrize("processes", ["1", "2"])
+def test_one_of_several_processes_leaves_with_its_code_but_does_not_take_the_interpreter_apart(
+    ending, code, said, processes, monkeypatch
+):
+    monkeypatch.setenv("WORLD_SIZE", processes)
+    done = subprocess.run([sys.executable, "-c", LAST_WORDS, "train", ending], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (code, said)
+    assert done.stdout == ("at exit torn " if processes == "1" else "at exit ")

@@ -1,7 +1,5 @@
 """``python -m mogan`` is ``mogan``."""
 
-import sys
+from mogan.cli import run
 
-from mogan.cli import main
-
-sys.exit(main())
+run()

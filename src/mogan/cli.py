@@ -1,7 +1,10 @@
 """``mogan``: names of commands -> functions. Modules are imported only when their command is used."""
 
+import atexit
 import importlib
+import os
 import sys
+from typing import NoReturn
 
 from mogan.errors import UserError
 
@@ -75,5 +78,31 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
+def run() -> NoReturn:
+    """:func:`main` as a process of its own."""
+    try:
+        code: int | str | None = main()
+    except SystemExit as stop:
+        code = stop.code
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        _leave(code)
+    sys.exit(code)
+
+
+def _leave(code: int | str | None) -> NoReturn:
+    """End one of several processes as ``sys.exit`` does, but for taking the interpreter apart.
+
+    Threads of torch (gloo's, autograd's) may still be letting go of a tensor, for which they need the interpreter; if it
+    is gone by then they abort a process that had done its work (pytorch/pytorch issue 190489).
+    """
+    if isinstance(code, str):
+        print(code, file=sys.stderr)
+        code = 1
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code or 0)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    run()
