@@ -95,7 +95,7 @@ def read_frames(
             have been yielded by then.
     """
     decoded = _decode(Path(path))
-    reformatter = VideoReformatter()  # keeps its scaler from frame to frame
+    reformatter = VideoReformatter()  # keeps its scaler from frame to frame; files are read side by side, so one thread
     last, image = None, np.empty(0)
     for index, shown in enumerate(decoded) if fps is None else _resample(decoded, fps):
         if only is None or index in only:
@@ -192,12 +192,12 @@ def _picture(reformatter: VideoReformatter, shown: _Decoded, size: tuple[int, in
     frame, aspect = shown.frame, shown.aspect
     turns = round(frame.rotation / 90) % 4  # quarter turns, counter-clockwise, as np.rot90 counts
     if size is None:
-        image = reformatter.reformat(frame, format="rgb24", interpolation=_AREA).to_ndarray()
+        image = reformatter.reformat(frame, format="rgb24", interpolation=_AREA, threads=1).to_ndarray()
     else:
         height, width = size if turns % 2 == 0 else size[::-1]
         scale = max(height / frame.height, width / (frame.width * aspect))
         tall, wide = max(height, round(frame.height * scale)), max(width, round(frame.width * aspect * scale))
-        image = reformatter.reformat(frame, wide, tall, "rgb24", interpolation=_AREA).to_ndarray()
+        image = reformatter.reformat(frame, wide, tall, "rgb24", interpolation=_AREA, threads=1).to_ndarray()
         top, left = (tall - height) // 2, (wide - width) // 2
         image = image[top : top + height, left : left + width]
     return np.ascontiguousarray(np.rot90(image, turns))

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import av
 import numpy as np
+from av.video.reformatter import VideoReformatter
 
 from mogan.errors import UserError
 
@@ -29,11 +30,12 @@ def read_frames(path: Path) -> Iterator[np.ndarray]:
         UserError: the file cannot be opened, holds no picture, or breaks in the middle.
     """
     count = 0
+    reformatter = VideoReformatter()  # a frame's own would be built anew, with threads, for every frame
     with _open(path) as container:
         try:
             for frame in container.decode(video=0):
                 count += 1
-                yield frame.to_ndarray(format="rgb24")
+                yield reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray()
         except av.FFmpegError as error:
             raise UserError(f"{path} breaks off after {count} frames ({error}): write it again") from error
     if count == 0:
