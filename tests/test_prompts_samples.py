@@ -2,10 +2,12 @@
 
 import json
 import multiprocessing
+import shutil
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
 from conftest import CAPTIONS
 from mogan import prompts as prompts_module
@@ -130,6 +132,29 @@ def test_one_folder_holds_one_way_of_sampling(tmp_path):
         refuse_others(tmp_path, {"a-0.mp4": there}, [there | {"seed": 5}])
     with pytest.raises(UserError, match=r"with sigmas \[1.0, 0.5\], not None"):
         refuse_others(tmp_path, {"a-0.mp4": there}, [{k: v for k, v in there.items() if k != "sigmas"}])
+    for more in ({"flowmo": True}, {"solver": "euler"}, {"motion": "m", "motion_ratio": 0.5}):
+        with pytest.raises(UserError, match=f"with {next(iter(more))} "):
+            refuse_others(tmp_path, {"a-0.mp4": there}, [there | more])
+
+
+def test_a_folder_keeps_to_the_weights_it_was_begun_with(family, tmp_path):
+    (tmp_path / "p.txt").write_text("a moon\n")
+    student = tmp_path / "student"
+    shutil.copytree(family / "student", student)
+    options = {"prompts": tmp_path / "p.txt", "out": tmp_path / "clips", "model": str(student)}
+    sample(**options)
+    sample(**options, seeds=2)
+    (one, two) = listed_samples(tmp_path / "clips").values()
+    assert one["weights"] == two["weights"]
+    path = next((student / "transformer").glob("*.safetensors"))
+    weights = load_file(path)
+    name = sorted(weights)[0]
+    save_file(weights | {name: weights[name] + 1e-3}, path)
+    with pytest.raises(UserError, match=r"made by a model with other weights: give another --out"):
+        sample(**options, seeds=2)
+    listed = listed_samples(tmp_path / "clips")
+    older = {file: {k: v for k, v in row.items() if k != "weights"} for file, row in listed.items()}
+    refuse_others(tmp_path, older, listed.values())  # lists written before weights were noted
 
 
 def test_prompts_whose_clips_would_have_one_name_are_refused():

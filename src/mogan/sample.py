@@ -161,28 +161,17 @@ def sample(
     jobs = shard_of(jobs_of(lines[:limit], seeds, first_seed), shard)
     source = open_generator(model)
     few_steps = source.sigmas is not None if mode == "auto" else mode == "student"
-    if few_steps and source.sigmas is None:
-        raise UserError(f"{model} does not say at which levels it samples (no mogan.json): use --mode teacher")
-    if motion is not None and few_steps:
-        raise UserError("--motion is mixed into a teacher's steps: name a teacher with --model, or use --mode teacher")
-    if first_frames is not None and not few_steps:
-        raise UserError("--first-frames is for a model trained with them: give the export of such a run, and no --mode")
-    how: dict = (
-        {"sigmas": list(source.sigmas or ())} if few_steps else {"steps": steps, "guidance": guidance, "shift": shift}
-    )
-    if flowmo and few_steps:
-        raise UserError("--flowmo guides a teacher's many steps; leave it out for a few-step student")
-    how |= {"flowmo": True} if flowmo else {}
-    if motion is not None:
-        how |= {"motion": str(motion), "motion_ratio": motion_ratio}
+    _refuse_what_does_not_go_together(model, source, few_steps, flowmo, motion, first_frames)
+    as_teacher = TeacherSteps(steps, guidance, shift, solver, flowmo, motion, motion_ratio)
+    how = {"sigmas": list(source.sigmas or ())} if few_steps else as_teacher.told()
     how |= {"first_frames": str(first_frames)} if first_frames else {}
-    starts = clip_of_prompts(first_frames, lines[:limit]) if first_frames else {}
+    starts = clip_of_prompts(first_frames, lines[:limit]) if first_frames else None
+    about_all = {"system": out.name, "fps": source.geometry.fps, **how, "weights": source.mark()}
     out.mkdir(parents=True, exist_ok=True)
     listed = listed_samples(out)
 
     def record(job: Job) -> dict:
-        about = {"file": job.file, "prompt": job.prompt, "index": job.index, "seed": job.seed}
-        return about | {"system": out.name, "fps": source.geometry.fps} | how | {"prompts_sha256": list_sha}
+        return {"file": job.file, **vars(job), **about_all, "prompts_sha256": list_sha}
 
     refuse_others(out, listed, map(record, jobs))
     there = {job for job in jobs if (out / job.file).is_file()}
@@ -192,45 +181,94 @@ def sample(
     if not todo:
         print(f"{out}: all {len(jobs)} clips are there")
         return
-    encode = wan.load_text(source.folder)
-    fast = wan.fast_dtype(target)
-    auto = torch.float32 if few_steps and target.type == "cpu" else fast
-    dtype = {"auto": auto, "bf16": torch.bfloat16, "fp32": torch.float32}[precision]
-    vae = wan.load_vae(source.folder, dtype).to(target)
-    denoiser = Denoiser(source.load().to(target).eval(), dtype)
-    shape = wan.latent_shape(source.folder, source.geometry)
-    null = wan.stack_text(encode([""]), target)
-    change = None
-    if motion is not None:
-        network, given = open_motion(motion, source.folder, shape[1])
-        network = Denoiser(network.to(target).eval(), dtype)
-        change = partial(steer, motion=network, given=given, null_1LD=null, guidance=guidance, ratio=motion_ratio)
+    make = _maker(source, None if few_steps else as_teacher, starts, target, precision)
     with tqdm(total=len(jobs), initial=len(jobs) - len(todo), desc=f"sample {out.name}", unit="clip") as bar:
         for first in range(0, len(todo), batch):
             part = todo[first : first + batch]
-            text = wan.stack_text(encode([job.prompt for job in part]), target)
-            numbers = [job.seed for job in part]
-            if starts:
-                assert source.sigmas is not None
-                begin = [starts[job.prompt] for job in part]
-                latents = sample_from_first_frames(
-                    denoiser, vae, begin, text, shape, source.sigmas, seeded(numbers), source.geometry
-                )
-            elif few_steps:
-                assert source.sigmas is not None
-                latents = sample_student(denoiser, text, shape, source.sigmas, numbers)
-            else:
-                latents = sample_teacher(
-                    denoiser, text, null, shape, numbers, steps=steps, guidance=guidance, shift=shift, solver=solver,
-                    flowmo=flowmo, change=change and partial(change, text_BLD=text),
-                )  # fmt: skip
-            with torch.no_grad():
-                video = wan.decode_video(vae, latents)
-            for job, frames in zip(part, to_frames(video), strict=True):
+            for job, frames in zip(part, to_frames(make(part)), strict=True):
                 write_video(out / job.file, frames, source.geometry.fps)
                 if job.file not in listed:
                     append_samples(out, [record(job)])
             bar.update(len(part))
+
+
+def _refuse_what_does_not_go_together(
+    model: str, source: "Generator", few_steps: bool, flowmo: bool, motion: Path | None, first_frames: Path | None
+) -> None:
+    if few_steps and source.sigmas is None:
+        raise UserError(f"{model} does not say at which levels it samples (no mogan.json): use --mode teacher")
+    if motion is not None and few_steps:
+        raise UserError("--motion is mixed into a teacher's steps: name a teacher with --model, or use --mode teacher")
+    if first_frames is not None and not few_steps:
+        raise UserError("--first-frames is for a model trained with them: give the export of such a run, and no --mode")
+    if flowmo and few_steps:
+        raise UserError("--flowmo guides a teacher's many steps; leave it out for a few-step student")
+
+
+@dataclass(frozen=True)
+class TeacherSteps:
+    """The options of :func:`sample` that are a teacher's alone."""
+
+    steps: int
+    guidance: float
+    shift: float
+    solver: str
+    flowmo: bool
+    motion: Path | None
+    motion_ratio: float
+
+    def told(self) -> dict:
+        """What ``samples.jsonl`` says of them; of what few use, only where it was used."""
+        told: dict = {"steps": self.steps, "guidance": self.guidance, "shift": self.shift}
+        told |= {"solver": self.solver} if self.solver != "unipc" else {}
+        told |= {"flowmo": True} if self.flowmo else {}
+        return told | ({"motion": str(self.motion), "motion_ratio": self.motion_ratio} if self.motion else {})
+
+
+def _maker(
+    source: "Generator",
+    teacher: TeacherSteps | None,
+    starts: dict[str, Path] | None,
+    device: torch.device,
+    precision: str,
+) -> Callable[[list[Job]], Tensor]:
+    """Load a generator's networks; what comes back makes the videos ``(B, 3, F, H, W)`` of a few jobs at once."""
+    encode = wan.load_text(source.folder)
+    fast = wan.fast_dtype(device)
+    auto = torch.float32 if teacher is None and device.type == "cpu" else fast
+    dtype = {"auto": auto, "bf16": torch.bfloat16, "fp32": torch.float32}[precision]
+    vae = wan.load_vae(source.folder, dtype).to(device)
+    denoiser = Denoiser(source.load().to(device).eval(), dtype)
+    shape = wan.latent_shape(source.folder, source.geometry)
+    null = wan.stack_text(encode([""]), device)
+    change = None
+    if teacher is not None and teacher.motion is not None:
+        network, given = open_motion(teacher.motion, source.folder, shape[1])
+        network = Denoiser(network.to(device).eval(), dtype)
+        ratio = teacher.motion_ratio
+        change = partial(steer, motion=network, given=given, null_1LD=null, guidance=teacher.guidance, ratio=ratio)
+
+    @torch.no_grad()
+    def make(jobs: list[Job]) -> Tensor:
+        text = wan.stack_text(encode([job.prompt for job in jobs]), device)
+        numbers = [job.seed for job in jobs]
+        if teacher is not None:
+            latents = sample_teacher(
+                denoiser, text, null, shape, numbers, steps=teacher.steps, guidance=teacher.guidance, shift=teacher.shift,
+                solver=teacher.solver, flowmo=teacher.flowmo, change=change and partial(change, text_BLD=text),
+            )  # fmt: skip
+            return wan.decode_video(vae, latents)
+        assert source.sigmas is not None
+        if starts is None:
+            latents = sample_student(denoiser, text, shape, source.sigmas, numbers)
+        else:
+            first = [starts[job.prompt] for job in jobs]
+            latents = sample_from_first_frames(
+                denoiser, vae, first, text, shape, source.sigmas, seeded(numbers), source.geometry
+            )
+        return wan.decode_video(vae, latents)
+
+    return make
 
 
 def to_frames(video_BCFHW: Tensor):
@@ -284,13 +322,25 @@ class Generator:
 
     def average(self) -> dict[str, Tensor]:
         """What a run's student learned, averaged: its weights or its adapters."""
-        from mogan.checkpoint import latest_checkpoint, load_part
+        from mogan.checkpoint import load_part
+
+        return load_part(self._newest(), "ema")
+
+    def mark(self) -> str:
+        """Sixteen hex digits that change with the weights that are sampled."""
+        if self.run is None:
+            return wan.fingerprint(self.folder, "transformer")
+        newest = self._newest()
+        return wan.fingerprint(newest.parent, newest.name)
+
+    def _newest(self) -> Path:
+        from mogan.checkpoint import latest_checkpoint
 
         assert self.run is not None
         newest = latest_checkpoint(self.run)
         if newest is None:
             raise UserError(f"{self.run} has no checkpoint yet: let it train until it has saved one")
-        return load_part(newest, "ema")
+        return newest
 
 
 def open_generator(name: str) -> Generator:

@@ -11,6 +11,10 @@ from mogan.errors import UserError
 
 NAME = "samples.jsonl"
 Record = dict[str, Any]
+WAY = (
+    "prompt", "index", "seed", "fps", "sigmas", "steps", "guidance", "shift", "solver", "flowmo", "motion", "motion_ratio",
+    "first_frames",
+)  # fmt: skip
 
 
 def append_samples(folder: Path, records: Iterable[Record]) -> None:
@@ -51,13 +55,17 @@ def listed_samples(folder: Path) -> dict[str, Record]:
 def refuse_others(folder: Path, listed: dict[str, Record], wanted: Iterable[Record]) -> None:
     """Raise if a folder lists clips of the same names that were made otherwise: one folder is one way of sampling."""
     for record in wanted:
-        there = listed.get(record["file"], {})
-        for key in ("prompt", "index", "seed", "fps", "sigmas", "steps", "guidance", "shift", "first_frames"):
-            if there and there.get(key) != record.get(key):
+        there = listed.get(record["file"])
+        if there is None:
+            continue
+        change = f"give another --out, or remove {NAME} and the clips"
+        for key in WAY:
+            if there.get(key) != record.get(key):
                 raise UserError(
-                    f"{folder} lists {record['file'][:60]} with {key} {there.get(key)}, not {record.get(key)}: give another "
-                    f"--out, or remove {NAME} and the clips"
+                    f"{folder} lists {record['file'][:60]} with {key} {there.get(key)}, not {record.get(key)}: {change}"
                 )
+        if there.get("weights", record.get("weights")) != record.get("weights"):
+            raise UserError(f"{folder} lists {record['file'][:60]}, made by a model with other weights: {change}")
 
 
 def _drop_torn_end(file: IO[bytes]) -> None:
