@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -18,11 +19,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mogan.assemble import assemble
-from mogan.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint, stored
-from mogan.data import one_ahead, open_cache
+from mogan.checkpoint import held_out_motions, latest_checkpoint, load_checkpoint, save_checkpoint, stored
+from mogan.data import ensure_text, one_ahead, open_cache
 from mogan.distributed import World, join
 from mogan.errors import UserError
 from mogan.train import Position, _graceful_stop, draw, parts_of, run_training, step
+from mogan.wan import load_text
 from tiny_recipes import dmd, flow_matching, mogan
 
 HERE = Path(__file__).parent
@@ -141,6 +143,22 @@ def test_sharded_run_follows_the_trajectory_of_one(recipe, ranks, more, family, 
     before = train_alone(config, family, cache, tmp_path / "one")
     train_together(ranks, recipe, family, cache, tmp_path / "many", *more)
     assert_same_trajectory(before, tmp_path / "one", tmp_path / "many")
+
+
+@pytest.mark.slow
+def test_two_processes_judge_held_out_motion_together_and_stop_together(family, cache, tmp_path):
+    prompts = tmp_path / "prompts"
+    shutil.copytree(cache, prompts)
+    (prompts / "index.jsonl").write_text(json.dumps({"id": "0", "caption": "a moon at rest"}) + "\n")
+    facts = json.loads((prompts / "cache.json").read_text())
+    (prompts / "cache.json").write_text(json.dumps(facts | {"contents": "prompts"}))
+    ensure_text(prompts, ["", "a moon at rest"], load_text(family / "teacher"))
+    more = ("--held-out", str(prompts), "--patience", "1", "--lr", "0")  # nothing learns: motion never rises
+    for ranks in (1, 2):
+        train_together(ranks, "mogan", family, cache, tmp_path / str(ranks), *more)
+    one, two = (held_out_motions(tmp_path / ranks) for ranks in "12")
+    assert list(one) == list(two) == [1, 2]
+    assert two[1] == pytest.approx(one[1], rel=1e-3)
 
 
 @pytest.mark.slow

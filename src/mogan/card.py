@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 from mogan import wan
-from mogan.checkpoint import latest_checkpoint
+from mogan.checkpoint import student_checkpoint
 from mogan.errors import UserError
 
 
@@ -53,7 +53,7 @@ It samples at noise levels {", ".join(f"{s:.4g}" for s in sigmas)}; this schedul
 def run_notes(run: Path) -> list[str]:
     """Recipe, seed and length of a training run, and what it was trained on."""
     config = json.loads((run / "config.json").read_text())
-    newest = latest_checkpoint(run)
+    newest = student_checkpoint(run)
     how = f"adapters of rank {config['lora']}" if config.get("lora") else "all weights"
     updates = ", ".join(f"{u['learns']} by {u['by']} (batch {u['batch']})" for u in config["plan"])
     return [

@@ -26,7 +26,8 @@ from mogan.files import write_atomically
 
 
 def save_checkpoint(run: Path, iteration: int, state: dict[str, Tensor], config: Config, world: World = ONE) -> Path:
-    """Write ``checkpoints/<iteration>`` whole or not at all, then drop all but the newest ``config.keep``.
+    """Write ``checkpoints/<iteration>`` whole or not at all, then drop all but the newest ``config.keep`` and the one
+    that :func:`student_checkpoint` names.
 
     All processes call this; the folder must be one that all of them see. ``state`` names tensors ``part.name...``; each
     part goes into a file of its own, which bounds the memory that writing takes.
@@ -56,7 +57,8 @@ def save_checkpoint(run: Path, iteration: int, state: dict[str, Tensor], config:
             shutil.rmtree(final)
         temporary.rename(final)
         for old in checkpoints(run)[: -config.keep]:
-            shutil.rmtree(old)
+            if old != student_checkpoint(run):
+                shutil.rmtree(old)
     world.barrier()  # nobody leaves, and so ends the others, before the checkpoint is in its place
     return final
 
@@ -74,6 +76,26 @@ def latest_checkpoint(run: Path) -> Path | None:
     """The newest complete checkpoint, if any."""
     found = checkpoints(run)
     return found[-1] if found else None
+
+
+def student_checkpoint(run: Path) -> Path | None:
+    """The checkpoint whose student is sampled and exported: of most motion on held-out prompts, if the run was told to
+    look (:mod:`mogan.held_out`); else the newest.
+    """
+    motions = held_out_motions(run)
+    judged = [path for path in checkpoints(run) if int(path.name) in motions]
+    return max(judged, key=lambda path: motions[int(path.name)]) if judged else latest_checkpoint(run)
+
+
+def held_out_motions(run: Path) -> dict[int, float]:
+    """Motion on held-out prompts by iteration, in order, as far as it was measured."""
+    path = run / "held_out.json"
+    return {int(k): v for k, v in json.loads(path.read_text()).items()} if path.is_file() else {}
+
+
+def write_held_out_motions(run: Path, motions: dict[int, float]) -> None:
+    """What :func:`held_out_motions` reads."""
+    write_atomically(run / "held_out.json", json.dumps(dict(sorted(motions.items())), indent=2) + "\n")
 
 
 def load_checkpoint(path: Path, state: dict[str, Tensor], world: World = ONE) -> None:

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from mogan import wan
 from mogan.card import metrics_table, model_card, model_name, run_notes
-from mogan.checkpoint import latest_checkpoint, load_part
+from mogan.checkpoint import load_part, student_checkpoint
 from mogan.errors import UserError
 from mogan.files import write_atomically
 from mogan.layouts import original_module, split_leaf
@@ -111,7 +111,7 @@ def export(
 
 
 def _fake_score(run: Path, source: Generator) -> Any:
-    newest = latest_checkpoint(run)
+    newest = student_checkpoint(run)
     weights = load_part(newest, "fake_score.transformer") if newest else {}
     if not weights:
         raise UserError(f"{run} trained no fake score: leave --fake-score out")

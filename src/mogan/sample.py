@@ -334,10 +334,10 @@ class Generator:
         return wan.fingerprint(newest.parent, newest.name)
 
     def _newest(self) -> Path:
-        from mogan.checkpoint import latest_checkpoint
+        from mogan.checkpoint import student_checkpoint
 
         assert self.run is not None
-        newest = latest_checkpoint(self.run)
+        newest = student_checkpoint(self.run)
         if newest is None:
             raise UserError(f"{self.run} has no checkpoint yet: let it train until it has saved one")
         return newest

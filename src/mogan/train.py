@@ -20,12 +20,20 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from mogan.assemble import Assembly, assemble
-from mogan.checkpoint import check_same_run, latest_checkpoint, load_checkpoint, save_checkpoint, stored
+from mogan.checkpoint import (
+    check_same_run,
+    held_out_motions,
+    latest_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+    stored,
+)
 from mogan.config import Config, Update
 from mogan.data import Batch, draw_batch, one_ahead, open_cache
 from mogan.distributed import join, whole
 from mogan.errors import UserError
 from mogan.files import write_atomically
+from mogan.held_out import Gain
 from mogan.journal import Journal
 from mogan.load import FROM_CLIPS
 from mogan.objectives.shift import Shift
@@ -173,12 +181,16 @@ def _not_finite(parts: Assembly, update: Update, where: Position, record: dict) 
     )
 
 
-def run_training(parts: Assembly, run: Path) -> None:
-    """Train until ``config.iterations``, from the newest checkpoint if there is one."""
+def run_training(parts: Assembly, run: Path, gain: Gain | None = None) -> None:
+    """Train until ``config.iterations``, from the newest checkpoint if there is one; or until ``gain`` is over."""
     config, world, start = parts.config, parts.world, resume(parts, run)
+    if gain is not None and world.main:
+        gain.forget_after(start)
+    world.barrier()
     journal = Journal(run, start) if world.main else None
     batches = one_ahead(lambda where: draw(parts, config.plan[where.update], where), positions(config, start))
-    todo = range(start, config.iterations)
+    over = world.any(gain is not None and world.main and gain.over)
+    todo = range(start, start if over else config.iterations)
     with _graceful_stop() as stop, closing(batches):
         bar = tqdm(todo, initial=start, total=config.iterations, desc=config.recipe, disable=not world.main)
         for iteration in bar:
@@ -193,15 +205,25 @@ def run_training(parts: Assembly, run: Path) -> None:
                         journal.write(iteration, update, repeat, record)
             bar.set_postfix(shown)
             done, leaving = iteration + 1, world.any(bool(stop))
-            if done % config.save_every == 0 or done == config.iterations or leaving:
+            due = done % config.save_every == 0 or done == config.iterations
+            if due and gain is not None:
+                motion = gain.check(parts, done)
+                over = world.any(world.main and gain.over)
+                if journal is not None:
+                    journal.writer.add_scalar("held_out/motion", motion, done)
+            if due or leaving:
                 save_checkpoint(run, done, parts.state(), config, world)
             if (done % config.sample_every == 0 or done == config.iterations) and config.sample_prompts:
                 sample_sheet(parts, run, done)
             if leaving:
                 said = f"stopped after iteration {done} and saved; the same command goes on from there"
                 raise SystemExit(said if world.main else 1)
+            if over:
+                break
     if journal is not None:
         journal.close()
+    if gain is not None and world.main and held_out_motions(run):
+        print(gain.said())
 
 
 def positions(config: Config, start: int) -> Iterator[Position]:
@@ -299,6 +321,8 @@ def train(
     precision: str | None = None,
     save_every: int | None = None,
     sample_every: int | None = None,
+    held_out: Path | None = None,
+    patience: int = 3,
     compile: bool = False,
     device: str = "auto",
     hsdp: int = 1,
@@ -322,6 +346,9 @@ def train(
         precision: auto, bf16 or fp32.
         save_every: iterations between checkpoints.
         sample_every: iterations between sheets of sample clips.
+        held_out: a cache with prompts that are not trained on. At every checkpoint the student's motion on them is measured;
+            training stops when it no longer rises, and sample and export take the checkpoint at which it was highest.
+        patience: checkpoints without a new highest motion after which a run with held-out prompts stops.
         compile: compile the transformers' blocks with torch.compile: slow to start; a run may go on with or without it.
         device: auto, cpu or cuda.
         hsdp: with many processes, copies of the sharded networks: 1 shards over all of them.
@@ -358,4 +385,4 @@ def train(
         if world.main:
             write_atomically(out / "config.json", text + "\n")
             write_atomically(out / "run.json", json.dumps(parts.facts, indent=2) + "\n")
-        run_training(parts, out)
+        run_training(parts, out, Gain(out, held_out, parts, patience) if held_out else None)

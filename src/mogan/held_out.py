@@ -1,0 +1,111 @@
+"""When the gain ends: motion on prompts that no update sees, and the checkpoint at which there was most of it.
+
+Longer is not better: a discriminator that has won teaches nothing more, and distribution matching pulls the student back to
+its stiller teacher. The losses do not show it; the student's clips do.
+"""
+
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from mogan.assemble import Assembly
+from mogan.checkpoint import held_out_motions, write_held_out_motions
+from mogan.data import open_cache
+from mogan.errors import UserError
+from mogan.flow import FlowEstimator
+from mogan.rewards import sample_at
+from mogan.sample import sample_student
+from mogan.wan import decode_video, stack_text
+
+CLIPS, AT_ONCE = 32, 8  # enough that one clip more or less does not decide; in memory
+POINTS, FASTEST = 16, 0.1  # points along each side of the picture; share of them that is averaged
+
+
+def net_motion(video_BCFHW: Float[Tensor, "b 3 f h w"], flow: FlowEstimator) -> Float[Tensor, " b"]:
+    """How far the fastest tenth of the points gets from the first frame to the last, px/frame.
+
+    Points on a grid are carried along by the flow of pair after pair. What shimmers in place moves to and fro and gets
+    nowhere, while the mean of the flow itself would count it.
+    """
+    fields = flow(video_BCFHW)
+    height, width = fields.shape[-2:]
+    x, y = torch.meshgrid(torch.linspace(0, width - 1, POINTS), torch.linspace(0, height - 1, POINTS), indexing="xy")
+    start = torch.stack([x, y], -1).flatten(0, 1).to(fields).expand(len(fields), -1, -1)
+    points = start
+    for field in fields.unbind(2):
+        points = points + sample_at(field, points)
+    gone = (points - start).norm(dim=-1) / fields.shape[2]
+    return gone.topk(round(FASTEST * POINTS**2), -1).values.mean(-1)
+
+
+class Gain:
+    """Measures the averaged student on held-out prompts, always with the same noise; knows when motion no longer rises.
+
+    Args:
+        run: folder of the run; what was measured is kept there in ``held_out.json``.
+        cache: cache whose prompts are used, those that are also trained on left out.
+        parts: the run.
+        patience: checks without a new highest motion after which the gain is over.
+
+    Raises:
+        UserError: the cache has no prompt of its own, or texts of another encoder; or the run has no flow network.
+    """
+
+    def __init__(self, run: Path, cache: Path, parts: Assembly, patience: int):
+        if patience < 1:
+            raise UserError(f"--patience takes a number of checks, at least 1, not {patience}")
+        if parts.flow is None or parts.config.given:
+            raise UserError(
+                f"--held-out is for recipes with a flow network and a student that makes clips from text alone, which "
+                f"{parts.config.recipe} is not: leave it out"
+            )
+        self.run, self.patience, self.cache = run, patience, open_cache(cache)
+        self.cache.require(**{k: parts.cache.facts[k] for k in ("text_encoder", "tokenizer") if k in parts.cache.facts})
+        trained = {entry["caption"] for entry in parts.cache.entries}
+        captions = dict.fromkeys(entry["caption"] for entry in self.cache.entries)
+        self.prompts = [caption for caption in captions if caption not in trained][:CLIPS]
+        if not self.prompts:
+            raise UserError(f"{cache} has no prompt that {parts.cache.path} lacks: hold some back from training")
+
+    def measure(self, parts: Assembly) -> float:
+        """Mean of :func:`net_motion` over the held-out prompts, px/frame; all processes call it."""
+        found = []
+        with torch.no_grad(), parts.averaged_student() as student:
+            for first in range(0, len(self.prompts), AT_ONCE):
+                part = self.prompts[first : first + AT_ONCE]
+                text = stack_text([self.cache.text(prompt) for prompt in part], parts.device)
+                seeds = list(range(first, first + len(part)))
+                latents = sample_student(student, text, parts.latent_shape, parts.config.sigmas, seeds)
+                assert parts.flow is not None
+                found.append(net_motion(decode_video(parts.vae, latents), parts.flow))
+        return float(torch.cat(found).mean())
+
+    def check(self, parts: Assembly, iteration: int) -> float:
+        """Measure after so many iterations, and note it."""
+        motion = self.measure(parts)
+        if parts.world.main:
+            write_held_out_motions(self.run, held_out_motions(self.run) | {iteration: motion})
+        return motion
+
+    def forget_after(self, iteration: int) -> None:
+        """What was measured of iterations that will be done again."""
+        write_held_out_motions(self.run, {k: v for k, v in held_out_motions(self.run).items() if k <= iteration})
+
+    @property
+    def over(self) -> bool:
+        """Whether the last ``patience`` checks brought no new highest motion."""
+        motions = list(held_out_motions(self.run).values())
+        return bool(motions) and len(motions) - 1 - motions.index(max(motions)) >= self.patience
+
+    def said(self) -> str:
+        """Where motion was highest, for the user."""
+        motions = held_out_motions(self.run)
+        peak = max(motions, key=lambda k: motions[k])
+        last = max(motions)
+        now = f", after {last} {motions[last]:.3f}" if last != peak else ""
+        return (
+            f"motion on {len(self.prompts)} held-out prompts was highest after iteration {peak}: {motions[peak]:.3f} "
+            f"px/frame{now}; `mogan export` and `mogan sample` take that checkpoint"
+        )
