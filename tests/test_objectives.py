@@ -178,8 +178,8 @@ def test_approximate_penalty_tends_to_the_squared_gradient_of_double_backward(si
     noise = torch.randn(o.shape, dtype=torch.float64)
     d = lambda x: net(x)[:, 0]  # noqa: E731
     with torch.no_grad():
-        normalised = approximate_penalty(d, o, d(o), noise, sigma, normalise=True).item()
-        printed = approximate_penalty(d, o, d(o), noise, sigma, normalise=False).item()
+        normalised = approximate_penalty(d(o), d(o + sigma * noise), sigma, normalise=True).item()
+        printed = approximate_penalty(d(o), d(o + sigma * noise), sigma, normalise=False).item()
     assert normalised == pytest.approx(exact, rel=0.05)
     assert printed == pytest.approx(normalised * sigma**2, rel=1e-9)
 
@@ -260,16 +260,19 @@ def test_gan_gradients_reach_the_student_through_the_discriminator_but_not_into_
     assert all(p.grad is not None for p in discriminator.parameters() if p.requires_grad)
 
 
-def test_without_penalties_their_passes_are_left_out(discriminator):
+@pytest.mark.parametrize(("r1", "r2", "inputs"), [(0.0, 0.0, 4), (0.3, 0.0, 6), (0.0, 0.3, 6), (0.3, 0.3, 8)])
+def test_the_discriminator_is_called_once_and_without_penalties_their_inputs_are_left_out(
+    discriminator, r1, r2, inputs
+):
     calls = []
-    hook = discriminator.register_forward_hook(lambda *a: calls.append(1))
+    hook = discriminator.register_forward_hook(lambda m, a, out: calls.append(len(out)))
     batch = Batch([], [], [], latent_BCFHW=torch.randn(2, 4, 2, 4, 4))
     with torch.no_grad():
-        gan_with(discriminator, r1=0.0, r2=0.0).judge_loss(
+        gan_with(discriminator, r1=r1, r2=r2).judge_loss(
             Rollout(torch.randn(2, 4, 2, 4, 4), 0, TEXT), batch, torch.Generator()
         )
     hook.remove()
-    assert len(calls) == 2
+    assert calls == [inputs]
 
 
 def test_drawn_levels_noise_the_observation_to_the_level_the_trunk_is_told(discriminator):
@@ -281,7 +284,8 @@ def test_drawn_levels_noise_the_observation_to_the_level_the_trunk_is_told(discr
         gan.judge_loss(Rollout(x, 0, TEXT), Batch([], [], [], latent_BCFHW=real), torch.Generator().manual_seed(2))
     hook.remove()
     g = torch.Generator().manual_seed(2)
-    for clean, (shown, timestep) in zip((real, x), seen, strict=True):
+    ((both, timesteps),) = seen
+    for clean, shown, timestep in zip((real, x), both.chunk(2), timesteps.chunk(2), strict=True):
         sigma = torch.rand(2, generator=g)
         noise = torch.randn(x.shape, generator=g)
         level = sigma.view(2, 1, 1, 1, 1)

@@ -20,11 +20,11 @@ from mogan.objectives.gan import GAN
 from mogan.objectives.surrogate import Surrogate
 from mogan.objectives.together import Together
 from mogan.observation import MotionObservation
-from mogan.recipes import ablate, mogan_surrogate_lab
+from mogan.recipes import ablate, mogan_lab, mogan_surrogate_lab
 from mogan.rollout import Rollout
 from mogan.study import columns
 from mogan.surrogate import MotionSurrogate, Remembered, relative_error, spread, window_of
-from mogan.train import Position, run_training, step
+from mogan.train import Position, draw, run_training, step
 from tiny_recipes import shrink, surrogate
 
 TEXT = torch.zeros(2, 3, 8)
@@ -157,8 +157,9 @@ def test_the_discriminator_compares_predictions_with_predictions(judged):
     ours.judge_loss(Rollout(x0, 0, TEXT), real, torch.Generator().manual_seed(0))[0].backward()
     hook.remove()
     with torch.no_grad():
-        torch.testing.assert_close(shown[0], ours.network.see(real.latent_BCFHW, 1))
-        torch.testing.assert_close(shown[1], ours.network.see(x0, 1))
+        ((of_real, of_fake),) = [clips.split(len(x0)) for clips in shown]  # and no noisy ones: no penalties
+        torch.testing.assert_close(of_real, ours.network.see(real.latent_BCFHW, 1))
+        torch.testing.assert_close(of_fake, ours.network.see(x0, 1))
     assert all(p.grad is None for p in ours.network.parameters())
     assert all(p.grad is not None for p in discriminator.parameters() if p.requires_grad)
 
@@ -184,9 +185,9 @@ def test_the_surrogate_learns_from_real_and_remembered_pairs_alone(judged):
     assert all(p.grad is None for p in discriminator.parameters())
 
 
-def test_above_the_limit_everything_is_as_without_a_surrogate(judged):
+def test_above_the_limit_everything_is_as_without_a_surrogate_but_for_the_penalties(judged):
     ours, (discriminator, observe, real) = objective(judged, 0.5), judged
-    plain = GAN(discriminator, observe, **{k: getattr(ours.gan, k) for k in PARTS})
+    plain = GAN(discriminator, observe, **{k: getattr(ours.gan, k) for k in PARTS} | {"r1": 0.0, "r2": 0.0})
     x0 = seeded(5, 2, 4, 4, 4, 4)
     for name in ("student_loss", "judge_loss"):
         found, logs = getattr(ours, name)(Rollout(x0, 0, TEXT), real, torch.Generator().manual_seed(1))
@@ -235,6 +236,55 @@ def test_the_plan_has_one_motion_update_of_each_kind_in_every_iteration():
         for iteration in range(20):
             motion = [u for u in config.plan if u.happens(iteration) and u.learns in ("student", "discriminator")]
             assert sorted(u.learns for u in motion if u.by != "dmd") == ["discriminator", "student"]
+
+
+def test_the_discriminator_judges_the_clips_of_the_students_update_again(family, cache, tmp_path, monkeypatch):
+    config = surrogate()
+    config = replace(config, surrogate=replace(config.surrogate, limit=None))
+    parts = assemble(
+        config, open_cache(cache), model=str(family / "teacher"), student=str(family / "student"), run=tmp_path,
+        device="cpu",
+    )  # fmt: skip
+    plan = {u.label: place for place, u in enumerate(config.plan)}
+    judged = []
+    monkeypatch.setattr(parts.objectives["surrogate"].gan, "tell_apart", spy(judged, parts.objectives["surrogate"].gan))
+    seen = []
+    hook = parts.student.register_forward_hook(lambda m, a, out: seen.append(1))
+    place = plan["student<surrogate"]
+    step(parts, config.plan[place], Position(0, 1, place, 0))
+    made = parts.rollouts[0].x0_BCFHW
+    assert not made.requires_grad
+    rolled, place = len(seen), plan["discriminator<surrogate"]
+    where = Position(0, 1, place, 0)
+    step(parts, config.plan[place], where)
+    hook.remove()
+    assert 0 < rolled == len(seen)
+    start = draw(parts, config.plan[place], where).window_start
+    torch.testing.assert_close(judged[0], parts.networks["surrogate"].see(made, start).detach())
+
+
+def spy(fakes, gan):
+    original = gan.tell_apart
+
+    def tell_apart(real, fake, *rest, **options):
+        fakes.append(fake)
+        return original(real, fake, *rest, **options)
+
+    return tell_apart
+
+
+@pytest.mark.parametrize("change", [{"batch": 4}, {"every": 2}, {"accumulate": 2}, {"start": 1}])
+def test_clips_that_no_update_of_the_student_made_cannot_be_judged_again(change):
+    config = mogan_surrogate_lab()
+    plan = tuple(replace(u, **change) if u.again else u for u in config.plan)
+    with pytest.raises(ValueError, match="discriminator<surrogate: the student's update before it"):
+        replace(config, plan=plan)
+
+
+def test_penalties_weigh_as_much_more_as_they_are_rarer():
+    plain, rare = mogan_lab().gan, mogan_surrogate_lab()
+    (every,) = {u.every for u in rare.plan if u.by == "gan"}
+    assert (rare.gan.r1, rare.gan.r2) == pytest.approx((every * plain.r1, every * plain.r2))
 
 
 def run(family, cache, config, folder, iterations):

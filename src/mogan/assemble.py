@@ -32,6 +32,7 @@ from mogan.objectives.surrogate import Surrogate
 from mogan.objectives.together import Together
 from mogan.observation import MotionObservation, Observed
 from mogan.rewards import MotionRewards, PixelFlux
+from mogan.rollout import Rollout
 from mogan.surrogate import MotionSurrogate, Remembered
 
 
@@ -53,6 +54,9 @@ class Assembly:
     flow: FlowEstimator | None = None
     observations: Path | None = None
     facts: dict[str, str] = field(default_factory=dict)
+    rollouts: list[Rollout] = field(
+        default_factory=list
+    )  # of the student's last update, part by part, without gradient
 
     @property
     def device(self) -> torch.device:

@@ -35,6 +35,7 @@ class Update:
         optimizer: name of the optimiser; updates that share a name share its moments. Defaults to ``learns``.
         start, stop, every: it happens in iterations ``range(start, stop, every)``; no ``stop`` is the end of the run.
         unless: and not in ``range(start, stop, unless)``: those that another update has with this as its ``every``.
+        again: judge the clips that the student's last update of the same iteration made, and make no new ones.
     """
 
     learns: str
@@ -47,6 +48,7 @@ class Update:
     stop: int | None = None
     every: int = 1
     unless: int | None = None
+    again: bool | None = None
 
     def happens(self, iteration: int) -> bool:
         """Whether this update is part of an iteration."""
@@ -239,7 +241,7 @@ class Config:
             raise ValueError(f"sigmas must fall from 1 to above 0, not {self.sigmas}")
         if self.lora is not None and self.lora < 1:
             raise ValueError(f"lora must be a rank of at least 1, not {self.lora}")
-        for update in self.plan:
+        for place, update in enumerate(self.plan):
             if update.optimizer_name not in self.optimizers:
                 raise ValueError(f"{update.label}: no optimiser named {update.optimizer_name}")
             for judge in update.judges:
@@ -247,3 +249,15 @@ class Config:
                     raise ValueError(f"{update.label}: the config has no {judge}")
             if update.batch % update.accumulate:
                 raise ValueError(f"{update.label}: batch {update.batch} does not split into {update.accumulate} parts")
+            if (
+                update.again
+                and _clips(update) not in [_clips(u) for u in self.plan[:place] if u.learns == "student"][-1:]
+            ):
+                raise ValueError(
+                    f"{update.label}: the student's update before it does not make the clips to judge again"
+                )
+
+
+def _clips(update: Update) -> tuple:
+    """How many an update makes, in what parts and when."""
+    return update.batch, update.accumulate, update.start, update.stop, update.every, update.unless

@@ -5,7 +5,7 @@ attends to the features, a small MLP follows, and the three answers meet in a fi
 that the transformer is told are fixed.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -103,18 +103,11 @@ def discriminator_loss(real_logits: Float[Tensor, " b"], fake_logits: Float[Tens
     return F.softplus(-real_logits).mean() + F.softplus(fake_logits).mean()
 
 
-def approximate_penalty(
-    discriminator: Callable[[Tensor], Tensor],
-    observation: Tensor,
-    logits: Tensor,
-    noise: Tensor,
-    sigma: float,
-    normalise: bool,
-) -> Tensor:
+def approximate_penalty(logits: Tensor, noisy_logits: Tensor, sigma: float, normalise: bool) -> Tensor:
     """Approximate R1 (real input) or R2 (generated input): ``E (D(o) - D(o + sigma n))^2`` (MoGAN eq. 6-7).
 
     For small ``sigma`` this is ``sigma^2 ||grad D||^2``. As printed its effective weight is ``weight * sigma^2``, 3e-5
     with MoGAN's values; ``normalise`` divides the difference by ``sigma`` so that the weight is the weight.
     """
-    difference = logits - discriminator(observation + sigma * noise)
+    difference = logits - noisy_logits
     return (difference / sigma if normalise else difference).square().mean()

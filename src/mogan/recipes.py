@@ -83,8 +83,13 @@ def mogan_lab() -> Config:
 def mogan_surrogate_lab() -> Config:
     """MoGAN on the lab's student, its motion updates through a surrogate but for every eighth; every number chosen here."""
     base = mogan_lab()
+    assert base.gan is not None
     exact = tuple(replace(u, every=8) if u.by == "gan" else u for u in base.plan)
-    predicted = tuple(replace(u, by="surrogate", unless=8) for u in base.plan if u.by == "gan")
+    predicted = tuple(
+        replace(u, by="surrogate", unless=8, again=True if u.learns == "discriminator" else None)
+        for u in base.plan
+        if u.by == "gan"
+    )
     learning = (
         Update(
             learns="surrogate", by="surrogate", batch=8, times=150, stop=1
@@ -94,6 +99,7 @@ def mogan_surrogate_lab() -> Config:
     return replace(
         base,
         recipe="mogan_surrogate_lab",
+        gan=replace(base.gan, r1=8 * base.gan.r1, r2=8 * base.gan.r2),  # on the exact updates alone
         plan=(learning[0], *exact, *predicted, learning[1]),
         optimizers=base.optimizers | {"surrogate": Optimizer(lr=1e-3)},
         surrogate=SurrogateConfig(width=64, blocks=4, pairs=64, limit=0.5),

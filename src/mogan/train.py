@@ -153,11 +153,14 @@ def step(parts: Assembly, update: Update, where: Position, batch: Batch | None =
     if isinstance(objective, Shift):
         batch = objective.pairs_for(where.iteration, batch, where.generator(2), update.accumulate)
     pieces = split(batch, parts_of(len(batch.ids), update.batch // update.accumulate))
-    for piece in pieces:
-        rollout = rollout_for(parts, update, piece, where)
+    rollouts: list[Rollout] = []
+    for number, piece in enumerate(pieces):
+        rollout = parts.rollouts[number] if update.again else rollout_for(parts, update, piece, where)
         judge = getattr(objective, f"{update.learns}_loss", objective.judge_loss)
         loss, logs = judge(rollout, piece, where.generators(3, piece))
         (loss / len(pieces)).backward()
+        if update.learns == "student" and rollout is not None:
+            rollouts.append(replace(rollout, x0_BCFHW=rollout.x0_BCFHW.detach()))
         for key, value in ({"loss": loss.detach()} | logs).items():
             totals[key] = totals.get(key, 0) + value / len(pieces)
     trained = [p for p in network.parameters() if p.grad is not None]
@@ -168,6 +171,7 @@ def step(parts: Assembly, update: Update, where: Position, batch: Batch | None =
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)  # a network that rests keeps no gradients
     if update.learns == "student":
+        parts.rollouts = rollouts
         parts.update_average()
     return record
 

@@ -226,8 +226,8 @@ def _activations(config: Config, update: Update, costs: Costs) -> float:
     if update.learns == "student":
         held, peak = (seen.held, seen.peak) if seen else (0.0, 0.0)
         return max(train.peak, train.held + peak, train.held + held + costs.judge_frozen.peak)
-    calls = 2 + bool(config.gan.r1) + bool(config.gan.r2)
-    return max(seen.peak if seen else 0.0, forward.peak, (calls - 1) * costs.judge.held + costs.judge.peak)
+    shown = 2 + bool(config.gan.r1) + bool(config.gan.r2)  # all in one pass
+    return max(seen.peak if seen else 0.0, forward.peak, shown * costs.judge.peak)
 
 
 def _work(config: Config, update: Update, costs: Costs) -> tuple[Work, float]:
@@ -248,9 +248,9 @@ def _work(config: Config, update: Update, costs: Costs) -> tuple[Work, float]:
     if update.learns == "student":
         seen = costs.observe_grad.work if costs.observe_grad else Work()
         return forward * before + train + seen + costs.judge_frozen.work, before + 4
-    calls = 2 + bool(config.gan.r1) + bool(config.gan.r2)
+    shown = 2 + bool(config.gan.r1) + bool(config.gan.r2)
     seen = costs.observe.work if costs.observe else Work()
-    return forward * (before + 1) + seen + costs.judge.work * calls, before + 1 + 2 * calls
+    return forward * (before + 1) + seen + costs.judge.work * shown, before + 3
 
 
 def _recomputed(config: Config, update: Update, costs: Costs) -> float:
@@ -260,8 +260,8 @@ def _recomputed(config: Config, update: Update, costs: Costs) -> float:
     trains_student = update.learns == "student"
     flops = costs.forward.work.flops if trains_student or update.by != "gan" else 0.0
     if update.by == "gan" and config.gan is not None and costs.judge is not None:
-        calls = 1 if trains_student else 2 + bool(config.gan.r1) + bool(config.gan.r2)
-        flops += calls * costs.judge.work.flops / 4  # forward, forward again, and a backward pass of twice the work
+        shown = 1 if trains_student else 2 + bool(config.gan.r1) + bool(config.gan.r2)
+        flops += shown * costs.judge.work.flops / 4  # forward, forward again, and a backward pass of twice the work
         if trains_student and costs.observe is not None:
             start = sum(config.gan.starts) / len(config.gan.starts)
             flops += costs.observe.work.flops * config.gan.window / (config.gan.window + start)

@@ -4,7 +4,6 @@ Both are one class; they differ in what the discriminator is shown.
 """
 
 from collections.abc import Callable
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -25,7 +24,7 @@ class GAN:
         discriminator: real-or-generated network.
         observe: what it is shown of a latent (see :class:`mogan.observation.MotionObservation`); ``None`` shows the latent itself (the paper's "video-space" ablation).
         student_weight: lambda_1; judge_weight: lambda_2.
-        r1, r2: weights of the penalties on real and on generated observations; 0 leaves the extra pass out.
+        r1, r2: weights of the penalties on real and on generated observations; 0 leaves the extra inputs out.
         noise: sigma of the penalties, in units of the discriminator's (normalised) input.
         normalise: divide the penalties by ``noise`` squared; see :func:`mogan.discriminator.approximate_penalty`.
         drawn_levels: show observations noised to levels drawn uniformly, and tell the trunk; the paper's level is
@@ -82,31 +81,36 @@ class GAN:
             logits = self.discriminator(*self._shown(observation, generator))
         return self.student_weight * generator_loss(logits), {"fake_logit": logits.detach().mean()}
 
-    def judge_loss(self, rollout: Rollout, batch: Batch, generator: Randomness) -> Loss:
+    def judge_loss(self, rollout: Rollout, batch: Batch, generator: Randomness, penalise: bool = True) -> Loss:
         """``lambda_2`` (logistic) ``+ r1 R1 + r2 R2`` on real observations of the batch and on the student's."""
         with torch.no_grad():
             fake, logs = self._observe(rollout, batch.window_start or 0)
         real = batch.latent_BCFHW if self.observe is None else batch.observation_BCFHW
         assert real is not None, "the batch holds no real observations"
-        loss, more = self.tell_apart(real.to(fake), fake, generator)
+        loss, more = self.tell_apart(real.to(fake), fake, generator, penalise)
         return loss, logs | more
 
-    def tell_apart(self, real: Tensor, fake: Tensor, generator: Randomness) -> Loss:
+    def tell_apart(self, real: Tensor, fake: Tensor, generator: Randomness, penalise: bool = True) -> Loss:
         """The discriminator's loss on observations of real clips and of the student's, both exact or neither."""
-        (real, real_sigma), (fake, fake_sigma) = self._shown(real, generator), self._shown(fake, generator)
-        real_logits, fake_logits = self.discriminator(real, real_sigma), self.discriminator(fake, fake_sigma)
+        sides = [("r1", self.r1, *self._shown(real, generator)), ("r2", self.r2, *self._shown(fake, generator))]
+        seen, levels = [side[2] for side in sides], [side[3] for side in sides]
+        penalised = [side for side in sides if side[1] and penalise]
+        for _, _, shown, sigma in penalised:
+            seen.append(shown + self.noise * normal(shown.shape, generator, shown.device))
+            levels.append(sigma)
+        # in one pass: sharded weights are gathered once, and small batches fill the device
+        sigma_B = torch.cat([level for level in levels if level is not None]) if self.drawn_levels else None
+        clean_and_noisy = self.discriminator(torch.cat(seen), sigma_B).chunk(len(seen))
+        real_logits, fake_logits, *noisy = clean_and_noisy
         loss = self.judge_weight * discriminator_loss(real_logits, fake_logits)
         logs = {
             "real_logit": real_logits.detach().mean(),
             "fake_logit": fake_logits.detach().mean(),
             "gap": (real_logits.detach().mean() - fake_logits.detach().mean()),
         }
-        sides = (("r1", self.r1, real, real_sigma, real_logits), ("r2", self.r2, fake, fake_sigma, fake_logits))
-        for name, weight, seen, sigma, logits in sides:
-            if weight:
-                noise = normal(seen.shape, generator, seen.device)
-                judge = partial(self.discriminator, sigma_B=sigma)
-                penalty = approximate_penalty(judge, seen, logits, noise, self.noise, self.normalise)
-                loss = loss + weight * penalty
-                logs[name] = penalty.detach()
+        logits = {"r1": real_logits, "r2": fake_logits}
+        for (name, weight, _, _), noisy_logits in zip(penalised, noisy, strict=True):
+            penalty = approximate_penalty(logits[name], noisy_logits, self.noise, self.normalise)
+            loss = loss + weight * penalty
+            logs[name] = penalty.detach()
         return loss, logs

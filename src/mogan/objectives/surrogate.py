@@ -15,7 +15,9 @@ class Surrogate:
     """The same losses as ``gan``'s, on predicted observations; and the surrogate's own loss. Owns the surrogate.
 
     The discriminator compares like with like: predictions of real clips with predictions of the student's here, exact
-    observations of both in ``gan``'s own updates. A blur of the surrogate is on both sides and gives nobody away.
+    observations of both in ``gan``'s own updates. A blur of the surrogate is on both sides and gives nobody away. The
+    penalties fall on ``gan``'s updates alone, which are few: give them as much more weight (lazy regularisation,
+    StyleGAN2, arXiv 1912.04958, appendix B).
 
     Args:
         network: the surrogate.
@@ -44,15 +46,15 @@ class Surrogate:
         return loss, logs | _predicted(loss, 1.0)
 
     def judge_loss(self, rollout: Rollout, batch: Batch, generator: Randomness) -> Loss:
-        """:meth:`GAN.judge_loss` on predictions of real latents and of the student's."""
+        """:meth:`GAN.judge_loss`, without penalties, on predictions of real latents and of the student's."""
         if not self._trusted():
-            loss, logs = self.gan.judge_loss(rollout, batch, generator)
+            loss, logs = self.gan.judge_loss(rollout, batch, generator, penalise=False)
             return loss, logs | _predicted(loss, 0.0)
         assert batch.latent_BCFHW is not None, "the batch holds no real latents"
         fake = rollout.x0_BCFHW
         with torch.no_grad():
             both = self.network.see(torch.cat([batch.latent_BCFHW.to(fake), fake]), batch.window_start or 0)
-        loss, logs = self.gan.tell_apart(both[: len(fake)], both[len(fake) :], generator)
+        loss, logs = self.gan.tell_apart(both[: len(fake)], both[len(fake) :], generator, penalise=False)
         return loss, logs | _predicted(loss, 1.0)
 
     def surrogate_loss(self, rollout: None, batch: Batch, generator: Randomness) -> Loss:
