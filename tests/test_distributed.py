@@ -149,16 +149,17 @@ def test_sharded_run_follows_the_trajectory_of_one(recipe, ranks, more, family, 
 def test_two_processes_judge_held_out_motion_together_and_stop_together(family, cache, tmp_path):
     prompts = tmp_path / "prompts"
     shutil.copytree(cache, prompts)
-    (prompts / "index.jsonl").write_text(json.dumps({"id": "0", "caption": "a moon at rest"}) + "\n")
+    moons = ["a moon at rest", "two moons", "three moons", "a moon falling"]
+    (prompts / "index.jsonl").write_text("".join(json.dumps({"id": m, "caption": m}) + "\n" for m in moons))
     facts = json.loads((prompts / "cache.json").read_text())
     (prompts / "cache.json").write_text(json.dumps(facts | {"contents": "prompts"}))
-    ensure_text(prompts, ["", "a moon at rest"], load_text(family / "teacher"))
+    ensure_text(prompts, ["", *moons], load_text(family / "teacher"))
     more = ("--held-out", str(prompts), "--patience", "1", "--lr", "0")  # nothing learns: motion never rises
     for ranks in (1, 2):
         train_together(ranks, "mogan", family, cache, tmp_path / str(ranks), *more)
     one, two = (held_out_motions(tmp_path / ranks) for ranks in "12")
     assert list(one) == list(two) == [1, 2]
-    assert two[1] == pytest.approx(one[1], rel=1e-3)
+    assert two[1] == pytest.approx(one[1], rel=1e-3)  # each process judges a half
 
 
 @pytest.mark.slow

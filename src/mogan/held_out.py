@@ -19,7 +19,7 @@ from mogan.rewards import sample_at
 from mogan.sample import sample_student
 from mogan.wan import decode_video, stack_text
 
-CLIPS, AT_ONCE = 32, 8  # enough that one clip more or less does not decide; in memory
+CLIPS, AT_ONCE = 64, 8  # judged, so that one clip more or less does not decide; in memory
 POINTS, FASTEST = 16, 0.1  # points along each side of the picture; share of them that is averaged
 
 
@@ -71,16 +71,18 @@ class Gain:
 
     def measure(self, parts: Assembly) -> float:
         """Mean of :func:`net_motion` over the held-out prompts, px/frame; all processes call it."""
+        numbers, world = list(range(len(self.prompts))), parts.world
+        if len(numbers) >= world.shares:  # each its own, and as many as the others: a forward pass takes all processes
+            numbers = numbers[: len(numbers) // world.shares * world.shares][world.share :: world.shares]
         found = []
         with torch.no_grad(), parts.averaged_student() as student:
-            for first in range(0, len(self.prompts), AT_ONCE):
-                part = self.prompts[first : first + AT_ONCE]
-                text = stack_text([self.cache.text(prompt) for prompt in part], parts.device)
-                seeds = list(range(first, first + len(part)))
-                latents = sample_student(student, text, parts.latent_shape, parts.config.sigmas, seeds)
+            for first in range(0, len(numbers), AT_ONCE):
+                part = numbers[first : first + AT_ONCE]
+                text = stack_text([self.cache.text(self.prompts[number]) for number in part], parts.device)
+                latents = sample_student(student, text, parts.latent_shape, parts.config.sigmas, part)
                 assert parts.flow is not None
                 found.append(net_motion(decode_video(parts.vae, latents), parts.flow))
-        return float(torch.cat(found).mean())
+        return world.mean({"motion": torch.cat(found).mean()})["motion"]
 
     def check(self, parts: Assembly, iteration: int) -> float:
         """Measure after so many iterations, and note it."""

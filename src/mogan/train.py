@@ -326,7 +326,7 @@ def train(
     save_every: int | None = None,
     sample_every: int | None = None,
     held_out: Path | None = None,
-    patience: int = 3,
+    patience: int = 5,
     compile: bool = False,
     device: str = "auto",
     hsdp: int = 1,
