@@ -82,6 +82,15 @@ def test_the_line_through_small_depths_is_the_whole_network(whole):
     assert line.peak == pytest.approx(whole.peak, rel=0.05)
 
 
+def test_attention_is_counted_in_the_precision_a_gpu_computes_it_in():
+    """On a CPU it ignores autocast; what is traced there stands for a GPU."""
+    for call in transformer_calls(TINY, False, torch.bfloat16):
+        kinds = {"bf16": 0.0, "fp32": 0.0, "tf32": 0.0}
+        for (flops, _, kind), times in call.work.operations.items():
+            kinds[kind] += flops * times
+        assert kinds["bf16"] >= 0.9 * sum(kinds.values()), kinds
+
+
 @pytest.mark.slow
 def test_the_line_through_small_windows_is_the_whole_window():
     codec = Codec(TINY, torch.float32)

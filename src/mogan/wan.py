@@ -8,7 +8,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.resources import files
@@ -310,6 +310,9 @@ class FoldedPadding:
     _attention_backend = None
     _parallel_config = None
 
+    def __init__(self, products: Callable[[], AbstractContextManager]):
+        self.products = products
+
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None):
         """Same contract as diffusers' ``WanAttnProcessor`` for text cross-attention."""
         query = attn.norm_q(attn.to_q(hidden_states)).unflatten(2, (attn.heads, -1)).transpose(1, 2)
@@ -320,18 +323,22 @@ class FoldedPadding:
             # a tensor, not math.log of a number: one compiled graph then serves every length
             count = torch.full((1,), TEXT_LENGTH - length + 1, dtype=torch.float64, device=query.device)
             bias = F.pad(count.log().to(query.dtype), (length - 1, 0)).view(1, 1, 1, length)
-        with _Fp32Attention():
+        with self.products():
             out = F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
         out = out.transpose(1, 2).flatten(2, 3).type_as(query)
         return attn.to_out[1](attn.to_out[0](out))
 
 
 class SelfAttention(WanAttnProcessor):
-    """The stock self-attention; on a CPU its softmax and products are in fp32."""
+    """The stock self-attention within a context that may change how it is computed."""
+
+    def __init__(self, products: Callable[[], AbstractContextManager]):
+        super().__init__()
+        self.products = products
 
     def __call__(self, *args, **kwargs) -> Tensor:
         """Same contract as ``WanAttnProcessor``."""
-        with _Fp32Attention():
+        with self.products():
             return super().__call__(*args, **kwargs)
 
 
@@ -347,14 +354,16 @@ class _Fp32Attention(TorchFunctionMode):
             return func(*args, **kwargs)
 
 
-def fold_padding(transformer: WanTransformer3DModel) -> WanTransformer3DModel:
+def fold_padding(transformer: WanTransformer3DModel, fp32_on_cpu: bool = True) -> WanTransformer3DModel:
     """Install :class:`FoldedPadding` on every cross-attention; text must then come from :func:`stack_text`.
 
-    Self-attention becomes :class:`SelfAttention`, which differs on a CPU alone.
+    On a CPU, self-attention too ignores autocast from then on; ``fp32_on_cpu=False`` leaves that out where a CPU is to do
+    what a GPU does.
     """
+    products = _Fp32Attention if fp32_on_cpu else nullcontext
     for block in transformer.blocks:
-        block.attn1.set_processor(SelfAttention())
-        block.attn2.set_processor(FoldedPadding())
+        block.attn1.set_processor(SelfAttention(products))
+        block.attn2.set_processor(FoldedPadding(products))
     return transformer
 
 

@@ -81,7 +81,8 @@ def measure_costs(config: Config, shapes: Shapes, say: Callable[[str], None] = l
 def build_transformer(shapes: Shapes, layers: int | None = None) -> Any:
     """A Wan transformer of this shape (on whatever device is current), at another depth if asked."""
     config = {k: v for k, v in shapes.transformer.items() if not k.startswith("_")}
-    return fold_padding(WanTransformer3DModel(**config | ({} if layers is None else {"num_layers": layers})))
+    network = WanTransformer3DModel(**config | ({} if layers is None else {"num_layers": layers}))
+    return fold_padding(network, fp32_on_cpu=False)
 
 
 def network_parameters(shapes: Shapes) -> dict[str, int]:
