@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mogan import wan
-from mogan.checkpoint import latest_checkpoint, load_part
+from mogan.checkpoint import load_part, student_checkpoint
 from mogan.config import Config, DMDConfig, GANConfig, ShiftConfig, SurrogateConfig, Update
 from mogan.data import Cache, ensure_observations
 from mogan.denoiser import Denoiser, compile_blocks, recomputed
@@ -54,9 +54,8 @@ class Assembly:
     flow: FlowEstimator | None = None
     observations: Path | None = None
     facts: dict[str, str] = field(default_factory=dict)
-    rollouts: list[Rollout] = field(
-        default_factory=list
-    )  # of the student's last update, part by part, without gradient
+    # of the student's last update, part by part, without gradient
+    rollouts: list[Rollout] = field(default_factory=list)
 
     @property
     def device(self) -> torch.device:
@@ -237,11 +236,9 @@ def _add_shift(made: Assembly, base: Base, s: ShiftConfig) -> None:
 
 def _continue_adapters(networks: dict[str, nn.Module], run: Path) -> None:
     """Start the student with a run's averaged adapters, and the fake score, where both have one, with its live ones."""
-    newest = latest_checkpoint(run)
-    if newest is None:
-        raise UserError(f"{run} has no checkpoint yet: let it train until it has saved one")
-    load_learned(cast(Denoiser, networks["student"]).transformer, load_part(newest, "ema"))
-    fake = load_part(newest, "fake_score")
+    start = student_checkpoint(run)
+    load_learned(cast(Denoiser, networks["student"]).transformer, load_part(start, "ema"))
+    fake = load_part(start, "fake_score")
     if "fake_score" in networks and fake:
         load_learned(networks["fake_score"], fake)
 

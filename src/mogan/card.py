@@ -53,11 +53,10 @@ It samples at noise levels {", ".join(f"{s:.4g}" for s in sigmas)}; this schedul
 def run_notes(run: Path) -> list[str]:
     """Recipe, seed and length of a training run, and what it was trained on."""
     config = json.loads((run / "config.json").read_text())
-    newest = student_checkpoint(run)
     how = f"adapters of rank {config['lora']}" if config.get("lora") else "all weights"
     updates = ", ".join(f"{u['learns']} by {u['by']} (batch {u['batch']})" for u in config["plan"])
     return [
-        f"- recipe: `{config['recipe']}`, seed {config['seed']}, iteration {int(newest.name) if newest else 0}; {how}",
+        f"- recipe: `{config['recipe']}`, seed {config['seed']}, iteration {int(student_checkpoint(run).name)}; {how}",
         f"- each iteration: {updates}",
     ]
 

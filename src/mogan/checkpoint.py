@@ -56,8 +56,9 @@ def save_checkpoint(run: Path, iteration: int, state: dict[str, Tensor], config:
         if final.exists():
             shutil.rmtree(final)
         temporary.rename(final)
+        best = student_checkpoint(run)
         for old in checkpoints(run)[: -config.keep]:
-            if old != student_checkpoint(run):
+            if old != best:
                 shutil.rmtree(old)
     world.barrier()  # nobody leaves, and so ends the others, before the checkpoint is in its place
     return final
@@ -78,13 +79,18 @@ def latest_checkpoint(run: Path) -> Path | None:
     return found[-1] if found else None
 
 
-def student_checkpoint(run: Path) -> Path | None:
-    """The checkpoint whose student is sampled and exported: of most motion on held-out prompts, if the run was told to
-    look (:mod:`mogan.held_out`); else the newest.
+def student_checkpoint(run: Path) -> Path:
+    """The checkpoint whose student is sampled, exported and trained on: of most motion on held-out prompts, if the run
+    was told to look (:mod:`mogan.held_out`); else the newest.
+
+    Raises:
+        UserError: there is none yet.
     """
-    motions = held_out_motions(run)
-    judged = [path for path in checkpoints(run) if int(path.name) in motions]
-    return max(judged, key=lambda path: motions[int(path.name)]) if judged else latest_checkpoint(run)
+    motions, there = held_out_motions(run), checkpoints(run)
+    if not there:
+        raise UserError(f"{run} has no checkpoint yet: let it train until it has saved one")
+    judged = [path for path in there if int(path.name) in motions]
+    return max(judged, key=lambda path: motions[int(path.name)]) if judged else there[-1]
 
 
 def held_out_motions(run: Path) -> dict[int, float]:

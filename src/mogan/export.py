@@ -111,8 +111,7 @@ def export(
 
 
 def _fake_score(run: Path, source: Generator) -> Any:
-    newest = student_checkpoint(run)
-    weights = load_part(newest, "fake_score.transformer") if newest else {}
+    weights = load_part(student_checkpoint(run), "fake_score.transformer")
     if not weights:
         raise UserError(f"{run} trained no fake score: leave --fake-score out")
     transformer = wan.load_transformer(source.folder)

@@ -324,23 +324,20 @@ class Generator:
         """What a run's student learned, averaged: its weights or its adapters."""
         from mogan.checkpoint import load_part
 
-        return load_part(self._newest(), "ema")
+        return load_part(self._checkpoint(), "ema")
 
     def mark(self) -> str:
         """Sixteen hex digits that change with the weights that are sampled."""
         if self.run is None:
             return wan.fingerprint(self.folder, "transformer")
-        newest = self._newest()
-        return wan.fingerprint(newest.parent, newest.name)
+        checkpoint = self._checkpoint()
+        return wan.fingerprint(checkpoint.parent, checkpoint.name)
 
-    def _newest(self) -> Path:
+    def _checkpoint(self) -> Path:
         from mogan.checkpoint import student_checkpoint
 
         assert self.run is not None
-        newest = student_checkpoint(self.run)
-        if newest is None:
-            raise UserError(f"{self.run} has no checkpoint yet: let it train until it has saved one")
-        return newest
+        return student_checkpoint(self.run)
 
 
 def open_generator(name: str) -> Generator:

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from mogan.config import Config, Update
+from mogan.config import Config, GANConfig, Update
 from mogan.estimate.costs import Costs
 from mogan.estimate.machines import GPUS_PER_NODE, REACHED_LINK, Machine, usable
 from mogan.estimate.shapes import Shapes
@@ -226,8 +226,7 @@ def _activations(config: Config, update: Update, costs: Costs) -> float:
     if update.learns == "student":
         held, peak = (seen.held, seen.peak) if seen else (0.0, 0.0)
         return max(train.peak, train.held + peak, train.held + held + costs.judge_frozen.peak)
-    shown = 2 + bool(config.gan.r1) + bool(config.gan.r2)  # all in one pass
-    return max(seen.peak if seen else 0.0, forward.peak, shown * costs.judge.peak)
+    return max(seen.peak if seen else 0.0, forward.peak, _shown(config.gan) * costs.judge.peak)
 
 
 def _work(config: Config, update: Update, costs: Costs) -> tuple[Work, float]:
@@ -248,9 +247,13 @@ def _work(config: Config, update: Update, costs: Costs) -> tuple[Work, float]:
     if update.learns == "student":
         seen = costs.observe_grad.work if costs.observe_grad else Work()
         return forward * before + train + seen + costs.judge_frozen.work, before + 4
-    shown = 2 + bool(config.gan.r1) + bool(config.gan.r2)
     seen = costs.observe.work if costs.observe else Work()
-    return forward * (before + 1) + seen + costs.judge.work * shown, before + 3
+    return forward * (before + 1) + seen + costs.judge.work * _shown(config.gan), before + 3
+
+
+def _shown(gan: GANConfig) -> int:
+    """Inputs per clip of the discriminator's one pass: real, generated, and each noised if it is penalised."""
+    return 2 + bool(gan.r1) + bool(gan.r2)
 
 
 def _recomputed(config: Config, update: Update, costs: Costs) -> float:
@@ -260,7 +263,7 @@ def _recomputed(config: Config, update: Update, costs: Costs) -> float:
     trains_student = update.learns == "student"
     flops = costs.forward.work.flops if trains_student or update.by != "gan" else 0.0
     if update.by == "gan" and config.gan is not None and costs.judge is not None:
-        shown = 1 if trains_student else 2 + bool(config.gan.r1) + bool(config.gan.r2)
+        shown = 1 if trains_student else _shown(config.gan)
         flops += shown * costs.judge.work.flops / 4  # forward, forward again, and a backward pass of twice the work
         if trains_student and costs.observe is not None:
             start = sum(config.gan.starts) / len(config.gan.starts)
