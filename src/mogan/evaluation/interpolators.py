@@ -15,6 +15,7 @@ from torch import Tensor
 from mogan.errors import UserError
 from mogan.evaluation.backbones import read_state
 from mogan.evaluation.motion import Interpolator
+from mogan.evaluation.pairs import device_of
 from mogan.flow import FlowEstimator, warp
 
 
@@ -33,8 +34,14 @@ def flow_warp(flow: FlowEstimator) -> Interpolator:
 
     @torch.inference_mode()
     def interpolate(first_BCHW: Tensor, second_BCHW: Tensor) -> Tensor:
-        there = _flow(flow, first_BCHW, second_BCHW)
-        back = _flow(flow, second_BCHW, first_BCHW)
+        device = device_of(flow)
+        in_a_row = torch.equal(first_BCHW[1:], second_BCHW[:-1])
+        first_BCHW, second_BCHW = first_BCHW.to(device), second_BCHW.to(device)
+        if in_a_row:  # RAFT then encodes every frame once
+            row = torch.cat([first_BCHW, second_BCHW[-1:]])
+            there, back = _along(flow, row), _along(flow, row.flip(0)).flip(0)
+        else:
+            there, back = _between(flow, first_BCHW, second_BCHW), _between(flow, second_BCHW, first_BCHW)
         to_first = (back - there) / 4
         middle = (warp(first_BCHW, to_first) + warp(second_BCHW, -to_first)) / 2
         return (middle * 255).round() / 255
@@ -98,5 +105,11 @@ def amt_s(checkout: Path, device: str | torch.device = "cpu") -> Interpolator:
     return interpolate
 
 
-def _flow(flow: FlowEstimator, one: Tensor, two: Tensor) -> Tensor:
-    return flow(2 * torch.stack([one, two], dim=2) - 1)[:, :, 0].to(one.device)
+def _along(flow: FlowEstimator, frames_FCHW: Tensor) -> Tensor:
+    """Flow ``(F - 1, 2, H, W)`` between frames in a row."""
+    return flow((2 * frames_FCHW - 1).transpose(0, 1)[None].contiguous())[0].transpose(0, 1)
+
+
+def _between(flow: FlowEstimator, one_BCHW: Tensor, two_BCHW: Tensor) -> Tensor:
+    """Flow ``(B, 2, H, W)`` from every first frame to its second."""
+    return flow(2 * torch.stack([one_BCHW, two_BCHW], dim=2) - 1)[:, :, 0]

@@ -14,10 +14,9 @@ import numpy as np
 import torch
 
 from mogan.evaluation.frames import Frames
-from mogan.evaluation.pairs import PIXELS_AT_ONCE, Pair, flow_of_pairs, neighbours
+from mogan.evaluation.pairs import Pair, flow_of_pairs, neighbours, pairs_at_once
 from mogan.flow import FlowEstimator
 
-TRIPLES_AT_ONCE = 4
 Interpolator = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # two (B, 3, H, W) in [0, 1] -> the middle one
 
 
@@ -130,7 +129,7 @@ def motion_smoothness(frames: Frames, interpolate: Interpolator) -> float:
     first = next(source, None)
     if first is None:
         raise ValueError("motion smoothness needs at least three frames")
-    size = max(1, min(TRIPLES_AT_ONCE, PIXELS_AT_ONCE // first[0][..., 0].size))
+    size = pairs_at_once(first[0])
     source = chain([first], source)
     while batch := list(islice(source, size)):
         before, odd, after = (np.stack(part) for part in zip(*batch, strict=True))

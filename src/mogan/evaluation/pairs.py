@@ -1,5 +1,7 @@
 """Optical flow between chosen frames, in batches whose size does not depend on the length of the clip."""
 
+import hashlib
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from itertools import islice, pairwise
 
@@ -8,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mogan.errors import UserError
-from mogan.evaluation.frames import Frames
+from mogan.evaluation.frames import KEPT_BYTES, Frames
 from mogan.flow import FlowEstimator
 
 PIXELS_AT_ONCE = 2_000_000  # about five pairs at 832 x 480, where RAFT's correlation takes 0.2 GB a pair
@@ -34,7 +36,7 @@ def flow_of_pairs(pairs: Iterable[Pair], flow: FlowEstimator) -> Iterator[np.nda
     first = next(source, None)
     if first is None:
         return
-    size = max(1, min(32, PIXELS_AT_ONCE // (first[0].shape[0] * first[0].shape[1])))
+    size = pairs_at_once(first[0])
     batch = [first, *islice(source, size - 1)]
     while batch:
         if all(before[1] is after[0] for before, after in pairwise(batch)):
@@ -53,9 +55,37 @@ def flow_of_pairs(pairs: Iterable[Pair], flow: FlowEstimator) -> Iterator[np.nda
         batch = list(islice(source, size))
 
 
+def pairs_at_once(frame_HWC: np.ndarray) -> int:
+    """How many pairs of frames of this size are worked on together."""
+    return max(1, min(32, PIXELS_AT_ONCE // (frame_HWC.shape[0] * frame_HWC.shape[1])))
+
+
 def neighbours(frames: Frames) -> Iterator[Pair]:
     """Every frame with the one after it."""
     return pairwise(frames)
+
+
+class Remembered:
+    """A flow estimator that answers the same video a second time from memory: numbers of one clip share their fields.
+
+    Dynamic degree looks at the frames that motion smoothness interpolates between, at 16 frames a second, and at
+    neighbouring frames, at 8. The last answers are kept, up to as many bytes as a clip's own frames.
+    """
+
+    def __init__(self, flow: FlowEstimator):
+        self._flow = flow
+        self._answers: OrderedDict[str, Tensor] = OrderedDict()
+        self.parameters = getattr(flow, "parameters", None)
+
+    def __call__(self, video_BCFHW: Tensor) -> Tensor:
+        """Flow between neighbouring frames, ``(B, 2, F - 1, H, W)``."""
+        content = video_BCFHW.cpu().numpy().tobytes()
+        key = f"{tuple(video_BCFHW.shape)} {hashlib.sha256(content).hexdigest()}"
+        if key not in self._answers:
+            self._answers[key] = self._flow(video_BCFHW)
+            while len(self._answers) > 1 and sum(a.nbytes for a in self._answers.values()) > KEPT_BYTES:
+                self._answers.popitem(last=False)
+        return self._answers[key]
 
 
 def device_of(flow: FlowEstimator) -> torch.device:

@@ -19,6 +19,7 @@ from mogan.evaluation.frames import DECODER
 from mogan.evaluation.interpolators import AMT_LICENCE, amt_s, amt_weights, blend, flow_warp
 from mogan.evaluation.measure import VERSION
 from mogan.evaluation.motion import Interpolator
+from mogan.evaluation.pairs import Remembered
 from mogan.flow import FlowEstimator, RaftFlow
 
 ITERATIONS = 20  # of RAFT, as VBench
@@ -42,7 +43,8 @@ def gather_tools(
 ) -> Tools:
     """Load what the names and paths of :func:`mogan.evaluation.evaluate.evaluate` mean; ``video``: CD-FVD is wanted."""
     where = choose_device(device)
-    estimate, about = estimator(flow, where)
+    found, about = estimator(flow, where)
+    estimate = Remembered(found)
     interpolate, called = _interpolator(interpolator, estimate, where)
     how = {"version": VERSION, "flow": about, "interpolator": called, "decoder": DECODER, "quick": quick}
     if networks is None:
