@@ -247,6 +247,34 @@ def test_bars_hold_and_fail_where_they_should(tmp_path):
     assert (tmp_path / "figure.png").stat().st_size > 10_000
 
 
+def test_bars_of_parts_compare_each_with_mogan():
+    degrees = {
+        "teacher": 0.5,
+        "dmd": 0.3,
+        "mogan": 0.7,
+        "no_dmd": 0.7,
+        "latent_gan": 0.4,
+        "no_r1r2": 0.7,
+        "surrogate": 0.67,
+    }
+    looks = {
+        "teacher": 0.2,
+        "dmd": 0.2,
+        "mogan": 0.2,
+        "no_dmd": 0.5,
+        "latent_gan": 0.2,
+        "no_r1r2": 0.2,
+        "surrogate": 0.2,
+    }
+    systems = systems_with(degrees, looks)
+    systems["mogan"] |= {"final_gap": {"0": 1.0, "1": 2.0}, "largest_motion_gradient": {"0": 2.0, "1": 2.0}}
+    systems["no_r1r2"] |= {"final_gap": {"0": 6.0}, "largest_motion_gradient": {"0": 2.5}}
+    found = {b.says: (b.found, b.holds) for b in bars(systems)}
+    assert found["without R1 and R2 the gap of logits is at least 1.5 times as large"] == ("4.00", True)
+    assert found["without R1 and R2 the largest motion gradient is at least 1.5 times as large"] == ("1.25", False)
+    assert found["the surrogate brings at least 90 % of MoGAN's gain in dynamic degree"] == ("0.95", True)
+
+
 # ---------------------------------------------------------------------------------------------- FlowMo
 
 

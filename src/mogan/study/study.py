@@ -69,7 +69,11 @@ def study(
     jobs += [j for c, s, count in timed for j in jobs_of(c, s, out, clips, count)]
     run_jobs(jobs, out / "logs", workers)
     minutes = core_seconds(jobs, out / "logs") / 60
-    results = collect(columns, numbers, out)
+    systems = collect(columns, numbers, out)
+    results: dict[str, Any] = {"systems": systems}
+    results["bars"] = (
+        [vars(b) for b in bars(systems)] if name != "methods" else []
+    )  # the paper's tables expect something
     results["how"] = {
         "command": f"mogan study {' '.join(sys.argv[2:])}" if sys.argv[1:2] == ["study"] else f"mogan study {name}",
         "sentence": f"{seeds} training seeds, {prompts} held-out prompts, {clips} clips each; its jobs, those that other "
@@ -79,7 +83,7 @@ def study(
     write_atomically(out / f"{name}.json", json.dumps(results, indent=1) + "\n")
     page = markdown(name, results)
     write_atomically(out / f"{name}.md", page)
-    draw(results["systems"], out / f"{name}.png")
+    draw(systems, out / f"{name}.png")
     clips_file = out / f"{name}.results.json"
     runs = write_clips(columns, numbers, clips_file)
     report((clips_file, *runs), out=out / f"{name}.html", title=name)
@@ -177,7 +181,7 @@ def _evaluate(folder: Path, out: Path) -> tuple[str, ...]:
 
 
 def collect(columns: tuple[Column, ...], numbers: range, out: Path) -> dict[str, Any]:
-    """Everything measured, as ``results.json`` with ``per_seed`` and ``bars``."""
+    """Everything measured, by system, as in ``results.json``, with ``per_seed`` and what training took."""
     rich, world = (_records(out / name, out / f"{name}.json") for name in ("rich", "world"))
     systems, known = {}, {c.name: c for c in columns}
     for column in columns:
@@ -186,7 +190,7 @@ def collect(columns: tuple[Column, ...], numbers: range, out: Path) -> dict[str,
         systems[column.name] = combine(column, clips, rich, world) | {"first_frames": column.first_frames}
         if column.recipe:
             systems[column.name] |= training(column, seeds_of(column, numbers), known, out)
-    return {"systems": systems, "bars": [vars(b) for b in bars(systems)]}
+    return systems
 
 
 def _records(folder: Path, results: Path) -> list[dict]:
