@@ -18,7 +18,7 @@ from mogan.flowmo import FlowMo, temporal_variance
 from mogan.lab.world import make_scene
 from mogan.recipes import find_recipe, mogan_lab
 from mogan.study import columns
-from mogan.study.collect import bars, combine, markdown
+from mogan.study.collect import bars, combine, markdown, minus
 from mogan.study.cost import from_teacher, iterations_that_fit, training
 from mogan.study.figure import draw
 from mogan.study.jobs import Job, core_seconds, run_jobs
@@ -211,6 +211,35 @@ def test_intervals_resample_prompts_and_training_seeds():
     assert system["metrics"]["speed_to_rich"]["mean"] == pytest.approx(0.25, abs=0.02)  # half at 0, half at 1
 
 
+def test_differences_are_taken_clip_by_clip_and_what_is_common_cancels():
+    rng = np.random.default_rng(0)
+    easy = {f"prompt {i}": rng.normal(0, 5) for i in range(20)}
+
+    def clips(shift, index_of_broken=None):
+        return [
+            {
+                "prompt": p,
+                "index": i,
+                "values": {"lab_net": e + shift + 0.01 * rng.normal(), "contrast": 1.0, "lab_shape": None},
+            }
+            if i != index_of_broken
+            else {"prompt": p, "index": i, "error": "torn"}
+            for p, e in easy.items()
+            for i in range(3)
+        ]
+
+    base = {"0": clips(0.0), "1": clips(0.0)}
+    found = minus({"0": clips(0.3, index_of_broken=2), "1": clips(0.5)}, base)
+    assert set(found) == {"lab_net"}  # nothing of shape, and contrast is not compared
+    assert found["lab_net"]["n"] == 20 * 2 + 20 * 3
+    assert found["lab_net"]["mean"] == pytest.approx((40 * 0.3 + 60 * 0.5) / 100, abs=0.01)
+    low, high = found["lab_net"]["ci95"]
+    assert 0.29 < low < high < 0.51  # between the seeds' own gaps, though prompts differ by 5
+    untrained = minus({"0": clips(0.1)}, base)["lab_net"]
+    assert untrained["n"] == 120
+    assert untrained["mean"] == pytest.approx(0.1, abs=0.01)
+
+
 def systems_with(degree, net):
     def system(name):
         values = {"dynamic_degree": degree[name], "lab_net": net[name], "lab_wobble": 0.1, "lab_pulsing": 0.1}
@@ -239,10 +268,14 @@ def test_bars_hold_and_fail_where_they_should(tmp_path):
     assert "**no**" in page
     assert "| mogan | 0 |" in page
     assert "Student updates" not in page
+    assert "Minus" not in page
     bad["mogan"] |= {"from_teacher": {"updates": 560, "seconds": 90.0}, "first_frames": True}
+    gaps = {"lab_net": {"mean": -0.1, "ci95": [-0.2, -0.05]}, "lab_shape": {"mean": 0.1, "ci95": [-0.2, 0.4]}}
+    bad["dmd"] |= {"minus_mogan": gaps}
     page = markdown("methods", {"systems": bad, "how": {"sentence": "s", "command": "c"}, "bars": []})
     assert "| Student updates, from the teacher on | - | - | 560 |" in page
     assert "| Training, from the teacher on (minutes) | - | - | 1.5 |" in page
+    assert "| dmd | - | **-0.100 [-0.200, -0.050]** | - | - | - | - | - | +0.100 [-0.200, +0.400] |" in page
     draw(bad, tmp_path / "figure.png")
     assert (tmp_path / "figure.png").stat().st_size > 10_000
 

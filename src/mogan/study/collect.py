@@ -17,6 +17,16 @@ SHOWN = (
     "lab_pulsing", "lab_straightness", "lab_still", "lab_physics", "lab_identity", "lab_colour", "lab_shape",
     "saturation", "appearance_distance", "speed_to_rich", "speed_to_world",
 )  # fmt: skip
+COMPARED = (
+    "dynamic_degree",
+    "lab_net",
+    "lab_speed",
+    "lab_wobble",
+    "lab_pulsing",
+    "lab_physics",
+    "lab_identity",
+    "lab_shape",
+)
 OWN = {
     "speed_to_rich": "Speed histogram, distance to the motion-rich set (px/frame)",
     "speed_to_world": "Speed histogram, distance to the teacher's world (px/frame)",
@@ -43,6 +53,28 @@ def combine(
         "about": column.about,
         "metrics": {name: interval.to_json() for name, interval in metrics.items()},
         "per_seed": per_seed,
+    }
+
+
+def minus(clips_of_seed: dict[str, list[Record]], base_of_seed: dict[str, list[Record]]) -> dict[str, Any]:
+    """A system's clips minus a base's, clip by clip on the same training seed, prompt and number: means and intervals.
+
+    What both have in common, such as an easy prompt, cancels, so these intervals are narrower than those of two means.
+    A system that is not trained has the same clips for every seed.
+    """
+    found: dict[str, list[tuple[float, str, str]]] = {}
+    for seed, base in base_of_seed.items():
+        theirs = {(clip["prompt"], clip["index"]): clip["values"] for clip in base if "error" not in clip}
+        for clip in clips_of_seed.get(seed) or next(iter(clips_of_seed.values())):
+            other = theirs.get((clip["prompt"], clip["index"]))
+            if "error" in clip or other is None:
+                continue
+            for name, value in clip["values"].items():
+                if name in COMPARED and value is not None and other.get(name) is not None:
+                    found.setdefault(name, []).append((value - other[name], clip["prompt"], seed))
+    return {
+        name: mean_interval(gaps, *((prompts, seeds) if len(set(seeds)) > 1 else (prompts,))).to_json()
+        for name, (gaps, prompts, seeds) in ((name, zip(*rows, strict=True)) for name, rows in found.items())
     }
 
 
@@ -197,6 +229,7 @@ def markdown(study: str, results: dict[str, Any]) -> str:
     lines += _costs(systems)
     lines += ["", "Systems:", ""]
     lines += [f"- `{name}`: {system['about']}{_cost(system)}" for name, system in systems.items()]
+    lines += _differences(systems)
     if results["bars"]:
         lines += ["", "| expected | found | holds |", "|---|---|---|"]
         lines += [f"| {b['says']} | {b['found']} | {'yes' if b['holds'] else '**no**'} |" for b in results["bars"]]
@@ -207,6 +240,31 @@ def markdown(study: str, results: dict[str, Any]) -> str:
             cells = [f"{means[n]:.3g}" if n in means else "-" for n in names]
             lines.append(f"| {name} | {seed} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
+
+
+def _differences(systems: dict[str, Any]) -> list[str]:
+    """A table of what :func:`minus` found, a line per system; in bold what is apart from zero."""
+    found = {name: system["minus_mogan"] for name, system in systems.items() if system.get("minus_mogan")}
+    if not found:
+        return []
+    lines = [
+        "",
+        "Minus `mogan`, clip by clip on the same training seed, prompt and number; in bold what is apart from zero:",
+    ]
+    lines += ["", "| | " + " | ".join(map(_label, COMPARED)) + " |", "|---" * (len(COMPARED) + 1) + "|"]
+    for name, gaps in found.items():
+        lines.append(f"| {name} | " + " | ".join(_signed_cell(gaps.get(metric)) for metric in COMPARED) + " |")
+    return lines
+
+
+def _signed_cell(metric: dict[str, Any] | None) -> str:
+    if metric is None:
+        return "-"
+    if metric["ci95"] is None:
+        return f"{metric['mean']:+.3f}"
+    low, high = metric["ci95"]
+    cell = f"{metric['mean']:+.3f} [{low:+.3f}, {high:+.3f}]"
+    return f"**{cell}**" if low > 0 or high < 0 else cell
 
 
 def _costs(systems: dict[str, Any]) -> list[str]:

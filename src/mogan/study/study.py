@@ -13,8 +13,8 @@ from mogan.evaluation.clips import read_folder
 from mogan.files import write_atomically
 from mogan.lab.world import make_scene
 from mogan.report.page import report
-from mogan.study.collect import bars, combine, markdown
-from mogan.study.columns import Column, methods, table1, table2
+from mogan.study.collect import bars, combine, markdown, minus
+from mogan.study.columns import MOGAN, Column, methods, table1, table2
 from mogan.study.cost import iterations_that_fit, training
 from mogan.study.figure import draw
 from mogan.study.jobs import Job, core_seconds, run_jobs
@@ -184,13 +184,20 @@ def collect(columns: tuple[Column, ...], numbers: range, out: Path) -> dict[str,
     """Everything measured, by system, as in ``results.json``, with ``per_seed`` and what training took."""
     rich, world = (_records(out / name, out / f"{name}.json") for name in ("rich", "world"))
     systems, known = {}, {c.name: c for c in columns}
+    mogan = _clips_of(MOGAN, numbers, out) if MOGAN in columns else {}
     for column in columns:
-        homes = {str(s): out / column.name / f"seed{s}" for s in seeds_of(column, numbers)}
-        clips = {seed: _records(home / "samples", home / "results.json") for seed, home in homes.items()}
+        clips = _clips_of(column, numbers, out)
         systems[column.name] = combine(column, clips, rich, world) | {"first_frames": column.first_frames}
+        if column != MOGAN and not column.first_frames:
+            systems[column.name]["minus_mogan"] = minus(clips, mogan)
         if column.recipe:
             systems[column.name] |= training(column, seeds_of(column, numbers), known, out)
     return systems
+
+
+def _clips_of(column: Column, numbers: range, out: Path) -> dict[str, list[dict]]:
+    homes = {str(s): out / column.name / f"seed{s}" for s in seeds_of(column, numbers)}
+    return {seed: _records(home / "samples", home / "results.json") for seed, home in homes.items()}
 
 
 def _records(folder: Path, results: Path) -> list[dict]:
