@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from mogan import wan
+from mogan import autoencoder, wan
 from mogan.flow import RaftFlow, load_raft
 from mogan.lab.stages import HELD_OUT_SEED, rendered_clips, to_video
 from mogan.lab.world import exact_flow, make_scene
@@ -35,7 +35,7 @@ def main() -> None:
             moving = np.linalg.norm(truth, axis=1) > 0.1
             clean = to_video(rendered_clips(1, HELD_OUT_SEED, motion, offset=number))
             with torch.no_grad():
-                decoded = wan.decode_video(vae, wan.encode_video(vae, clean))
+                decoded = autoencoder.decode_video(vae, autoencoder.encode_video(vae, clean))
                 for name, video in (("clean", clean), ("decoded", decoded)):
                     error = np.linalg.norm(flow(video)[0].transpose(0, 1).numpy() - truth, axis=1)
                     found[name].append((scene.kind, error[moving], error[~moving]))

@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 
 from mogan.assemble import Assembly, assemble
+from mogan.attention import stack_text
 from mogan.config import Config
 from mogan.data import ensure_text, open_cache, save_latent, text_path
 from mogan.estimate.command import pricing
@@ -32,7 +33,7 @@ from mogan.prepare import DISCRIMINATOR_PROMPT
 from mogan.recipes import find_recipe
 from mogan.rollout import roll_out
 from mogan.train import Position, step
-from mogan.wan import fingerprint, geometry, latent_shape, load_text, stack_text
+from mogan.wan import fingerprint, geometry, latent_shape, load_text
 
 SIZES = ((81, 480, 832), (81, 320, 576), (49, 320, 576), (49, 256, 448))  # the next one where the last did not fit
 DRY = (49, 64, 64)

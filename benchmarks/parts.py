@@ -43,7 +43,7 @@ def main() -> None:
     arguments = parser.parse_args()
     from diffusers import AutoencoderKLWan
 
-    from mogan import wan
+    from mogan import autoencoder, wan
 
     if arguments.part == "text":
         encode = timed("load", lambda: wan.load_text(arguments.folder))
@@ -57,8 +57,8 @@ def main() -> None:
     vae = timed("make", lambda: AutoencoderKLWan().to(wan.fast_dtype()).eval().requires_grad_(False))
     video = torch.rand(1, 3, *arguments.clip) * 2 - 1
     with torch.no_grad():
-        latent = timed("encode", lambda: wan.encode_video(vae, video))
-        decoded = timed("decode", lambda: wan.decode_video(vae, latent))
+        latent = timed("encode", lambda: autoencoder.encode_video(vae, video))
+        decoded = timed("decode", lambda: autoencoder.decode_video(vae, latent))
     assert decoded.shape == video.shape
 
 

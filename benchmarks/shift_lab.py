@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from mogan import wan
+from mogan import attention, autoencoder, wan
 from mogan.assemble import assemble
 from mogan.checkpoint import check_same_run
 from mogan.clips import to_video
@@ -66,11 +66,13 @@ def sampled(model: Path | str, scenes: list[Scene], config: Config, batch: int =
     clips: list[np.ndarray] = []
     for first in tqdm(range(0, len(scenes), batch), desc=f"sample {model}", unit="batch"):
         part = scenes[first : first + batch]
-        given = wan.encode_video(vae, torch.cat([to_video(draw_scene(s)[:1]) for s in part]))
-        text = wan.stack_text(encode([s.caption for s in part]))
+        given = autoencoder.encode_video(vae, torch.cat([to_video(draw_scene(s)[:1]) for s in part]))
+        text = attention.stack_text(encode([s.caption for s in part]))
         shape = wan.latent_shape(folder, wan.geometry(folder))
         noise = normal(torch.Size((len(part), *shape)), seeded([first + i for i in range(len(part))]), "cpu")
-        clips += list(to_frames(wan.decode_video(vae, animate(denoiser, noise, given, text, text, config.sigmas, 1.0))))
+        clips += list(
+            to_frames(autoencoder.decode_video(vae, animate(denoiser, noise, given, text, text, config.sigmas, 1.0)))
+        )
     return clips
 
 

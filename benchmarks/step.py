@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from mogan.assemble import Assembly, assemble
+from mogan.attention import stack_text
 from mogan.config import Update
 from mogan.data import open_cache
 from mogan.denoiser import frozen
@@ -21,7 +22,6 @@ from mogan.recipes import find_recipe
 from mogan.rollout import normal
 from mogan.schedule import add_noise
 from mogan.train import Position, draw, draw_exit, step
-from mogan.wan import stack_text
 
 
 def bare(parts: Assembly, update: Update, where: Position) -> None:

@@ -5,7 +5,7 @@ import pytest
 import torch
 from diffusers import WanPipeline
 
-from mogan import wan
+from mogan import autoencoder, wan
 from mogan.flow import RaftFlow, load_raft
 from mogan.lab.stages import HELD_OUT_SEED, rendered_clips, to_video
 from mogan.lab.world import exact_flow, make_scene
@@ -42,7 +42,7 @@ def held_out():
     video = torch.cat([to_video(rendered_clips(12, HELD_OUT_SEED, motion)) for motion in ("all", "rich")])
     vae = wan.load_vae(FAMILY / "teacher")
     with torch.no_grad():
-        return video, wan.decode_video(vae, wan.encode_video(vae, video))
+        return video, autoencoder.decode_video(vae, autoencoder.encode_video(vae, video))
 
 
 def test_autoencoder_keeps_27_decibels_on_held_out_clips(held_out):

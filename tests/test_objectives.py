@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from torch import nn
 
-from mogan import wan
+from mogan import autoencoder, wan
 from mogan.data import Batch
 from mogan.denoiser import Denoiser, frozen, guided_velocity, recomputed, taps
 from mogan.discriminator import Discriminator, approximate_penalty, discriminator_loss, generator_loss
@@ -332,7 +332,7 @@ def test_observation_is_the_chain_it_says_and_gradient_stays_in_the_window(famil
         assert seen.latent_BCFHW.shape == (1, 4, 2, 4, 4)
         assert seen.flow_BCFHW.shape == (1, 2, 4, 32, 32)
         assert seen.video_BCFHW.shape == (1, 3, 5, 32, 32)
-        whole = wan.decode_video(vae, z)
+        whole = autoencoder.decode_video(vae, z)
         last = 1 + 4 * (start + 1)
         torch.testing.assert_close(seen.video_BCFHW, whole[:, :, last - 5 : last])
         (gradient,) = torch.autograd.grad(seen.latent_BCFHW.square().sum(), z)

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conftest import CAPTIONS, SIGMAS
-from mogan import wan
+from mogan import attention, autoencoder, wan
 from mogan.assemble import assemble
 from mogan.data import open_cache
 from mogan.denoiser import Denoiser
@@ -161,9 +161,9 @@ torch.save({"seen": seen, "frames": torch.from_numpy(frames)}, sys.argv[3])
     (exported / "prompts.txt").write_text(CAPTIONS[0] + "\n")
     sample(prompts=exported / "prompts.txt", out=sampled, model=str(exported / "export"), first_seed=3)
     student = Denoiser(wan.load_transformer(exported / "export").eval())
-    text = wan.stack_text(wan.load_text(exported / "export")([CAPTIONS[0]]))
+    text = attention.stack_text(wan.load_text(exported / "export")([CAPTIONS[0]]))
     latent = sample_student(student, text, (4, 4, 4, 4), SIGMAS, [3])
-    video = wan.decode_video(wan.load_vae(exported / "export", torch.float32), latent)
+    video = autoencoder.decode_video(wan.load_vae(exported / "export", torch.float32), latent)
     ours = (video[0].permute(1, 2, 3, 0) / 2 + 0.5).clamp(0, 1).numpy()
     np.testing.assert_allclose(ours, stock["frames"], atol=2e-4)
     frames, fps = read_video(sampled / f"{CAPTIONS[0]}-0.mp4")
@@ -219,7 +219,7 @@ def test_first_frames_are_those_of_the_clips_with_the_prompts_as_captions(export
     for clip, latent in zip(clips, latents, strict=True):
         first = torch.from_numpy(read_video(clip)[0][:1].copy()).permute(3, 0, 1, 2)[None] / 127.5 - 1
         with torch.no_grad():
-            torch.testing.assert_close(latent[None, :, :1], wan.encode_video(vae, first), atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(latent[None, :, :1], autoencoder.encode_video(vae, first), atol=1e-4, rtol=1e-4)
     with pytest.raises(UserError, match=r"lists .* with first_frames"):
         sample(prompts=tmp_path / "p.txt", out=tmp_path / "s", **common)
     (tmp_path / "q.txt").write_text("a moon\n")
@@ -255,8 +255,8 @@ def test_teacher_matches_the_stock_pipeline(family):
     teacher = Denoiser(wan.load_transformer(family / "teacher").eval())
     ours = sample_teacher(
         teacher,
-        wan.stack_text(encode([CAPTIONS[0]])),
-        wan.stack_text(encode([""])),
+        attention.stack_text(encode([CAPTIONS[0]])),
+        attention.stack_text(encode([""])),
         (4, 4, 4, 4),
         [5],
         steps=4,

@@ -9,7 +9,7 @@ import torch
 from diffusers import AutoencoderKLWan, WanPipeline
 
 import tiny_recipes
-from mogan import wan
+from mogan import attention, autoencoder, wan
 from mogan.assemble import assemble
 from mogan.cli import main
 from mogan.data import open_cache
@@ -119,10 +119,10 @@ def test_the_autoencoder_of_wan_2_2_decodes_in_windows_and_encodes_as_stock():
     vae = AutoencoderKLWan(**narrow).eval().requires_grad_(False)
     z = torch.randn(1, 8, 3, 2, 2)
     stock = vae.decode(z * 2 + 0.1).sample
-    assert torch.equal(wan.decode_window(vae, z), stock)
-    assert torch.equal(wan.decode_window(vae, z, 1, 2), stock[:, :, 1:])
+    assert torch.equal(autoencoder.decode_window(vae, z), stock)
+    assert torch.equal(autoencoder.decode_window(vae, z, 1, 2), stock[:, :, 1:])
     expected = (vae.encode(stock).latent_dist.mean - 0.1) / 2
-    torch.testing.assert_close(wan.encode_video(vae, stock), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(autoencoder.encode_video(vae, stock), expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.slow
@@ -231,7 +231,7 @@ def test_a_text_encoder_alone_is_written_in_parts_and_encodes_prompts(tmp_path):
     model = random_text_encoder(tmp_path / "m", layers=2, changes=NARROW["text_encoder"])
     assert len(list((model / "text_encoder").glob("*.safetensors"))) == 4  # embedding, two blocks, last norm
     (short, long) = wan.load_text(model)(["ab", "a dog chases a ball. " * 40])
-    assert (short.shape, long.shape) == ((3, 64), (wan.TEXT_LENGTH, 64))
+    assert (short.shape, long.shape) == ((3, 64), (attention.TEXT_LENGTH, 64))
     assert short.isfinite().all()
     (tmp_path / "prompts.txt").write_text("a dog runs\na cat sleeps\n")
     assert main(["prepare", str(tmp_path / "prompts.txt"), "--model", str(model), "--out", str(tmp_path / "c")]) == 0

@@ -493,11 +493,11 @@ SIZES = {
 def test_full_size_models_take_a_level_per_frame(name):
     from diffusers import WanTransformer3DModel
 
-    from mogan.wan import fold_padding
+    from mogan.attention import set_attention
 
     changes, shape = SIZES[name]
     with FakeTensorMode():
-        denoiser = Denoiser(fold_padding(WanTransformer3DModel(**changes, num_layers=2)))
+        denoiser = Denoiser(set_attention(WanTransformer3DModel(**changes, num_layers=2)))
         x, text = torch.randn(1, *shape), torch.randn(1, 20, 4096)
         assert velocity_error(denoiser, x, x, torch.rand(1), text, given=1).shape == (1,)
 

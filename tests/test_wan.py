@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
 
 from conftest import VAE
-from mogan import wan
+from mogan import attention, autoencoder, wan
 from mogan.errors import UserError
 
 WAN21 = {
@@ -37,21 +37,21 @@ def test_window_is_the_full_decode_restricted_to_it_bit_for_bit(vae, start, leng
     z = torch.randn(1, 4, 4, 4, 4)
     first = 0 if start == 0 else 1 + 4 * (start - 1)
     last = 1 + 4 * (start + length - 1)
-    assert torch.equal(wan.decode_window(vae, z, start, length), full_decode(vae, z)[:, :, first:last])
+    assert torch.equal(autoencoder.decode_window(vae, z, start, length), full_decode(vae, z)[:, :, first:last])
 
 
 @pytest.mark.parametrize(("start", "length"), [(0, 2), (1, 2)])
 def test_window_gradients_equal_the_unchecked_ones_and_stop_before_it(vae, start, length):
     z = torch.randn(1, 4, 4, 4, 4, requires_grad=True)
     weight = torch.randn(1, 3, 4 * length - (3 if start == 0 else 0), 32, 32)
-    (gradient,) = torch.autograd.grad((wan.decode_window(vae, z, start, length) * weight).sum(), z)
+    (gradient,) = torch.autograd.grad((autoencoder.decode_window(vae, z, start, length) * weight).sum(), z)
     assert gradient[:, :, start : start + length].abs().sum() > 0
     assert gradient[:, :, :start].abs().sum() == 0
     assert gradient[:, :, start + length :].abs().sum() == 0
 
     # the same function without checkpoints: plain autograd through the stock recurrence from a detached state
     with torch.no_grad():
-        before = wan._empty_cache(vae.decoder)
+        before = autoencoder._empty_cache(vae.decoder)
         x = vae.post_quant_conv(_denormalised(vae, z))
         for i in range(start):
             vae.decoder(x[:, :, i : i + 1], feat_cache=before, feat_idx=[0], first_chunk=i == 0)
@@ -77,7 +77,7 @@ def _denormalised(vae, z):
 def test_whole_decode_gradient_equals_the_stock_decoders(vae):
     z = torch.randn(1, 4, 3, 4, 4, requires_grad=True)
     weight = torch.randn(1, 3, 9, 32, 32)
-    (ours,) = torch.autograd.grad((wan.decode_window(vae, z) * weight).sum(), z)
+    (ours,) = torch.autograd.grad((autoencoder.decode_window(vae, z) * weight).sum(), z)
     (stock,) = torch.autograd.grad((full_decode(vae, z) * weight).sum(), z)
     torch.testing.assert_close(ours, stock, rtol=1e-4, atol=1e-5)
 
@@ -86,14 +86,14 @@ def test_encode_is_the_stock_mean_normalised(vae):
     video = torch.rand(2, 3, 9, 32, 32) * 2 - 1
     mean = torch.tensor(vae.config.latents_mean).view(1, -1, 1, 1, 1)
     std = torch.tensor(vae.config.latents_std).view(1, -1, 1, 1, 1)
-    assert torch.equal(wan.encode_video(vae, video), (vae.encode(video).latent_dist.mean - mean) / std)
+    assert torch.equal(autoencoder.encode_video(vae, video), (vae.encode(video).latent_dist.mean - mean) / std)
     with pytest.raises(ValueError, match="4 k \\+ 1"):
-        wan.encode_video(vae, video[:, :, :8])
+        autoencoder.encode_video(vae, video[:, :, :8])
 
 
 def test_window_outside_the_clip_is_an_error(vae):
     with pytest.raises(ValueError, match="does not lie within"):
-        wan.decode_window(vae, torch.zeros(1, 4, 3, 4, 4), 2, 2)
+        autoencoder.decode_window(vae, torch.zeros(1, 4, 3, 4, 4), 2, 2)
 
 
 def test_folded_padding_equals_attending_to_512_rows(family):
@@ -103,7 +103,9 @@ def test_folded_padding_equals_attending_to_512_rows(family):
     texts = [torch.randn(5, 64), torch.randn(9, 64)]
     x, t = torch.randn(2, 4, 4, 4, 4), torch.tensor([1000.0, 250.0])
     padded = torch.stack([F.pad(e, (0, 0, 0, 512 - len(e))) for e in texts])
-    torch.testing.assert_close(folded(x, t, wan.stack_text(texts))[0], stock(x, t, padded)[0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        folded(x, t, attention.stack_text(texts))[0], stock(x, t, padded)[0], rtol=1e-4, atol=1e-5
+    )
     torch.testing.assert_close(folded(x, t, padded)[0], stock(x, t, padded)[0], rtol=1e-4, atol=1e-5)
 
 

@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from mogan import wan
+from mogan import attention, wan
 from mogan.checkpoint import load_part, student_checkpoint
 from mogan.config import Config, DMDConfig, GANConfig, ShiftConfig, SurrogateConfig, Update
 from mogan.data import Cache, ensure_observations
@@ -177,7 +177,7 @@ def _add_dmd(made: Assembly, base: Base, d: DMDConfig) -> None:
     has_own = (base.start / "fake_score" / "config.json").is_file()
     fake = base.denoiser(*((base.start, "fake_score") if has_own else (base.folder, "transformer")))
     made.networks["fake_score"] = fake
-    null = wan.stack_text(base.encode([made.config.negative_prompt]), made.device)
+    null = attention.stack_text(base.encode([made.config.negative_prompt]), made.device)
     direction = motion_direction(d.motion_weight) if d.motion_weight else dmd_direction
     made.objectives["dmd"] = DMD(
         teacher, fake, null, guidance=d.guidance, shift=d.shift, low=d.low, high=d.high, direction=direction
@@ -223,7 +223,7 @@ def _add_shift(made: Assembly, base: Base, s: ShiftConfig) -> None:
         made.student,
         rewards,
         PixelFlux(base.vae, flow),
-        wan.stack_text(base.encode([config.negative_prompt]), made.device),
+        attention.stack_text(base.encode([config.negative_prompt]), made.device),
         guidance=s.guidance,
         sigmas=config.sigmas,
         given=config.given,
@@ -245,7 +245,7 @@ def _continue_adapters(networks: dict[str, nn.Module], run: Path) -> None:
 
 def _discriminator(gan: GANConfig, base: Base, seed: int) -> Discriminator:
     torch.manual_seed(seed)  # the heads start at random
-    text = wan.stack_text(base.encode([gan.prompt]))
+    text = attention.stack_text(base.encode([gan.prompt]))
     trunk = wan.load_transformer(base.folder)
     if gan.blocks > len(trunk.blocks):
         raise UserError(

@@ -39,7 +39,7 @@ class Discriminator(nn.Module):
 
     Args:
         transformer: a ``WanTransformer3DModel``; its first ``blocks`` blocks become the trunk (the rest is dropped).
-        text_1LD: embedding of the fixed prompt, from :func:`mogan.wan.stack_text`.
+        text_1LD: embedding of the fixed prompt, from :func:`mogan.attention.stack_text`.
         blocks: how many blocks to keep (MoGAN: 16 of 30).
         tap_at: after which blocks heads read, ascending (MoGAN: 7, 13, 15).
         sigma: the noise level the transformer is told (MoGAN: 0, whatever the input).

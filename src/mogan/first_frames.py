@@ -6,12 +6,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mogan.autoencoder import encode_video
 from mogan.clips import scan, to_video
 from mogan.denoiser import Denoiser
 from mogan.errors import UserError
 from mogan.rollout import animate, normal
 from mogan.video import read_frames
-from mogan.wan import Geometry, encode_video
+from mogan.wan import Geometry
 
 
 def clip_of_prompts(folder: Path, prompts: list[str]) -> dict[str, Path]:

@@ -11,13 +11,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mogan.assemble import Assembly
+from mogan.attention import stack_text
+from mogan.autoencoder import decode_video
 from mogan.checkpoint import held_out_motions, write_held_out_motions
 from mogan.data import open_cache
 from mogan.errors import UserError
 from mogan.flow import FlowEstimator
 from mogan.rewards import sample_at
 from mogan.sample import sample_student
-from mogan.wan import decode_video, stack_text
 
 CLIPS, AT_ONCE = 64, 8  # judged, so that one clip more or less does not decide; in memory
 POINTS, FASTEST = 16, 0.1  # points along each side of the picture; share of them that is averaged

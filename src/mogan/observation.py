@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from mogan.autoencoder import decode_window, encode_video
 from mogan.flow import FlowEstimator, motion_picture
-from mogan.wan import decode_window, encode_video
 
 
 @dataclass(frozen=True)

@@ -97,7 +97,7 @@ def prepare(
         workers: videos decoded at a time.
         device: auto, cpu or cuda: where the networks run.
     """
-    from mogan import wan
+    from mogan import autoencoder, wan
     from mogan.devices import choose_device
 
     if not motion_rich and (min_motion is not None or motion_quantile is not None):
@@ -125,7 +125,7 @@ def prepare(
         out,
         geometry=geometry,
         fingerprints=text_facts | {"vae": wan.fingerprint(folder, "vae"), "flow": wan.flow_fingerprint(flow)},
-        encode_video=lambda video: wan.encode_video(vae(), video.to(target)).cpu(),
+        encode_video=lambda video: autoencoder.encode_video(vae(), video.to(target)).cpu(),
         encode_text=lambda prompts: text()(prompts),
         estimate_flow=lambda video: estimator()(video.to(target)).cpu(),
         min_motion=min_motion,

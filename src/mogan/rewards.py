@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from mogan.autoencoder import decode_video
 from mogan.flow import FlowEstimator, warp
-from mogan.wan import decode_video
 
 # offsets (x, y) of a 3 x 3 neighbourhood, pixels
 AROUND = torch.stack(torch.meshgrid(torch.arange(-1.0, 2), torch.arange(-1.0, 2), indexing="xy"), -1).flatten(0, 1)

@@ -48,7 +48,7 @@ def roll_out(
     Args:
         student: the few-step generator.
         noise_BCFHW: starting noise, at level ``sigmas[0] = 1``.
-        text_BLD: from :func:`mogan.wan.stack_text`.
+        text_BLD: from :func:`mogan.attention.stack_text`.
         sigmas: descending levels, final 0 implied.
         generator: draws the fresh noise between steps; one for the batch, or one per sample (then a sample does not
             depend on its neighbours).

@@ -16,7 +16,7 @@ from diffusers import UniPCMultistepScheduler
 from torch import Tensor
 from tqdm import tqdm
 
-from mogan import wan
+from mogan import attention, autoencoder, wan
 from mogan.denoiser import Denoiser, guided_velocity
 from mogan.devices import choose_device
 from mogan.errors import UserError
@@ -240,7 +240,7 @@ def _maker(
     vae = wan.load_vae(source.folder, dtype).to(device)
     denoiser = Denoiser(source.load().to(device).eval(), dtype)
     shape = wan.latent_shape(source.folder, source.geometry)
-    null = wan.stack_text(encode([""]), device)
+    null = attention.stack_text(encode([""]), device)
     change = None
     if teacher is not None and teacher.motion is not None:
         network, given = open_motion(teacher.motion, source.folder, shape[1])
@@ -250,14 +250,14 @@ def _maker(
 
     @torch.no_grad()
     def make(jobs: list[Job]) -> Tensor:
-        text = wan.stack_text(encode([job.prompt for job in jobs]), device)
+        text = attention.stack_text(encode([job.prompt for job in jobs]), device)
         numbers = [job.seed for job in jobs]
         if teacher is not None:
             latents = sample_teacher(
                 denoiser, text, null, shape, numbers, steps=teacher.steps, guidance=teacher.guidance, shift=teacher.shift,
                 solver=teacher.solver, flowmo=teacher.flowmo, change=change and partial(change, text_BLD=text),
             )  # fmt: skip
-            return wan.decode_video(vae, latents)
+            return autoencoder.decode_video(vae, latents)
         assert source.sigmas is not None
         if starts is None:
             latents = sample_student(denoiser, text, shape, source.sigmas, numbers)
@@ -266,7 +266,7 @@ def _maker(
             latents = sample_from_first_frames(
                 denoiser, vae, first, text, shape, source.sigmas, seeded(numbers), source.geometry
             )
-        return wan.decode_video(vae, latents)
+        return autoencoder.decode_video(vae, latents)
 
     return make
 

@@ -94,7 +94,7 @@ def _block(width: int) -> nn.Module:
 def window_of(latent_BCFHW: Float[Tensor, "b c f h w"], start: int, window: int) -> Float[Tensor, "b c window+1 h w"]:
     """Latent frames ``start ... start + window - 1`` after the one before them, which is zero at the start of a clip.
 
-    The decoder's state comes from the frames before a window; as in :func:`mogan.wan.decode_window`, no gradient goes there.
+    The decoder's state comes from the frames before a window; as in :func:`mogan.autoencoder.decode_window`, no gradient goes there.
     """
     before = latent_BCFHW[:, :, max(start - 1, 0) : max(start, 1)].detach()
     inside = latent_BCFHW[:, :, start : start + window]

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from mogan.assemble import Assembly, assemble
+from mogan.attention import stack_text
 from mogan.checkpoint import (
     check_same_run,
     held_out_motions,
@@ -40,7 +41,6 @@ from mogan.objectives.shift import Shift
 from mogan.recipes import ablate, find_recipe
 from mogan.rollout import Rollout, animate, normal, roll_out
 from mogan.sample import sample_student, seeded, to_frames
-from mogan.wan import stack_text
 
 
 def generator_for(*keys: int) -> torch.Generator:
@@ -277,9 +277,9 @@ def sample_sheet(parts: Assembly, run: Path, iteration: int) -> None:
     """Clips of the averaged student on the first prompts (image to video: from the first clips' first frames), their
     flow, and one sheet of both.
     """
+    from mogan.autoencoder import decode_video
     from mogan.flow import RaftFlow
     from mogan.video import contact_sheet, flow_picture, write_video
-    from mogan.wan import decode_video
 
     config = parts.config
     first = {e["caption"]: e["id"] for e in reversed(parts.cache.entries)}  # of each prompt, its first clip

@@ -1,37 +1,27 @@
-"""Every fact about Wan: where its parts lie, how it reads text, encodes, and decodes a window with gradient.
+"""A folder of Wan: what it was made for, whether its parts belong together, and loading them.
 
-The stock diffusers classes are used as they are. Latents are always normalised by the autoencoder's stored mean and
-deviation. Shapes: video ``B 3 F H W`` in [-1, 1], latents ``B C F H W``, text ``B L D``.
+The stock diffusers classes are used as they are.
 """
 
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from importlib.resources import files
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
-from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d, patchify, unpatchify
-from diffusers.models.transformers.transformer_wan import WanAttnProcessor
-from jaxtyping import Float
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_map_only
-from torch.utils.checkpoint import checkpoint
 from transformers import AutoTokenizer, UMT5EncoderModel
 
+from mogan.attention import TEXT_LENGTH, set_attention
 from mogan.errors import UserError
 from mogan.flow import FlowEstimator, RaftFlow, load_raft
 from mogan.weights import find_weights
-
-TEXT_LENGTH = 512  # WanPipeline pads every prompt to this many tokens and attends to the padding
 
 TextEncoder = Callable[[list[str]], list[Tensor]]
 
@@ -174,6 +164,25 @@ def fingerprint(model: Path, part: str) -> str:
     return digest.hexdigest()[:16]
 
 
+def latent_shape(model: Path, size: Geometry) -> tuple[int, int, int, int]:
+    """``(C, F, H, W)`` of the latents of a clip of this geometry; the clip must fit the autoencoder and the patches."""
+    vae, transformer = (_config(model, part) or {} for part in ("vae", "transformer"))  # without one: Wan 2.1's
+    return fit_latents(vae, transformer, size)
+
+
+def fit_latents(vae: dict, transformer: dict, size: Geometry) -> tuple[int, int, int, int]:
+    """:func:`latent_shape` from the two configs."""
+    patch = transformer.get("patch_size", (1, 2, 2))
+    space, time = vae.get("scale_factor_spatial", 8), vae.get("scale_factor_temporal", 4)
+    multiple = space * max(patch[1:])
+    if size.frames % time != 1 or size.height % multiple or size.width % multiple:
+        raise UserError(
+            f"a clip of {size.frames} x {size.height} x {size.width} does not fit this model: frames must be "
+            f"{time} k + 1, height and width multiples of {multiple}"
+        )
+    return vae.get("z_dim", 16), 1 + (size.frames - 1) // time, size.height // space, size.width // space
+
+
 def fast_dtype(device: str | torch.device = "cpu") -> torch.dtype:
     """bf16 where the hardware multiplies it faster than fp32, else fp32."""
     if torch.device(device).type == "cuda":
@@ -199,7 +208,7 @@ def load_transformer(model: Path, part: str = "transformer") -> WanTransformer3D
     transformer = _from_pretrained(WanTransformer3DModel, model, part, torch.float32)
     if not _from_text_alone(transformer.config):
         raise UserError(f"{model} is image-conditioned; text-to-video transformers are what can be trained here")
-    return fold_padding(transformer)
+    return set_attention(transformer)
 
 
 def _from_pretrained(kind, model: Path, part: str, dtype: torch.dtype):
@@ -294,195 +303,3 @@ def flow_fingerprint(name: str) -> str:
         return fingerprint(path.parent, path.name)
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()[:16]
-
-
-# ---------------------------------------------------------------------------------------------- text
-
-
-class FoldedPadding:
-    """Cross-attention that computes one padding token and counts it as many.
-
-    Wan attends to the zero rows that pad a prompt to 512 tokens, without a mask. Those rows are equal, so their keys and
-    values are equal, and ``m`` equal keys weigh as much as one whose logit is raised by ``log m``. A text of ``L`` rows,
-    the last one padding, therefore gives what the stock model gives for 512 rows, at a fraction of the cost.
-    """
-
-    _attention_backend = None
-    _parallel_config = None
-
-    def __init__(self, products: Callable[[], AbstractContextManager]):
-        self.products = products
-
-    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None):
-        """Same contract as diffusers' ``WanAttnProcessor`` for text cross-attention."""
-        query = attn.norm_q(attn.to_q(hidden_states)).unflatten(2, (attn.heads, -1)).transpose(1, 2)
-        key = attn.norm_k(attn.to_k(encoder_hidden_states)).unflatten(2, (attn.heads, -1)).transpose(1, 2)
-        value = attn.to_v(encoder_hidden_states).unflatten(2, (attn.heads, -1)).transpose(1, 2)
-        bias, length = None, key.shape[2]
-        if length < TEXT_LENGTH:
-            # a tensor, not math.log of a number: one compiled graph then serves every length
-            count = torch.full((1,), TEXT_LENGTH - length + 1, dtype=torch.float64, device=query.device)
-            bias = F.pad(count.log().to(query.dtype), (length - 1, 0)).view(1, 1, 1, length)
-        with self.products():
-            out = F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
-        out = out.transpose(1, 2).flatten(2, 3).type_as(query)
-        return attn.to_out[1](attn.to_out[0](out))
-
-
-class SelfAttention(WanAttnProcessor):
-    """The stock self-attention within a context that may change how it is computed."""
-
-    def __init__(self, products: Callable[[], AbstractContextManager]):
-        super().__init__()
-        self.products = products
-
-    def __call__(self, *args, **kwargs) -> Tensor:
-        """Same contract as ``WanAttnProcessor``."""
-        with self.products():
-            return super().__call__(*args, **kwargs)
-
-
-class _Fp32Attention(TorchFunctionMode):
-    """Within it attention on a CPU ignores autocast: torch's bf16 kernel takes four times as long backwards as fp32."""
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if func is not F.scaled_dot_product_attention or (args or tuple(kwargs.values()))[0].device.type != "cpu":
-            return func(*args, **kwargs)
-        args, kwargs = tree_map_only(Tensor, Tensor.float, (args, kwargs))
-        with torch.autocast("cpu", enabled=False):
-            return func(*args, **kwargs)
-
-
-def fold_padding(transformer: WanTransformer3DModel, fp32_on_cpu: bool = True) -> WanTransformer3DModel:
-    """Install :class:`FoldedPadding` on every cross-attention; text must then come from :func:`stack_text`.
-
-    On a CPU, self-attention too ignores autocast from then on; ``fp32_on_cpu=False`` leaves that out where a CPU is to do
-    what a GPU does.
-    """
-    products = _Fp32Attention if fp32_on_cpu else nullcontext
-    for block in transformer.blocks:
-        block.attn1.set_processor(SelfAttention(products))
-        block.attn2.set_processor(FoldedPadding(products))
-    return transformer
-
-
-def stack_text(embeddings: Iterable[Tensor], device: str | torch.device = "cpu") -> Float[Tensor, "b l d"]:
-    """Pad embeddings ``(L, D)`` with zero rows to the longest plus one (at most 512): the last row is padding."""
-    embeddings = [e.float() for e in embeddings]
-    length = min(max(len(e) for e in embeddings) + 1, TEXT_LENGTH)
-    return torch.stack([F.pad(e, (0, 0, 0, length - len(e))) for e in embeddings]).to(device)
-
-
-# ---------------------------------------------------------------------------------------------- autoencoder
-
-
-def _statistics(vae: AutoencoderKLWan, like: Tensor) -> tuple[Tensor, Tensor]:
-    shape = (1, -1, 1, 1, 1)
-    mean = torch.tensor(vae.config.latents_mean, device=like.device).view(shape)
-    return mean, torch.tensor(vae.config.latents_std, device=like.device).view(shape)
-
-
-def _recurrent(
-    step: Callable, chunks: list[tuple[Tensor, bool]], cache: list, checkpointed: bool
-) -> tuple[list[Tensor], list]:
-    """Run ``step(chunk, cache, first) -> (out, cache)`` along time; each step may be recomputed in the backward pass.
-
-    diffusers hides the convolutions' memory in the module and refuses checkpointing; passing it explicitly makes every
-    step a pure function, which gives the same frames and gradients bit for bit.
-    """
-    outs = []
-    for chunk, first in chunks:
-        if checkpointed and torch.is_grad_enabled():
-            out, cache = checkpoint(step, chunk, cache, first, use_reentrant=False)
-        else:
-            out, cache = step(chunk, cache, first)
-        outs.append(out)
-    return outs, cache
-
-
-def _decoder_step(vae: AutoencoderKLWan, chunk: Tensor, cache: list, first: bool) -> tuple[Tensor, list]:
-    cache = list(cache)
-    return vae.decoder(chunk, feat_cache=cache, feat_idx=[0], first_chunk=first), cache
-
-
-def _encoder_step(vae: AutoencoderKLWan, chunk: Tensor, cache: list, first: bool) -> tuple[Tensor, list]:
-    cache = list(cache)
-    return vae.encoder(chunk, feat_cache=cache, feat_idx=[0]), cache
-
-
-def _empty_cache(module: nn.Module) -> list:
-    return [None] * sum(isinstance(m, WanCausalConv3d) for m in module.modules())
-
-
-def decode_window(
-    vae: AutoencoderKLWan,
-    latent_BCFHW: Float[Tensor, "b c f h w"],
-    start: int = 0,
-    length: int | None = None,
-    checkpointing: bool = True,
-) -> Float[Tensor, "b 3 g h2 w2"]:
-    """Decode latent frames ``start ... start + length - 1`` exactly as a full decode would, and stop.
-
-    The decoder is recurrent: the frames before the window are decoded without gradient for their state alone, which is
-    detached (truncated back-propagation, MoGAN appendix A). With ``checkpointing`` each latent frame inside is recomputed in
-    the backward pass, so memory does not grow with the window either. A window from the start has ``1 + 4 (length - 1)`` frames, any other ``4 length``.
-
-    Returns fp32 video, clamped to [-1, 1] as the stock decoder does.
-    """
-    total = latent_BCFHW.shape[2]
-    length = total - start if length is None else length
-    if not (0 <= start and length > 0 and start + length <= total):
-        raise ValueError(f"window {start}..{start + length} does not lie within {total} latent frames")
-    mean, deviation = _statistics(vae, latent_BCFHW)
-    z = (latent_BCFHW[:, :, : start + length].float() * deviation + mean).to(vae.dtype)
-    x = vae.post_quant_conv(z)
-    step = partial(_decoder_step, vae)
-    chunks = [(x[:, :, i : i + 1], i == 0) for i in range(start + length)]
-    with torch.no_grad():
-        _, cache = _recurrent(step, chunks[:start], _empty_cache(vae.decoder), checkpointed=False)
-    frames, _ = _recurrent(step, chunks[start:], cache, checkpointed=checkpointing)
-    video = torch.cat(frames, 2)
-    if vae.config.patch_size is not None:
-        video = unpatchify(video, patch_size=vae.config.patch_size)
-    return video.float().clamp(-1.0, 1.0)
-
-
-def decode_video(vae: AutoencoderKLWan, latent_BCFHW: Tensor) -> Tensor:
-    """Decode a whole clip; fp32 in [-1, 1]."""
-    return decode_window(vae, latent_BCFHW)
-
-
-def encode_video(
-    vae: AutoencoderKLWan, video_BCFHW: Float[Tensor, "b 3 f h w"], checkpointing: bool = True
-) -> Float[Tensor, "b c g h2 w2"]:
-    """Encode ``4 k + 1`` frames to ``k + 1`` normalised latent frames (mean of the posterior), fp32, with gradient."""
-    if video_BCFHW.shape[2] % 4 != 1:
-        raise ValueError(f"a clip must have 4 k + 1 frames to be encoded, not {video_BCFHW.shape[2]}")
-    x = video_BCFHW.to(vae.dtype)
-    if vae.config.patch_size is not None:
-        x = patchify(x, patch_size=vae.config.patch_size)
-    chunks = [(x[:, :, :1], True)] + [(x[:, :, i : i + 4], False) for i in range(1, x.shape[2], 4)]
-    encoded, _ = _recurrent(partial(_encoder_step, vae), chunks, _empty_cache(vae.encoder), checkpointing)
-    moments = vae.quant_conv(torch.cat(encoded, 2))
-    mean, deviation = _statistics(vae, video_BCFHW)
-    return (moments.chunk(2, dim=1)[0].float() - mean) / deviation
-
-
-def latent_shape(model: Path, size: Geometry) -> tuple[int, int, int, int]:
-    """``(C, F, H, W)`` of the latents of a clip of this geometry; the clip must fit the autoencoder and the patches."""
-    vae, transformer = (_config(model, part) or {} for part in ("vae", "transformer"))  # without one: Wan 2.1's
-    return fit_latents(vae, transformer, size)
-
-
-def fit_latents(vae: dict, transformer: dict, size: Geometry) -> tuple[int, int, int, int]:
-    """:func:`latent_shape` from the two configs."""
-    patch = transformer.get("patch_size", (1, 2, 2))
-    space, time = vae.get("scale_factor_spatial", 8), vae.get("scale_factor_temporal", 4)
-    multiple = space * max(patch[1:])
-    if size.frames % time != 1 or size.height % multiple or size.width % multiple:
-        raise UserError(
-            f"a clip of {size.frames} x {size.height} x {size.width} does not fit this model: frames must be "
-            f"{time} k + 1, height and width multiples of {multiple}"
-        )
-    return vae.get("z_dim", 16), 1 + (size.frames - 1) // time, size.height // space, size.width // space

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
+from mogan.autoencoder import decode_window, encode_video
 from mogan.denoiser import Denoiser, recomputed
 from mogan.discriminator import Discriminator
 from mogan.estimate.costs import Codec, build_transformer, estimate_flow, judge_call, transformer_calls
 from mogan.estimate.shapes import Shapes
 from mogan.flow import RaftConfig, RaftFlow
-from mogan.wan import decode_window, encode_video
 
 
 @dataclass(frozen=True)

@@ -14,13 +14,14 @@ import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from torchvision.models.optical_flow import raft_large
 
+from mogan.attention import set_attention
+from mogan.autoencoder import decode_window, encode_video
 from mogan.config import Config, GANConfig
 from mogan.denoiser import Denoiser, recomputed
 from mogan.discriminator import Discriminator
 from mogan.estimate.shapes import Shapes
 from mogan.estimate.trace import Call, Work, fake, sizes, trace
 from mogan.flow import RaftConfig, RaftFlow, motion_picture, read_raft_config
-from mogan.wan import decode_window, encode_video, fold_padding
 
 TEXT_TOKENS = 128  # a long caption; cross-attention to the padding is folded into one token
 
@@ -82,7 +83,7 @@ def build_transformer(shapes: Shapes, layers: int | None = None) -> Any:
     """A Wan transformer of this shape (on whatever device is current), at another depth if asked."""
     config = {k: v for k, v in shapes.transformer.items() if not k.startswith("_")}
     network = WanTransformer3DModel(**config | ({} if layers is None else {"num_layers": layers}))
-    return fold_padding(network, fp32_on_cpu=False)
+    return set_attention(network, fp32_on_cpu=False)
 
 
 def network_parameters(shapes: Shapes) -> dict[str, int]:

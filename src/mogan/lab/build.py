@@ -8,7 +8,7 @@ import torch
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline
 from transformers import PreTrainedTokenizerFast
 
-from mogan import wan
+from mogan import attention, autoencoder, wan
 from mogan.assemble import assemble
 from mogan.data import open_cache
 from mogan.denoiser import Denoiser
@@ -122,7 +122,7 @@ def draw(family: Path, out: Path) -> None:
     vae = wan.load_vae(family / "teacher")
     scenes = [make_scene(stages.HELD_OUT_SEED, i, motion="rich") for i in range(6)]
     clips = stages.rendered_clips(6, stages.HELD_OUT_SEED, "rich")
-    decoded = wan.decode_video(vae, wan.encode_video(vae, stages.to_video(clips)))
+    decoded = autoencoder.decode_video(vae, autoencoder.encode_video(vae, stages.to_video(clips)))
     rows = [r for a, b in zip(to_frames(stages.to_video(clips)), to_frames(decoded), strict=True) for r in (a, b)]
     contact_sheet(rows, out / "reconstructions.png", titles=[t for s in scenes for t in (s.caption, "decoded")])
     flow = RaftFlow(load_raft(family / "raft"), iterations=4)(stages.to_video(clips)).transpose(1, 2).numpy()
@@ -130,7 +130,7 @@ def draw(family: Path, out: Path) -> None:
     contact_sheet(rows, out / "flow.png", titles=[t for s in scenes for t in (f"{s.caption}: exact flow", "RAFT")])
     prompts = [s.caption for s in scenes]
     text = wan.load_text(family / "teacher")
-    stacked, null = wan.stack_text(text(prompts)), wan.stack_text(text([""]))
+    stacked, null = attention.stack_text(text(prompts)), attention.stack_text(text([""]))
     shape = wan.latent_shape(family / "teacher", wan.geometry(family / "teacher"))
     seeds = list(range(len(prompts)))
     teacher = Denoiser(wan.load_transformer(family / "teacher").eval(), wan.fast_dtype())
@@ -141,6 +141,6 @@ def draw(family: Path, out: Path) -> None:
         "student": sample_student(student, stacked, shape, sigmas, seeds),
     }
     for name, latents in made.items():
-        contact_sheet(list(to_frames(wan.decode_video(vae, latents))), out / f"{name}.png", titles=prompts)
+        contact_sheet(list(to_frames(autoencoder.decode_video(vae, latents))), out / f"{name}.png", titles=prompts)
     sheets = "".join(f"<h2>{p.stem}</h2><img src='{p.name}'>" for p in sorted(out.glob("*.png")))
     write_atomically(out / "index.html", f"<!doctype html><title>The lab's family</title>{sheets}\n")

@@ -21,13 +21,15 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
+from mogan.attention import set_attention
+from mogan.autoencoder import encode_video
 from mogan.denoiser import Denoiser
 from mogan.files import replacing
 from mogan.flow import RaftConfig, refinements, save_raft
 from mogan.lab.muon import muon_and_adamw
 from mogan.lab.world import COLOURS, DIRECTIONS, FRAMES, SHAPES, Scene, exact_flow, make_scene, render
 from mogan.schedule import add_noise, shift
-from mogan.wan import encode_video, fast_dtype, fold_padding
+from mogan.wan import fast_dtype
 
 TRAIN_SEED, HELD_OUT_SEED = 1, 2
 
@@ -368,7 +370,7 @@ class _TextToVideo(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.transformer = fold_padding(WanTransformer3DModel(**TRANSFORMER_CONFIG))
+        self.transformer = set_attention(WanTransformer3DModel(**TRANSFORMER_CONFIG))
         self.text_encoder = build_text_encoder()
 
     def forward(self, x: Tensor, sigma: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:

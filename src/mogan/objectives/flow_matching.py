@@ -4,12 +4,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mogan.attention import stack_text
 from mogan.data import Batch
 from mogan.denoiser import Denoiser
 from mogan.objectives import Loss, Randomness
 from mogan.rollout import Rollout, normal
 from mogan.schedule import add_noise, draw_sigma, uniform
-from mogan.wan import stack_text
 
 
 def stack_some(text: list[Tensor], null: Tensor, drop: float, generator: Randomness, device: torch.device) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mogan.attention import stack_text
 from mogan.data import Batch
 from mogan.denoiser import Denoiser
 from mogan.discriminator import discriminator_loss
@@ -21,7 +22,6 @@ from mogan.observation import motion_amount
 from mogan.rewards import MotionRewards, PixelFlux
 from mogan.rollout import animate, normal
 from mogan.schedule import draw_sigma
-from mogan.wan import stack_text
 
 FLOOR = -1.0  # least weight of the linear form
 

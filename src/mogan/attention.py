@@ -1,0 +1,90 @@
+"""How Wan's attention is computed here: text padding once instead of some five hundred times, and in fp32 on a CPU."""
+
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+import torch.nn.functional as F
+from diffusers import WanTransformer3DModel
+from diffusers.models.transformers.transformer_wan import WanAttnProcessor
+from jaxtyping import Float
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map_only
+
+TEXT_LENGTH = 512  # WanPipeline pads every prompt to this many tokens and attends to the padding
+
+
+class FoldedPadding:
+    """Cross-attention that computes one padding token and counts it as many.
+
+    Wan attends to the zero rows that pad a prompt to 512 tokens, without a mask. Those rows are equal, so their keys and
+    values are equal, and ``m`` equal keys weigh as much as one whose logit is raised by ``log m``. A text of ``L`` rows,
+    the last one padding, therefore gives what the stock model gives for 512 rows, at a fraction of the cost.
+    """
+
+    _attention_backend = None
+    _parallel_config = None
+
+    def __init__(self, products: Callable[[], AbstractContextManager]):
+        self.products = products
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None):
+        """Same contract as diffusers' ``WanAttnProcessor`` for text cross-attention."""
+        query = attn.norm_q(attn.to_q(hidden_states)).unflatten(2, (attn.heads, -1)).transpose(1, 2)
+        key = attn.norm_k(attn.to_k(encoder_hidden_states)).unflatten(2, (attn.heads, -1)).transpose(1, 2)
+        value = attn.to_v(encoder_hidden_states).unflatten(2, (attn.heads, -1)).transpose(1, 2)
+        bias, length = None, key.shape[2]
+        if length < TEXT_LENGTH:
+            # a tensor, not math.log of a number: one compiled graph then serves every length
+            count = torch.full((1,), TEXT_LENGTH - length + 1, dtype=torch.float64, device=query.device)
+            bias = F.pad(count.log().to(query.dtype), (length - 1, 0)).view(1, 1, 1, length)
+        with self.products():
+            out = F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
+        out = out.transpose(1, 2).flatten(2, 3).type_as(query)
+        return attn.to_out[1](attn.to_out[0](out))
+
+
+class SelfAttention(WanAttnProcessor):
+    """The stock self-attention within a context that may change how it is computed."""
+
+    def __init__(self, products: Callable[[], AbstractContextManager]):
+        super().__init__()
+        self.products = products
+
+    def __call__(self, *args, **kwargs) -> Tensor:
+        """Same contract as ``WanAttnProcessor``."""
+        with self.products():
+            return super().__call__(*args, **kwargs)
+
+
+class _Fp32Attention(TorchFunctionMode):
+    """Within it attention on a CPU ignores autocast: torch's bf16 kernel takes four times as long backwards as fp32."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is not F.scaled_dot_product_attention or (args or tuple(kwargs.values()))[0].device.type != "cpu":
+            return func(*args, **kwargs)
+        args, kwargs = tree_map_only(Tensor, Tensor.float, (args, kwargs))
+        with torch.autocast("cpu", enabled=False):
+            return func(*args, **kwargs)
+
+
+def set_attention(transformer: WanTransformer3DModel, fp32_on_cpu: bool = True) -> WanTransformer3DModel:
+    """Give every block our attention, in place; text must then come from :func:`stack_text`.
+
+    Cross-attention folds the padding. On a CPU both kinds ignore autocast; ``fp32_on_cpu=False`` leaves that out where a
+    CPU is to do what a GPU does.
+    """
+    products = _Fp32Attention if fp32_on_cpu else nullcontext
+    for block in transformer.blocks:
+        block.attn1.set_processor(SelfAttention(products))
+        block.attn2.set_processor(FoldedPadding(products))
+    return transformer
+
+
+def stack_text(embeddings: Iterable[Tensor], device: str | torch.device = "cpu") -> Float[Tensor, "b l d"]:
+    """Pad embeddings ``(L, D)`` with zero rows to the longest plus one (at most 512): the last row is padding."""
+    embeddings = [e.float() for e in embeddings]
+    length = min(max(len(e) for e in embeddings) + 1, TEXT_LENGTH)
+    return torch.stack([F.pad(e, (0, 0, 0, length - len(e))) for e in embeddings]).to(device)

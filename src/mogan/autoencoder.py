@@ -1,0 +1,107 @@
+"""Video to latents and back through Wan's autoencoder, whole or in a window, with gradient.
+
+Latents are always normalised by the autoencoder's stored mean and deviation. Shapes: video ``B 3 F H W`` in [-1, 1],
+latents ``B C F H W``.
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from diffusers import AutoencoderKLWan
+from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d, patchify, unpatchify
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+
+def _statistics(vae: AutoencoderKLWan, like: Tensor) -> tuple[Tensor, Tensor]:
+    shape = (1, -1, 1, 1, 1)
+    mean = torch.tensor(vae.config.latents_mean, device=like.device).view(shape)
+    return mean, torch.tensor(vae.config.latents_std, device=like.device).view(shape)
+
+
+def _recurrent(
+    step: Callable, chunks: list[tuple[Tensor, bool]], cache: list, checkpointed: bool
+) -> tuple[list[Tensor], list]:
+    """Run ``step(chunk, cache, first) -> (out, cache)`` along time; each step may be recomputed in the backward pass.
+
+    diffusers hides the convolutions' memory in the module and refuses checkpointing; passing it explicitly makes every
+    step a pure function, which gives the same frames and gradients bit for bit.
+    """
+    outs = []
+    for chunk, first in chunks:
+        if checkpointed and torch.is_grad_enabled():
+            out, cache = checkpoint(step, chunk, cache, first, use_reentrant=False)
+        else:
+            out, cache = step(chunk, cache, first)
+        outs.append(out)
+    return outs, cache
+
+
+def _decoder_step(vae: AutoencoderKLWan, chunk: Tensor, cache: list, first: bool) -> tuple[Tensor, list]:
+    cache = list(cache)
+    return vae.decoder(chunk, feat_cache=cache, feat_idx=[0], first_chunk=first), cache
+
+
+def _encoder_step(vae: AutoencoderKLWan, chunk: Tensor, cache: list, first: bool) -> tuple[Tensor, list]:
+    cache = list(cache)
+    return vae.encoder(chunk, feat_cache=cache, feat_idx=[0]), cache
+
+
+def _empty_cache(module: nn.Module) -> list:
+    return [None] * sum(isinstance(m, WanCausalConv3d) for m in module.modules())
+
+
+def decode_window(
+    vae: AutoencoderKLWan,
+    latent_BCFHW: Float[Tensor, "b c f h w"],
+    start: int = 0,
+    length: int | None = None,
+    checkpointing: bool = True,
+) -> Float[Tensor, "b 3 g h2 w2"]:
+    """Decode latent frames ``start ... start + length - 1`` exactly as a full decode would, and stop.
+
+    The decoder is recurrent: the frames before the window are decoded without gradient for their state alone, which is
+    detached (truncated back-propagation, MoGAN appendix A). With ``checkpointing`` each latent frame inside is recomputed in
+    the backward pass, so memory does not grow with the window either. A window from the start has ``1 + 4 (length - 1)`` frames, any other ``4 length``.
+
+    Returns fp32 video, clamped to [-1, 1] as the stock decoder does.
+    """
+    total = latent_BCFHW.shape[2]
+    length = total - start if length is None else length
+    if not (0 <= start and length > 0 and start + length <= total):
+        raise ValueError(f"window {start}..{start + length} does not lie within {total} latent frames")
+    mean, deviation = _statistics(vae, latent_BCFHW)
+    z = (latent_BCFHW[:, :, : start + length].float() * deviation + mean).to(vae.dtype)
+    x = vae.post_quant_conv(z)
+    step = partial(_decoder_step, vae)
+    chunks = [(x[:, :, i : i + 1], i == 0) for i in range(start + length)]
+    with torch.no_grad():
+        _, cache = _recurrent(step, chunks[:start], _empty_cache(vae.decoder), checkpointed=False)
+    frames, _ = _recurrent(step, chunks[start:], cache, checkpointed=checkpointing)
+    video = torch.cat(frames, 2)
+    if vae.config.patch_size is not None:
+        video = unpatchify(video, patch_size=vae.config.patch_size)
+    return video.float().clamp(-1.0, 1.0)
+
+
+def decode_video(vae: AutoencoderKLWan, latent_BCFHW: Tensor) -> Tensor:
+    """Decode a whole clip; fp32 in [-1, 1]."""
+    return decode_window(vae, latent_BCFHW)
+
+
+def encode_video(
+    vae: AutoencoderKLWan, video_BCFHW: Float[Tensor, "b 3 f h w"], checkpointing: bool = True
+) -> Float[Tensor, "b c g h2 w2"]:
+    """Encode ``4 k + 1`` frames to ``k + 1`` normalised latent frames (mean of the posterior), fp32, with gradient."""
+    if video_BCFHW.shape[2] % 4 != 1:
+        raise ValueError(f"a clip must have 4 k + 1 frames to be encoded, not {video_BCFHW.shape[2]}")
+    x = video_BCFHW.to(vae.dtype)
+    if vae.config.patch_size is not None:
+        x = patchify(x, patch_size=vae.config.patch_size)
+    chunks = [(x[:, :, :1], True)] + [(x[:, :, i : i + 4], False) for i in range(1, x.shape[2], 4)]
+    encoded, _ = _recurrent(partial(_encoder_step, vae), chunks, _empty_cache(vae.encoder), checkpointing)
+    moments = vae.quant_conv(torch.cat(encoded, 2))
+    mean, deviation = _statistics(vae, video_BCFHW)
+    return (moments.chunk(2, dim=1)[0].float() - mean) / deviation
