@@ -72,7 +72,8 @@ def table2() -> tuple[Column, ...]:
         ("heads_only", "discriminator's trunk frozen"),
         ("guidance_1", "teacher without guidance"),
         ("guidance_5", "teacher guided by 5"),
-        ("surrogate", "motion updates through a surrogate, every eighth exact"),
+        ("surrogate", "motion updates through a surrogate, every eighth exact, and all while its error is large"),
+        ("surrogate_trusted", "every eighth exact whatever the surrogate's error"),
         ("surrogate_unchecked", "a surrogate that learns in the first 10 iterations and is trusted ever after"),
         ("half_flow", "flow estimated at half resolution"),
         ("few_refinements", "flow refined twice, not 4 times"),
@@ -198,8 +199,15 @@ def guidance_5() -> Config:
 
 
 def surrogate() -> Config:
-    """The surrogate, checked on every eighth iteration."""
+    """The surrogate, checked on every eighth iteration, and left alone while its error is above the limit."""
     return mogan_surrogate_lab()
+
+
+def surrogate_trusted() -> Config:
+    """The surrogate goes on learning from every eighth iteration, and no error of it calls for more."""
+    config = mogan_surrogate_lab()
+    assert config.surrogate is not None
+    return replace(config, surrogate=replace(config.surrogate, limit=None))
 
 
 def surrogate_unchecked() -> Config:
