@@ -107,6 +107,7 @@ def watched(key, values, update="student<gan"):
         ("saturation", [0.4] * 5 + [0.55] * 15, "student<gan", "saturating"),
         ("loss", [0.1] * 50 + [0.3] * 5 + [0.5] * 15, "fake_score<dmd", "lags"),
         ("gap", [1.0] * 5 + [9.0] * 15, "discriminator<gan", "wins outright"),
+        ("surrogate_error", [0.6] * 5 + [1.2] * 15, "surrogate<surrogate", "no better than its mean"),
     ],
 )
 def test_warnings_come_in_words_and_once(key, values, update, word):

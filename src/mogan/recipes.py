@@ -102,7 +102,7 @@ def mogan_surrogate_lab() -> Config:
         gan=replace(base.gan, r1=8 * base.gan.r1, r2=8 * base.gan.r2),  # on the exact updates alone
         plan=(learning[0], *exact, *predicted, learning[1]),
         optimizers=base.optimizers | {"surrogate": Optimizer(lr=1e-3)},
-        surrogate=SurrogateConfig(width=64, blocks=4, pairs=64, limit=0.5),
+        surrogate=SurrogateConfig(width=64, blocks=4, pairs=64, limit=None),
     )
 
 

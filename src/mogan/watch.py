@@ -21,7 +21,7 @@ class Watch:
     def read(self, record: dict) -> list[str]:
         """Take in one line of ``metrics.jsonl``; return new warnings."""
         update = record["update"]
-        for key in ("motion", "saturation", "gap"):
+        for key in ("motion", "saturation", "gap", "surrogate_error"):
             if key in record:
                 self._note(key, record[key])
         if update.startswith("fake_score") and record["iteration"] >= SETTLED:
@@ -35,6 +35,8 @@ class Watch:
              "first {first:.3f}; give it more updates per iteration or a higher learning rate"),
             ("gap", self._now("gap") > 6.0, "the discriminator wins outright: real and generated logits are {now:.1f} apart; "
              "raise r1 and r2, or lower its learning rate"),
+            ("surrogate_error", self._now("surrogate_error") > 1.0, "the surrogate foretells the motion no better than its "
+             "mean would: its relative error is {now:.2f}; make more updates exact, or set surrogate.limit"),
         )  # fmt: skip
         warnings = []
         for key, wrong, text in checks:
