@@ -42,12 +42,11 @@ def combine(
     """
     clips = [clip for found in clips_of_seed.values() for clip in found if "error" not in clip]
     seeds = [seed for seed, found in clips_of_seed.items() for clip in found if "error" not in clip]
-    factors = _factors(clips, seeds)
-    metrics = _metrics(clips, factors, rich, world)
+    metrics = _metrics(clips, seeds, rich, world)
     per_seed = {}
     for seed in clips_of_seed:
         own = [clip for clip, of in zip(clips, seeds, strict=True) if of == seed]
-        found = _metrics(own, _factors(own, [seed] * len(own)), rich, world)
+        found = _metrics(own, [seed] * len(own), rich, world)
         per_seed[seed] = {name: interval.mean for name, interval in found.items()}
     return {
         "about": column.about,
@@ -73,17 +72,18 @@ def minus(clips_of_seed: dict[str, list[Record]], base_of_seed: dict[str, list[R
                 if name in COMPARED and value is not None and other.get(name) is not None:
                     found.setdefault(name, []).append((value - other[name], clip["prompt"], seed))
     return {
-        name: mean_interval(gaps, *((prompts, seeds) if len(set(seeds)) > 1 else (prompts,))).to_json()
+        name: mean_interval(gaps, *_factors(prompts, seeds)).to_json()
         for name, (gaps, prompts, seeds) in ((name, zip(*rows, strict=True)) for name, rows in found.items())
     }
 
 
-def _factors(clips: Sequence[Record], seeds: Sequence[str]) -> tuple[list[str], ...]:
-    prompts = [clip["prompt"] for clip in clips]
-    return (prompts, list(seeds)) if len(set(seeds)) > 1 else (prompts,)
+def _factors(prompts: Sequence[str], seeds: Sequence[str]) -> tuple[Sequence[str], ...]:
+    """What is resampled: prompts, and training seeds if there are several."""
+    return (prompts, seeds) if len(set(seeds)) > 1 else (prompts,)
 
 
-def _metrics(clips, factors, rich: list[Record], world: list[Record]) -> dict[str, Interval]:
+def _metrics(clips: list[Record], seeds: Sequence[str], rich: list[Record], world: list[Record]) -> dict[str, Interval]:
+    factors = _factors([clip["prompt"] for clip in clips], seeds)
     found: dict[str, Interval] = {}
     for name in METRICS:
         values = [math.nan if (v := clip["values"].get(name)) is None else v for clip in clips]

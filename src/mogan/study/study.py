@@ -186,7 +186,7 @@ def collect(columns: tuple[Column, ...], numbers: range, out: Path) -> dict[str,
     systems, known = {}, {c.name: c for c in columns}
     mogan = _clips_of(MOGAN, numbers, out) if MOGAN in columns else {}
     for column in columns:
-        clips = _clips_of(column, numbers, out)
+        clips = mogan if column == MOGAN else _clips_of(column, numbers, out)
         systems[column.name] = combine(column, clips, rich, world) | {"first_frames": column.first_frames}
         if column != MOGAN and not column.first_frames:
             systems[column.name]["minus_mogan"] = minus(clips, mogan)
