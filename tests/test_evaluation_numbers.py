@@ -35,7 +35,7 @@ from mogan.evaluation.flow_statistics import (
     trajectory_smoothness,
     warping_error,
 )
-from mogan.evaluation.statistics import mean_interval, wasserstein, wasserstein_interval
+from mogan.evaluation.statistics import RESAMPLES, joint_draws, mean_interval, wasserstein, wasserstein_interval
 
 # ---------------------------------------------------------------- warping error, W1 to W4
 
@@ -369,6 +369,27 @@ def test_two_factors_widen_the_interval():
     prompts = list(range(40)) * 3
     one, two = mean_interval(values, prompts), mean_interval(values, prompts, runs.tolist())
     assert two.ci95[1] - two.ci95[0] > 3 * (one.ci95[1] - one.ci95[0])
+
+
+def test_intervals_are_those_of_resampled_sets_written_out():
+    rng = np.random.default_rng(3)
+    values = rng.normal(size=60)
+    values[7] = np.nan
+    prompts, runs = [i // 2 % 10 for i in range(60)], [i // 20 for i in range(60)]
+    kept = np.isfinite(values)
+    factors = [np.array(prompts)[kept].tolist(), np.array(runs)[kept].tolist()]
+    draws = joint_draws(factors, RESAMPLES).astype(int)
+    assert draws.shape == (RESAMPLES, 59)
+    assert draws.sum(1).mean() == pytest.approx(59, rel=0.01)
+    sets = [np.repeat(values[kept], draw) for draw in draws]
+    assert mean_interval(values, prompts, runs).ci95 == pytest.approx(
+        np.quantile([x.mean() for x in sets if x.size], (0.025, 0.975))
+    )
+    reference = rng.normal(0.5, 2, size=31)
+    sets = [np.repeat(values[kept], draw) for draw in joint_draws(factors, RESAMPLES // 4).astype(int)]
+    assert wasserstein_interval(values, reference, prompts, runs).ci95 == pytest.approx(
+        np.quantile([wasserstein(x, reference) for x in sets if x.size], (0.025, 0.975))
+    )
 
 
 @settings(max_examples=50, deadline=None)

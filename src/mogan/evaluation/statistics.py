@@ -2,6 +2,7 @@
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache, reduce
 
 import numpy as np
 
@@ -37,11 +38,12 @@ def mean_interval(values: Sequence[float], *factors: Sequence[Hashable]) -> Inte
     numbers = np.asarray(values, float)[kept]
     if numbers.size == 0:
         return Interval(float("nan"), None, 0)
-    weights = joint_draws([_where(factor, kept) for factor in factors], RESAMPLES)
-    if weights is None:
+    codes = [_codes(_where(factor, kept)) for factor in factors]
+    draws = _draws(codes, RESAMPLES)
+    if draws is None:
         return Interval(float(numbers.mean()), None, numbers.size)
-    total = weights.sum(1)
-    means = (weights @ numbers)[total > 0] / total[total > 0]
+    total = _resampled_sums(np.ones_like(numbers), codes, draws)
+    means = _resampled_sums(numbers, codes, draws)[total > 0] / total[total > 0]
     low, high = np.quantile(means, (0.025, 0.975))
     return Interval(float(numbers.mean()), (float(low), float(high)), numbers.size)
 
@@ -56,40 +58,65 @@ def wasserstein_interval(values: Sequence[float], reference: Sequence[float], *f
     draws = joint_draws([_where(factor, kept) for factor in factors], RESAMPLES // 4)
     if draws is None:
         return Interval(distance, None, numbers.size)
-    found = [wasserstein(np.repeat(numbers, draw), reference) for draw in draws if draw.any()]
-    low, high = np.quantile(found, (0.025, 0.975))
+    low, high = np.quantile(_wasserstein(numbers, draws[draws.any(1)], reference), (0.025, 0.975))
     return Interval(distance, (float(low), float(high)), numbers.size)
 
 
 def joint_draws(factors: Sequence[Sequence[Hashable]], resamples: int) -> np.ndarray | None:
-    """How often every value is drawn when each factor is resampled by itself: products of :func:`cluster_draws`.
+    """How often every value is drawn, ``(resamples, N)``, when whole clusters of each factor are resampled by themselves.
 
     None if a factor has a single level: nothing can be said of how its others would differ.
     """
-    draws = [cluster_draws(factor, resamples, number) for number, factor in enumerate(factors)]
-    if any(draw is None for draw in draws):
+    codes = [_codes(factor) for factor in factors]
+    draws = _draws(codes, resamples)
+    if draws is None:
         return None
-    return np.prod(np.stack([draw for draw in draws if draw is not None]), axis=0)
-
-
-def cluster_draws(clusters: Sequence[Hashable], resamples: int, stream: int = 0) -> np.ndarray | None:
-    """How often every value is drawn in every resample of whole clusters: ``(resamples, N)``; None with one cluster."""
-    codes = _codes(clusters)
-    count = int(codes.max()) + 1
-    if count < 2:
-        return None
-    return np.random.default_rng([SEED, stream]).multinomial(count, np.full(count, 1 / count), resamples)[:, codes]
+    return reduce(np.multiply, (draw[:, code] for draw, code in zip(draws, codes, strict=True)))
 
 
 def wasserstein(one: Sequence[float] | np.ndarray, two: Sequence[float] | np.ndarray) -> float:
     """First Wasserstein distance between two sets of numbers: the area between their distribution functions."""
-    a, b = np.sort(np.asarray(one, float)), np.sort(np.asarray(two, float))
-    if a.size == 0 or b.size == 0:
+    if len(one) == 0 or len(two) == 0:
         return float("nan")
-    points = np.sort(np.concatenate([a, b]))
-    below_a = np.searchsorted(a, points[:-1], side="right") / a.size
-    below_b = np.searchsorted(b, points[:-1], side="right") / b.size
-    return float((np.abs(below_a - below_b) * np.diff(points)).sum())
+    return float(_wasserstein(one, np.ones((1, len(one))), two)[0])
+
+
+def _wasserstein(
+    values: Sequence[float] | np.ndarray, weights_RN: np.ndarray, reference: Sequence[float] | np.ndarray
+) -> np.ndarray:
+    """The distance for each row of weights ``(R,)``: sorting is done once for all of them."""
+    values, reference = np.asarray(values, float), np.sort(np.asarray(reference, float))
+    order = np.argsort(values)
+    points = np.sort(np.concatenate([values, reference]))
+    reached = np.pad(weights_RN[:, order].cumsum(1, dtype=float), ((0, 0), (1, 0)))
+    below = reached[:, np.searchsorted(values[order], points[:-1], side="right")] / reached[:, -1:]
+    below_reference = np.searchsorted(reference, points[:-1], side="right") / reference.size
+    return np.abs(below - below_reference) @ np.diff(points)
+
+
+def _draws(codes: Sequence[np.ndarray], resamples: int) -> list[np.ndarray] | None:
+    """How often each cluster of each factor is drawn, ``(resamples, clusters)``; None if a factor has only one."""
+    counts = [int(code.max()) + 1 for code in codes]
+    return None if min(counts) < 2 else [_drawn(count, resamples, stream) for stream, count in enumerate(counts)]
+
+
+@lru_cache(maxsize=8)
+def _drawn(count: int, resamples: int, stream: int) -> np.ndarray:
+    """Of one factor, the same for every set with as many clusters."""
+    return np.random.default_rng([SEED, stream]).multinomial(count, np.full(count, 1 / count), resamples).astype(float)
+
+
+def _resampled_sums(values_N: np.ndarray, codes: Sequence[np.ndarray], draws: Sequence[np.ndarray]) -> np.ndarray:
+    """``sum_n weight_n value_n`` of every resample, a weight being the product over factors of its clusters' draws.
+
+    Values that share their clusters share their weight, so they are added up first.
+    """
+    cells = np.zeros([draw.shape[1] for draw in draws])
+    np.add.at(cells, tuple(codes), values_N)
+    sums = np.tensordot(draws[0], cells, 1)
+    for draw in draws[1:]:
+        sums = np.einsum("rk,rk...->r...", draw, sums)
+    return sums
 
 
 def _codes(names: Sequence[Hashable]) -> np.ndarray:
