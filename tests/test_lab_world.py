@@ -4,8 +4,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mogan.errors import UserError
 from mogan.flow import warp
-from mogan.lab.world import COLOURS, KINDS, SHAPES, exact_flow, make_scene, render
+from mogan.lab.world import COLOURS, KINDS, SHAPES, captions, exact_flow, make_scene, render
 
 scenes = st.builds(make_scene, st.integers(0, 3), st.integers(0, 500), motion=st.sampled_from(["all", "rich"]))
 few = settings(max_examples=15, deadline=None)
@@ -136,3 +137,18 @@ def test_a_larger_picture_shows_the_same_kind_of_scene():
 def test_unknown_motion_is_refused():
     with pytest.raises(ValueError, match="all, rich"):
         make_scene(0, 0, motion="wild")
+
+
+def test_captions_are_different_and_in_the_scenes_order():
+    found, scenes = captions(12, 40, motion="rich")
+    said = [make_scene(12, i, motion="rich").caption for i in range(scenes)]
+    assert found == list(dict.fromkeys(said))
+    assert len(found) == 40
+    assert said[-1] not in said[:-1]  # no scene more than is needed
+
+
+def test_more_captions_than_there_are_is_one_sentence(monkeypatch):
+    monkeypatch.setattr("mogan.lab.world.make_scene", lambda *_, **__: make_scene(0, 0))
+    assert captions(0, 1) == ([make_scene(0, 0).caption], 1)
+    with pytest.raises(UserError, match="fewer than 2 captions"):
+        captions(0, 2)

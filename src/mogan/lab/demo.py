@@ -3,12 +3,11 @@
 import time
 from pathlib import Path
 
-from mogan.errors import UserError
 from mogan.evaluation.evaluate import evaluate
 from mogan.export import export
 from mogan.files import write_atomically
 from mogan.lab.render import render
-from mogan.lab.world import make_scene
+from mogan.lab.world import captions
 from mogan.prepare import prepare
 from mogan.report.page import report
 from mogan.sample import sample
@@ -47,7 +46,8 @@ def demo(
     train("mogan_lab", data=out / "cache", out=out / "run", iterations=iterations, seed=seed)
     if not (out / "export").exists():
         export(out / "run", out=out / "export")
-    write_held_out_prompts(out / "prompts.txt", prompts)
+    held_out, _ = captions(PROMPT_SEED, prompts, motion="rich")
+    write_atomically(out / "prompts.txt", "\n".join(held_out) + "\n")
     for name, model in (("teacher", "lab-teacher"), ("dmd", "lab"), ("mogan", str(out / "export"))):
         sample(prompts=out / "prompts.txt", out=out / "samples" / name, model=model, seeds=seeds)
     folders = tuple(Path(f"{name}={out / 'samples' / name}") for name in ("teacher", "dmd", "mogan"))
@@ -56,15 +56,3 @@ def demo(
     report((out / "results.json", out / "run"), out=out / "report.html")
     print(f"\nreport: {out / 'report.html'}\nexport: {out / 'export'} (opens in stock WanPipeline)")
     print(f"this call took {(time.perf_counter() - began) / 60:.1f} minutes")
-
-
-def write_held_out_prompts(path: Path, count: int) -> None:
-    """Captions of scenes that no training saw and in which something moves, each once."""
-    captions: dict[str, None] = {}
-    index = 0
-    while len(captions) < count:
-        captions[make_scene(PROMPT_SEED, index, motion="rich").caption] = None
-        index += 1
-        if index > 100 * count + 1000:
-            raise UserError(f"the world has fewer than {count} captions: ask for fewer prompts")
-    write_atomically(path, "\n".join(captions) + "\n")

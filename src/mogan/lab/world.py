@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from mogan.errors import UserError
+
 FPS = 16
 SIZE = 64
 FRAMES = 17
@@ -107,6 +109,20 @@ def make_scene(seed: int, index: int, *, motion: str = "all", frames: int = FRAM
     )
     tint = rng.uniform(55, 110) * rng.uniform(0.8, 1.2, 3)
     return Scene(seed, index, kind, speed, caption, size, frames, tuple(sprites), camera, waves, tint)
+
+
+def captions(seed: int, count: int, *, motion: str = "all") -> tuple[list[str], int]:
+    """So many different captions of a world, in the order of its scenes; and how many of its scenes hold them.
+
+    Raises:
+        UserError: the world says fewer different things than that.
+    """
+    found: dict[str, None] = {}
+    for scenes in range(1, 200 * count + 1):
+        found[make_scene(seed, scenes - 1, motion=motion).caption] = None
+        if len(found) == count:
+            return list(found), scenes
+    raise UserError(f"the world has fewer than {count} captions: ask for fewer prompts")
 
 
 def _draw_speed(rng: np.random.Generator, motion: str) -> float:

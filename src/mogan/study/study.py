@@ -11,7 +11,7 @@ import tyro
 from mogan.errors import UserError
 from mogan.evaluation.clips import read_folder
 from mogan.files import write_atomically
-from mogan.lab.world import make_scene
+from mogan.lab.world import captions
 from mogan.report.page import report
 from mogan.study.collect import bars, combine, markdown, minus
 from mogan.study.columns import MOGAN, Column, methods, table1, table2
@@ -109,13 +109,9 @@ def seeds_of(column: Column, numbers: range) -> list[int]:
 
 
 def write_prompts(path: Path, seed: int, count: int, motion: str) -> int:
-    """So many different captions of a world, in order; returns how many of its scenes hold them."""
-    captions: dict[str, None] = {}
-    scenes = 0
-    while len(captions) < count and scenes < 200 * count:
-        captions[make_scene(seed, scenes, motion=motion).caption] = None
-        scenes += 1
-    text = "\n".join(captions) + "\n"
+    """So many different captions of a world, one a line; returns how many of its scenes hold them."""
+    found, scenes = captions(seed, count, motion=motion)
+    text = "\n".join(found) + "\n"
     if path.is_file() and path.read_text() != text:
         raise UserError(f"{path} was written for other numbers: give another --out, or the same --prompts")
     write_atomically(path, text)
