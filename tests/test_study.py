@@ -61,6 +61,7 @@ def test_methods_are_compared_at_equal_student_updates():
     assert found == {
         "teacher": 0, "dmd": 400, "msm": 400, "sft_i2v": 400,
         "sft": 560, "dmd_long": 560, "msm_long": 560, "mogan": 560, "mogan_msm": 560, "sft_i2v_long": 556, "shift": 556,
+        "shift_frozen": 556,
     }  # fmt: skip
     for name, column in known.items():
         if column.as_long_as:
@@ -151,6 +152,12 @@ def test_image_to_video_starts_from_the_clips_of_the_held_out_prompts(tmp_path):
     assert sample.command[-2:] == ("--first-frames", str(tmp_path / "held_out"))
     assert sample.after == ("shift-2-export", "held_out")
     assert "held_out" not in {j.name for j in shared_jobs(tmp_path)}
+
+
+def test_frozen_rewards_learn_in_the_warm_up_alone():
+    plan = columns.shift_frozen().plan
+    learners = [{u.learns for u in plan if u.happens(iteration)} for iteration in range(21)]
+    assert learners == [{"reward"}] * 8 + [{"student"}] * 13
 
 
 def test_jobs_run_once_and_a_failure_says_where_to_look(tmp_path):

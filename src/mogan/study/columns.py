@@ -7,7 +7,7 @@ the training loop.
 from dataclasses import dataclass, replace
 
 from mogan.config import Config, GANConfig, Update
-from mogan.recipes import ablate, mogan_lab, mogan_surrogate_lab
+from mogan.recipes import ablate, mogan_lab, mogan_surrogate_lab, shift_lab
 
 
 @dataclass(frozen=True)
@@ -104,9 +104,12 @@ def methods() -> tuple[Column, ...]:
     shift = replace(
         i2v_long, name="shift", about="10 steps, first frame given, SHIFT", recipe="shift_lab", iterations=21
     )
+    frozen = replace(shift, name="shift_frozen", about=f"{shift.about}, its rewards never refreshed")
+    frozen = replace(frozen, recipe="mogan.study.columns:shift_frozen")
     timed = (sft, dmd_long, msm_long, i2v_long, shift)
     return (
-        TEACHER, sft, DMD, dmd_long, msm, msm_long, MOGAN, mogan_msm, i2v, i2v_long, shift, *map(_for_as_long, timed)
+        TEACHER, sft, DMD, dmd_long, msm, msm_long, MOGAN, mogan_msm, i2v, i2v_long, shift, frozen,
+        *map(_for_as_long, timed),
     )  # fmt: skip
 
 
@@ -115,7 +118,7 @@ def _for_as_long(column: Column) -> Column:
     return replace(column, name=f"{column.name}_t", about=about, iterations=None, as_long_as=(column.name, MOGAN.name))
 
 
-# ---------------------------------------------------------------------------------------------- variants of MoGAN
+# ---------------------------------------------------------------------------------------------- variants
 
 
 def _gan(config: Config, **changes: object) -> Config:
@@ -246,6 +249,12 @@ def shared_rollout() -> Config:
     student = next(u for u in config.plan if u.learns == "student")
     others = tuple(u for u in config.plan if u.learns != "student")
     return replace(config, plan=(replace(student, by="dmd+gan"), *others))
+
+
+def shift_frozen() -> Config:
+    """SHIFT judged by the rewards that its warm-up leaves."""
+    config = shift_lab()
+    return replace(config, plan=tuple(u for u in config.plan if u.learns != "reward" or u.stop is not None))
 
 
 def _guided(guidance: float) -> Config:
