@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 from mogan.evaluation.motion import dynamic_degree
+from mogan.evaluation.sets import paired
 from mogan.evaluation.statistics import mean_interval
 from mogan.report.sources import Result
-from mogan.report.verdict import paired, prompts_to_lose, prompts_to_win, threshold_table, verdicts
+from mogan.report.verdict import prompts_to_lose, prompts_to_win, threshold_table, verdicts
 
 
 def result(name: str, values, metric="flow_top5", **more) -> Result:
@@ -18,8 +19,8 @@ def result(name: str, values, metric="flow_top5", **more) -> Result:
 
 def test_differences_are_of_the_same_prompt_and_number():
     one, two = result("a", [1.0, 2.0, None, 4.0]), result("b", [1.5, 2.0, 7.0])
-    assert paired(one, two, "flow_top5") == ([0.5, 0.0], ["p0", "p1"])
-    assert paired(one, two, "lab_net") == ([], [])
+    assert paired(one.good, two.good, "flow_top5") == ([0.5, 0.0], ["p0", "p1"])
+    assert paired(one.good, two.good, "lab_net") == ([], [])
 
 
 @pytest.mark.parametrize("sign", [1, -1])

@@ -1,4 +1,4 @@
-"""Distances between the clips of a system and a reference set of real ones."""
+"""Sets of measured clips: clip by clip against each other, and as distances to a reference set of real ones."""
 
 import math
 from collections.abc import Hashable, Sequence
@@ -11,6 +11,19 @@ from mogan.evaluation.distribution import Moments, frechet
 from mogan.evaluation.statistics import RESAMPLES, Interval, joint_draws, wasserstein_interval
 
 Record = dict[str, Any]
+
+
+def paired(first: Sequence[Record], other: Sequence[Record], metric: str) -> tuple[list[float], list[str]]:
+    """Differences of a metric, other minus first, clip by clip on the same prompt and number; and their prompts."""
+    values = {(clip["prompt"], clip["index"]): clip["values"].get(metric) for clip in first if "error" not in clip}
+    pairs = [
+        (mine - theirs, clip["prompt"])
+        for clip in other
+        if "error" not in clip
+        and (mine := clip["values"].get(metric)) is not None
+        and (theirs := values.get((clip["prompt"], clip["index"]))) is not None
+    ]
+    return [gap for gap, _ in pairs], [prompt for _, prompt in pairs]
 
 
 def set_metrics(

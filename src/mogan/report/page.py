@@ -11,12 +11,13 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from mogan import __version__
 from mogan.errors import UserError
 from mogan.evaluation.names import METRICS
+from mogan.evaluation.sets import paired
 from mogan.evaluation.statistics import mean_interval
 from mogan.files import replacing
 from mogan.report.figures import COLOURS, curve_figure, interval_figure, spread_figure, to_svg
 from mogan.report.footage import Footage, gather
 from mogan.report.sources import Curves, Result, read_sources
-from mogan.report.verdict import FACTORS, paired, signed, threshold_table, verdicts
+from mogan.report.verdict import FACTORS, signed, threshold_table, verdicts
 from mogan.video import contact_sheet
 
 GROUPS = {
@@ -161,7 +162,7 @@ def _differences(results: list[Result]) -> list[tuple[str, str, list[tuple[str, 
     for name in COMPARED:
         cells = []
         for other in results[1:]:
-            found = mean_interval(*paired(results[0], other, name))
+            found = mean_interval(*paired(results[0].good, other.good, name))
             if not found.n:
                 cells.append(("–", False))
             elif found.ci95 is None:

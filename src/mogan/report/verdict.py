@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from mogan.evaluation.names import METRICS
+from mogan.evaluation.sets import paired
 from mogan.evaluation.statistics import Interval, mean_interval
 from mogan.report.sources import Result
 
@@ -24,24 +25,12 @@ class Verdict:
     change: str
 
 
-def paired(first: Result, other: Result, metric: str) -> tuple[list[float], list[str]]:
-    """Differences of a metric, other minus first, clip by clip on the same prompt and number; and their prompts."""
-    values = {(c["prompt"], c["index"]): c["values"].get(metric) for c in first.good}
-    pairs = [
-        (mine - theirs, c["prompt"])
-        for c in other.good
-        if (mine := c["values"].get(metric)) is not None
-        and (theirs := values.get((c["prompt"], c["index"]))) is not None
-    ]
-    return [gap for gap, _ in pairs], [prompt for _, prompt in pairs]
-
-
 def verdicts(results: Sequence[Result], metrics: Sequence[str]) -> list[Verdict]:
     """For every system but the first and every metric, what would change the verdict."""
     found = []
     for metric in metrics:
         for other in results[1:]:
-            gaps, prompts = paired(results[0], other, metric)
+            gaps, prompts = paired(results[0].good, other.good, metric)
             interval = mean_interval(gaps, prompts) if gaps else None
             if interval is None or interval.ci95 is None:
                 continue

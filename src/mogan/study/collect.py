@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mogan.evaluation.names import METRICS
-from mogan.evaluation.sets import set_metrics
+from mogan.evaluation.sets import paired, set_metrics
 from mogan.evaluation.statistics import Interval, mean_interval
 from mogan.study.columns import Column
 
@@ -61,20 +61,16 @@ def minus(clips_of_seed: dict[str, list[Record]], base_of_seed: dict[str, list[R
     What both have in common, such as an easy prompt, cancels, so these intervals are narrower than those of two means.
     A system that is not trained has the same clips for every seed.
     """
-    found: dict[str, list[tuple[float, str, str]]] = {}
-    for seed, base in base_of_seed.items():
-        theirs = {(clip["prompt"], clip["index"]): clip["values"] for clip in base if "error" not in clip}
-        for clip in clips_of_seed.get(seed) or next(iter(clips_of_seed.values())):
-            other = theirs.get((clip["prompt"], clip["index"]))
-            if "error" in clip or other is None:
-                continue
-            for name, value in clip["values"].items():
-                if name in COMPARED and value is not None and other.get(name) is not None:
-                    found.setdefault(name, []).append((value - other[name], clip["prompt"], seed))
-    return {
-        name: mean_interval(gaps, *_factors(prompts, seeds)).to_json()
-        for name, (gaps, prompts, seeds) in ((name, zip(*rows, strict=True)) for name, rows in found.items())
-    }
+    found = {}
+    for name in COMPARED:
+        rows: list[tuple[float, str, str]] = []
+        for seed, base in base_of_seed.items():
+            clips = clips_of_seed.get(seed) or next(iter(clips_of_seed.values()))
+            rows += [(gap, prompt, seed) for gap, prompt in zip(*paired(base, clips, name), strict=True)]
+        if rows:
+            gaps, prompts, seeds = zip(*rows, strict=True)
+            found[name] = mean_interval(gaps, *_factors(prompts, seeds)).to_json()
+    return found
 
 
 def _factors(prompts: Sequence[str], seeds: Sequence[str]) -> tuple[Sequence[str], ...]:
