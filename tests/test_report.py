@@ -3,6 +3,7 @@
 import json
 import re
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 
@@ -10,8 +11,9 @@ from mogan.errors import UserError
 from mogan.evaluation.evaluate import evaluate
 from mogan.lab.world import make_scene, render
 from mogan.report import report
+from mogan.report.figures import curve_figure
 from mogan.report.footage import choose
-from mogan.report.sources import Result, read_sources
+from mogan.report.sources import Curves, Result, distinct_names, read_sources
 from mogan.video import write_video
 
 
@@ -161,6 +163,29 @@ def test_an_old_results_file_is_refused_in_one_sentence(tmp_path, content, words
     (tmp_path / "results.json").write_text(content)
     with pytest.raises(UserError, match=words):
         read_sources((tmp_path / "results.json",))
+
+
+@pytest.mark.parametrize(
+    ("folders", "names"),
+    [
+        (["runs/a", "runs/b"], ["a", "b"]),
+        (["s/dmd/seed0/run", "s/mogan/seed0/run"], ["dmd", "mogan"]),
+        (["s/dmd/seed0/run", "s/dmd/seed1/run", "other"], ["s/dmd/seed0/run", "s/dmd/seed1/run", "other"]),
+        (["one/run", "two/three/run"], ["one", "two/three"]),
+        (["same/run", "same/run"], ["run", "run"]),
+    ],
+)
+def test_runs_in_folders_of_one_name_are_told_apart(folders, names):
+    assert distinct_names([Path(folder) for folder in folders]) == names
+
+
+def test_the_legend_of_curves_names_every_run_once():
+    runs = [
+        Curves(n, {(u, "loss"): [(0, 1.0), (1, 0.5)], ("", "seconds"): [(0, 1.0), (1, 1.0)]}, ())
+        for n, u in ["ax", "by"]
+    ]
+    figure = curve_figure(runs)
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["a", "b"]
 
 
 def test_inputs_that_are_nothing_are_refused(tmp_path):

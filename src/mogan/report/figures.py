@@ -77,6 +77,7 @@ def interval_figure(results: Sequence[Result]) -> Figure | None:
         axis.set_visible(False)
     for axis in axes[:, 1:].flat:
         axis.set_yticklabels([])
+    figure.get_layout_engine().set(wspace=0.06)  # the outermost numbers of neighbours met
     return figure
 
 
@@ -148,7 +149,8 @@ def curve_figure(runs: Sequence[Curves]) -> Figure | None:
     for axis in axes[-1]:
         axis.set_xlabel("iteration")
     if len(runs) > 1:
-        figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside upper left", ncols=4, frameon=False)
+        lines = {line.get_label(): line for axis in axes.flat for line in axis.get_legend_handles_labels()[0]}
+        figure.legend(lines.values(), lines.keys(), loc="outside upper left", ncols=4, frameon=False)
     return figure
 
 

@@ -2,7 +2,9 @@
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +44,7 @@ def read_sources(inputs: tuple[Path, ...]) -> tuple[list[Result], list[Curves]]:
         UserError: an input is neither, or is of another format.
     """
     results: list[Result] = []
-    curves: list[Curves] = []
+    logs: list[Path] = []
     for path in inputs:
         inside = [path / "results.json", path / "metrics.jsonl"]
         found = [path] if path.is_file() else [p for p in inside if p.is_file()]
@@ -50,10 +52,26 @@ def read_sources(inputs: tuple[Path, ...]) -> tuple[list[Result], list[Curves]]:
             raise UserError(f"{path} is neither a results.json nor a folder with results.json or metrics.jsonl")
         for file in found:
             if file.suffix == ".jsonl":
-                curves.append(_read_curves(file))
+                logs.append(file)
             else:
                 results += _read_results(file, {r.name for r in results})
-    return results, curves
+    names = distinct_names([log.resolve().parent for log in logs])
+    return results, [_read_curves(log, name) for log, name in zip(logs, names, strict=True)]
+
+
+def distinct_names(folders: Sequence[Path]) -> list[str]:
+    """What to call folders: their names, or where two have the same one, what of their paths differs."""
+    names = [folder.name for folder in folders]
+    if len(set(names)) == len(names):
+        return names
+    paths = [folder.parts for folder in folders]
+    head, tail = _shared(paths), _shared([path[::-1] for path in paths])
+    return ["/".join(path[head : len(path) - tail]) or path[-1] for path in paths]
+
+
+def _shared(paths: Sequence[tuple[str, ...]]) -> int:
+    """How many parts all paths begin with alike."""
+    return sum(1 for _ in takewhile(lambda parts: len(set(parts)) == 1, zip(*paths, strict=False)))
 
 
 def _read_results(path: Path, taken: set[str]) -> list[Result]:
@@ -78,7 +96,7 @@ def _read_results(path: Path, taken: set[str]) -> list[Result]:
         raise UserError(f"{path} is no results.json of this version: make it again with mogan evaluate") from error
 
 
-def _read_curves(path: Path) -> Curves:
+def _read_curves(path: Path, name: str) -> Curves:
     series: dict[tuple[str, str], list[tuple[int, float]]] = {}
     for line in path.read_text().splitlines():
         try:
@@ -86,12 +104,12 @@ def _read_curves(path: Path) -> Curves:
             iteration, update = int(row["iteration"]), str(row["update"])
         except (ValueError, KeyError, TypeError):
             continue  # a line torn by a kill
-        for name, value in row.items():
-            if name in ("iteration", "update") or isinstance(value, bool) or not isinstance(value, int | float):
+        for quantity, value in row.items():
+            if quantity in ("iteration", "update") or isinstance(value, bool) or not isinstance(value, int | float):
                 continue
             if math.isfinite(value):
-                series.setdefault((update, name), []).append((iteration, float(value)))
+                series.setdefault((update, quantity), []).append((iteration, float(value)))
     if not series:
         raise UserError(f"{path} holds no number yet: let the run make an iteration first")
     notes = path.with_name("warnings.log")
-    return Curves(path.resolve().parent.name, series, tuple(notes.read_text().splitlines()) if notes.is_file() else ())
+    return Curves(name, series, tuple(notes.read_text().splitlines()) if notes.is_file() else ())
