@@ -179,6 +179,13 @@ def test_runs_in_folders_of_one_name_are_told_apart(folders, names):
     assert distinct_names([Path(folder) for folder in folders]) == names
 
 
+def test_the_repeats_of_an_update_are_one_point_of_its_curve(tmp_path):
+    rows = [{"iteration": i, "update": "judge", "repeat": r, "loss": 10.0 * i + r} for i in (0, 1) for r in (2, 0, 1)]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    _, (run,) = read_sources((tmp_path,))
+    assert run.series == {("judge", "loss"): [(0, 1.0), (1, 11.0)]}
+
+
 def test_the_legend_of_curves_names_every_run_once():
     runs = [
         Curves(n, {(u, "loss"): [(0, 1.0), (1, 0.5)], ("", "seconds"): [(0, 1.0), (1, 1.0)]}, ())

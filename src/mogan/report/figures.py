@@ -137,7 +137,7 @@ def curve_figure(runs: Sequence[Curves]) -> Figure | None:
         for number, run in enumerate(runs):
             if key not in run.series:
                 continue
-            x, y = np.array(sorted(run.series[key]), float).T
+            x, y = np.array(run.series[key], float).T
             colour = COLOURS[number % len(COLOURS)]
             every = max(1, len(x) // POINTS)
             axis.plot(x[::every], y[::every], color=colour, lw=0.7, alpha=0.35)

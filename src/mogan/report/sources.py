@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from mogan.errors import UserError
@@ -30,7 +31,7 @@ class Result:
 
 @dataclass(frozen=True)
 class Curves:
-    """A run's numbers: ``series[(update, quantity)]`` is a list of ``(iteration, value)``."""
+    """A run's numbers: ``series[(update, quantity)]`` is a list of ``(iteration, value)``, a mean over its repeats."""
 
     name: str
     series: dict[tuple[str, str], list[tuple[int, float]]]
@@ -97,7 +98,7 @@ def _read_results(path: Path, taken: set[str]) -> list[Result]:
 
 
 def _read_curves(path: Path, name: str) -> Curves:
-    series: dict[tuple[str, str], list[tuple[int, float]]] = {}
+    found: dict[tuple[str, str], dict[int, list[float]]] = {}
     for line in path.read_text().splitlines():
         try:
             row = json.loads(line)
@@ -105,11 +106,16 @@ def _read_curves(path: Path, name: str) -> Curves:
         except (ValueError, KeyError, TypeError):
             continue  # a line torn by a kill
         for quantity, value in row.items():
-            if quantity in ("iteration", "update") or isinstance(value, bool) or not isinstance(value, int | float):
+            if (
+                quantity in ("iteration", "update", "repeat")
+                or isinstance(value, bool)
+                or not isinstance(value, int | float)
+            ):
                 continue
             if math.isfinite(value):
-                series.setdefault((update, quantity), []).append((iteration, float(value)))
-    if not series:
+                found.setdefault((update, quantity), {}).setdefault(iteration, []).append(float(value))
+    if not found:
         raise UserError(f"{path} holds no number yet: let the run make an iteration first")
+    series = {key: [(i, mean(values)) for i, values in sorted(by.items())] for key, by in found.items()}
     notes = path.with_name("warnings.log")
     return Curves(name, series, tuple(notes.read_text().splitlines()) if notes.is_file() else ())
