@@ -1,5 +1,6 @@
 """One figure of a study: motion against appearance, a point per training seed, and the headline metrics as bars."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ def draw(systems: dict[str, Any], path: Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(13, 4 + 0.12 * len(systems)), layout="constrained")
-    axes = figure.subplots(1, 1 + len(PANELS), width_ratios=(1.6, *(1 for _ in PANELS)))
+    axes = figure.subplots(1, 1 + len(PANELS), width_ratios=(2.2, *(1 for _ in PANELS)))
     colours = colormaps["tab20"].colors  # type: ignore[attr-defined]
+    named = []
     for number, (name, system) in enumerate(systems.items()):
         points = [
             (means["lab_net"], means["appearance_distance"])
@@ -26,7 +28,8 @@ def draw(systems: dict[str, Any], path: Path) -> None:
         if points:
             colour, given = colours[number % 20], system.get("first_frames", False)
             marker, face = ("s", "none") if given else ("o", colour)
-            axes[0].scatter(*zip(*points, strict=True), label=name, marker=marker, facecolors=face, edgecolors=colour)
+            axes[0].scatter(*zip(*points, strict=True), marker=marker, facecolors=face, edgecolors=colour)
+            named.append((max(points), name))
         for panel, metric in zip(axes[1:], PANELS, strict=True):
             found = system["metrics"].get(metric)
             if found is None:
@@ -40,8 +43,15 @@ def draw(systems: dict[str, Any], path: Path) -> None:
         ylabel="appearance distance to the teacher's world",
         title="one point per training seed" + "; squares: first frame given" * squares,
     )
-    if axes[0].collections:
-        figure.legend(loc="outside lower center", ncols=8, fontsize=8)  # inside it would cover points
+    named.sort(key=lambda pair: pair[0][1])
+    heights = [-math.inf, *(point[1] for point, _ in named), math.inf]
+    for (point, name), below, above in zip(named, heights, heights[2:], strict=False):
+        away = (
+            4,
+            -9 if above - point[1] < point[1] - below else 3,
+        )  # from the neighbour whose name would be in the way
+        axes[0].annotate(name, point, xytext=away, textcoords="offset points", fontsize=7)
+    axes[0].margins(x=0.12)  # room for the name of the last point
     for panel, metric in zip(axes[1:], PANELS, strict=True):
         panel.set_yticks(range(len(systems)), list(systems) if panel is axes[1] else [""] * len(systems))
         panel.invert_yaxis()

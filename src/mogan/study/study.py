@@ -76,7 +76,7 @@ def study(
     )  # the paper's tables expect something
     results["how"] = {
         "command": f"mogan study {' '.join(sys.argv[2:])}" if sys.argv[1:2] == ["study"] else f"mogan study {name}",
-        "sentence": f"{seeds} training seeds, {prompts} held-out prompts, {clips} clips each; its jobs, those that other "
+        "sentence": f"{seeds} training seed{'s' if seeds > 1 else ''}, {prompts} held-out prompts, {clips} clips each; its jobs, those that other "
         f"studies share included, took {minutes:.0f} core-minutes ({platform.machine()}).",
         "core_minutes": minutes,
     }
