@@ -71,7 +71,7 @@ def joint_draws(factors: Sequence[Sequence[Hashable]], resamples: int) -> np.nda
     draws = _draws(codes, resamples)
     if draws is None:
         return None
-    return reduce(np.multiply, (draw[:, code] for draw, code in zip(draws, codes, strict=True)))
+    return reduce(np.multiply, (draw[:, code].astype(float) for draw, code in zip(draws, codes, strict=True)))
 
 
 def wasserstein(one: Sequence[float] | np.ndarray, two: Sequence[float] | np.ndarray) -> float:
@@ -100,10 +100,11 @@ def _draws(codes: Sequence[np.ndarray], resamples: int) -> list[np.ndarray] | No
     return None if min(counts) < 2 else [_drawn(count, resamples, stream) for stream, count in enumerate(counts)]
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=128)
 def _drawn(count: int, resamples: int, stream: int) -> np.ndarray:
-    """Of one factor, the same for every set with as many clusters."""
-    return np.random.default_rng([SEED, stream]).multinomial(count, np.full(count, 1 / count), resamples).astype(float)
+    """Of one factor, the same for every set with as many clusters. A byte each: a cluster is drawn about once."""
+    found = np.random.default_rng([SEED, stream]).multinomial(count, np.full(count, 1 / count), resamples)
+    return found.astype(np.uint8)
 
 
 def _resampled_sums(values_N: np.ndarray, codes: Sequence[np.ndarray], draws: Sequence[np.ndarray]) -> np.ndarray:
