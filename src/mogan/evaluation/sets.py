@@ -65,6 +65,6 @@ def appearance_distance(features_ND: np.ndarray, reference_MD: np.ndarray, *fact
     draws = joint_draws(factors, RESAMPLES // 20)
     if draws is None:
         return Interval(distance, None, len(unit))
-    found = [frechet(Moments().add(np.repeat(unit, draw.astype(int), axis=0)), target) for draw in draws]
+    found = [frechet(Moments().add(np.repeat(unit, draw, axis=0)), target) for draw in draws]
     low, middle, high = np.quantile(found, (0.025, 0.5, 0.975))
     return Interval(distance, (float(distance + low - middle), float(distance + high - middle)), len(unit))

@@ -71,7 +71,7 @@ def joint_draws(factors: Sequence[Sequence[Hashable]], resamples: int) -> np.nda
     draws = _draws(codes, resamples)
     if draws is None:
         return None
-    return reduce(np.multiply, (draw[:, code].astype(float) for draw, code in zip(draws, codes, strict=True)))
+    return reduce(np.multiply, (draw[:, code].astype(int) for draw, code in zip(draws, codes, strict=True)))
 
 
 def wasserstein(one: Sequence[float] | np.ndarray, two: Sequence[float] | np.ndarray) -> float:

@@ -46,11 +46,8 @@ def draw(systems: dict[str, Any], path: Path) -> None:
     named.sort(key=lambda pair: pair[0][1])
     heights = [-math.inf, *(point[1] for point, _ in named), math.inf]
     for (point, name), below, above in zip(named, heights, heights[2:], strict=False):
-        away = (
-            4,
-            -9 if above - point[1] < point[1] - below else 3,
-        )  # from the neighbour whose name would be in the way
-        axes[0].annotate(name, point, xytext=away, textcoords="offset points", fontsize=7)
+        up = -9 if above - point[1] < point[1] - below else 3  # away from the neighbour, whose name would be in the way
+        axes[0].annotate(name, point, xytext=(4, up), textcoords="offset points", fontsize=7)
     axes[0].margins(x=0.12)  # room for the name of the last point
     for panel, metric in zip(axes[1:], PANELS, strict=True):
         panel.set_yticks(range(len(systems)), list(systems) if panel is axes[1] else [""] * len(systems))
