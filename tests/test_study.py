@@ -19,10 +19,11 @@ from mogan.lab.world import make_scene
 from mogan.recipes import find_recipe, mogan_lab
 from mogan.study import columns
 from mogan.study.collect import bars, combine, markdown, minus
-from mogan.study.cost import from_teacher, iterations_that_fit, training
+from mogan.study.cost import Training, from_teacher, iterations_that_fit, read_training, training
 from mogan.study.figure import draw
 from mogan.study.jobs import Job, core_seconds, run_jobs
-from mogan.study.study import PROMPT_SEED, chosen, jobs_of, shared_jobs, write_prompts
+from mogan.study.measured import keep_measured, path_of, read_measured
+from mogan.study.study import PROMPT_SEED, chosen, jobs_of, left_to_do, needed, shared_jobs, write_prompts
 
 STUDIES = [columns.table1, columns.table2, columns.methods]
 
@@ -68,38 +69,47 @@ def test_methods_are_compared_at_equal_student_updates():
             assert column.as_long_as == (name.removesuffix("_t"), "mogan")
 
 
-def logged(out, column, seed, seconds_of_updates):
-    run = out / column / f"seed{seed}" / "run"
-    run.mkdir(parents=True)
+def logged(log, seconds_of_updates, **facts):
+    log.parent.mkdir(parents=True, exist_ok=True)
     rows = [
-        {"iteration": i, "update": update, "seconds": seconds}
+        {"iteration": i, "update": update, "seconds": seconds, **facts}
         for i, updates in enumerate(seconds_of_updates)
         for update, seconds in updates
     ]
-    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    log.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return read_training(log)
 
 
 def test_equal_seconds_are_counted_from_the_teacher_and_a_warm_up_is_paid_once(tmp_path):
     known = {c.name: c for c in columns.methods()}
-    logged(tmp_path, "dmd", 1, [[("student<dmd", 1.0), ("fake_score<dmd", 1.0)]] * 10)
-    logged(tmp_path, "mogan", 1, [[("student<dmd", 2.0), ("student<gan", 4.0)]] * 5)
-    logged(tmp_path, "dmd_long", 1, [[("student<dmd", 1.0)]] * 4)
-    logged(tmp_path, "sft", 1, [[("student<flow_matching", 0.5)]] * 4)
-    logged(tmp_path, "sft_i2v", 1, [[("student<flow_matching", 2.0)]] * 10)
-    logged(tmp_path, "shift", 1, [[("reward<shift", 9.0)]] * 2 + [[("student<shift", 4.0)]] * 4)
-    assert from_teacher(known["mogan"], 1, known, tmp_path) == (20, 50.0)
-    assert from_teacher(known["teacher"], 1, known, tmp_path) == (0, 0.0)
+    log = tmp_path / "metrics.jsonl"
+    trained = {
+        ("dmd", 1): logged(log, [[("student<dmd", 1.0), ("fake_score<dmd", 1.0)]] * 10),
+        ("mogan", 1): logged(log, [[("student<dmd", 2.0), ("student<gan", 4.0)]] * 5),
+        ("dmd_long", 1): logged(log, [[("student<dmd", 1.0)]] * 4),
+        ("sft", 1): logged(log, [[("student<flow_matching", 0.5)]] * 4),
+        ("sft_i2v", 1): logged(log, [[("student<flow_matching", 2.0)]] * 10),
+        ("shift", 1): logged(log, [[("reward<shift", 9.0)]] * 2 + [[("student<shift", 4.0)]] * 4),
+    }
+    assert from_teacher(known["mogan"], 1, known, trained) == (20, 50.0)
+    assert from_teacher(known["teacher"], 1, known, trained) == (0, 0.0)
 
     def fit(name):
-        return iterations_that_fit(known[name], 1, known, tmp_path)
+        return iterations_that_fit(known[name], 1, known, trained)
 
     assert fit("dmd_long_t") == 30  # MoGAN's own 30 seconds: both start from the same student
     assert fit("sft_t") == 100  # 50 seconds from the teacher on
     assert fit("shift_t") == 5  # 30 seconds after its start's 20: two of warm-up take 18, three more take 12
-    found = training(known["mogan"], [1], known, tmp_path)
+    found = training(known["mogan"], [1], known, trained)
     assert found == {"training_seconds": {"1": 30.0}, "from_teacher": {"updates": 20, "seconds": 50.0}}
-    (tmp_path / "mogan" / "seed1" / "run" / "metrics.jsonl").write_text("")
+    trained["mogan", 1] = logged(log, [])
     assert fit("dmd_long_t") == 1
+
+
+def test_a_log_tells_how_the_discriminator_stood(tmp_path):
+    rows = [[("student<gan", 1.0), ("discriminator<gan", 1.0)]] * 12
+    found = logged(tmp_path / "metrics.jsonl", rows, gap=2.0, grad_norm=3.0)
+    assert found == Training(12, [2.0] * 12, 2.0, 3.0)
 
 
 def test_one_factor_changes_at_a_time():
@@ -172,6 +182,61 @@ def test_jobs_run_once_and_a_failure_says_where_to_look(tmp_path):
         run_jobs([Job("render", (*videos, "1"))], tmp_path / "logs", 1)
     with pytest.raises(UserError, match=r"other failed: .*give another --out.*other\.log"):
         run_jobs([Job("other", (*videos, "1"))], tmp_path / "logs", 1)
+
+
+def test_a_job_alone_has_all_cores_and_several_share_them(tmp_path, monkeypatch):
+    given = {}
+
+    def start(job, logs, threads, inherits):
+        given[job.name] = threads
+        return subprocess.Popen([sys.executable, "-c", "pass"])
+
+    monkeypatch.setattr("mogan.study.jobs._start", start)
+    monkeypatch.setattr("os.cpu_count", lambda: 8)
+    later = [Job(name, (), after=("first",)) for name in ("one", "two")]
+    run_jobs([Job("first", ()), *later], tmp_path / "logs", 2)
+    assert given == {"first": 8, "one": 4, "two": 4}
+    run_jobs([Job(f"of three {i}", ()) for i in range(3)], tmp_path / "logs", 4)
+    assert sorted(given[f"of three {i}"] for i in range(3)) == [2, 2, 4]
+
+
+def test_a_measured_seed_is_not_made_again_but_what_starts_from_it_is(tmp_path):
+    known = {c.name: c for c in columns.table1()}
+    jobs = {(n, 0): jobs_of(known[n], 0, tmp_path, 2, 3) for n in ("teacher", "dmd", "mogan")}
+
+    def left(*measured):
+        return [job.name for job in left_to_do(jobs, {(name, 0) for name in measured}, known)]
+
+    whole = ["train", "export", "sample", "measure"]
+    assert left("teacher") == [f"{n}-0-{step}" for n in ("dmd", "mogan") for step in whole]
+    assert left("teacher", "dmd") == ["dmd-0-train", "dmd-0-export", *(f"mogan-0-{step}" for step in whole)]
+    assert left("teacher", "dmd", "mogan") == []
+    shared = shared_jobs(tmp_path, 3)
+    assert needed(shared, []) == [j for j in shared if j.name.startswith(("rich", "world"))]
+    assert {j.name for j in needed(shared, jobs["mogan", 0])} == {j.name for j in shared} - {"captions", "held_out"}
+
+
+def test_a_measured_seed_is_read_as_it_was_kept_and_only_for_the_same_options(tmp_path, monkeypatch):
+    clips = [{"prompt": "a", "index": 0, "values": {"lab_net": 0.5}, "features": [1.0, 2.5], "sha256": "x"}]
+    monkeypatch.setattr("mogan.study.measured.records", lambda folder, results: clips)
+    one, other, home = tmp_path / "one", tmp_path / "other", tmp_path / "one" / "dmd" / "seed0"
+    logged(home / "run" / "metrics.jsonl", [[("student<dmd", 1.5)]] * 4)
+    dmd = columns.DMD
+    kept = keep_measured(one / "dmd" / "seed0.json.gz", home, one, jobs_of(dmd, 0, one, 2, 3))
+    path = path_of(other, "dmd", 0)
+    path.parent.mkdir(parents=True)
+    path.write_bytes((one / "dmd" / "seed0.json.gz").read_bytes())
+    found = read_measured(path, other, jobs_of(dmd, 0, other, 2, 3), {"a"})
+    assert found == kept
+    assert found.training == Training(4, [1.5] * 4)
+    assert found.clips == [{"prompt": "a", "index": 0, "values": {"lab_net": 0.5}, "features": [1.0, 2.5]}]
+    assert read_measured(path_of(other, "dmd", 1), other, [], {"a"}) is None
+    for options, prompts in (((5, 3), {"a"}), ((2, 4), {"a"}), ((2, 3), {"a", "b"})):
+        with pytest.raises(UserError, match="other options"):
+            read_measured(path, other, jobs_of(dmd, 0, other, *options), prompts)
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(UserError, match="cannot be read"):
+        read_measured(path, other, jobs_of(dmd, 0, other, 2, 3), {"a"})
 
 
 def test_studies_share_a_folder_but_not_at_the_same_time(tmp_path):
@@ -386,6 +451,15 @@ def test_a_study_runs_from_nothing_and_a_second_call_only_writes_the_table(tmp_p
     assert "| dmd | 0 |" in capsys.readouterr().out
     assert main([*command[:-1], "2"]) == 2
     assert "other options" in capsys.readouterr().err
+
+    for column in ("dmd", "mogan"):
+        (tmp_path / "copy" / column).mkdir(parents=True)
+        file = tmp_path / "s" / column / "seed0.json.gz"
+        (tmp_path / "copy" / column / file.name).write_bytes(file.read_bytes())
+    assert main(["study", "table1", "--out", str(tmp_path / "copy"), *options]) == 0
+    copied = json.loads((tmp_path / "copy" / "table1.json").read_text())
+    assert copied["systems"] == results["systems"]
+    assert not (tmp_path / "copy" / "dmd" / "seed0").exists()
 
 
 STUDY = """

@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from tqdm import tqdm
@@ -38,8 +38,17 @@ class Job:
     makes: Path | None = None
 
 
+@dataclass(frozen=True)
+class _Running:
+    job: Job
+    process: subprocess.Popen
+    places: int
+    threads: int
+    began: float = field(default_factory=time.perf_counter)
+
+
 def run_jobs(jobs: list[Job], logs: Path, workers: int) -> None:
-    """Run what is not done, ``workers`` at a time, the processor's cores shared between them.
+    """Run what is not done, ``workers`` at a time, the processor's cores shared between them: a job alone has them all.
 
     Raises:
         UserError: a command failed; the others that were running are stopped, and go on at the next call. Or an earlier
@@ -48,8 +57,8 @@ def run_jobs(jobs: list[Job], logs: Path, workers: int) -> None:
     logs.mkdir(parents=True, exist_ok=True)
     done = {job.name for job in jobs if _is_done(job, logs)}
     waiting = [job for job in jobs if job.name not in done]
-    running: dict[str, tuple[Job, subprocess.Popen, float]] = {}
-    threads = max(1, (os.cpu_count() or 1) // workers)
+    running: dict[str, _Running] = {}
+    idle, cores = workers, max(1, (os.cpu_count() or 1) // workers)  # places for jobs, and the cores of each
     try:
         with (
             _alone(logs) as lock,
@@ -57,28 +66,32 @@ def run_jobs(jobs: list[Job], logs: Path, workers: int) -> None:
             tqdm(total=len(jobs), initial=len(done), desc="study", unit="job", smoothing=0) as bar,
         ):
             while waiting or running:
-                ready = [job for job in waiting if set(job.after) <= done][: workers - len(running)]
-                for job in ready:
+                ready = [job for job in waiting if set(job.after) <= done][:idle]
+                for left, job in zip(range(len(ready), 0, -1), ready, strict=True):
                     waiting.remove(job)
-                    running[job.name] = (job, _start(job, logs, threads, lock), time.perf_counter())
-                for name, (job, process, began) in list(running.items()):
-                    if process.poll() is None:
+                    places = idle // left
+                    idle -= places
+                    threads = places * cores
+                    running[job.name] = _Running(job, _start(job, logs, threads, lock), places, threads)
+                for name, one in list(running.items()):
+                    if one.process.poll() is None:
                         continue
                     del running[name]
-                    _charge(job, logs, threads * (time.perf_counter() - began))
-                    if process.returncode:
-                        raise UserError(_failure(job, logs))
-                    write_atomically(logs / f"{name}.done", shlex.join(job.command) + "\n")
+                    idle += one.places
+                    _charge(one, logs)
+                    if one.process.returncode:
+                        raise UserError(_failure(one.job, logs))
+                    write_atomically(logs / f"{name}.done", shlex.join(one.job.command) + "\n")
                     done.add(name)
                     bar.update()
                 bar.set_postfix_str(", ".join(running))
                 time.sleep(0.5)
     finally:
-        for _, process, _ in running.values():
-            process.terminate()  # training saves first
-        for job, process, began in running.values():
-            process.wait()
-            _charge(job, logs, threads * (time.perf_counter() - began))
+        for one in running.values():
+            one.process.terminate()  # training saves first
+        for one in running.values():
+            one.process.wait()
+            _charge(one, logs)
 
 
 def core_seconds(jobs: list[Job], logs: Path) -> float:
@@ -87,9 +100,9 @@ def core_seconds(jobs: list[Job], logs: Path) -> float:
     return sum(float(line) for path in paths if path.is_file() for line in path.read_text().splitlines())
 
 
-def _charge(job: Job, logs: Path, seconds: float) -> None:
-    with (logs / f"{job.name}.core_seconds").open("a") as file:
-        file.write(f"{seconds:.1f}\n")
+def _charge(one: _Running, logs: Path) -> None:
+    with (logs / f"{one.job.name}.core_seconds").open("a") as file:
+        file.write(f"{one.threads * (time.perf_counter() - one.began):.1f}\n")
 
 
 @contextmanager

@@ -9,7 +9,6 @@ from typing import Any, Literal
 import tyro
 
 from mogan.errors import UserError
-from mogan.evaluation.clips import read_folder
 from mogan.files import write_atomically
 from mogan.lab.world import captions
 from mogan.report.page import report
@@ -18,7 +17,9 @@ from mogan.study.columns import MOGAN, Column, methods, table1, table2
 from mogan.study.cost import iterations_that_fit, training
 from mogan.study.figure import draw
 from mogan.study.jobs import Job, core_seconds, run_jobs
+from mogan.study.measured import Measured, keep_measured, path_of, read_measured, records
 
+Cell = tuple[str, int]  # a column and a training seed
 STUDIES = {"table1": table1, "table2": table2, "methods": methods}
 TRAIN_SEED, PROMPT_SEED, RICH_SEED, WORLD_SEED = 21, 22, 23, 24  # worlds: no training sees the last three
 TRAIN_VIDEOS, TRAIN_PROMPTS, REFERENCE = 512, 4000, 256
@@ -41,7 +42,8 @@ def study(
     Every column is trained with every seed, sampled on the same held-out prompts and seeds, and measured; the table, its
     figure and a report with clips are written into OUT under the study's name. Studies share OUT: the videos, and every
     column that two of them have, are made once. Stop it at any time: the same command goes on. The whole takes hours;
-    `--column mogan --seeds 1` repeats one column in under half an hour.
+    `--column mogan --seeds 1` repeats one column in under half an hour. Machines can share the work, each with its own
+    `--first-seed`: copy the others' OUT/COLUMN/seedN.json.gz into one OUT, and what they hold is not done again.
 
     Args:
         name: table1 (teacher, FlowMo, DMD, MoGAN), table2 (MoGAN with one part or setting changed) or methods (fine-tuning,
@@ -57,19 +59,13 @@ def study(
     """
     out.mkdir(parents=True, exist_ok=True)
     columns = chosen(STUDIES[name](), column)
-    known = {c.name: c for c in columns}
     scenes = write_prompts(out / "held_out.txt", PROMPT_SEED, prompts, "rich")
     write_prompts(out / "captions.txt", TRAIN_SEED, TRAIN_PROMPTS, "all")
     numbers = range(first_seed, first_seed + seeds)
-    pairs = [(c, s) for c in columns for s in seeds_of(c, numbers)]
-    jobs = shared_jobs(out, scenes if any(c.first_frames for c in columns) else None)
-    jobs += [j for c, s in pairs if not c.as_long_as for j in jobs_of(c, s, out, clips, iterations or c.iterations)]
-    run_jobs(jobs, out / "logs", workers)
-    timed = [(c, s, iterations or iterations_that_fit(c, s, known, out)) for c, s in pairs if c.as_long_as]
-    jobs += [j for c, s, count in timed for j in jobs_of(c, s, out, clips, count)]
-    run_jobs(jobs, out / "logs", workers)
-    minutes = core_seconds(jobs, out / "logs") / 60
-    systems = collect(columns, numbers, out)
+    shared = shared_jobs(out, scenes if any(c.first_frames for c in columns) else None)
+    measured = measure_all(columns, numbers, shared, out, clips, iterations, workers)
+    minutes = (core_seconds(shared, out / "logs") + sum(found.core_seconds for found in measured.values())) / 60
+    systems = collect(columns, numbers, measured, out)
     results: dict[str, Any] = {"systems": systems}
     results["bars"] = (
         [vars(b) for b in bars(systems)] if name != "methods" else []
@@ -84,11 +80,14 @@ def study(
     page = markdown(name, results)
     write_atomically(out / f"{name}.md", page)
     draw(systems, out / f"{name}.png")
-    clips_file = out / f"{name}.results.json"
-    runs = write_clips(columns, numbers, clips_file)
-    report((clips_file, *runs), out=out / f"{name}.html", title=name)
     print(page)
-    print(f"written to {out}/{name}.json, .md and .png; clips of seed {first_seed} in {out}/{name}.html")
+    print(f"written to {out}/{name}.json, .md and .png")
+    if here := sampled_here(columns, numbers, out):
+        clips_file = out / f"{name}.results.json"
+        write_clips(here, clips_file)
+        runs = [out / home / "run" for column, home in here if column.recipe]
+        report((clips_file, *runs), out=out / f"{name}.html", title=name)
+        print(f"clips in {out}/{name}.html")
 
 
 def chosen(columns: tuple[Column, ...], names: tuple[str, ...]) -> tuple[Column, ...]:
@@ -173,48 +172,102 @@ def _evaluate(folder: Path, out: Path) -> tuple[str, ...]:
     return ("evaluate", str(folder), "--out", str(out), "--quick")
 
 
+# ---------------------------------------------------------------------------------------------- measured
+
+
+def measure_all(
+    columns: tuple[Column, ...],
+    numbers: range,
+    shared: list[Job],
+    out: Path,
+    clips: int,
+    iterations: int | None,
+    workers: int,
+) -> dict[Cell, Measured]:
+    """Do what is not done, and gather every column and training seed."""
+    known = {c.name: c for c in columns}
+    jobs: dict[Cell, list[Job]] = {}
+    measured: dict[Cell, Measured] = {}
+    for timed in sorted({bool(c.as_long_as) for c in columns}):  # what others take is known before some train as long
+        trained = {cell: found.training for cell, found in measured.items() if found.training}
+        for column in (c for c in columns if bool(c.as_long_as) == timed):
+            for seed in seeds_of(column, numbers):
+                count = iterations_that_fit(column, seed, known, trained) if timed else column.iterations
+                jobs[column.name, seed] = jobs_of(column, seed, out, clips, iterations or count)
+        measured |= read_all(jobs, out)
+        left = left_to_do(jobs, set(measured), known)
+        run_jobs(needed(shared, left) + left, out / "logs", workers)
+        for (name, seed), own in jobs.items():
+            if (name, seed) not in measured:
+                path, home = path_of(out, name, seed), out / name / f"seed{seed}"
+                measured[name, seed] = keep_measured(path, home, out, own)
+    return measured
+
+
+def read_all(jobs: dict[Cell, list[Job]], out: Path) -> dict[Cell, Measured]:
+    """What was measured before, here or where its file was copied from."""
+    prompts = set((out / "held_out.txt").read_text().splitlines())
+    found = {(n, s): read_measured(path_of(out, n, s), out, own, prompts) for (n, s), own in jobs.items()}
+    return {cell: measured for cell, measured in found.items() if measured}
+
+
+def left_to_do(jobs: dict[Cell, list[Job]], measured: set[Cell], known: dict[str, Column]) -> list[Job]:
+    """Jobs of what is not measured, and of the students that it starts from, in an order that they can run in."""
+    starts = set()
+    for name, seed in jobs.keys() - measured:
+        while (start := known[name].start) is not None:
+            starts.add((start, seed))
+            name = start
+    to_train = {job.name for cell in starts for job in jobs[cell][:-2]}  # without sampling and measuring
+    return [j for cell, own in jobs.items() for j in own if cell not in measured or j.name in to_train]
+
+
+def needed(shared: list[Job], left: list[Job]) -> list[Job]:
+    """The shared jobs that these wait for, and the reference sets, which every table is held against."""
+    names = {"rich-measure", "world-measure"}.union(*(job.after for job in left))
+    for job in reversed(shared):
+        names |= set(job.after) if job.name in names else set()
+    return [job for job in shared if job.name in names]
+
+
 # ---------------------------------------------------------------------------------------------- collect
 
 
-def collect(columns: tuple[Column, ...], numbers: range, out: Path) -> dict[str, Any]:
+def collect(columns: tuple[Column, ...], numbers: range, measured: dict[Cell, Measured], out: Path) -> dict[str, Any]:
     """Everything measured, by system, as in ``results.json``, with ``per_seed`` and what training took."""
-    rich, world = (_records(out / name, out / f"{name}.json") for name in ("rich", "world"))
+    rich, world = (records(out / name, out / f"{name}.json") for name in ("rich", "world"))
+    trained = {cell: found.training for cell, found in measured.items() if found.training}
     systems, known = {}, {c.name: c for c in columns}
-    mogan = _clips_of(MOGAN, numbers, out) if MOGAN in columns else {}
+    mogan = _clips_of(MOGAN, numbers, measured) if MOGAN in columns else {}
     for column in columns:
-        clips = mogan if column == MOGAN else _clips_of(column, numbers, out)
+        clips = _clips_of(column, numbers, measured)
         systems[column.name] = combine(column, clips, rich, world) | {"first_frames": column.first_frames}
         if column != MOGAN and not column.first_frames:
             systems[column.name]["minus_mogan"] = minus(clips, mogan)
         if column.recipe:
-            systems[column.name] |= training(column, seeds_of(column, numbers), known, out)
+            systems[column.name] |= training(column, seeds_of(column, numbers), known, trained)
     return systems
 
 
-def _clips_of(column: Column, numbers: range, out: Path) -> dict[str, list[dict]]:
-    homes = {str(s): out / column.name / f"seed{s}" for s in seeds_of(column, numbers)}
-    return {seed: _records(home / "samples", home / "results.json") for seed, home in homes.items()}
+def _clips_of(column: Column, numbers: range, measured: dict[Cell, Measured]) -> dict[str, list[dict]]:
+    return {str(s): measured[column.name, s].clips for s in seeds_of(column, numbers)}
 
 
-def _records(folder: Path, results: Path) -> list[dict]:
-    """Values and features of a folder's clips, from the file that the evaluation kept."""
-    from mogan.evaluation.evaluate import measured
-
-    records = measured([read_folder(folder, folder.name)], [results.with_suffix(".clips.jsonl")], quick=True)[0]
-    if broken := [record["error"] for record in records if "error" in record]:
-        raise UserError(f"{broken[0]}; remove it, and the .done file of the job that made it, and run this again")
-    return records
-
-
-def write_clips(columns: tuple[Column, ...], numbers: range, path: Path) -> list[Path]:
-    """A ``results.json`` with the clips of the first training seed, for the report; returns the runs behind them."""
-    out, systems, runs = path.parent, {}, []
+def sampled_here(columns: tuple[Column, ...], numbers: range, out: Path) -> list[tuple[Column, Path]]:
+    """Columns with clips in this folder, each with that of its first training seed that has them, relative to ``out``."""
+    found = []
     for column in columns:
-        home = Path(column.name) / f"seed{seeds_of(column, numbers)[0]}"
-        found = json.loads((out / home / "results.json").read_text())["systems"]["samples"]
+        homes = (Path(column.name) / f"seed{seed}" for seed in seeds_of(column, numbers))
+        home = next((home for home in homes if (out / home / "results.json").is_file()), None)
+        found += [(column, home)] if home else []
+    return found
+
+
+def write_clips(here: list[tuple[Column, Path]], path: Path) -> None:
+    """A ``results.json`` with the clips of these columns, for the report."""
+    systems = {}
+    for column, home in here:
+        found = json.loads((path.parent / home / "results.json").read_text())["systems"]["samples"]
         clips = [clip | {"file": str(home / clip["file"])} for clip in found["clips"]]
         systems[column.name] = found | {"clips": clips}
-        if column.recipe:
-            runs.append(out / home / "run")
     write_atomically(path, json.dumps({"systems": systems}, indent=1) + "\n")
-    return runs
