@@ -63,8 +63,11 @@ def study(
     write_prompts(out / "captions.txt", TRAIN_SEED, TRAIN_PROMPTS, "all")
     numbers = range(first_seed, first_seed + seeds)
     shared = shared_jobs(out, scenes if any(c.first_frames for c in columns) else None)
-    measured = measure_all(columns, numbers, shared, out, clips, iterations, workers)
-    minutes = (core_seconds(shared, out / "logs") + sum(found.core_seconds for found in measured.values())) / 60
+    references = reference_jobs(out)
+    measured = measure_all(columns, numbers, shared, references, out, clips, iterations, workers)
+    minutes = (
+        core_seconds(shared + references, out / "logs") + sum(found.core_seconds for found in measured.values())
+    ) / 60
     systems = collect(columns, numbers, measured, out)
     results: dict[str, Any] = {"systems": systems}
     results["bars"] = (
@@ -121,24 +124,30 @@ def write_prompts(path: Path, seed: int, count: int, motion: str) -> int:
 
 
 def shared_jobs(out: Path, held_out: int | None = None) -> list[Job]:
-    """What all columns need: videos, their cache, captions, the two reference sets; and for image to video the first
-    so many clips of the world that the held-out prompts come from.
+    """What all columns need: captions, videos and their cache; and for image to video the first so many clips of the
+    world that the held-out prompts come from.
     """
-
-    def render(name: str, clips: int, motion: str, seed: int) -> Job:
-        options = ("--clips", str(clips), "--motion", motion, "--seed", str(seed))
-        return Job(name, ("lab", "render", "--out", str(out / name), *options))
-
     cache = ("prepare", str(out / "videos"), "--out", str(out / "cache"), "--motion-rich", "--min-motion", "0.5")
     return [
-        render("videos", TRAIN_VIDEOS, "rich", TRAIN_SEED),
-        render("rich", REFERENCE, "rich", RICH_SEED),
-        render("world", REFERENCE, "all", WORLD_SEED),
-        *([render("held_out", held_out, "rich", PROMPT_SEED)] if held_out else []),
-        Job("cache", (*cache, "--observe-for", "mogan_lab"), after=("videos",)),
         Job("captions", ("prepare", str(out / "captions.txt"), "--out", str(out / "captions"))),
+        _render(out, "videos", TRAIN_VIDEOS, "rich", TRAIN_SEED),
+        Job("cache", (*cache, "--observe-for", "mogan_lab"), after=("videos",)),
+        *([_render(out, "held_out", held_out, "rich", PROMPT_SEED)] if held_out else []),
+    ]
+
+
+def reference_jobs(out: Path) -> list[Job]:
+    """The two sets of real clips that every table is held against; nothing else waits for them."""
+    return [
+        _render(out, "rich", REFERENCE, "rich", RICH_SEED),
+        _render(out, "world", REFERENCE, "all", WORLD_SEED),
         *(Job(f"{n}-measure", _evaluate(out / n, out / f"{n}.json"), after=(n,)) for n in ("rich", "world")),
     ]
+
+
+def _render(out: Path, name: str, clips: int, motion: str, seed: int) -> Job:
+    options = ("--clips", str(clips), "--motion", motion, "--seed", str(seed))
+    return Job(name, ("lab", "render", "--out", str(out / name), *options))
 
 
 def jobs_of(column: Column, seed: int, out: Path, clips: int, iterations: int | None) -> list[Job]:
@@ -179,6 +188,7 @@ def measure_all(
     columns: tuple[Column, ...],
     numbers: range,
     shared: list[Job],
+    references: list[Job],
     out: Path,
     clips: int,
     iterations: int | None,
@@ -196,7 +206,7 @@ def measure_all(
                 jobs[column.name, seed] = jobs_of(column, seed, out, clips, iterations or count)
         measured |= read_all(jobs, out)
         left = left_to_do(jobs, set(measured), known)
-        run_jobs(needed(shared, left) + left, out / "logs", workers)
+        run_jobs(needed(shared, left) + left + references, out / "logs", workers)
         for (name, seed), own in jobs.items():
             if (name, seed) not in measured:
                 path, home = path_of(out, name, seed), out / name / f"seed{seed}"
@@ -223,8 +233,8 @@ def left_to_do(jobs: dict[Cell, list[Job]], measured: set[Cell], known: dict[str
 
 
 def needed(shared: list[Job], left: list[Job]) -> list[Job]:
-    """The shared jobs that these wait for, and the reference sets, which every table is held against."""
-    names = {"rich-measure", "world-measure"}.union(*(job.after for job in left))
+    """The shared jobs that these wait for."""
+    names = set().union(*(job.after for job in left))
     for job in reversed(shared):
         names |= set(job.after) if job.name in names else set()
     return [job for job in shared if job.name in names]
