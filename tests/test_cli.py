@@ -16,6 +16,14 @@ def test_without_arguments_it_lists_its_commands(capsys):
     assert all(f"mogan {name}" in shown for name in COMMANDS)
 
 
+@pytest.mark.parametrize("words", [["--help"], ["study", "--help"]])
+def test_a_reader_that_leaves_early_gets_no_traceback(words):
+    process = subprocess.Popen([sys.executable, "-m", "mogan", *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    assert process.wait() == 141
+
+
 def test_unknown_command_is_one_clear_error(capsys):
     assert main(["tarin"]) == 2
     assert "no command 'tarin'" in capsys.readouterr().err

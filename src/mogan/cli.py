@@ -80,10 +80,16 @@ def main(arguments: list[str] | None = None) -> int:
 
 def run() -> NoReturn:
     """:func:`main` as a process of its own."""
+    code: int | str | None
     try:
-        code: int | str | None = main()
-    except SystemExit as stop:
-        code = stop.code
+        try:
+            code = main()
+        except SystemExit as stop:
+            code = stop.code
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever read the output has gone, as `head` does: nothing more can be written there
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 141
     if os.environ.get("WORLD_SIZE", "1") != "1":
         _leave(code)
     sys.exit(code)

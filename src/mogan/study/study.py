@@ -3,6 +3,7 @@
 import json
 import platform
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -41,9 +42,9 @@ def study(
 
     Every column is trained with every seed, sampled on the same held-out prompts and seeds, and measured; the table, its
     figure and a report with clips are written into OUT under the study's name. Studies share OUT: the videos, and every
-    column that two of them have, are made once. Stop it at any time: the same command goes on. The whole takes hours;
-    `--column mogan --seeds 1` repeats one column in under half an hour. Machines can share the work, each with its own
-    `--first-seed`: copy the others' OUT/COLUMN/seedN.json.gz into one OUT, and what they hold is not done again.
+    column that two of them have, are made once. Stop it at any time: the same command goes on. The whole takes hours, one
+    column half an hour: `--column mogan --seeds 1`. Machines can share the work, each with a `--first-seed` of its own:
+    copy the others' OUT/COLUMN/seedN.json.gz into one OUT, and what they hold is not done again.
 
     Args:
         name: table1 (teacher, FlowMo, DMD, MoGAN), table2 (MoGAN with one part or setting changed) or methods (fine-tuning,
@@ -64,20 +65,24 @@ def study(
     numbers = range(first_seed, first_seed + seeds)
     shared = shared_jobs(out, scenes if any(c.first_frames for c in columns) else None)
     references = reference_jobs(out)
-    measured = measure_all(columns, numbers, shared, references, out, clips, iterations, workers)
-    minutes = (
-        core_seconds(shared + references, out / "logs") + sum(found.core_seconds for found in measured.values())
-    ) / 60
+
+    def make(column: Column, seed: int, count: int | None) -> list[Job]:
+        return jobs_of(column, seed, out, clips, iterations or count)
+
+    def run(left: list[Job]) -> None:
+        run_jobs(needed(shared, left) + left + references, out / "logs", workers)
+
+    measured = measure_all(columns, numbers, out, make, run)
+    seconds = core_seconds(shared + references, out / "logs") + sum(found.core_seconds for found in measured.values())
     systems = collect(columns, numbers, measured, out)
-    results: dict[str, Any] = {"systems": systems}
-    results["bars"] = (
-        [vars(b) for b in bars(systems)] if name != "methods" else []
-    )  # the paper's tables expect something
+    results: dict[str, Any] = {"systems": systems, "bars": []}
+    if name != "methods":  # the paper's tables expect something
+        results["bars"] = [vars(bar) for bar in bars(systems)]
     results["how"] = {
         "command": f"mogan study {' '.join(sys.argv[2:])}" if sys.argv[1:2] == ["study"] else f"mogan study {name}",
         "sentence": f"{seeds} training seed{'s' if seeds > 1 else ''}, {prompts} held-out prompts, {clips} clips each; its jobs, those that other "
-        f"studies share included, took {minutes:.0f} core-minutes ({platform.machine()}).",
-        "core_minutes": minutes,
+        f"studies share included, took {seconds / 60:.0f} core-minutes ({platform.machine()}).",
+        "core_minutes": seconds / 60,
     }
     write_atomically(out / f"{name}.json", json.dumps(results, indent=1) + "\n")
     page = markdown(name, results)
@@ -187,14 +192,14 @@ def _evaluate(folder: Path, out: Path) -> tuple[str, ...]:
 def measure_all(
     columns: tuple[Column, ...],
     numbers: range,
-    shared: list[Job],
-    references: list[Job],
     out: Path,
-    clips: int,
-    iterations: int | None,
-    workers: int,
+    make: Callable[[Column, int, int | None], list[Job]],
+    run: Callable[[list[Job]], None],
 ) -> dict[Cell, Measured]:
-    """Do what is not done, and gather every column and training seed."""
+    """Do what is not done, and gather every column and training seed.
+
+    ``make`` gives the jobs of a column, a seed and a number of iterations; ``run`` does them and what they need.
+    """
     known = {c.name: c for c in columns}
     jobs: dict[Cell, list[Job]] = {}
     measured: dict[Cell, Measured] = {}
@@ -203,10 +208,9 @@ def measure_all(
         for column in (c for c in columns if bool(c.as_long_as) == timed):
             for seed in seeds_of(column, numbers):
                 count = iterations_that_fit(column, seed, known, trained) if timed else column.iterations
-                jobs[column.name, seed] = jobs_of(column, seed, out, clips, iterations or count)
+                jobs[column.name, seed] = make(column, seed, count)
         measured |= read_all(jobs, out)
-        left = left_to_do(jobs, set(measured), known)
-        run_jobs(needed(shared, left) + left + references, out / "logs", workers)
+        run(left_to_do(jobs, set(measured), known))
         for (name, seed), own in jobs.items():
             if (name, seed) not in measured:
                 path, home = path_of(out, name, seed), out / name / f"seed{seed}"
