@@ -56,6 +56,12 @@ def student_updates(column, known):
     return own + (student_updates(known[column.start], known) if column.start else 0)
 
 
+def test_what_is_given_the_first_frame_is_held_against_as_many_updates_of_fine_tuning():
+    known = {c.name: c for c in columns.methods()}
+    assert {c.against for c in known.values() if c.first_frames} == {"sft_i2v_long"}
+    assert {c.against for c in known.values() if not c.first_frames} == {"mogan"}
+
+
 def test_methods_are_compared_at_equal_student_updates():
     known = {c.name: c for c in columns.methods()}
     found = {n: student_updates(c, known) for n, c in known.items() if not c.as_long_as}
@@ -347,6 +353,8 @@ def test_bars_hold_and_fail_where_they_should(tmp_path):
     page = markdown("methods", {"systems": bad, "how": {"sentence": "s", "command": "c"}, "bars": []})
     assert "| Student updates, from the teacher on | - | - | 560 |" in page
     assert "| Training, from the teacher on (minutes) | - | - | 1.5 |" in page
+    assert "Minus `mogan`, clip by clip" in page
+    assert "Minus `dmd`" not in page
     assert "| dmd | - | **-0.100 [-0.200, -0.050]** | - | - | - | - | - | +0.100 [-0.200, +0.400] |" in page
     draw(bad, tmp_path / "figure.png")
     assert (tmp_path / "figure.png").stat().st_size > 10_000

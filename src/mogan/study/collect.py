@@ -239,17 +239,17 @@ def markdown(study: str, results: dict[str, Any]) -> str:
 
 
 def _differences(systems: dict[str, Any]) -> list[str]:
-    """A table of what :func:`minus` found, a line per system; in bold what is apart from zero."""
-    found = {name: system["minus_mogan"] for name, system in systems.items() if system.get("minus_mogan")}
-    if not found:
-        return []
-    lines = [
-        "",
-        "Minus `mogan`, clip by clip on the same training seed, prompt and number; in bold what is apart from zero:",
-    ]
-    lines += ["", "| | " + " | ".join(map(_label, COMPARED)) + " |", "|---" * (len(COMPARED) + 1) + "|"]
-    for name, gaps in found.items():
-        lines.append(f"| {name} | " + " | ".join(_signed_cell(gaps.get(metric)) for metric in COMPARED) + " |")
+    """A table for each column that others are held against, a line per system; in bold what is apart from zero."""
+    lines = []
+    for base in systems:
+        found = {name: gaps for name, system in systems.items() if (gaps := system.get(f"minus_{base}"))}
+        if not found:
+            continue
+        says = "clip by clip on the same training seed, prompt and number; in bold what is apart from zero:"
+        lines += ["", f"Minus `{base}`, {says}"]
+        lines += ["", "| | " + " | ".join(map(_label, COMPARED)) + " |", "|---" * (len(COMPARED) + 1) + "|"]
+        for name, gaps in found.items():
+            lines.append(f"| {name} | " + " | ".join(_signed_cell(gaps.get(metric)) for metric in COMPARED) + " |")
     return lines
 
 

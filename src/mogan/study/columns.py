@@ -23,6 +23,7 @@ class Column:
         sampling: further options of ``mogan sample``.
         iterations: of training, in place of the recipe's.
         first_frames: image to video: sampled from the first frames of the held-out prompts' own clips.
+        against: the column whose clips its own are held against, clip by clip.
         as_long_as: ``(column, other)``: train for as many iterations as take from the teacher to ``other``'s student, at
             the pace that ``column`` was trained at, seed by seed; in place of ``iterations``.
     """
@@ -35,6 +36,7 @@ class Column:
     sampling: tuple[str, ...] = ()
     iterations: int | None = None
     first_frames: bool = False
+    against: str = "mogan"
     as_long_as: tuple[str, str] | None = None
 
     @property
@@ -100,6 +102,7 @@ def methods() -> tuple[Column, ...]:
         MOGAN, name="mogan_msm", about="3 steps, MoGAN, motion scores in its DMD", recipe="mogan_msm_lab"
     )
     i2v = Column("sft_i2v", "10 steps, first frame given, fine-tuned", "sft_i2v_lab", first_frames=True)
+    i2v = replace(i2v, against="sft_i2v_long")  # as many updates as SHIFT's, and nothing of SHIFT
     i2v_long = replace(i2v, name="sft_i2v_long", about=f"{i2v.about}, more of it", start="sft_i2v", iterations=156)
     shift = replace(
         i2v_long, name="shift", about="10 steps, first frame given, SHIFT", recipe="shift_lab", iterations=21

@@ -14,7 +14,7 @@ from mogan.files import write_atomically
 from mogan.lab.world import captions
 from mogan.report.page import report
 from mogan.study.collect import bars, combine, markdown, minus
-from mogan.study.columns import MOGAN, Column, methods, table1, table2
+from mogan.study.columns import Column, methods, table1, table2
 from mogan.study.cost import iterations_that_fit, training
 from mogan.study.figure import draw
 from mogan.study.jobs import Job, core_seconds, run_jobs
@@ -252,19 +252,15 @@ def collect(columns: tuple[Column, ...], numbers: range, measured: dict[Cell, Me
     rich, world = (records(out / name, out / f"{name}.json") for name in ("rich", "world"))
     trained = {cell: found.training for cell, found in measured.items() if found.training}
     systems, known = {}, {c.name: c for c in columns}
-    mogan = _clips_of(MOGAN, numbers, measured) if MOGAN in columns else {}
+    clips_of = {c.name: {str(s): measured[c.name, s].clips for s in seeds_of(c, numbers)} for c in columns}
     for column in columns:
-        clips = _clips_of(column, numbers, measured)
+        clips = clips_of[column.name]
         systems[column.name] = combine(column, clips, rich, world) | {"first_frames": column.first_frames}
-        if column != MOGAN and not column.first_frames:
-            systems[column.name]["minus_mogan"] = minus(clips, mogan)
+        if column.name != column.against and column.against in clips_of:
+            systems[column.name][f"minus_{column.against}"] = minus(clips, clips_of[column.against])
         if column.recipe:
             systems[column.name] |= training(column, seeds_of(column, numbers), known, trained)
     return systems
-
-
-def _clips_of(column: Column, numbers: range, measured: dict[Cell, Measured]) -> dict[str, list[dict]]:
-    return {str(s): measured[column.name, s].clips for s in seeds_of(column, numbers)}
 
 
 def sampled_here(columns: tuple[Column, ...], numbers: range, out: Path) -> list[tuple[Column, Path]]:
