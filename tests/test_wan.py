@@ -1,5 +1,7 @@
+import copy
 import json
 import shutil
+import warnings
 
 import pytest
 import torch
@@ -130,6 +132,29 @@ def test_attention_on_a_cpu_is_nearer_to_fp32_than_the_stock_one_under_autocast(
     ours = seen(wan.load_transformer, text[:, :6], torch.bfloat16)
     for right, theirs, own in zip(exact, rounded, ours, strict=True):
         assert (own - right).norm() <= 1.2 * (theirs - right).norm()
+
+
+def test_norms_share_the_stock_weights_and_give_in_bf16_what_torch_gives_slowly(family):
+    torch.manual_seed(0)
+    stock = WanTransformer3DModel.from_pretrained(family / "teacher" / "transformer")
+    names = [name for name, _ in stock.named_parameters()]
+    theirs = stock.blocks[0].attn1.norm_q
+    torch.nn.init.normal_(theirs.weight, 1.0, 0.1)
+    attention.set_attention(stock)
+    ours = stock.blocks[0].attn1.norm_q
+    assert [name for name, _ in stock.named_parameters()] == names
+    assert ours.weight is theirs.weight
+    assert copy.deepcopy(stock).blocks[0].attn1.norm_q.weight is not ours.weight
+    x = torch.randn(2, 9, len(ours.weight))
+    torch.testing.assert_close(ours(x), theirs(x), rtol=0, atol=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # torch warns of two dtypes
+        out = ours(x.bfloat16())
+    assert out.dtype == torch.bfloat16
+    exact = theirs(x.bfloat16().float())
+    assert (out.float() - exact).norm() < 2**-8 * exact.norm()  # a rounding of the weight and one of the result
+    out.float().square().sum().backward()
+    assert ours.weight.grad.dtype == torch.float32
 
 
 def test_text_is_what_the_stock_pipeline_feeds_the_transformer(family):

@@ -15,6 +15,18 @@ from torch.utils._pytree import tree_map_only
 TEXT_LENGTH = 512  # WanPipeline pads every prompt to this many tokens and attends to the padding
 
 
+class RMSNorm(torch.nn.RMSNorm):
+    """Takes its weight to the dtype of what it norms, as autocast does a product's.
+
+    Of two dtypes torch makes a chain of passes over memory, each with its result kept in fp32, where one kernel does.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Same contract as ``torch.nn.RMSNorm``."""
+        weight = None if self.weight is None else self.weight.to(x.dtype)
+        return F.rms_norm(x, self.normalized_shape, weight, self.eps)
+
+
 class FoldedPadding:
     """Cross-attention that computes one padding token and counts it as many.
 
@@ -71,15 +83,21 @@ class _Fp32Attention(TorchFunctionMode):
 
 
 def set_attention(transformer: WanTransformer3DModel, fp32_on_cpu: bool = True) -> WanTransformer3DModel:
-    """Give every block our attention, in place; text must then come from :func:`stack_text`.
+    """Give every block our attention and its norms, in place; text must then come from :func:`stack_text`.
 
-    Cross-attention folds the padding. On a CPU both kinds ignore autocast; ``fp32_on_cpu=False`` leaves that out where a
+    Parameters and their names stay. Cross-attention folds the padding. On a CPU both kinds ignore autocast; ``fp32_on_cpu=False`` leaves that out where a
     CPU is to do what a GPU does.
     """
     products = _Fp32Attention if fp32_on_cpu else nullcontext
     for block in transformer.blocks:
         block.attn1.set_processor(SelfAttention(products))
         block.attn2.set_processor(FoldedPadding(products))
+        for attention in (block.attn1, block.attn2):
+            for name in ("norm_q", "norm_k"):
+                stock = getattr(attention, name)
+                norm = RMSNorm(stock.normalized_shape, stock.eps, device="meta")
+                norm.weight = stock.weight
+                setattr(attention, name, norm)
     return transformer
 
 
