@@ -1,6 +1,5 @@
 """One figure of a study: motion against appearance, a point per training seed, and the headline metrics as bars."""
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -43,17 +42,28 @@ def draw(systems: dict[str, Any], path: Path) -> None:
         ylabel="appearance distance to the teacher's world",
         title="one point per training seed" + "; squares: first frame given" * squares,
     )
-    named.sort(key=lambda pair: pair[0][1])
-    heights = [-math.inf, *(point[1] for point, _ in named), math.inf]
-    for (point, name), below, above in zip(named, heights, heights[2:], strict=False):
-        up = -9 if above - point[1] < point[1] - below else 3  # away from the neighbour, whose name would be in the way
-        axes[0].annotate(name, point, xytext=(4, up), textcoords="offset points", fontsize=7)
-    axes[0].margins(x=0.12)  # room for the name of the last point
+    axes[0].margins(x=0.16, y=0.08)  # room for the name of the last point
     for panel, metric in zip(axes[1:], PANELS, strict=True):
         panel.set_yticks(range(len(systems)), list(systems) if panel is axes[1] else [""] * len(systems))
         panel.invert_yaxis()
         unit = METRICS[metric].unit
         panel.set_title(METRICS[metric].label + (f", {unit}" if unit else ""))
         panel.grid(axis="x", alpha=0.3)
+    figure.canvas.draw()  # now points have their places on the page
+    _name_points(axes[0], named)
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=130)
+
+
+def _name_points(axis: Any, named: list[tuple[tuple[float, float], str]]) -> None:
+    """Names beside points, from the lowest up; one that would lie on another moves up, and a line leads to its point."""
+    taken: list[tuple[float, float]] = []
+    for point, name in sorted(named, key=lambda pair: pair[0][1]):
+        x, y = axis.transData.transform(point)
+        height = y
+        while any(abs(x - left) < 70 and abs(height - low) < 11 for left, low in taken):
+            height += 1
+        taken.append((x, height))
+        line = {"arrowstyle": "-", "lw": 0.4, "color": "0.6", "shrinkA": 0, "shrinkB": 0} if height > y else None
+        offset = ((6, (height - y) * 72 / axis.figure.dpi - 3), "offset points")
+        axis.annotate(name, point, xytext=offset[0], textcoords=offset[1], fontsize=7, arrowprops=line)
