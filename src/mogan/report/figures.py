@@ -5,13 +5,11 @@ import math
 import re
 from collections.abc import Sequence
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from mogan.evaluation.names import METRICS
 from mogan.report.sources import Curves, Result
@@ -31,7 +29,7 @@ SHORT = ("loss",)
 POINTS = 300
 INK = "#1c2733"
 
-plt.rcParams |= {
+STYLE = {
     "svg.fonttype": "none", "svg.hashsalt": "mogan", "font.family": "sans-serif", "font.size": 9,
     "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": "#8795a1", "axes.labelcolor": INK,
     "xtick.color": INK, "ytick.color": INK, "text.color": INK, "axes.titlesize": 9.5, "axes.titlelocation": "left",
@@ -39,11 +37,11 @@ plt.rcParams |= {
 }  # fmt: skip
 
 
+@rc_context(STYLE)
 def to_svg(figure: Figure, label: str) -> str:
     """The figure as an ``<svg>`` element that scales with the page, with a name for those who do not see it."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None}, transparent=True)
-    plt.close(figure)
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
@@ -51,6 +49,7 @@ def to_svg(figure: Figure, label: str) -> str:
     return svg.replace("<svg", f'<svg role="img" aria-label="{label}"', 1)
 
 
+@rc_context(STYLE)
 def interval_figure(results: Sequence[Result]) -> Figure | None:
     """One small panel per headline metric: mean and 95 % interval of every system."""
     names = [n for n in HEADLINES if any(n in r.metrics for r in results)]
@@ -58,9 +57,9 @@ def interval_figure(results: Sequence[Result]) -> Figure | None:
         return None
     columns = min(3, len(names))
     rows = math.ceil(len(names) / columns)
-    figure, axes = plt.subplots(
-        rows, columns, figsize=(9, rows * (0.75 + 0.24 * len(results))), squeeze=False, layout="constrained"
-    )
+    figure, axes = _panels(
+        rows, columns, (9, rows * (0.75 + 0.24 * len(results))), gap=0.06
+    )  # numbers of neighbours met
     for axis, name in zip(axes.flat, names, strict=False):
         for row, result in enumerate(results):
             metric = result.metrics.get(name)
@@ -77,10 +76,10 @@ def interval_figure(results: Sequence[Result]) -> Figure | None:
         axis.set_visible(False)
     for axis in axes[:, 1:].flat:
         axis.set_yticklabels([])
-    figure.get_layout_engine().set(wspace=0.06)  # the outermost numbers of neighbours met
     return figure
 
 
+@rc_context(STYLE)
 def spread_figure(results: Sequence[Result]) -> Figure | None:
     """Every clip as a dot, per system, with quartiles; n beside the names."""
     names = [n for n in SPREADS if any(c["values"].get(n) is not None for r in results for c in r.good)]
@@ -88,9 +87,7 @@ def spread_figure(results: Sequence[Result]) -> Figure | None:
         return None
     columns = min(2, len(names))
     rows = math.ceil(len(names) / columns)
-    figure, axes = plt.subplots(
-        rows, columns, figsize=(9, rows * (0.9 + 0.36 * len(results))), squeeze=False, layout="constrained"
-    )
+    figure, axes = _panels(rows, columns, (9, rows * (0.9 + 0.36 * len(results))))
     rng = np.random.default_rng(0)
     for axis, name in zip(axes.flat, names, strict=False):
         labels = []
@@ -123,6 +120,7 @@ def spread_figure(results: Sequence[Result]) -> Figure | None:
     return figure
 
 
+@rc_context(STYLE)
 def curve_figure(runs: Sequence[Curves]) -> Figure | None:
     """Every number a run logs, one panel per update and quantity, several runs in one panel."""
     keys = list(dict.fromkeys(key for run in runs for key, points in run.series.items() if len(points) > 1))
@@ -132,7 +130,7 @@ def curve_figure(runs: Sequence[Curves]) -> Figure | None:
         return None
     columns = min(3, len(keys))
     rows = math.ceil(len(keys) / columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(9, 1.75 * rows), squeeze=False, layout="constrained")
+    figure, axes = _panels(rows, columns, (9, 1.75 * rows))
     for axis, key in zip(axes.flat, keys, strict=False):
         for number, run in enumerate(runs):
             if key not in run.series:
@@ -152,6 +150,11 @@ def curve_figure(runs: Sequence[Curves]) -> Figure | None:
         lines = {line.get_label(): line for axis in axes.flat for line in axis.get_legend_handles_labels()[0]}
         figure.legend(lines.values(), lines.keys(), loc="outside upper left", ncols=4, frameon=False)
     return figure
+
+
+def _panels(rows: int, columns: int, size: tuple[float, float], gap: float = 0.02) -> tuple[Figure, np.ndarray]:
+    figure = Figure(figsize=size, layout=ConstrainedLayoutEngine(wspace=gap))
+    return figure, figure.subplots(rows, columns, squeeze=False)
 
 
 def _name_axis(axis: Axes, name: str) -> None:

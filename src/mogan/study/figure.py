@@ -11,6 +11,15 @@ PANELS = ("dynamic_degree", "lab_net", "lab_wobble")
 
 def draw(systems: dict[str, Any], path: Path) -> None:
     """Write the figure as PNG."""
+    from matplotlib import rc_context
+
+    from mogan.report.figures import STYLE
+
+    with rc_context(STYLE):
+        _draw(systems, path)
+
+
+def _draw(systems: dict[str, Any], path: Path) -> None:
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
