@@ -85,8 +85,8 @@ class _Fp32Attention(TorchFunctionMode):
 def set_attention(transformer: WanTransformer3DModel, fp32_on_cpu: bool = True) -> WanTransformer3DModel:
     """Give every block our attention and its norms, in place; text must then come from :func:`stack_text`.
 
-    Parameters and their names stay. Cross-attention folds the padding. On a CPU both kinds ignore autocast; ``fp32_on_cpu=False`` leaves that out where a
-    CPU is to do what a GPU does.
+    Parameters and their names stay. Cross-attention folds the padding. On a CPU both kinds ignore autocast;
+    ``fp32_on_cpu=False`` leaves that out where a CPU is to do what a GPU does.
     """
     products = _Fp32Attention if fp32_on_cpu else nullcontext
     for block in transformer.blocks:

@@ -57,9 +57,8 @@ def interval_figure(results: Sequence[Result]) -> Figure | None:
         return None
     columns = min(3, len(names))
     rows = math.ceil(len(names) / columns)
-    figure, axes = _panels(
-        rows, columns, (9, rows * (0.75 + 0.24 * len(results))), gap=0.06
-    )  # numbers of neighbours met
+    size = (9, rows * (0.75 + 0.24 * len(results)))
+    figure, axes = _panels(rows, columns, size, gap=0.06)  # with less the outermost numbers of neighbours meet
     for axis, name in zip(axes.flat, names, strict=False):
         for row, result in enumerate(results):
             metric = result.metrics.get(name)

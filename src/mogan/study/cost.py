@@ -28,7 +28,8 @@ class Training:
     largest_motion_gradient: float | None = None
 
 
-Trained = Mapping[tuple[str, int], Training]  # by column and training seed
+Cell = tuple[str, int]  # a column and a training seed
+Trained = Mapping[Cell, Training]
 
 
 def read_training(log: Path) -> Training:

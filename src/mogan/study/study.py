@@ -15,12 +15,11 @@ from mogan.lab.world import captions
 from mogan.report.page import report
 from mogan.study.collect import bars, combine, markdown, minus
 from mogan.study.columns import Column, methods, table1, table2
-from mogan.study.cost import iterations_that_fit, training
+from mogan.study.cost import Cell, Trained, iterations_that_fit, training
 from mogan.study.figure import draw
 from mogan.study.jobs import Job, core_seconds, run_jobs
 from mogan.study.measured import Measured, keep_measured, path_of, read_measured, records
 
-Cell = tuple[str, int]  # a column and a training seed
 STUDIES = {"table1": table1, "table2": table2, "methods": methods}
 TRAIN_SEED, PROMPT_SEED, RICH_SEED, WORLD_SEED = 21, 22, 23, 24  # worlds: no training sees the last three
 TRAIN_VIDEOS, TRAIN_PROMPTS, REFERENCE = 512, 4000, 256
@@ -204,12 +203,12 @@ def measure_all(
     jobs: dict[Cell, list[Job]] = {}
     measured: dict[Cell, Measured] = {}
     for timed in sorted({bool(c.as_long_as) for c in columns}):  # what others take is known before some train as long
-        trained = {cell: found.training for cell, found in measured.items() if found.training}
+        trained = trainings(measured)
         for column in (c for c in columns if bool(c.as_long_as) == timed):
             for seed in seeds_of(column, numbers):
                 count = iterations_that_fit(column, seed, known, trained) if timed else column.iterations
                 jobs[column.name, seed] = make(column, seed, count)
-        measured |= read_all(jobs, out)
+        measured |= read_all({cell: own for cell, own in jobs.items() if cell not in measured}, out)
         run(left_to_do(jobs, set(measured), known))
         for (name, seed), own in jobs.items():
             if (name, seed) not in measured:
@@ -223,6 +222,11 @@ def read_all(jobs: dict[Cell, list[Job]], out: Path) -> dict[Cell, Measured]:
     prompts = set((out / "held_out.txt").read_text().splitlines())
     found = {(n, s): read_measured(path_of(out, n, s), out, own, prompts) for (n, s), own in jobs.items()}
     return {cell: measured for cell, measured in found.items() if measured}
+
+
+def trainings(measured: dict[Cell, Measured]) -> Trained:
+    """How what is trained was trained."""
+    return {cell: found.training for cell, found in measured.items() if found.training}
 
 
 def left_to_do(jobs: dict[Cell, list[Job]], measured: set[Cell], known: dict[str, Column]) -> list[Job]:
@@ -250,7 +254,7 @@ def needed(shared: list[Job], left: list[Job]) -> list[Job]:
 def collect(columns: tuple[Column, ...], numbers: range, measured: dict[Cell, Measured], out: Path) -> dict[str, Any]:
     """Everything measured, by system, as in ``results.json``, with ``per_seed`` and what training took."""
     rich, world = (records(out / name, out / f"{name}.json") for name in ("rich", "world"))
-    trained = {cell: found.training for cell, found in measured.items() if found.training}
+    trained = trainings(measured)
     systems, known = {}, {c.name: c for c in columns}
     clips_of = {c.name: {str(s): measured[c.name, s].clips for s in seeds_of(c, numbers)} for c in columns}
     for column in columns:
