@@ -23,7 +23,16 @@ from mogan.study.cost import Training, from_teacher, iterations_that_fit, read_t
 from mogan.study.figure import draw
 from mogan.study.jobs import Job, core_seconds, run_jobs
 from mogan.study.measured import keep_measured, path_of, read_measured
-from mogan.study.study import PROMPT_SEED, chosen, jobs_of, left_to_do, needed, shared_jobs, write_prompts
+from mogan.study.study import (
+    PROMPT_SEED,
+    chosen,
+    jobs_of,
+    left_to_do,
+    measure_all,
+    needed,
+    shared_jobs,
+    write_prompts,
+)
 
 STUDIES = [columns.table1, columns.table2, columns.methods]
 
@@ -190,6 +199,21 @@ def test_jobs_run_once_and_a_failure_says_where_to_look(tmp_path):
         run_jobs([Job("other", (*videos, "1"))], tmp_path / "logs", 1)
 
 
+def test_what_is_done_is_told_at_once_and_again_by_a_later_call(tmp_path, monkeypatch):
+    exits = {"one": "pass", "two": "pass", "three": "raise SystemExit(1)"}
+    monkeypatch.setattr(
+        "mogan.study.jobs._start",
+        lambda job, *_: subprocess.Popen([sys.executable, "-c", exits[job.name]], stderr=subprocess.DEVNULL),
+    )
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "three.log").touch()
+    jobs, told = [Job("one", ()), Job("two", (), after=("one",)), Job("three", (), after=("two",))], []
+    for _ in range(2):
+        with pytest.raises(UserError, match="three failed"):
+            run_jobs(jobs, tmp_path / "logs", 1, lambda job: told.append(job.name))
+    assert told == ["one", "two", "one", "two"]
+
+
 def test_a_job_alone_has_all_cores_and_several_share_them(tmp_path, monkeypatch):
     given = {}
 
@@ -220,6 +244,30 @@ def test_a_measured_seed_is_not_made_again_but_what_starts_from_it_is(tmp_path):
     shared = shared_jobs(tmp_path, 3)
     assert needed(shared, []) == []
     assert {j.name for j in needed(shared, jobs["mogan", 0])} == {j.name for j in shared} - {"captions", "held_out"}
+
+
+def test_what_is_measured_is_kept_though_the_study_ends_before_the_rest_is(tmp_path, monkeypatch):
+    clips = [{"prompt": "a", "index": 0, "values": {}, "features": []}]
+    monkeypatch.setattr("mogan.study.measured.records", lambda folder, results: clips)
+    (tmp_path / "held_out.txt").write_text("a\n")
+    ran = []
+
+    def run(left, on_done):
+        ran.append([job.name for job in left])
+        for job in left[:2]:  # the teacher's
+            on_done(job)
+        raise UserError("the disk is full")
+
+    def make(column, seed, count):
+        return jobs_of(column, seed, tmp_path, 2, count)
+
+    for _ in range(2):
+        with pytest.raises(UserError, match="disk"):
+            measure_all((columns.TEACHER, columns.DMD), range(1), tmp_path, make, run)
+        assert path_of(tmp_path, "teacher", 0).is_file()
+        assert not path_of(tmp_path, "dmd", 0).exists()
+    dmd = [f"dmd-0-{step}" for step in ("train", "export", "sample", "measure")]
+    assert ran == [["teacher-0-sample", "teacher-0-measure", *dmd], dmd]
 
 
 def test_a_measured_seed_is_read_as_it_was_kept_and_only_for_the_same_options(tmp_path, monkeypatch):

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -47,8 +47,10 @@ class _Running:
     began: float = field(default_factory=time.perf_counter)
 
 
-def run_jobs(jobs: list[Job], logs: Path, workers: int) -> None:
+def run_jobs(jobs: list[Job], logs: Path, workers: int, on_done: Callable[[Job], None] = lambda job: None) -> None:
     """Run what is not done, ``workers`` at a time, the processor's cores shared between them: a job alone has them all.
+
+    ``on_done`` is told of every job as soon as it is done, and at once of those that an earlier call has done.
 
     Raises:
         UserError: a command failed; the others that were running are stopped, and go on at the next call. Or an earlier
@@ -65,6 +67,9 @@ def run_jobs(jobs: list[Job], logs: Path, workers: int) -> None:
             _stopped_by_sigterm(),
             tqdm(total=len(jobs), initial=len(done), desc="study", unit="job", smoothing=0) as bar,
         ):
+            for job in jobs:
+                if job.name in done:
+                    on_done(job)
             while waiting or running:
                 ready = [job for job in waiting if set(job.after) <= done][:idle]
                 for left, job in zip(range(len(ready), 0, -1), ready, strict=True):
@@ -83,6 +88,7 @@ def run_jobs(jobs: list[Job], logs: Path, workers: int) -> None:
                         raise UserError(_failure(one.job, logs))
                     write_atomically(logs / f"{name}.done", shlex.join(one.job.command) + "\n")
                     done.add(name)
+                    on_done(one.job)
                     bar.update()
                 bar.set_postfix_str(", ".join(running))
                 time.sleep(0.5)

@@ -68,8 +68,8 @@ def study(
     def make(column: Column, seed: int, count: int | None) -> list[Job]:
         return jobs_of(column, seed, out, clips, iterations or count)
 
-    def run(left: list[Job]) -> None:
-        run_jobs(needed(shared, left) + left + references, out / "logs", workers)
+    def run(left: list[Job], on_done: Callable[[Job], None]) -> None:
+        run_jobs(needed(shared, left) + left + references, out / "logs", workers, on_done)
 
     measured = measure_all(columns, numbers, out, make, run)
     seconds = core_seconds(shared + references, out / "logs") + sum(found.core_seconds for found in measured.values())
@@ -193,15 +193,23 @@ def measure_all(
     numbers: range,
     out: Path,
     make: Callable[[Column, int, int | None], list[Job]],
-    run: Callable[[list[Job]], None],
+    run: Callable[[list[Job], Callable[[Job], None]], None],
 ) -> dict[Cell, Measured]:
-    """Do what is not done, and gather every column and training seed.
+    """Do what is not done, and gather every column and training seed, each into its file as soon as it is measured.
 
-    ``make`` gives the jobs of a column, a seed and a number of iterations; ``run`` does them and what they need.
+    ``make`` gives the jobs of a column, a seed and a number of iterations; ``run`` does them and what they need, and tells
+    of each that is done.
     """
     known = {c.name: c for c in columns}
     jobs: dict[Cell, list[Job]] = {}
     measured: dict[Cell, Measured] = {}
+
+    def keep(done: Job) -> None:
+        for (name, seed), own in jobs.items():
+            if own[-1] == done and (name, seed) not in measured:
+                path, home = path_of(out, name, seed), out / name / f"seed{seed}"
+                measured[name, seed] = keep_measured(path, home, out, own)
+
     for timed in sorted({bool(c.as_long_as) for c in columns}):  # what others take is known before some train as long
         trained = trainings(measured)
         for column in (c for c in columns if bool(c.as_long_as) == timed):
@@ -209,11 +217,7 @@ def measure_all(
                 count = iterations_that_fit(column, seed, known, trained) if timed else column.iterations
                 jobs[column.name, seed] = make(column, seed, count)
         measured |= read_all({cell: own for cell, own in jobs.items() if cell not in measured}, out)
-        run(left_to_do(jobs, set(measured), known))
-        for (name, seed), own in jobs.items():
-            if (name, seed) not in measured:
-                path, home = path_of(out, name, seed), out / name / f"seed{seed}"
-                measured[name, seed] = keep_measured(path, home, out, own)
+        run(left_to_do(jobs, set(measured), known), keep)
     return measured
 
 
