@@ -1,7 +1,9 @@
 """SHIFT: pixel flux, rewards, advantages, the hybrid loss, and the loop that refreshes the rewards."""
 
 import json
+import runpy
 from dataclasses import fields, replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import hypothesis.strategies as st
@@ -508,3 +510,22 @@ def test_full_size_rewards_take_the_recipes_clips():
         rewards = MotionRewards((81, 480, 832), patch=s.patch, width=s.width, depth=1, heads=s.heads, clip=s.clip)
         maps, states = torch.randn(1, 4, 80, 480, 832), torch.randn(1, s.points, state_size(81))
         assert rewards.reward(maps, states).shape == (1,)
+
+
+@pytest.mark.slow
+def test_rewards_speed_a_still_student_up_and_are_cheated_when_they_are_frozen():
+    here = runpy.run_path(str(Path(__file__).parent.parent / "benchmarks" / "shift_speeds.py"))
+    start = here["collapsed"](0, updates=1000)
+    names = ("fine-tuning", "SHIFT, linear", "SHIFT, exp", "SHIFT, linear, frozen", "SHIFT, exp, frozen")
+    tuned, linear, exp, *frozen = [here["run"](name, start, 100, seed=0) for name in names]
+    above = "reward above real clips'"
+    assert tuned[0]["fast"] < 0.1
+    for fresh in (linear, exp):
+        assert fresh[2]["fast"] > tuned[2]["fast"]  # after 40 updates; half of the real clips are fast
+        assert 0.35 < fresh[-1]["fast"] < 0.75
+        assert fresh[-1]["distance"] < tuned[0]["distance"] / 2
+        assert fresh[-1][above] < 0.2
+    for cheated in frozen:
+        assert cheated[-1]["fast"] > 0.9
+        assert cheated[-1]["distance"] > tuned[0]["distance"]  # worse than at the start,
+        assert cheated[-1][above] > 0.5  # and rewarded more than what is real
