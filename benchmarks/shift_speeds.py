@@ -140,7 +140,7 @@ def run(method: str, start: Denoiser, updates: int, seed: int) -> list[dict[str,
     judge = torch.optim.AdamW(rewards.parameters(), 1e-3, weight_decay=0.01)
 
     def pairs() -> Batch:
-        return shift.sample(batch_of(clips(BATCH, SHARE, generator)), generator, 1)
+        return shift.sample(batch_of(clips(BATCH, SHARE, generator)), generator, BATCH)
 
     for _ in range(WARM):
         optimise(judge, shift.judge_loss(None, pairs(), generator)[0], rewards)

@@ -25,7 +25,7 @@ from mogan.distributed import World, join
 from mogan.errors import UserError
 from mogan.train import Position, _graceful_stop, draw, parts_of, run_training, step
 from mogan.wan import load_text
-from tiny_recipes import dmd, flow_matching, mogan
+from tiny_recipes import dmd, flow_matching, mogan, shift
 
 HERE = Path(__file__).parent
 # Rounding differs (sums in another order), and Adam turns the sign of a gradient near zero into a full step.
@@ -107,7 +107,7 @@ def assert_same_trajectory(before, one, two):
             assert b[name] == pytest.approx(a[name], rel=LOSS, abs=1e-6), (a["iteration"], a["update"], name)
     here, there = final(one), final(two)
     assert here.keys() == there.keys()
-    for network in {name.split(".")[0] for name in before} & {"student", "fake_score", "discriminator", "ema"}:
+    for network in {name.split(".")[0] for name in before} & {"student", "fake_score", "discriminator", "reward", "ema"}:
         names = [n for n in before if n.startswith(f"{network}.")]
         moved, apart = (
             torch.cat([(x[n] - y[n]).flatten() for n in names]).norm() for x, y in ((here, before), (here, there))
@@ -135,11 +135,13 @@ def test_two_processes_follow_the_trajectory_of_one_and_each_resumes_the_other(f
     [
         ("mogan", 2, ()),
         ("mogan", 2, ("--context-parallel", "2")),
+        ("shift", 2, ()),
+        ("shift", 2, ("--context-parallel", "2")),
         ("dmd", 4, ("--hsdp", "2", "--context-parallel", "2")),
     ],
 )
 def test_sharded_run_follows_the_trajectory_of_one(recipe, ranks, more, family, cache, tmp_path):
-    config = {"mogan": mogan, "dmd": dmd}[recipe]()
+    config = {"mogan": mogan, "dmd": dmd, "shift": shift}[recipe]()
     before = train_alone(config, family, cache, tmp_path / "one")
     train_together(ranks, recipe, family, cache, tmp_path / "many", *more)
     assert_same_trajectory(before, tmp_path / "one", tmp_path / "many")

@@ -320,10 +320,10 @@ def test_given_frames_are_clean_at_level_zero_and_do_not_count():
     torch.testing.assert_close(whole, squares.mean((1, 2, 3, 4)))
 
 
-@pytest.mark.parametrize("parts", [1, 2, 4])
-def test_the_baseline_is_that_of_the_whole_batch_however_it_is_split(parts):
+@pytest.mark.parametrize("most", [1, 2, 4])
+def test_the_baseline_is_that_of_the_whole_batch_however_it_is_split(most):
     objective, _, _ = stand_in()
-    pairs = objective.sample(real_batch(), torch.Generator().manual_seed(1), parts).pairs
+    pairs = objective.sample(real_batch(), torch.Generator().manual_seed(1), most).pairs
     made, real = (2 * x.numpy().mean((1, 2, 3, 4)) for x in (pairs.generated_BCFHW, pairs.real_BCFHW))
     expected = np.stack([made - made.mean(), real - made.mean()], 1)
     np.testing.assert_allclose(pairs.advantage_B2, expected, atol=1e-5)
@@ -334,7 +334,7 @@ def test_the_baseline_is_that_of_the_whole_batch_however_it_is_split(parts):
 
 def test_a_pair_is_observed_in_order_and_followed_from_the_same_random_points():
     objective, _, _ = stand_in()
-    pairs = objective.sample(real_batch(3), torch.Generator(), 1).pairs
+    pairs = objective.sample(real_batch(3), torch.Generator(), 3).pairs
     assert torch.equal(pairs.maps_B2CFHW, torch.stack([pairs.generated_BCFHW, pairs.real_BCFHW], 1))
     assert torch.equal(pairs.states_B2ND[:, 0], pairs.states_B2ND[:, 1])
     assert len(pairs.states_B2ND[:, 0].unique()) == 3 * 4 * 2
@@ -378,7 +378,7 @@ def test_the_loss_weighs_both_halves_and_a_pair_shares_level_and_noise(form):
 
 def test_no_gradient_passes_between_student_and_rewards():
     objective, student, rewards = stand_in()
-    batch = objective.sample(real_batch(), torch.Generator().manual_seed(1), 1)
+    batch = objective.sample(real_batch(), torch.Generator().manual_seed(1), 4)
     assert not any(getattr(batch.pairs, field.name).requires_grad for field in fields(Pairs))
     objective.student_loss(None, batch, torch.Generator())[0].backward()
     assert all(p.grad is None for p in rewards.parameters())
@@ -403,12 +403,6 @@ def test_rewards_learn_by_binary_cross_entropy():
     torch.testing.assert_close(loss, sum(each) / 2)
 
 
-def test_one_clip_has_no_baseline():
-    objective, _, _ = stand_in()
-    with pytest.raises(UserError, match="at least 2"):
-        objective.sample(real_batch(1), torch.Generator(), 1)
-
-
 # ------------------------------------------------------------------------------------------------ in the loop
 
 
@@ -430,7 +424,7 @@ def test_updates_of_an_iteration_share_pairs_and_the_next_iteration_samples_anew
 
     def pairs_of(update, where):
         drawn = draw(parts, update, where)
-        return parts.objectives["shift"].pairs_for(where.iteration, drawn, where.generator(2), 1)
+        return parts.objectives["shift"].pairs_for(where.iteration, drawn, where.generators(2, drawn), 2)
 
     first = pairs_of(student, Position(0, 1, 1, 0))
     assert pairs_of(student, Position(0, 1, 1, 1)) is first
@@ -465,6 +459,24 @@ def test_rewards_warm_up_then_refresh_every_m_and_a_resumed_run_is_the_same(fami
         one, two = (load_part(latest_checkpoint(run), part) for run in (whole, halves))
         assert one
         assert all(torch.equal(v, two[k]) for k, v in one.items()), part
+
+
+def test_one_clip_has_no_baseline(family, cache):
+    config = shift()
+    alone = tuple(replace(update, batch=1, accumulate=1) for update in config.plan)
+    with pytest.raises(UserError, match="--batch 2"):
+        build(replace(config, plan=alone), family, cache)
+
+
+def test_a_pair_does_not_depend_on_its_neighbours_and_the_baseline_is_averaged_over_processes():
+    objective, _, _ = stand_in(average=lambda mean: mean + 1.0)
+    generators = lambda: [torch.Generator().manual_seed(i) for i in range(4)]  # noqa: E731
+    whole = objective.sample(real_batch(), generators(), 4).pairs
+    alone = objective.sample(real_batch(), generators(), 1).pairs
+    for field in fields(Pairs):
+        torch.testing.assert_close(getattr(whole, field.name), getattr(alone, field.name))
+    rewards = 2 * whole.generated_BCFHW.mean((1, 2, 3, 4))
+    torch.testing.assert_close(whole.advantage_B2[:, 0], rewards - rewards.mean() - 1.0)
 
 
 def test_clips_that_do_not_split_into_patches_are_refused(family, cache):

@@ -217,8 +217,10 @@ def _add_gan(made: Assembly, base: Base, g: GANConfig) -> None:
 def _add_shift(made: Assembly, base: Base, s: ShiftConfig) -> None:
     config = made.config
     made.flow = flow = wan.load_flow(s.flow, s.flow_iterations, made.device)
-    rewards = _rewards(s, made.cache, config.seed).to(made.device)
-    made.networks["reward"] = rewards
+    rewards = _rewards(s, made.cache, config.seed)
+    blocks = nn.ModuleList([*rewards.instantaneous.blocks.layers, *rewards.long_term.blocks.layers])
+    shard(rewards, blocks, made.world, torch.float32)
+    made.networks["reward"] = rewards.to(made.device)
     made.objectives["shift"] = Shift(
         made.student,
         rewards,
@@ -231,6 +233,7 @@ def _add_shift(made: Assembly, base: Base, s: ShiftConfig) -> None:
         shift=s.shift,
         weight=s.weight,
         beta=s.beta,
+        average=made.world.average,
     )
 
 

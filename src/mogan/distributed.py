@@ -86,13 +86,18 @@ class World:
         dist.all_reduce(seen, dist.ReduceOp.MAX)
         return bool(seen)
 
+    def average(self, value: Tensor) -> Tensor:
+        """A tensor averaged over the processes."""
+        if self.mesh is None:
+            return value
+        total = value.clone()
+        dist.all_reduce(total)
+        return total / self.ranks
+
     def mean(self, scalars: dict[str, Tensor]) -> dict[str, float]:
         """Scalars averaged over the processes, which must all have the same ones; the step's only host synchronisation."""
         values = torch.stack([torch.as_tensor(v, dtype=torch.float32, device=self.device) for v in scalars.values()])
-        if self.mesh is not None:
-            dist.all_reduce(values)
-            values = values / self.ranks
-        return dict(zip(scalars, values.tolist(), strict=True))
+        return dict(zip(scalars, self.average(values).tolist(), strict=True))
 
     def from_main(self, compute: Callable[[], Any]) -> Any:
         """``compute()`` of process 0, given to all: what is too large to hold once per process."""

@@ -145,8 +145,10 @@ def _check_window(config: Config, frames: int) -> None:
 
 
 def _check_clips(config: Config, cache: Cache) -> None:
-    """A batch of real clips takes each once."""
+    """A batch of real clips takes each once, and one of SHIFT's more than one."""
     for update in config.plan:
+        if update.by == "shift" and update.batch < 2:
+            raise UserError("SHIFT's baseline is the mean over the generated clips: give --batch 2 or more")
         from_clips = update.learns not in ("student", "fake_score") or update.by in FROM_CLIPS
         if cache.has_clips and from_clips and update.batch > len(cache):
             raise UserError(
@@ -165,8 +167,6 @@ def check_processes(config: Config, world: World) -> None:
         raise UserError("a motion surrogate remembers the clips of one process: start one, or train without it")
     if config.lora is not None and world.ranks > 1:
         raise UserError("--lora trains in one process: start one, or leave --lora out")
-    if config.shift is not None and world.ranks > 1:
-        raise UserError("SHIFT compares the clips of a whole batch and trains in one process: start one")
     for update in config.plan:
         if update.batch % world.shares:
             raise UserError(

@@ -149,10 +149,11 @@ def step(parts: Assembly, update: Update, where: Position, batch: Batch | None =
     objective, config = parts.objectives[update.by], parts.config
     network, optimizer = parts.networks[update.learns], parts.optimizers[update.optimizer_name]
     totals: dict[str, Tensor] = {}
+    most = update.batch // update.accumulate  # clips at a time
     batch = batch or draw(parts, update, where)
     if isinstance(objective, Shift):
-        batch = objective.pairs_for(where.iteration, batch, where.generator(2), update.accumulate)
-    pieces = split(batch, parts_of(len(batch.ids), update.batch // update.accumulate))
+        batch = objective.pairs_for(where.iteration, batch, where.generators(2, batch), most)
+    pieces = split(batch, parts_of(len(batch.ids), most))
     rollouts: list[Rollout] = []
     for number, piece in enumerate(pieces):
         rollout = parts.rollouts[number] if update.again else rollout_for(parts, update, piece, where)

@@ -5,6 +5,7 @@ both, each as much as its advantage says. The paper's equations 8 to 12 are not 
 what it says about them, see ``docs/methods/shift.md``.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -15,20 +16,24 @@ from mogan.attention import stack_text
 from mogan.data import Batch
 from mogan.denoiser import Denoiser
 from mogan.discriminator import discriminator_loss
-from mogan.errors import UserError
 from mogan.objectives import Loss, Randomness
 from mogan.objectives.flow_matching import velocity_error
 from mogan.observation import motion_amount
 from mogan.rewards import MotionRewards, PixelFlux
 from mogan.rollout import animate, normal
-from mogan.schedule import draw_sigma
+from mogan.schedule import draw_sigma, uniform
 
 FLOOR = -1.0  # least weight of the linear form
 
 
-def advantages(generated_B: Float[Tensor, " b"], real_B: Float[Tensor, " b"]) -> Float[Tensor, "b 2"]:
-    """Rewards of generated and real clips less the mean reward of the generated ones; not divided by a deviation."""
-    return torch.stack([generated_B, real_B], 1) - generated_B.mean()
+def advantages(
+    generated_B: Float[Tensor, " b"], real_B: Float[Tensor, " b"], average: Callable[[Tensor], Tensor] = lambda x: x
+) -> Float[Tensor, "b 2"]:
+    """Rewards of generated and real clips less the mean reward of the generated ones; not divided by a deviation.
+
+    ``average`` is over the processes that have a part of the batch each.
+    """
+    return torch.stack([generated_B, real_B], 1) - average(generated_B.mean())
 
 
 def pair_weights(advantage: Tensor, form: str, beta: float) -> Tensor:
@@ -69,6 +74,7 @@ class Shift:
         points: query points per clip, drawn at random each time.
         shift: shift of the levels at which pairs are denoised.
         weight: ``exp`` or ``linear``; ``beta``: its temperature; see :func:`pair_weights`.
+        average: a tensor over the processes that have a part of the batch each.
     """
 
     needs_rollout = False
@@ -87,50 +93,47 @@ class Shift:
         shift: float,
         weight: str,
         beta: float,
+        average: Callable[[Tensor], Tensor] = lambda x: x,
     ):
         self.student, self.rewards, self.see, self.null_1LD = student, rewards, see, null_1LD
         self.guidance, self.sigmas, self.given, self.points = guidance, sigmas, given, points
-        self.shift, self.weight, self.beta = shift, weight, beta
+        self.shift, self.weight, self.beta, self.average = shift, weight, beta, average
         self.latest: tuple[int, Batch] | None = None  # iteration and its pairs, which all updates in it share
         self.seen: dict[str, Tensor] = {}
 
-    def pairs_for(self, iteration: int, batch: Batch, generator: torch.Generator, parts: int) -> Batch:
+    def pairs_for(self, iteration: int, batch: Batch, generator: Randomness, most: int) -> Batch:
         """The pairs of an iteration: sampled from ``batch`` by its first update, the same for all that follow in it."""
         if self.latest is None or self.latest[0] != iteration:
-            self.latest = iteration, self.sample(batch, generator, parts)
+            self.latest = iteration, self.sample(batch, generator, most)
         return self.latest[1]
 
-    def sample(self, batch: Batch, generator: torch.Generator, parts: int) -> Batch:
+    def sample(self, batch: Batch, generator: Randomness, most: int) -> Batch:
         """The batch with :class:`Pairs`: a generated clip beside each real one, both observed and rewarded.
 
-        Made in ``parts``, which bounds memory; the baseline is that of the whole batch.
+        Made of at most ``most`` at a time, which bounds memory; the baseline is that of the whole batch.
         """
-        if len(batch.ids) < 2:
-            raise UserError("SHIFT's baseline is the mean over the generated clips: give a batch of at least 2")
         assert batch.latent_BCFHW is not None, "SHIFT needs clips, not only prompts"
         device = self.null_1LD.device
         real_BCFHW, text_BLD = batch.latent_BCFHW.float().to(device), stack_text(batch.text, device)
+        windows = [slice(at, at + most) for at in range(0, len(real_BCFHW), most)]
+        own = [generator[w] if isinstance(generator, list) else generator for w in windows]
         made, maps, states, rewards, motion = zip(
-            *(
-                self._pair(*part, generator)
-                for part in zip(real_BCFHW.chunk(parts), text_BLD.chunk(parts), strict=True)
-            ),
-            strict=True,
+            *(self._pair(real_BCFHW[w], text_BLD[w], g) for w, g in zip(windows, own, strict=True)), strict=True
         )
         reward_B2 = torch.cat(rewards)
         self.seen = {"reward": reward_B2[:, 0].mean(), "real_reward": reward_B2[:, 1].mean()}
         self.seen["motion"] = torch.cat(motion).mean()
-        advantage_B2 = advantages(*reward_B2.unbind(1))
+        advantage_B2 = advantages(reward_B2[:, 0], reward_B2[:, 1], self.average)
         pairs = Pairs(torch.cat(made), real_BCFHW, advantage_B2, torch.cat(maps), torch.cat(states))
         return replace(batch, latent_BCFHW=None, pairs=pairs)
 
     @torch.no_grad()
-    def _pair(self, real: Tensor, text: Tensor, generator: torch.Generator) -> tuple[Tensor, ...]:
+    def _pair(self, real: Tensor, text: Tensor, generator: Randomness) -> tuple[Tensor, ...]:
         """Generated clips, maps and states and rewards of both, and how much the generated ones move."""
         noise = normal(real.shape, generator, real.device)
         made = animate(self.student, noise, real[:, :, : self.given], text, self.null_1LD, self.sigmas, self.guidance)
         # a pair has the same first frame, so both are followed from the same points
-        queries = torch.rand(len(real), self.points, 2, generator=generator).to(real)
+        queries = uniform(len(real), generator, self.points, 2).to(real)
         fluxes = [self.see(clips, queries) for clips in (made, real)]
         reward_B2 = torch.stack([self.rewards.reward(f.maps_BCFHW, f.states_BND) for f in fluxes], 1)
         maps, states = (torch.stack(x, 1) for x in zip(*((f.maps_BCFHW, f.states_BND) for f in fluxes), strict=True))
