@@ -107,7 +107,13 @@ def assert_same_trajectory(before, one, two):
             assert b[name] == pytest.approx(a[name], rel=LOSS, abs=1e-6), (a["iteration"], a["update"], name)
     here, there = final(one), final(two)
     assert here.keys() == there.keys()
-    for network in {name.split(".")[0] for name in before} & {"student", "fake_score", "discriminator", "reward", "ema"}:
+    for network in {name.split(".")[0] for name in before} & {
+        "student",
+        "fake_score",
+        "discriminator",
+        "reward",
+        "ema",
+    }:
         names = [n for n in before if n.startswith(f"{network}.")]
         moved, apart = (
             torch.cat([(x[n] - y[n]).flatten() for n in names]).norm() for x, y in ((here, before), (here, there))

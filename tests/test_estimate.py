@@ -12,15 +12,16 @@ from torch import nn
 from transformers import UMT5Config, UMT5EncoderModel
 
 from conftest import TRANSFORMER, VAE
+from mogan import recipes
 from mogan.cli import main
-from mogan.config import Update
+from mogan.config import Config, Update
 from mogan.estimate import machines
 from mogan.estimate.check import compare, small
 from mogan.estimate.costs import Codec, Costs, build_transformer, judge_call, network_parameters, transformer_calls
 from mogan.estimate.predict import advise, predict
 from mogan.estimate.shapes import PUBLISHED, Shapes, read_shapes, resized
 from mogan.estimate.trace import Call, Work, fake, sizes, trace
-from mogan.recipes import dmd2_wan_1_3b, mogan_wan_1_3b
+from mogan.recipes import dmd2_wan_1_3b, mogan_wan_1_3b, shift_wan_1_3b
 from mogan.train import with_batch
 from mogan.wan import Geometry
 
@@ -133,7 +134,10 @@ MADE_UP = Costs(
     observe_grad=Call(Work({(900e12, 1e9, "bf16"): 1}), 35 * GB, 50 * GB),
     judge=Call(Work({(400e12, 1e9, "bf16"): 1}), 2 * GB, 8 * GB),
     judge_frozen=Call(Work({(300e12, 1e9, "bf16"): 1}), 2 * GB, 6 * GB),
-    parameters=network_parameters(PUBLISHED["wan2.1-t2v-1.3b"]) | {"discriminator": 860_000_000, "flow": 5_000_000},
+    pixel_flux=Call(Work({(700e12, 1e9, "bf16"): 1}), 1 * GB, 22 * GB),
+    reward=Call(Work({(30e12, 1e9, "bf16"): 1}), 1 * GB, 2 * GB),
+    parameters=network_parameters(PUBLISHED["wan2.1-t2v-1.3b"])
+    | {"discriminator": 860_000_000, "flow": 5_000_000, "reward": 36_000_000},
 )
 
 
@@ -150,6 +154,45 @@ def test_one_update_is_the_calls_it_makes():
     assert student_gan.flops == 16 * (280e12 + 1120e12 + 900e12 + 300e12)
     assert judge.flops == 64 * (2 * 280e12 + 500e12 + 4 * 400e12)
     assert student.model_flops == student.flops - 16 * 280e12  # what checkpointing computes twice
+
+
+def test_shift_samples_and_observes_once_for_all_updates_of_an_iteration():
+    config = shift_wan_1_3b()
+    found = price(config)
+    pairs, warm, student, refresh = found.steps
+    # 30 guided steps; both clips of a pair are decoded, followed and rewarded (a third of forward and backward)
+    assert pairs.flops == pytest.approx(8 * (30 * 2 * 280e12 + 2 * (700e12 + 10e12)))
+    assert student.flops == 8 * 2 * 1120e12
+    assert student.model_flops == student.flops - 8 * 2 * 280e12
+    assert warm.flops == refresh.flops == 8 * 2 * 30e12
+    happened = [[u.happens(i) for u in config.plan] for i in range(config.iterations)]
+    for number, step in enumerate((warm, student, refresh)):
+        assert step.share == pytest.approx(sum(h[number] for h in happened) / len(happened))
+    assert pairs.share == 1.0
+    expected = sum(s.times * s.share * s.seconds for s in found.steps)
+    assert found.iteration_seconds == pytest.approx(expected)
+    assert max(found.steps, key=lambda s: s.peak) == student  # 2 clips of 9 GB
+
+
+RECIPES = [n for n, f in vars(recipes).items() if callable(f) and f.__annotations__.get("return") is Config]
+
+
+@pytest.mark.parametrize("name", [n for n in RECIPES if n.endswith(("_lab", "_wan_1_3b"))])
+def test_every_recipe_has_a_price(name):
+    config = getattr(recipes, name)()
+    if config.surrogate is not None:
+        assert main(["estimate", name]) == 2  # says so
+        return
+    found = {number: price(config, number) for number in (1, 8)}
+    assert 0 < found[8].peak < found[1].peak
+    assert 0 < found[8].hours < found[1].hours
+    assert price(config, lora=32).peak < found[1].peak
+
+
+def test_adapters_without_a_teacher_to_share_with_keep_their_own_base():
+    student = next(n for n in price(shift_wan_1_3b(), lora=32).networks if n.name == "student")
+    assert student.weights > 2 * 1_418_996_800
+    assert student.moments == 8 * 32 * MADE_UP.parameters["adapters"]
 
 
 def test_peak_is_what_stays_and_what_comes_and_goes():

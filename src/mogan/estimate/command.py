@@ -133,7 +133,7 @@ def as_table(found: Estimate, changes: tuple[Change, ...]) -> str:
     ]
     for s in found.steps:
         lines.append(
-            f"{s.label:<22}{s.times:>6}{s.clips:>7g}{s.part:>9}{s.activations / GB:>13.1f}{s.peak / GB:>9.1f}"
+            f"{s.label:<22}{s.times * s.share:>6.3g}{s.clips:>7g}{s.part:>9}{s.activations / GB:>13.1f}{s.peak / GB:>9.1f}"
             f"{s.flops / 1e15:>9.2f}{s.seconds:>9.1f}"
         )
     if found.observation:

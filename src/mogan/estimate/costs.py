@@ -16,12 +16,13 @@ from torchvision.models.optical_flow import raft_large
 
 from mogan.attention import set_attention
 from mogan.autoencoder import decode_window, encode_video
-from mogan.config import Config, GANConfig
+from mogan.config import Config, GANConfig, ShiftConfig
 from mogan.denoiser import Denoiser, recomputed
 from mogan.discriminator import Discriminator
 from mogan.estimate.shapes import Shapes
 from mogan.estimate.trace import Call, Work, fake, sizes, trace
 from mogan.flow import RaftConfig, RaftFlow, motion_picture, read_raft_config
+from mogan.rewards import MotionRewards, state_size
 
 TEXT_TOKENS = 128  # a long caption; cross-attention to the padding is folded into one token
 
@@ -35,8 +36,9 @@ class Costs:
         judge: the discriminator, forward and backward, its weights learning; ``judge_frozen``: only its input's gradient.
         observe: window decode, flow and encode without gradient; ``observe_grad``: with; ``stages``: of the latter.
         decode: of a whole clip, for sampling.
+        pixel_flux: a whole clip decoded, its flow there and back; ``reward``: SHIFT's rewards on it, forward and backward.
         parameters: of ``transformer``, ``block`` (one of its blocks), ``rest`` (what is outside them), ``adapters`` (per rank), ``discriminator``, ``vae``,
-            ``flow``, ``text_encoder``.
+            ``flow``, ``reward``, ``text_encoder``.
     """
 
     forward: Call
@@ -48,6 +50,8 @@ class Costs:
     stages: Mapping[str, Call] = field(default_factory=dict)
     judge: Call | None = None
     judge_frozen: Call | None = None
+    pixel_flux: Call | None = None
+    reward: Call | None = None
 
 
 def measure_costs(config: Config, shapes: Shapes, say: Callable[[str], None] = lambda text: None) -> Costs:
@@ -62,7 +66,7 @@ def measure_costs(config: Config, shapes: Shapes, say: Callable[[str], None] = l
     if config.gan is not None:
         if config.gan.space == "motion":
             say("optical flow")
-            flow, parameters["flow"] = _flow(config.gan)
+            flow, parameters["flow"] = _flow(config.gan.flow, config.gan.flow_iterations)
             plain = _observe(codec, flow, config.gan, grad=False, checkpointing=config.checkpointing)
             stages = _observe(codec, flow, config.gan, grad=True, checkpointing=config.checkpointing)
             costs |= {"stages": stages, "observe": one_after_the_other(plain.values())}
@@ -73,6 +77,12 @@ def measure_costs(config: Config, shapes: Shapes, say: Callable[[str], None] = l
         judge = partial(judge_call, shapes, gan.blocks, len(gan.taps), seen, config.checkpointing, dtype)
         costs["judge"], parameters["discriminator"] = judge(learns=True)
         costs["judge_frozen"], _ = judge(learns=False)
+    if config.shift is not None:
+        say("motion rewards")
+        flow, parameters["flow"] = _flow(config.shift.flow, config.shift.flow_iterations)
+        fields = estimate_flow(flow, shapes, shapes.size.frames, False, False)
+        costs["pixel_flux"] = one_after_the_other((costs["decode"], fields, fields))
+        costs["reward"], parameters["reward"] = reward_call(config.shift, shapes)
     return Costs(parameters=parameters, **costs)
 
 
@@ -148,6 +158,17 @@ def judge_call(
     return calls[0].along(calls[1], blocks - 1), counts[0] + (blocks - 1) * (counts[1] - counts[0])
 
 
+def reward_call(shift: ShiftConfig, shapes: Shapes) -> tuple[Call, int]:
+    """SHIFT's two rewards on one clip, forward and backward; their parameters."""
+    size = shapes.size
+    options = {k: getattr(shift, k) for k in ("patch", "width", "depth", "heads", "clip")}
+    with torch.device("meta"):
+        rewards = MotionRewards((size.frames, size.height, size.width), **options)
+        maps = torch.empty(1, 4, size.frames - 1, size.height, size.width)
+        states = torch.empty(1, shift.points, state_size(size.frames))
+    return trace(rewards.parameters(), partial(rewards, maps, states), backward=True), sizes(rewards)[0]
+
+
 # ---------------------------------------------------------------------------------------------- autoencoder and flow
 
 
@@ -209,16 +230,16 @@ class Codec:
         return self._traced[key]
 
 
-def _flow(gan: GANConfig) -> tuple[RaftFlow | None, int]:
+def _flow(name: str, iterations: int) -> tuple[RaftFlow | None, int]:
     """The recipe's RAFT with random weights; None for a classical estimator, whose cost is the CPU's."""
-    if gan.flow == "farneback":
+    if name == "farneback":
         return None, 0
-    settings = Path(gan.flow) / "config.json"
+    settings = Path(name) / "config.json"
     if settings.is_file():
         network = read_raft_config(settings).build()
     else:
-        network = RaftConfig().build() if gan.flow == "lab" else raft_large()
-    return RaftFlow(network, gan.flow_iterations), sizes(network)[0]
+        network = RaftConfig().build() if name == "lab" else raft_large()
+    return RaftFlow(network, iterations), sizes(network)[0]
 
 
 def estimate_flow(flow: RaftFlow | None, shapes: Shapes, frames: int, grad: bool, checkpointing: bool) -> Call:

@@ -4,13 +4,14 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from mogan.config import Config, GANConfig, Update
+from mogan.config import Config, GANConfig, ShiftConfig, Update
 from mogan.estimate.costs import Costs
 from mogan.estimate.machines import GPUS_PER_NODE, REACHED_LINK, Machine, usable
 from mogan.estimate.shapes import Shapes
 from mogan.estimate.trace import Work
 
 FP32, BF16 = 4, 2  # bytes
+PAIRS = "pairs"  # what SHIFT samples, in the place of a network that learns
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class Step:
     """One update on one GPU.
 
     Attributes:
-        label: who learns, from whom; ``times``: per iteration.
+        label: who learns, from whom; ``times``: per iteration that has it, which ``share`` of the iterations do.
         clips: of its batch, on this GPU; ``part``: computed at once.
         activations: most bytes that come and go; ``peak``: with everything that stays.
         flops: computed by one GPU, recomputation included; ``model_flops``: without it.
@@ -39,6 +40,7 @@ class Step:
 
     label: str
     times: int
+    share: float
     clips: float
     part: int
     activations: float
@@ -93,8 +95,8 @@ class Estimate:
 
     @property
     def iteration_seconds(self) -> float:
-        """One pass through the plan."""
-        return sum(step.times * step.seconds for step in self.steps)
+        """One pass through the plan, a mean over the run."""
+        return sum(step.times * step.share * step.seconds for step in self.steps)
 
     @property
     def hours(self) -> float:
@@ -123,24 +125,25 @@ def predict(
     stays = sum(n.weights + n.moments + n.average for n in networks)
     gradients = {n.name: n.gradients for n in networks}
     steps = []
-    for update in config.plan:
-        share = update.batch / gpus
-        part = max(1, min(update.batch // update.accumulate, math.ceil(share)))
+    for update in (*_sampling(config), *config.plan):
+        clips_here = update.batch / gpus
+        part = max(1, min(update.batch // update.accumulate, math.ceil(clips_here)))
         activations = _activations(config, update, costs) * part + _gathered(shapes, costs, gpus)
-        learner = gradients[update.learns]
+        learner = gradients.get(update.learns, 0.0)
         work, passes = _work(config, update, costs)
-        waiting = _communication(costs, machine, gpus, passes) * math.ceil(share / part)
+        waiting = _communication(costs, machine, gpus, passes) * math.ceil(clips_here / part)
         steps.append(
             Step(
                 update.label,
                 update.times,
-                share,
+                _share(config, update),
+                clips_here,
                 part,
                 activations,
                 stays + learner + max(activations, learner),  # AdamW's foreach step needs as much again as the weights
-                work.flops * share,
-                (work.flops - _recomputed(config, update, costs)) * share,
-                max(work.seconds(machine) * share, waiting),
+                work.flops * clips_here,
+                (work.flops - _recomputed(config, update, costs)) * clips_here,
+                max(work.seconds(machine) * clips_here, waiting),
                 waiting,
             )
         )
@@ -168,6 +171,18 @@ def predict(
     )
 
 
+def _sampling(config: Config) -> tuple[Update, ...]:
+    """SHIFT's pairs, which the first update of an iteration samples, observes and rewards for all of them; as an update."""
+    first = next((u for u in config.plan if u.by == "shift"), None)
+    return () if first is None else (replace(first, learns=PAIRS, times=1),)
+
+
+def _share(config: Config, update: Update) -> float:
+    """The part of a run's iterations that has this update; pairs are made for any of SHIFT's."""
+    those = [u for u in config.plan if u.by == "shift"] if update.learns == PAIRS else [update]
+    return sum(any(u.happens(i) for u in those) for i in range(config.iterations)) / config.iterations
+
+
 def _networks(config: Config, costs: Costs, gpus: int, lora: int | None) -> tuple[Network, ...]:
     whole, rank = costs.parameters["transformer"], lora or 0
 
@@ -188,13 +203,16 @@ def _networks(config: Config, costs: Costs, gpus: int, lora: int | None) -> tupl
     found = []
     if "student" in learning:
         # adapters of student and fake score share the teacher's frozen weights, unless the student starts elsewhere
-        found.append(adapters("student", True, config.gan is not None) if lora else trained("student", whole, True))
+        own_base = config.dmd is None or config.gan is not None
+        found.append(adapters("student", True, own_base) if lora else trained("student", whole, True))
     if config.dmd is not None:
         held = BF16 * blocks + FP32 * (whole - blocks) if lora else FP32 * whole
         found.append(Network("teacher", whole, held / gpus))
         found.append(adapters("fake_score", False, False) if lora else trained("fake_score", whole))
     if config.gan is not None:
         found.append(trained("discriminator", costs.parameters["discriminator"]))
+    if config.shift is not None:
+        found.append(trained("reward", costs.parameters["reward"]))
     precision = FP32 if config.precision == "fp32" else BF16
     found.append(Network("autoencoder", costs.parameters["vae"], precision * costs.parameters["vae"]))
     if costs.parameters.get("flow"):
@@ -213,10 +231,16 @@ def _gathered(shapes: Shapes, costs: Costs, gpus: int) -> float:
 def _activations(config: Config, update: Update, costs: Costs) -> float:
     """Most bytes alive at once in one update of one clip, beside weights and gradients."""
     forward, train = costs.forward, costs.train
+    if update.by == "shift":
+        assert config.shift is not None
+        assert costs.pixel_flux is not None
+        assert costs.reward is not None
+        if update.learns == PAIRS:
+            return max(_calls(config.shift.guidance) * forward.peak, costs.pixel_flux.peak)
+        return 2 * (train if update.learns == "student" else costs.reward).peak  # both clips of a pair
     if update.by == "dmd" and update.learns == "student":
         assert config.dmd is not None
-        guided = 1 if config.dmd.guidance == 1 else 2
-        return max(train.peak, train.held + guided * forward.peak)
+        return max(train.peak, train.held + _calls(config.dmd.guidance) * forward.peak)
     if update.by != "gan":
         return train.peak
     assert config.gan is not None
@@ -233,12 +257,13 @@ def _work(config: Config, update: Update, costs: Costs) -> tuple[Work, float]:
     """Work of one update per clip, and passes over a transformer's weights (forward 1, trained 2)."""
     before = (len(config.sigmas) - 1) / 2  # the exit step is uniform over the student's steps
     forward, train = costs.forward.work, costs.train.work
-    if update.by == "flow_matching":
+    if update.by in ("flow_matching", "motion_score"):  # a motion model's longest window is as long as a clip
         return train, 2
+    if update.by == "shift":
+        return _shift_work(config.shift, update, costs, len(config.sigmas))
     if update.by == "dmd" and update.learns == "student":
         assert config.dmd is not None
-        guided = 1 if config.dmd.guidance == 1 else 2
-        return forward * before + train + forward * (guided + 1), before + 4
+        return forward * before + train + forward * (_calls(config.dmd.guidance) + 1), before + 4
     if update.by == "dmd":
         return forward * (before + 1) + train, before + 3
     assert config.gan is not None
@@ -251,6 +276,24 @@ def _work(config: Config, update: Update, costs: Costs) -> tuple[Work, float]:
     return forward * (before + 1) + seen + costs.judge.work * _shown(config.gan), before + 3
 
 
+def _shift_work(shift: ShiftConfig | None, update: Update, costs: Costs, steps: int) -> tuple[Work, float]:
+    """As :func:`_work`, per pair of clips."""
+    assert shift is not None
+    assert costs.pixel_flux is not None
+    assert costs.reward is not None
+    if update.learns == "student":
+        return costs.train.work * 2, 2
+    if update.learns != PAIRS:
+        return costs.reward.work * 2, 0
+    judged = costs.pixel_flux.work + costs.reward.work * (1 / 3)  # forward alone
+    return costs.forward.work * (steps * _calls(shift.guidance)) + judged * 2, steps
+
+
+def _calls(guidance: float) -> int:
+    """Of a guided network: with the prompt and, unless guidance is 1, without."""
+    return 1 if guidance == 1 else 2
+
+
 def _shown(gan: GANConfig) -> int:
     """Inputs per clip of the discriminator's one pass: real, generated, and each noised if it is penalised."""
     return 2 + bool(gan.r1) + bool(gan.r2)
@@ -258,7 +301,7 @@ def _shown(gan: GANConfig) -> int:
 
 def _recomputed(config: Config, update: Update, costs: Costs) -> float:
     """Operations of the forward passes that checkpointing repeats, per clip."""
-    if not config.checkpointing:
+    if not config.checkpointing or update.learns in (PAIRS, "reward"):
         return 0.0
     trains_student = update.learns == "student"
     flops = costs.forward.work.flops if trains_student or update.by != "gan" else 0.0
@@ -268,7 +311,7 @@ def _recomputed(config: Config, update: Update, costs: Costs) -> float:
         if trains_student and costs.observe is not None:
             start = sum(config.gan.starts) / len(config.gan.starts)
             flops += costs.observe.work.flops * config.gan.window / (config.gan.window + start)
-    return flops
+    return flops * 2 if update.by == "shift" else flops
 
 
 def _communication(costs: Costs, machine: Machine, gpus: int, passes: float) -> float:
@@ -313,7 +356,7 @@ def advise(
         config = replace(config, plan=tuple(replace(u, accumulate=u.batch) for u in config.plan))
         if attempt("one clip at a time: accumulate = batch in the recipe's plan", config, gpus, lora):
             return tuple(changes)
-    if lora is None and (config.dmd is not None or config.gan is not None):
+    if lora is None:
         lora = 64
         if attempt("learn adapters instead of all weights: --lora 64", config, gpus, lora):
             return tuple(changes)
