@@ -17,11 +17,20 @@ from mogan.cli import main
 from mogan.config import Config, Update
 from mogan.estimate import machines
 from mogan.estimate.check import compare, small
-from mogan.estimate.costs import Codec, Costs, build_transformer, judge_call, network_parameters, transformer_calls
+from mogan.estimate.costs import (
+    Codec,
+    Costs,
+    build_transformer,
+    judge_call,
+    network_parameters,
+    reward_call,
+    transformer_calls,
+)
 from mogan.estimate.predict import advise, predict
 from mogan.estimate.shapes import PUBLISHED, Shapes, read_shapes, resized
 from mogan.estimate.trace import Call, Work, fake, sizes, trace
 from mogan.recipes import dmd2_wan_1_3b, mogan_wan_1_3b, shift_wan_1_3b
+from mogan.rewards import MotionRewards
 from mogan.train import with_batch
 from mogan.wan import Geometry
 
@@ -95,6 +104,10 @@ def test_attention_is_counted_in_the_precision_a_gpu_computes_it_in():
 @pytest.mark.slow
 def test_the_line_through_small_windows_is_the_whole_window():
     codec = Codec(TINY, torch.float32)
+    line, traced = codec.decode(8), codec._decode(0, 8)
+    assert line.work.flops == pytest.approx(traced.work.flops, rel=1e-6)
+    assert line.held == pytest.approx(traced.held, rel=1e-6)
+    assert line.peak == pytest.approx(traced.peak, rel=0.01)
     line, traced = codec.decode(5, 2, True, True), codec._decode(2, 5, True, True)
     assert line.work.flops == pytest.approx(traced.work.flops, rel=1e-6)
     assert line.held == pytest.approx(traced.held, rel=0.02)
@@ -278,6 +291,23 @@ def test_predicted_memory_is_what_is_allocated():
             assert -0.35 < case.error < 0.05, case  # a CPU's convolutions unfold their input, which no trace sees
         else:
             assert abs(case.error) < 0.15, case
+
+
+def test_rewards_are_traced_as_they_are_and_their_attention_is_fused(recwarn):
+    shift = replace(shift_wan_1_3b().shift, width=48, depth=2, heads=2)
+    call, count = reward_call(shift, replace(TINY, size=Geometry(16, 128, 128, 17)))
+    real = MotionRewards((17, 128, 128), patch=shift.patch, width=48, depth=2, heads=2, clip=shift.clip)
+    assert count == sizes(real)[0]
+    assert not recwarn.list
+    products = 0
+    for reward, tokens in (("instantaneous", 2 * 4 * 4), ("long_term", shift.points)):
+        judge = getattr(real, reward)
+        products += 4 * tokens * judge.embed.weight.numel()  # its input needs no gradient
+        products += 6 * (tokens + 1) * sum(p.numel() for p in judge.blocks.parameters() if p.ndim == 2)
+        products += 2 * 48 * (4 + 10) * (tokens + 1) ** 2  # two fused attentions: two products forward, five backward
+    assert call.work.flops == pytest.approx(products, rel=0.01)
+    longer, _ = reward_call(replace(shift, points=2 * shift.points), replace(TINY, size=Geometry(16, 128, 128, 17)))
+    assert longer.held < 2.1 * call.held  # not the square of the tokens
 
 
 def test_judge_parameters_follow_the_line(family):

@@ -4,6 +4,7 @@ Depth and windows repeat equal pieces, so each network is traced at two small de
 followed; ``tests/test_estimate.py`` compares that line with the whole.
 """
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -162,11 +163,12 @@ def reward_call(shift: ShiftConfig, shapes: Shapes) -> tuple[Call, int]:
     """SHIFT's two rewards on one clip, forward and backward; their parameters."""
     size = shapes.size
     options = {k: getattr(shift, k) for k in ("patch", "width", "depth", "heads", "clip")}
-    with torch.device("meta"):
-        rewards = MotionRewards((size.frames, size.height, size.width), **options)
+    with fake():
+        with warnings.catch_warnings(action="ignore"):  # of the copies that torch makes of a transformer's first layer
+            rewards = MotionRewards((size.frames, size.height, size.width), **options)
         maps = torch.empty(1, 4, size.frames - 1, size.height, size.width)
         states = torch.empty(1, shift.points, state_size(size.frames))
-    return trace(rewards.parameters(), partial(rewards, maps, states), backward=True), sizes(rewards)[0]
+        return trace(rewards.parameters(), partial(rewards, maps, states), backward=True), sizes(rewards)[0]
 
 
 # ---------------------------------------------------------------------------------------------- autoencoder and flow
@@ -192,10 +194,12 @@ class Codec:
         self._traced: dict[tuple, Call] = {}
 
     def decode(self, length: int, start: int = 0, grad: bool = False, checkpointing: bool = False) -> Call:
-        """Decode of ``length`` latent frames after ``start`` others. From the third latent frame on all cost the same."""
+        """Decode of ``length`` latent frames after ``start`` others. From the third latent frame on all cost the same, and
+        from the fourth on none needs more memory than the one before.
+        """
         if not grad:
             whole = start + length
-            return self._decode(0, 2).along(self._decode(0, 3), whole - 2) if whole > 3 else self._decode(start, length)
+            return self._decode(0, 3).along(self._decode(0, 4), whole - 3) if whole > 4 else self._decode(start, length)
         if start + length <= 4 or length <= 2:
             return self._decode(start, length, True, checkpointing)
         window = self._decode(2, 2, True, checkpointing).along(self._decode(2, 3, True, checkpointing), length - 2)
