@@ -12,9 +12,8 @@ from torch import nn
 from transformers import UMT5Config, UMT5EncoderModel
 
 from conftest import TRANSFORMER, VAE
-from mogan import recipes
 from mogan.cli import main
-from mogan.config import Config, Update
+from mogan.config import Update
 from mogan.estimate import machines
 from mogan.estimate.check import compare, small
 from mogan.estimate.costs import (
@@ -29,7 +28,7 @@ from mogan.estimate.costs import (
 from mogan.estimate.predict import advise, predict
 from mogan.estimate.shapes import PUBLISHED, Shapes, read_shapes, resized
 from mogan.estimate.trace import Call, Work, fake, sizes, trace
-from mogan.recipes import dmd2_wan_1_3b, mogan_wan_1_3b, shift_wan_1_3b
+from mogan.recipes import RECIPES, dmd2_wan_1_3b, find_recipe, mogan_wan_1_3b, shift_wan_1_3b
 from mogan.rewards import MotionRewards
 from mogan.train import with_batch
 from mogan.wan import Geometry
@@ -187,12 +186,9 @@ def test_shift_samples_and_observes_once_for_all_updates_of_an_iteration():
     assert max(found.steps, key=lambda s: s.peak) == student  # 2 clips of 9 GB
 
 
-RECIPES = [n for n, f in vars(recipes).items() if callable(f) and f.__annotations__.get("return") is Config]
-
-
-@pytest.mark.parametrize("name", [n for n in RECIPES if n.endswith(("_lab", "_wan_1_3b"))])
+@pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_has_a_price(name):
-    config = getattr(recipes, name)()
+    config = find_recipe(name)
     if config.surrogate is not None:
         assert main(["estimate", name]) == 2  # says so
         return

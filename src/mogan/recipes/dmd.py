@@ -1,0 +1,59 @@
+"""Distribution matching (DMD2, arXiv 2405.14867): the few-step warm start."""
+
+from mogan.config import Config, DMDConfig, Optimizer, Update
+from mogan.schedule import shifted_levels
+
+# The negative prompt of Wan's own inference code, which its teacher is meant to be guided with.
+WAN_NEGATIVE_PROMPT = (
+    "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，丑陋的，"
+    "残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，三条腿，"
+    "背景人很多，倒着走"
+)
+
+
+def dmd_lab() -> Config:
+    """The lab's 3-step student from its teacher: DMD2 with backward simulation, on prompts alone."""
+    return Config(
+        recipe="dmd_lab",
+        sigmas=shifted_levels(3, 3.0),
+        plan=(
+            Update(learns="student", by="dmd", batch=16),
+            Update(learns="fake_score", by="dmd", times=4, batch=16),
+        ),
+        optimizers={
+            "student": Optimizer(lr=1e-4, betas=(0.0, 0.999)),
+            "fake_score": Optimizer(lr=2e-4, betas=(0.0, 0.999)),
+        },
+        dmd=DMDConfig(guidance=3.0, shift=3.0),
+        iterations=400,
+        ema=0.98,
+        save_every=25,
+        sample_every=100,
+    )
+
+
+def dmd2_wan_1_3b() -> Config:
+    """The 3-step warm start MoGAN post-trains: DMD2 on Wan2.1-T2V-1.3B.
+
+    MoGAN does not give its warm-start recipe; these are the values of CausVid's bidirectional stage, the only public
+    3-step one (steps 1000/757/522, shift 8, guidance 3.5 written as ``cond + w (cond - uncond)``, so 4.5 here), with
+    DMD2's backward simulation in place of CausVid's noised real latents: MoGAN trains so, and prompts are enough.
+    """
+    lr = Optimizer(lr=2e-6, betas=(0.9, 0.999), weight_decay=0.01, clip=10.0)  # CausVid
+    return Config(
+        recipe="dmd2_wan_1_3b",
+        sigmas=(1.0, 0.757, 0.522),  # CausVid
+        plan=(  # batch 64: CausVid; 5 to 1: DMD2, CausVid
+            Update(learns="student", by="dmd", batch=64, accumulate=64),
+            Update(learns="fake_score", by="dmd", times=5, batch=64, accumulate=64),
+        ),
+        optimizers={"student": lr, "fake_score": lr},
+        dmd=DMDConfig(guidance=4.5, shift=8.0),  # CausVid; levels clamped to [0.02, 0.98] as in DMD
+        # CausVid: "saturates" below 1000 iterations, of which every fifth updates the student: 200 of ours
+        iterations=200,
+        ema=0.98,  # FastVideo's DMD2; Self-Forcing's 0.99 would leave 13 % of the start in the average after 200 updates
+        negative_prompt=WAN_NEGATIVE_PROMPT,
+        checkpointing=True,
+        save_every=50,
+        sample_every=50,
+    )

@@ -1,0 +1,124 @@
+"""MoGAN (arXiv 2511.21592), its ablations, and MoGAN through a surrogate."""
+
+from dataclasses import replace
+
+from mogan.config import Config, DMDConfig, GANConfig, Optimizer, SurrogateConfig, Update
+from mogan.errors import UserError
+from mogan.recipes.dmd import WAN_NEGATIVE_PROMPT
+from mogan.schedule import shifted_levels
+
+ABLATIONS = ("no-dmd", "no-r1r2", "latent-gan")
+
+
+def mogan_lab() -> Config:
+    """MoGAN on the lab's student: 3 of 5 latent frames, 4 of 6 blocks, minutes on two cores."""
+    return Config(
+        recipe="mogan_lab",
+        sigmas=shifted_levels(3, 3.0),
+        plan=(  # appendix B
+            Update(learns="student", by="dmd", batch=8),
+            Update(learns="fake_score", by="dmd", times=4, batch=8),
+            Update(learns="student", by="gan", batch=8),
+            Update(learns="discriminator", by="gan", batch=8),
+        ),
+        optimizers={
+            "student": Optimizer(lr=1e-4, betas=(0.0, 0.999)),
+            "fake_score": Optimizer(lr=2e-4, betas=(0.0, 0.999)),
+            "discriminator": Optimizer(lr=2e-4, betas=(0.0, 0.999)),
+        },
+        dmd=DMDConfig(guidance=3.0, shift=3.0),
+        gan=GANConfig(
+            space="motion",
+            blocks=4,
+            taps=(1, 2, 3),
+            normalise=True,
+            window=3,
+            starts=(0, 1, 2),
+            max_flow=4.0,
+            flow="lab",
+            flow_iterations=4,
+        ),
+        iterations=80,
+        ema=0.95,
+        save_every=20,
+        sample_every=40,
+    )
+
+
+def mogan_surrogate_lab() -> Config:
+    """MoGAN on the lab's student, its motion updates through a surrogate but for every eighth; every number chosen here."""
+    base = mogan_lab()
+    assert base.gan is not None
+    exact = tuple(replace(u, every=8) if u.by == "gan" else u for u in base.plan)
+    predicted = tuple(
+        replace(u, by="surrogate", unless=8, again=True if u.learns == "discriminator" else None)
+        for u in base.plan
+        if u.by == "gan"
+    )
+    learning = (
+        Update(
+            learns="surrogate", by="surrogate", batch=8, times=150, stop=1
+        ),  # on real clips: there are no others yet
+        Update(learns="surrogate", by="surrogate", batch=8, times=4, start=1),
+    )
+    return replace(
+        base,
+        recipe="mogan_surrogate_lab",
+        gan=replace(base.gan, r1=8 * base.gan.r1, r2=8 * base.gan.r2),  # on the exact updates alone
+        plan=(learning[0], *exact, *predicted, learning[1]),
+        optimizers=base.optimizers | {"surrogate": Optimizer(lr=1e-3)},
+        surrogate=SurrogateConfig(width=64, blocks=4, pairs=64, limit=None),
+    )
+
+
+def mogan_wan_1_3b() -> Config:
+    """MoGAN as published, on a 3-step Wan2.1-T2V-1.3B (section 5.1 and appendices A and B)."""
+    # lr: 5.1, of all networks as none is named; betas, weight decay and clip are not given: Self-Forcing's, a co-author's
+    lr = Optimizer(lr=1e-5, betas=(0.0, 0.999), weight_decay=0.01, clip=10.0)
+    return Config(
+        recipe="mogan_wan_1_3b",
+        sigmas=(1.0, 0.757, 0.522),  # not given; CausVid's 3 steps, see dmd2_wan_1_3b
+        plan=(  # order and 4 fake-score updates: appendix B; batch 64 of what judges, 16 of the student: 5.1
+            Update(learns="student", by="dmd", batch=16, accumulate=16),
+            Update(learns="fake_score", by="dmd", times=4, batch=64, accumulate=64),
+            Update(learns="student", by="gan", batch=16, accumulate=16),
+            Update(learns="discriminator", by="gan", batch=64, accumulate=64),
+        ),
+        optimizers={"student": lr, "fake_score": lr, "discriminator": lr},
+        dmd=DMDConfig(guidance=4.5, shift=8.0),  # not given; as the warm start
+        gan=GANConfig(
+            space="motion",
+            blocks=16,  # 5.1
+            taps=(7, 13, 15),  # 5.1
+            student_weight=0.5,  # lambda_1, 5.1
+            judge_weight=0.5,  # lambda_2, 5.1
+            r1=0.3,  # 5.1
+            r2=0.3,  # 5.1
+            noise=0.01,  # 5.1; prompt "a video with good motion" and sigma 0, the defaults: section 4
+            normalise=True,  # as printed the effective weight is 3e-5; see docs/methods/mogan.md
+            window=12,  # 5.1; decodes to 45 or 48 frames, 45 are used
+            starts=tuple(range(10)),  # every window inside 21 latent frames
+            max_flow=144.0,  # 0.15 of the diagonal of 480 x 832 (VideoJAM's scale)
+            flow="raft_large_C_T_SKHT_V2.pth",  # RAFT: section 4; which weights and how many refinements is not given
+            flow_iterations=12,
+        ),
+        iterations=800,  # "early stop at step 800", appendix B
+        ema=0.99,  # not given; Self-Forcing
+        negative_prompt=WAN_NEGATIVE_PROMPT,
+        checkpointing=True,
+        save_every=50,
+        sample_every=100,
+    )
+
+
+def ablate(config: Config, ablation: str) -> Config:
+    """One row of MoGAN's Table 2: ``no-dmd``, ``no-r1r2`` or ``latent-gan``; everything else stays."""
+    if ablation not in ABLATIONS or config.gan is None:
+        raise UserError(f"--ablation takes {', '.join(ABLATIONS)} and a recipe with a discriminator")
+    name = f"{config.recipe}_{ablation.replace('-', '_')}"
+    if ablation == "no-dmd":
+        plan = tuple(u for u in config.plan if u.by != "dmd")
+        return replace(config, recipe=name, plan=plan, dmd=None)
+    if ablation == "no-r1r2":
+        return replace(config, recipe=name, gan=replace(config.gan, r1=0.0, r2=0.0))
+    return replace(config, recipe=name, gan=replace(config.gan, space="latent"))
