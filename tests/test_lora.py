@@ -18,7 +18,7 @@ from mogan.sample import open_generator
 from mogan.train import Position, run_training, step
 from mogan.wan import load_transformer
 from test_train import assert_same
-from tiny_recipes import dmd, flow_matching, mogan
+from tiny_recipes import dmd, flow_matching, mogan, shift
 
 RANK = 3
 
@@ -95,7 +95,7 @@ def test_matrices_held_in_bf16_give_the_bits_of_matrices_rounded_at_every_call(f
         assert torch.equal(Denoiser(whole, torch.bfloat16)(*inputs()), Denoiser(held, torch.bfloat16)(*inputs()))
 
 
-@pytest.mark.parametrize("recipe", [dmd, mogan, flow_matching])
+@pytest.mark.parametrize("recipe", [dmd, mogan, flow_matching, shift])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_each_update_moves_its_own_adapters_and_nothing_else(recipe, checkpointing, family, cache):
     config = low_rank(recipe(), checkpointing=checkpointing)
@@ -105,7 +105,7 @@ def test_each_update_moves_its_own_adapters_and_nothing_else(recipe, checkpointi
         step(parts, update, Position(0, 0, index, 0))
         for name, network in parts.networks.items():
             for old, (key, new) in zip(before[name], network.named_parameters(), strict=True):
-                moves = name == update.learns and (name == "discriminator" or "lora_" in key)
+                moves = name == update.learns and (name in ("discriminator", "reward") or "lora_" in key)
                 assert moves or torch.equal(old, new), (update.label, name, key)
             moved = [not torch.equal(a, b) for a, b in zip(before[name], network.parameters(), strict=True)]
             assert any(moved) == (name == update.learns), (update.label, name)
