@@ -65,9 +65,12 @@ def student_updates(column, known):
     return own + (student_updates(known[column.start], known) if column.start else 0)
 
 
-def test_what_is_given_the_first_frame_is_held_against_as_many_updates_of_fine_tuning():
+def test_what_is_given_the_first_frame_is_held_against_as_many_updates_or_seconds_of_fine_tuning():
     known = {c.name: c for c in columns.methods()}
-    assert {c.against for c in known.values() if c.first_frames} == {"sft_i2v_long"}
+    updates, seconds = (
+        {c.against for c in known.values() if c.first_frames and bool(c.as_long_as) == t} for t in (0, 1)
+    )
+    assert (updates, seconds) == ({"sft_i2v_long"}, {"sft_i2v_long_t"})
     assert {c.against for c in known.values() if not c.first_frames} == {"mogan"}
 
 

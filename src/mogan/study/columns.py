@@ -109,7 +109,7 @@ def methods() -> tuple[Column, ...]:
     )
     frozen = replace(shift, name="shift_frozen", about=f"{shift.about}, its rewards never refreshed")
     frozen = replace(frozen, recipe="mogan.study.columns:shift_frozen")
-    timed = (sft, dmd_long, msm_long, i2v_long, shift)
+    timed = (sft, dmd_long, msm_long, i2v_long, shift, frozen)
     return (
         TEACHER, sft, DMD, dmd_long, msm, msm_long, MOGAN, mogan_msm, i2v, i2v_long, shift, frozen,
         *map(_for_as_long, timed),
@@ -118,7 +118,8 @@ def methods() -> tuple[Column, ...]:
 
 def _for_as_long(column: Column) -> Column:
     about = f"{column.about}; for MoGAN's seconds"
-    return replace(column, name=f"{column.name}_t", about=about, iterations=None, as_long_as=(column.name, MOGAN.name))
+    own = replace(column, name=f"{column.name}_t", about=about, iterations=None, as_long_as=(column.name, MOGAN.name))
+    return replace(own, against=f"{column.against}_t") if column.first_frames else own
 
 
 # ---------------------------------------------------------------------------------------------- variants
