@@ -130,6 +130,12 @@ def test_a_log_tells_how_the_discriminator_stood(tmp_path):
     assert found == Training(12, [2.0] * 12, 2.0, 3.0)
 
 
+def test_seconds_of_cores_count_before_those_of_the_clock(tmp_path):
+    steps = [[("student<dmd", 9.0), ("fake_score<dmd", 9.0)]] * 3
+    assert logged(tmp_path / "metrics.jsonl", steps, core_seconds=2.0).seconds == [4.0] * 3
+    assert logged(tmp_path / "metrics.jsonl", steps).seconds == [18.0] * 3
+
+
 def test_one_factor_changes_at_a_time():
     whole = vars(mogan_lab())
     expected = {

@@ -202,9 +202,11 @@ def run_training(parts: Assembly, run: Path, gain: Gain | None = None) -> None:
             shown = {}
             for index, update in enumerate(config.plan):
                 for repeat in range(update.times if update.happens(iteration) else 0):
-                    began = time.perf_counter()
+                    began, spent = time.perf_counter(), time.process_time()
                     record = step(parts, update, Position(config.seed, iteration, index, repeat), next(batches))
                     record |= {"seconds": time.perf_counter() - began}
+                    if world.device.type == "cpu":  # what others do on the machine does not count
+                        record |= {"core_seconds": time.process_time() - spent}
                     shown[update.label] = f"{record['loss']:.3f}"
                     if journal is not None:
                         journal.write(iteration, update, repeat, record)

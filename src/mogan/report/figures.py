@@ -26,6 +26,7 @@ SPREADS = (
     "imaging_quality", "saturation",
 )  # fmt: skip
 SHORT = ("loss",)
+TIMES = ("seconds", "core_seconds")  # drawn last
 POINTS = 300
 INK = "#1c2733"
 
@@ -123,8 +124,7 @@ def spread_figure(results: Sequence[Result]) -> Figure | None:
 def curve_figure(runs: Sequence[Curves]) -> Figure | None:
     """Every number a run logs, one panel per update and quantity, several runs in one panel."""
     keys = list(dict.fromkeys(key for run in runs for key, points in run.series.items() if len(points) > 1))
-    keys = [k for k in keys if k[1] != "seconds"] + [k for k in keys if k[1] == "seconds"]
-    keys.sort(key=lambda key: (key[1] == "seconds", key[1] not in SHORT))
+    keys.sort(key=lambda key: (key[1] in TIMES, key[1] not in SHORT))
     if not keys:
         return None
     columns = min(3, len(keys))

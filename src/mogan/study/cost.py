@@ -17,7 +17,8 @@ class Training:
 
     Attributes:
         updates: of the student.
-        seconds: of each iteration.
+        seconds: of each iteration; on a CPU of all its cores together, so that neither other programs nor the number of
+            cores count.
         final_gap: of the discriminator's logits, mean of the last 10; None without one.
         largest_motion_gradient: norm, over the student's motion updates; None without a discriminator.
     """
@@ -38,7 +39,7 @@ def read_training(log: Path) -> Training:
     updates = sum(row["update"].startswith("student") for row in rows)
     each: dict[int, float] = {}
     for row in rows:
-        each[row["iteration"]] = each.get(row["iteration"], 0.0) + row["seconds"]
+        each[row["iteration"]] = each.get(row["iteration"], 0.0) + row.get("core_seconds", row["seconds"])
     seconds = list(each.values())
     gaps = [row["gap"] for row in rows if "gap" in row][-10:]
     if not gaps:
