@@ -1,5 +1,8 @@
 """Warping error, consistency, totals, distributions, TAP-Vid, intervals: known answers."""
 
+import runpy
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -36,6 +39,7 @@ from mogan.evaluation.flow_statistics import (
     warping_error,
 )
 from mogan.evaluation.statistics import RESAMPLES, joint_draws, mean_interval, wasserstein, wasserstein_interval
+from mogan.lab.world import exact_flow, make_scene
 
 # ---------------------------------------------------------------- warping error, W1 to W4
 
@@ -320,6 +324,23 @@ def test_trajans_notebook_is_stricter_on_larger_videos_and_skips_frame_0():
     start[:, 0] += 100
     assert tap_vid(true, shown, start, shown, notebook=(256, 256)).average_jaccard == 1
     assert tap_vid(true, shown, start, shown).average_jaccard == pytest.approx(11 / 13)
+
+
+def test_stillness_scores_higher_the_less_there_is_to_follow_on_exact_tracks():
+    here = runpy.run_path(str(Path(__file__).parent.parent / "benchmarks" / "still_tracks.py"))
+    scenes = [make_scene(31, i) for i in range(60)]
+    for scene in scenes[:8]:
+        tracks, _ = here["exact_tracks"](scene)
+        flow = exact_flow(scene)[0][0]
+        x, y = tracks[:, 0].astype(int).T
+        np.testing.assert_allclose(tracks[:, 1] - tracks[:, 0], flow[:, y, x].T, atol=1e-5)
+    still, slow, fast = (
+        [here["of_stillness"](s) for s in scenes if low <= s.speed < high]
+        for low, high in ((0, 1e-6), (1e-6, 0.15), (0.7, 9))
+    )
+    assert {(s.average_jaccard, s.occlusion_accuracy) for s in still} == {(1.0, 1.0)}
+    for name in ("average_jaccard", "occlusion_accuracy"):
+        assert np.mean([getattr(s, name) for s in fast]) < np.mean([getattr(s, name) for s in slow]) < 1
 
 
 def test_trajans_two_rules_of_occlusion_are_no_complements():
