@@ -39,6 +39,7 @@ from mogan.rewards import (
     track_states,
 )
 from mogan.rollout import animate
+from mogan.schedule import draw_sigma
 from mogan.train import Position, draw, run_training, split, step
 from tiny_recipes import shift
 
@@ -374,6 +375,31 @@ def test_the_loss_weighs_both_halves_and_a_pair_shares_level_and_noise(form):
     clean = torch.cat([made, real])
     added = (x_t - (1 - level) * clean)[:, :, 1:] / level[:, :, 1:]
     torch.testing.assert_close(added[:2], added[2:], atol=1e-4, rtol=1e-4)
+
+
+def test_shared_level_and_noise_make_the_difference_within_a_pair_less_noisy():
+    objective, student, _ = stand_in(weight="linear", beta=1.0)
+    torch.manual_seed(5)
+    real = torch.randn(1, 2, 3, 4, 4)
+    made = real + 0.3 * torch.randn(real.shape)  # the two of a pair resemble each other
+    batch = replace(real_batch(1), pairs=pairs_of(made, real, torch.tensor([[-1.0, 1.0]])))
+    parameters = list(student.parameters())
+
+    def gradient(loss):
+        return torch.stack(torch.autograd.grad(loss, parameters))
+
+    shared, apart = [], []
+    for seed in range(300):
+        g = torch.Generator().manual_seed(seed)
+        shared.append(gradient(objective.student_loss(None, batch, g)[0]))
+        errors = [
+            velocity_error(student, x, torch.randn(x.shape, generator=g), draw_sigma(1, g, k=3.0), TEXT, given=1)
+            for x in (made, real)
+        ]
+        apart.append(gradient((errors[1] - errors[0]).mean()))
+    shared, apart = torch.stack(shared), torch.stack(apart)
+    assert (shared.var(0) < 0.5 * apart.var(0)).all()
+    assert ((shared.mean(0) - apart.mean(0)).abs() < 4 * (apart.var(0) / 300).sqrt()).all()  # the same on average
 
 
 def test_no_gradient_passes_between_student_and_rewards():
