@@ -409,7 +409,7 @@ def test_bars_hold_and_fail_where_they_should(tmp_path):
     bad["dmd"] |= {"minus_mogan": gaps}
     page = markdown("methods", {"systems": bad, "how": {"sentence": "s", "command": "c"}, "bars": []})
     assert "| Student updates, from the teacher on | - | - | 560 |" in page
-    assert "| Training, from the teacher on (minutes) | - | - | 1.5 |" in page
+    assert "| Training, from the teacher on (core-minutes) | - | - | 1.5 |" in page
     assert "Minus `mogan`, clip by clip" in page
     assert "Minus `dmd`" not in page
     assert "| dmd | - | **-0.100 [-0.200, -0.050]** | - | - | - | - | - | +0.100 [-0.200, +0.400] |" in page

@@ -272,7 +272,7 @@ def _costs(systems: dict[str, Any]) -> list[str]:
     minutes = [f"{cost['seconds'] / 60:.1f}" if cost else "-" for cost in costs]
     return [
         f"| Student updates, from the teacher on | {' | '.join(updates)} |",
-        f"| Training, from the teacher on (minutes) | {' | '.join(minutes)} |",
+        f"| Training, from the teacher on (core-minutes) | {' | '.join(minutes)} |",
     ]
 
 
