@@ -36,6 +36,9 @@ def table(recipe: str, clip: tuple[int, int, int]) -> list[str]:
         for number in NUMBERS:
             cells = []
             for lora in (None, 64):
+                if lora and number > 1:  # adapters train in one process
+                    cells.append("- | -")
+                    continue
                 found = price(split_over(config, number), number, lora, gpu)
                 least = f" of {found.available / 1e9:.0f}" if lora is None else ""
                 fits = found.fits

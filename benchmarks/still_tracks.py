@@ -11,7 +11,7 @@ import argparse
 import numpy as np
 
 from mogan.evaluation.distribution import TapVid, tap_vid
-from mogan.lab.world import Scene, make_scene, owner
+from mogan.lab.world import Scene, make_scene, owner, track
 
 SPEEDS = ((0.0, 1e-6), (1e-6, 0.15), (0.15, 0.7), (0.7, np.inf))  # px/frame
 
@@ -23,17 +23,10 @@ def exact_tracks(scene: Scene) -> tuple[np.ndarray, np.ndarray]:
     tracks, hidden = [], []
     for x, y in starts:
         mine = owners[0, y, x]
-        if mine < 0:  # the background moves with the camera
-            track = np.array([x, y]) + scene.camera_F2 - scene.camera_F2[0]
-        else:
-            sprite = scene.sprites[mine]
-            dx, dy = (x, y) - sprite.centres_F2[0]
-            turn = sprite.angles_F - sprite.angles_F[0]
-            turned = (np.cos(turn) * dx - np.sin(turn) * dy, np.sin(turn) * dx + np.cos(turn) * dy)
-            track = sprite.centres_F2 + np.stack(turned, 1)
-        column, row = np.clip(np.round(track), 0, scene.size - 1).astype(int).T
-        inside = ((track >= 0) & (track <= scene.size - 1)).all(1)
-        tracks.append(track)
+        path = track(scene, mine, x, y)
+        column, row = np.clip(np.round(path), 0, scene.size - 1).astype(int).T
+        inside = ((path >= 0) & (path <= scene.size - 1)).all(1)
+        tracks.append(path)
         hidden.append(~(inside & (owners[np.arange(scene.frames), row, column] == mine)))
     return np.stack(tracks), np.stack(hidden)
 

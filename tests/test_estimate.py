@@ -15,6 +15,7 @@ from conftest import TRANSFORMER, VAE
 from mogan.cli import main
 from mogan.config import Update
 from mogan.estimate import machines
+from mogan.estimate.advice import advise
 from mogan.estimate.check import compare, small
 from mogan.estimate.costs import (
     Codec,
@@ -25,7 +26,7 @@ from mogan.estimate.costs import (
     reward_call,
     transformer_calls,
 )
-from mogan.estimate.predict import advise, predict
+from mogan.estimate.predict import predict
 from mogan.estimate.shapes import PUBLISHED, Shapes, read_shapes, resized
 from mogan.estimate.trace import Call, Work, fake, sizes, trace
 from mogan.recipes import RECIPES, dmd2_wan_1_3b, find_recipe, mogan_wan_1_3b, shift_wan_1_3b
@@ -238,6 +239,9 @@ def test_advice_comes_in_order_and_ends_when_it_fits():
     changes = advise(config, 1, None, lambda c, n, r: price(c, n, r, "h100"))
     assert [c.what.split(":")[0].split()[0] for c in changes] == ["one", "learn", "shard"][: len(changes)]
     assert [c.fits for c in changes] == [False] * (len(changes) - 1) + [True]
+    shard = next(c for c in changes if c.what.startswith("shard"))
+    number = int(shard.what.split()[-2])  # with all weights: adapters train in one process
+    assert shard.peak == price(replace(config, checkpointing=True, plan=mogan_wan_1_3b().plan), number, gpu="h100").peak
 
 
 def test_a_folder_of_config_files_is_enough_and_a_mistake_is_a_sentence(family, tmp_path, capsys):
@@ -245,6 +249,7 @@ def test_a_folder_of_config_files_is_enough_and_a_mistake_is_a_sentence(family, 
     assert (shapes.latent, shapes.size.frames) == ((4, 4, 4, 4), 13)
     for arguments, message in (
         (["estimate", "mogan_lab", "--gpu", "abacus"], "no machine 'abacus'"),
+        (["estimate", "mogan_lab", "--gpus", "8", "--lora", "16"], "--lora trains in one process"),
         (["estimate", "mogan_lab", "--model", str(tmp_path)], "has no transformer/config.json"),
         (["estimate", "mogan_wan_1_3b", "--frames", "80"], "frames must be 4 k + 1"),
         (["estimate", "mogan_wan_1_3b", "--frames", "33"], "window of 12 is longer"),

@@ -10,9 +10,10 @@ import tyro
 
 from mogan.config import Config, GANConfig
 from mogan.errors import UserError
+from mogan.estimate.advice import Change, advise
 from mogan.estimate.costs import Costs, measure_costs
 from mogan.estimate.machines import CONTEXT, FRAGMENTS, MACHINES, REACHED_BANDWIDTH, REACHED_COMPUTE
-from mogan.estimate.predict import Change, Estimate, advise, predict
+from mogan.estimate.predict import Estimate, predict
 from mogan.estimate.shapes import read_shapes, resized
 from mogan.recipes import find_recipe
 
@@ -55,6 +56,8 @@ def estimate(
         raise UserError(f"no machine {gpu!r}: use one of {', '.join(MACHINES)}")
     if gpus < 1 or (lora is not None and lora < 1):
         raise UserError("--gpus and --lora take a number of at least 1")
+    if lora is not None and gpus > 1:
+        raise UserError("--lora trains in one process: leave out --gpus, or --lora")
     config = find_recipe(recipe)
     price = pricing(config, model, gpu, frames=frames, height=height, width=width, clips=clips)
     found = price(config, gpus, lora)

@@ -209,6 +209,19 @@ def exact_flow(scene: Scene) -> tuple[np.ndarray, np.ndarray]:
     return flow, visible
 
 
+def track(scene: Scene, number: int, x: float, y: float) -> np.ndarray:
+    """Where the surface point under ``(x, y)`` of the first frame is in every frame, ``(F, 2)`` pixels.
+
+    ``number`` is the sprite that it belongs to, -1 the background (see :func:`owner`).
+    """
+    if number < 0:
+        return np.array([x, y]) + scene.camera_F2 - scene.camera_F2[0]
+    sprite = scene.sprites[number]
+    across, down = _to_local(sprite, 0, x, y)
+    cos, sin = np.cos(sprite.angles_F), np.sin(sprite.angles_F)
+    return sprite.centres_F2 + np.stack([cos * across - sin * down, sin * across + cos * down], 1)
+
+
 def owner(scene: Scene, frame: int) -> np.ndarray:
     """Number of the sprite in front at every pixel, shape ``(H, W)``; -1 where the background shows."""
     y_HW, x_HW = np.mgrid[: scene.size, : scene.size].astype(np.float64)

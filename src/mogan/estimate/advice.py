@@ -1,0 +1,58 @@
+"""What to change in a recipe that does not fit, and what comes of it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from mogan.config import Config
+from mogan.estimate.predict import Estimate
+
+
+@dataclass(frozen=True)
+class Change:
+    """One thing to change, and what comes of it together with those before it."""
+
+    what: str
+    peak: float
+    fits: bool
+
+
+def advise(
+    config: Config, gpus: int, lora: int | None, price: Callable[[Config, int, int | None], Estimate]
+) -> tuple[Change, ...]:
+    """What to change, one after the other, until the run fits: cheapest in quality and in money first.
+
+    The text encoder is never on the GPU and the autoencoder is small, so nothing is gained by moving them.
+    """
+    changes: list[Change] = []
+
+    def attempt(what: str, changed: Config, number: int, rank: int | None) -> bool:
+        found = price(changed, number, rank)
+        changes.append(Change(what, found.peak, found.fits))
+        return found.fits
+
+    if not config.checkpointing:
+        config = replace(config, checkpointing=True)
+        if attempt("recompute activations: checkpointing=True in the recipe", config, gpus, lora):
+            return tuple(changes)
+    if any(u.batch // u.accumulate > 1 for u in config.plan):
+        config = replace(config, plan=tuple(replace(u, accumulate=u.batch) for u in config.plan))
+        if attempt("one clip at a time: accumulate = batch in the recipe's plan", config, gpus, lora):
+            return tuple(changes)
+    if lora is None:
+        lora = 64
+        if attempt("learn adapters instead of all weights: --lora 64", config, gpus, lora):
+            return tuple(changes)
+    for number in (2, 4, 8, 16, 32, 64):  # adapters train in one process
+        if number > gpus and price(config, number, None).fits:
+            attempt(f"shard all weights over {number} GPUs", config, number, None)
+            return tuple(changes)
+    if gpus < 64:
+        attempt("shard all weights over 64 GPUs", config, 64, None)
+    if config.gan is not None and config.gan.space == "motion":
+        for window in (9, 6, 4, 3):
+            if window < config.gan.window:
+                starts = config.gan.starts
+                shorter = replace(config, gan=replace(config.gan, window=window, starts=starts))
+                if attempt(f"a window of {window} latent frames in the recipe", shorter, max(gpus, 64), None):
+                    return tuple(changes)
+    return tuple(changes)
