@@ -24,7 +24,8 @@ from mogan.denoiser import Denoiser
 from mogan.files import replacing
 from mogan.objectives.flow_matching import velocity_error
 from mogan.objectives.shift import Shift
-from mogan.rewards import Flux, MotionRewards, state_size
+from mogan.pixel_flux import Flux, state_size
+from mogan.rewards import MotionRewards
 from mogan.rollout import animate
 from mogan.schedule import draw_sigma, shifted_levels
 

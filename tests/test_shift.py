@@ -25,10 +25,8 @@ from mogan.flow import RaftFlow
 from mogan.lab.world import exact_flow, make_scene, owner
 from mogan.objectives.flow_matching import velocity_error
 from mogan.objectives.shift import Pairs, Shift, advantages, pair_weights
-from mogan.recipes import shift_wan_1_3b
-from mogan.rewards import (
+from mogan.pixel_flux import (
     Flux,
-    MotionRewards,
     PixelFlux,
     Tracks,
     chain_flow,
@@ -38,6 +36,8 @@ from mogan.rewards import (
     state_size,
     track_states,
 )
+from mogan.recipes import shift_wan_1_3b
+from mogan.rewards import MotionRewards
 from mogan.rollout import animate
 from mogan.schedule import draw_sigma
 from mogan.train import Position, draw, run_training, split, step

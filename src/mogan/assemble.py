@@ -31,7 +31,8 @@ from mogan.objectives.shift import Shift
 from mogan.objectives.surrogate import Surrogate
 from mogan.objectives.together import Together
 from mogan.observation import MotionObservation, Observed
-from mogan.rewards import MotionRewards, PixelFlux
+from mogan.pixel_flux import PixelFlux
+from mogan.rewards import MotionRewards
 from mogan.rollout import Rollout
 from mogan.surrogate import MotionSurrogate, Remembered
 

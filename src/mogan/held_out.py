@@ -17,7 +17,7 @@ from mogan.checkpoint import held_out_motions, write_held_out_motions
 from mogan.data import open_cache
 from mogan.errors import UserError
 from mogan.flow import FlowEstimator
-from mogan.rewards import sample_at
+from mogan.pixel_flux import sample_at
 from mogan.sample import sample_student
 
 CLIPS, AT_ONCE = 64, 8  # judged, so that one clip more or less does not decide; in memory

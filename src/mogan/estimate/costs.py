@@ -23,7 +23,8 @@ from mogan.discriminator import Discriminator
 from mogan.estimate.shapes import Shapes
 from mogan.estimate.trace import Call, Work, fake, sizes, trace
 from mogan.flow import RaftConfig, RaftFlow, motion_picture, read_raft_config
-from mogan.rewards import MotionRewards, state_size
+from mogan.pixel_flux import state_size
+from mogan.rewards import MotionRewards
 
 TEXT_TOKENS = 128  # a long caption; cross-attention to the padding is folded into one token
 

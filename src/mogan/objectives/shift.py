@@ -19,7 +19,8 @@ from mogan.discriminator import discriminator_loss
 from mogan.objectives import Loss, Randomness
 from mogan.objectives.flow_matching import velocity_error
 from mogan.observation import motion_amount
-from mogan.rewards import MotionRewards, PixelFlux
+from mogan.pixel_flux import PixelFlux
+from mogan.rewards import MotionRewards
 from mogan.rollout import animate, normal
 from mogan.schedule import draw_sigma, uniform
 
