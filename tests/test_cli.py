@@ -111,7 +111,8 @@ def watched(key, values, update="student<gan"):
 @pytest.mark.parametrize(
     ("key", "values", "update", "word"),
     [
-        ("motion", [1.0] * 5 + [0.5] * 15, "student<gan", "stiller"),
+        ("motion", [1.0] * 5 + [0.5] * 15, "student<gan", "or raise gan.student_weight"),
+        ("motion", [1.0] * 5 + [0.5] * 15, "student<shift", "stop here, or raise shift.beta"),
         ("saturation", [0.4] * 5 + [0.55] * 15, "student<gan", "saturating"),
         ("loss", [0.1] * 50 + [0.3] * 5 + [0.5] * 15, "fake_score<dmd", "lags"),
         ("gap", [1.0] * 5 + [9.0] * 15, "discriminator<gan", "wins outright"),

@@ -33,7 +33,7 @@ class Journal:
         for warning in self.watch.read(line):
             tqdm.write(f"iteration {iteration}: {warning}")
             with (self.run / "warnings.log").open("a") as file:
-                file.write(f"{iteration} {warning}\n")
+                file.write(f"iteration {iteration}: {warning}\n")
 
     def close(self) -> None:
         """Flush and close."""

@@ -26,9 +26,11 @@ class Watch:
                 self._note(key, record[key])
         if update.startswith("fake_score") and record["iteration"] >= SETTLED:
             self._note("fake_loss", record["loss"])
+        by_shift = update == "student<shift"
+        livelier = "raise shift.beta" if by_shift else "lower the guidance of dmd or raise gan.student_weight"
         checks = (
             ("motion", self._ratio("motion") < 0.7, "the student is stiller than at its start: its clips move {now:.2f} "
-             "px/frame, at first {first:.2f}; stop here, or lower the guidance of dmd or raise gan.student_weight"),
+             "px/frame, at first {first:.2f}; stop here, or {livelier}"),
             ("saturation", self._difference("saturation") > 0.1, "colours are saturating: {now:.2f}, at first {first:.2f}; "
              "lower the learning rate of the student or the guidance of dmd"),
             ("fake_loss", self._ratio("fake_loss") > 1.3, "the fake score lags behind the student: its loss is {now:.3f}, at "
@@ -43,7 +45,7 @@ class Watch:
             iteration = record["iteration"]
             if wrong and iteration - self.said.get(key, -self.every) >= self.every:
                 self.said[key] = iteration
-                warnings.append(text.format(now=self._now(key), first=self._first(key)))
+                warnings.append(text.format(now=self._now(key), first=self._first(key), livelier=livelier))
         return warnings
 
     def _note(self, key: str, value: float) -> None:

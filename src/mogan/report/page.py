@@ -154,7 +154,7 @@ def _line(name: str, results: list[Result]) -> Line:
     return Line(metric.label, metric.unit, arrow, metric.about, tuple(cells))
 
 
-def _differences(results: list[Result]) -> list[tuple[str, str, list[tuple[str, bool]]]]:
+def _differences(results: list[Result]) -> list[tuple[str, str, list[tuple[str, str, bool]]]]:
     """Every other system minus the first, clip by clip on the same prompt and number, with an interval."""
     if len(results) < 2:
         return []
@@ -164,14 +164,14 @@ def _differences(results: list[Result]) -> list[tuple[str, str, list[tuple[str, 
         for other in results[1:]:
             found = mean_interval(*paired(results[0].good, other.good, name))
             if not found.n:
-                cells.append(("–", False))
+                cells.append(("–", "", False))
             elif found.ci95 is None:
-                cells.append((signed(found.mean), False))
+                cells.append((signed(found.mean), "", False))
             else:
                 low, high = found.ci95
-                words = f"{signed(found.mean)} ({signed(low)} to {signed(high)}, n {found.n})"
-                cells.append((words, low > 0 or high < 0))
-        if any(text != "–" for text, _ in cells):
+                interval = f"{signed(low)} to {signed(high)} · n {found.n}"
+                cells.append((signed(found.mean), interval, low > 0 or high < 0))
+        if any(mean != "–" for mean, _, _ in cells):
             table.append((METRICS[name].label, METRICS[name].unit, cells))
     return table
 

@@ -14,7 +14,7 @@ from mogan.files import write_atomically
 from mogan.lab.world import captions
 from mogan.report.page import report
 from mogan.study.collect import bars, combine, markdown, minus
-from mogan.study.columns import Column, methods, table1, table2
+from mogan.study.columns import MOGAN, Column, methods, table1, table2
 from mogan.study.cost import Cell, Trained, iterations_that_fit, training
 from mogan.study.figure import draw
 from mogan.study.jobs import Job, core_seconds, run_jobs
@@ -274,7 +274,8 @@ def collect(columns: tuple[Column, ...], numbers: range, measured: dict[Cell, Me
 def sampled_here(columns: tuple[Column, ...], numbers: range, out: Path) -> list[tuple[Column, Path]]:
     """Columns with clips in this folder, each with that of its first training seed that has them, relative to ``out``."""
     found = []
-    for column in columns:
+    # the report holds systems against its first
+    for column in sorted(columns, key=lambda column: column.name != MOGAN.name):
         homes = (Path(column.name) / f"seed{seed}" for seed in seeds_of(column, numbers))
         home = next((home for home in homes if (out / home / "results.json").is_file()), None)
         found += [(column, home)] if home else []
