@@ -10,6 +10,7 @@ from typing import Any
 
 import cv2
 import numpy as np
+from tqdm import tqdm
 
 from mogan.devices import choose_device
 from mogan.errors import UserError
@@ -123,7 +124,7 @@ class _Camera:
         self._cache: dict[str, tuple[str, str]] = {}
         self._spent = 0
         speeds = []
-        for result, clip in cells:
+        for result, clip in tqdm(cells, desc="flow of the clips shown", unit="clip"):
             path = result.base / clip["file"]
             if str(path) in self._fields or not path.is_file():
                 continue
