@@ -109,7 +109,7 @@ def methods() -> tuple[Column, ...]:
     )
     frozen = replace(shift, name="shift_frozen", about=f"{shift.about}, its rewards never refreshed")
     frozen = replace(frozen, recipe="mogan.study.columns:shift_frozen")
-    timed = (sft, dmd_long, msm_long, i2v_long, shift, frozen)
+    timed = (sft, dmd_long, msm_long, i2v_long, shift)
     return (
         TEACHER, sft, DMD, dmd_long, msm, msm_long, MOGAN, mogan_msm, i2v, i2v_long, shift, frozen,
         *map(_for_as_long, timed),
