@@ -65,13 +65,18 @@ def student_updates(column, known):
     return own + (student_updates(known[column.start], known) if column.start else 0)
 
 
-def test_what_is_given_the_first_frame_is_held_against_as_many_updates_or_seconds_of_fine_tuning():
+def test_columns_are_held_against_mogan_and_against_their_own_pair_of_as_many_updates_or_seconds():
     known = {c.name: c for c in columns.methods()}
-    updates, seconds = (
-        {c.against for c in known.values() if c.first_frames and bool(c.as_long_as) == t} for t in (0, 1)
-    )
-    assert (updates, seconds) == ({"sft_i2v_long"}, {"sft_i2v_long_t"})
-    assert {c.against for c in known.values() if not c.first_frames} == {"mogan"}
+    first = {c.against[0] for c in known.values() if c.first_frames and not c.as_long_as}
+    first_for_as_long = {c.against[0] for c in known.values() if c.first_frames and c.as_long_as}
+    assert (first, first_for_as_long) == ({"sft_i2v_long"}, {"sft_i2v_long_t"})
+    assert {c.against[0] for c in known.values() if not c.first_frames} == {"mogan"}
+    pairs = {c.name: c.against[1] for c in known.values() if len(c.against) > 1}
+    assert pairs == {"msm": "dmd", "msm_long": "dmd_long", "msm_long_t": "dmd_long_t", "shift_frozen": "shift"}
+    for name, pair in pairs.items():
+        mine, its = known[name], known[pair]
+        assert bool(mine.as_long_as) == bool(its.as_long_as)
+        assert student_updates(mine, known) == student_updates(its, known) or mine.as_long_as
 
 
 def test_methods_are_compared_at_equal_student_updates():

@@ -23,7 +23,7 @@ class Column:
         sampling: further options of ``mogan sample``.
         iterations: of training, in place of the recipe's.
         first_frames: image to video: sampled from the first frames of the held-out prompts' own clips.
-        against: the column whose clips its own are held against, clip by clip.
+        against: columns whose clips its own are held against, clip by clip.
         as_long_as: ``(column, other)``: train for as many iterations as take from the teacher to ``other``'s student, at
             the pace that ``column`` was trained at, seed by seed; in place of ``iterations``.
     """
@@ -36,7 +36,7 @@ class Column:
     sampling: tuple[str, ...] = ()
     iterations: int | None = None
     first_frames: bool = False
-    against: str = "mogan"
+    against: tuple[str, ...] = ("mogan",)
     as_long_as: tuple[str, str] | None = None
 
     @property
@@ -95,20 +95,21 @@ def methods() -> tuple[Column, ...]:
     """
     sft = Column("sft", "50 steps, fine-tuned on the motion-rich videos", "flow_matching_lab", iterations=560)
     sft = replace(sft, sampling=("--mode", "teacher"))
-    msm = Column("msm", "3 steps, DMD with motion scores", "msm_lab", videos=False)
+    msm = Column("msm", "3 steps, DMD with motion scores", "msm_lab", videos=False, against=("mogan", "dmd"))
     dmd_long = replace(DMD, name="dmd_long", about="3 steps, DMD and more of it", start="dmd", iterations=160)
     msm_long = replace(msm, name="msm_long", about="3 steps, MSM and more of it", start="msm", iterations=160)
+    msm_long = replace(msm_long, against=("mogan", "dmd_long"))
     mogan_msm = replace(
         MOGAN, name="mogan_msm", about="3 steps, MoGAN, motion scores in its DMD", recipe="mogan_msm_lab"
     )
     i2v = Column("sft_i2v", "10 steps, first frame given, fine-tuned", "sft_i2v_lab", first_frames=True)
-    i2v = replace(i2v, against="sft_i2v_long")  # as many updates as SHIFT's, and nothing of SHIFT
+    i2v = replace(i2v, against=("sft_i2v_long",))  # as many updates as SHIFT's, and nothing of SHIFT
     i2v_long = replace(i2v, name="sft_i2v_long", about=f"{i2v.about}, more of it", start="sft_i2v", iterations=156)
     shift = replace(
         i2v_long, name="shift", about="10 steps, first frame given, SHIFT", recipe="shift_lab", iterations=21
     )
     frozen = replace(shift, name="shift_frozen", about=f"{shift.about}, its rewards never refreshed")
-    frozen = replace(frozen, recipe="mogan.study.columns:shift_frozen")
+    frozen = replace(frozen, recipe="mogan.study.columns:shift_frozen", against=("sft_i2v_long", "shift"))
     timed = (sft, dmd_long, msm_long, i2v_long, shift)
     return (
         TEACHER, sft, DMD, dmd_long, msm, msm_long, MOGAN, mogan_msm, i2v, i2v_long, shift, frozen,
@@ -119,7 +120,7 @@ def methods() -> tuple[Column, ...]:
 def _for_as_long(column: Column) -> Column:
     about = f"{column.about}; for MoGAN's seconds"
     own = replace(column, name=f"{column.name}_t", about=about, iterations=None, as_long_as=(column.name, MOGAN.name))
-    return replace(own, against=f"{column.against}_t") if column.first_frames else own
+    return replace(own, against=tuple(base if base == MOGAN.name else f"{base}_t" for base in column.against))
 
 
 # ---------------------------------------------------------------------------------------------- variants

@@ -264,8 +264,8 @@ def collect(columns: tuple[Column, ...], numbers: range, measured: dict[Cell, Me
     for column in columns:
         clips = clips_of[column.name]
         systems[column.name] = combine(column, clips, rich, world) | {"first_frames": column.first_frames}
-        if column.name != column.against and column.against in clips_of:
-            systems[column.name][f"minus_{column.against}"] = minus(clips, clips_of[column.against])
+        bases = [base for base in column.against if base != column.name and base in clips_of]
+        systems[column.name] |= {f"minus_{base}": minus(clips, clips_of[base]) for base in bases}
         if column.recipe:
             systems[column.name] |= training(column, seeds_of(column, numbers), known, trained)
     return systems
