@@ -1,4 +1,5 @@
 import json
+import re
 import subprocess
 import sys
 
@@ -27,6 +28,69 @@ def test_a_reader_that_leaves_early_gets_no_traceback(words):
 def test_unknown_command_is_one_clear_error(capsys):
     assert main(["tarin"]) == 2
     assert "no command 'tarin'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "meant"),
+    [
+        (["trian", "mogan_lab"], "train"),
+        (["surve"], "survey"),
+        (["survey", "bild", "x"], "survey build"),
+        (["train", "moagn_lab", "--data", "x", "--out", "y"], "mogan_lab"),
+        (["train", "mogan_lab", "--dta", "x", "--out", "y"], "--data"),
+        (["train", "mogan_lab", "--data", "x", "--out", "y", "--save_evry=3"], "--save-every"),
+        (["estimate", "mogan_lab", "--jsn"], "--json"),
+        (["estimate", "mogan_lab", "--gpu", "h10"], "h100"),
+        (["estimate", "mogan_lab", "--model", "wan2.1-t2v-13b"], "wan2.1-t2v-1.3b"),
+    ],
+)
+def test_a_misspelt_word_is_answered_with_the_word_that_was_meant(words, meant, capsys):
+    assert main(words) == 2
+    said = capsys.readouterr().err
+    assert f"did you mean {meant!r}?" in said
+    assert "dmd2_wan" not in said
+
+
+@pytest.mark.parametrize("word", ["--compile", "--no-compile", "--save_every=3", "--iterations=7"])
+def test_options_are_taken_in_every_spelling_there_is(word, capsys):
+    assert main(["train", "mogan_lab", "--data", "x", "--out", "y", "--dry-run", word]) == 0
+    assert json.loads(capsys.readouterr().out)["recipe"] == "mogan_lab"
+
+
+CTRL_C = """
+import os, signal, sys
+from importlib.abc import MetaPathFinder
+
+wanted = sys.argv[1]
+class Interrupting(MetaPathFinder):
+    def find_spec(self, name, *_):
+        if name == wanted:
+            os.kill(os.getpid(), signal.SIGINT)
+
+sys.meta_path.insert(0, Interrupting())
+from mogan import cli
+def late() -> None:
+    import antigravity
+late.__module__ = "late"
+sys.modules["late"] = sys.modules["__main__"]
+cli.COMMANDS["demo"] = ("late:late", "imports a module while it runs")
+sys.argv[1:] = sys.argv[2:]
+cli.run()
+"""
+
+
+@pytest.mark.parametrize(
+    ("module", "words"),
+    [
+        ("tyro", ["vbench", "x"]),
+        ("mogan.evaluation.vbench", ["vbench", "x"]),
+        ("antigravity", ["demo"]),
+    ],
+)
+def test_ctrl_c_is_130_and_a_sentence_while_modules_are_imported_and_afterwards(module, words):
+    done = subprocess.run([sys.executable, "-c", CTRL_C, module, *words], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (130, "")
+    assert done.stderr == f"mogan {words[0]}: interrupted; give the same command again to finish\n"
 
 
 @pytest.mark.slow
@@ -95,10 +159,62 @@ def test_an_ablation_changes_one_thing(ablation):
     assert changed == {"no-dmd": {"plan", "dmd"}, "no-r1r2": {"gan"}, "latent-gan": {"gan"}}[ablation]
 
 
-def test_recipes_may_live_elsewhere():
+MINE = """
+from mogan.recipes import mogan_lab
+def gentler():
+    return mogan_lab().with_budget(3)
+def broken():
+    return gentler().learning_rate
+def nonsense():
+    from dataclasses import replace
+    return replace(gentler(), sigmas=(0.5,))
+def needs(argument):
+    return argument
+def nothing():
+    return None
+A_CONFIG = mogan_lab()
+"""
+
+
+@pytest.fixture
+def own_recipes(tmp_path, monkeypatch):
+    """A folder that only its being the current one puts on Python's way."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", [p for p in sys.path if p])
+    (tmp_path / "my_recipes_here.py").write_text(MINE)
+    (tmp_path / "my_typo.py").write_text("import torhc\n")
+    (tmp_path / "my_slip.py").write_text("def f(:\n")
+    yield tmp_path
+    for name in ("my_recipes_here", "my_typo", "my_slip"):
+        sys.modules.pop(name, None)
+
+
+def test_recipes_may_live_elsewhere(own_recipes):
     assert find_recipe("mogan.recipes:mogan_lab") == find_recipe("mogan_lab")
-    with pytest.raises(UserError, match="module:function"):
-        find_recipe("json:dumps")
+    assert find_recipe("my_recipes_here:gentler").iterations == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("my_recipes_here:broken", r"failed\n.*my_recipes_here.py\", line 6, in broken\n.*\nAttributeError: .*learning_rate"),
+        ("my_recipes_here:nonsense", r"my_recipes_here.py\", line 9, in nonsense\n.*\nValueError: sigmas must fall"),
+        ("my_recipes_here:needs", "TypeError: needs.. missing 1 required positional argument"),
+        ("my_recipes_here:nothing", "returns a NoneType, not a mogan Config"),
+        ("my_recipes_here:A_CONFIG", "has no function 'A_CONFIG' that returns a Config"),
+        ("my_recipes_here:gentlr", "my_recipes_here.py has no function 'gentlr': did you mean 'gentler'"),
+        ("my_typo:f", r"my_typo cannot be imported\n.*my_typo.py\", line 1, in .*\nModuleNotFoundError: .*torhc"),
+        ("my_slip:f", r"my_slip.py\", line 1\n.*SyntaxError"),
+        ("my_recipe_here:gentler", "no module 'my_recipe_here' in this folder or on PYTHONPATH"),
+        ("./my_recipes_here.py:gentler", "did you mean my_recipes_here:gentler"),
+    ],
+)  # fmt: skip
+def test_an_error_in_ones_own_recipe_is_told_as_ones_own(name, said, own_recipes):
+    with pytest.raises(UserError) as error:
+        find_recipe(name)
+    assert re.search(said, str(error.value), re.DOTALL), str(error.value)
+    assert "recipes/__init__" not in str(error.value)
+    assert "importlib" not in str(error.value)
 
 
 def watched(key, values, update="student<gan"):

@@ -183,10 +183,10 @@ def test_the_same_vote_sent_many_times_at_once_counts_once(client):
     assert sorted(reply["kept"] for reply in replies) == ["new"] + ["same"] * 7
 
 
-def test_a_visit_resumes_by_its_link_and_by_its_participant_number(client, folder):
+def test_a_visit_resumes_by_its_link_and_by_its_platforms_link(client, folder):
     first = enter(client, PROLIFIC_PID="abc", STUDY_ID="s", SESSION_ID="1")
     client.post("/api/vote", json=ballot(0))
-    assert enter(client, PROLIFIC_PID="abc", STUDY_ID="s", SESSION_ID="2")["done"] == 1
+    assert enter(client, PROLIFIC_PID="abc", STUDY_ID="s", SESSION_ID="1")["done"] == 1
     assert client.get("/api/visit").json()["screens"] == first["screens"]
     assert enter(client, workerId="abc", hitId="h", assignmentId="a")["token"] != first["token"]
     assert enter(client)["token"] != enter(client)["token"]
@@ -194,6 +194,27 @@ def test_a_visit_resumes_by_its_link_and_by_its_participant_number(client, folde
     with TestClient(make_app(folder)) as again:  # the server was started anew
         again.headers["authorization"] = f"Bearer {first['token']}"
         assert again.get("/api/visit").json()["screens"] == first["screens"]
+
+
+@pytest.mark.parametrize(
+    ("theirs", "others"),
+    [
+        ({"PROLIFIC_PID": "abc", "SESSION_ID": "1"}, {"PROLIFIC_PID": "abc", "SESSION_ID": "2"}),
+        ({"PROLIFIC_PID": "abc", "SESSION_ID": "1"}, {"PROLIFIC_PID": "abc"}),
+        ({"PROLIFIC_PID": "abc"}, {"PROLIFIC_PID": "abc"}),
+        ({"workerId": "w", "assignmentId": "a", "hitId": "h"}, {"workerId": "w", "hitId": "h"}),
+        ({"workerId": "w", "assignmentId": "a"}, {"workerId": "w", "assignmentId": "b"}),
+    ],
+)
+def test_a_participants_number_alone_opens_nobodys_visit(client, theirs, others):
+    visit = enter(client, **theirs)
+    for slot in range(len(visit["screens"])):
+        kept = client.post("/api/vote", json=ballot(slot)).json()
+    del client.headers["authorization"]
+    reply = client.post("/api/visit", json={"consent": True, "platform": others, "device": DEVICE})
+    assert (reply.status_code, list(reply.json())) == (409, ["error"])
+    assert kept["code"] not in reply.text
+    assert visit["token"] not in reply.text
 
 
 @pytest.mark.parametrize("token", ["", "x", "Bearer", "Bearer ", "Bearer a.b", "Basic abc", "Bearer " + "a" * 5000])

@@ -169,13 +169,16 @@ def test_killed_and_resumed_run_ends_with_identical_weights(family, cache, unint
 
 
 @pytest.mark.slow
-def test_sigterm_saves_first(family, cache, tmp_path):
+@pytest.mark.parametrize(("ending", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_sigterm_and_ctrl_c_save_first(ending, code, family, cache, tmp_path):
     process = run_cli(family, cache, tmp_path, "--iterations", "500", "--save-every", "1000")
     wait_for(lambda: (tmp_path / "metrics.jsonl").is_file() and (tmp_path / "metrics.jsonl").read_text(), process)
-    process.terminate()
-    assert process.wait(60) != 0
+    process.send_signal(ending)
+    assert process.wait(60) == code
     assert latest_checkpoint(tmp_path) is not None
-    assert "goes on from there" in process.stderr.read()
+    said = process.stderr.read()
+    assert "goes on from there" in said
+    assert "Traceback" not in said
 
 
 @pytest.mark.slow

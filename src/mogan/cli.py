@@ -3,10 +3,17 @@
 import atexit
 import importlib
 import os
+import signal
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from inspect import signature
+from threading import current_thread, main_thread
 from typing import NoReturn
 
-from mogan.errors import UserError
+from mogan.errors import UserError, closest
+
+INTERRUPTED = 130  # as a shell counts a process that Ctrl-C ended
 
 COMMANDS = {
     "demo": ("mogan.lab.demo:demo", "post-train the lab's student, evaluate it, write a report"),
@@ -45,7 +52,7 @@ def usage() -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command. Exit codes: 0 done, 2 a mistake the user can fix (one sentence on standard error)."""
+    """Run one command. Exit codes: 0 done, 2 a mistake the user can fix (one sentence on standard error), 130 Ctrl-C."""
     words = sys.argv[1:] if arguments is None else arguments
     if words and words[0] == "--version":
         from mogan import __version__
@@ -54,28 +61,80 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     name = " ".join(words[:2]) if " ".join(words[:2]) in COMMANDS else " ".join(words[:1])
     if name not in COMMANDS:
-        group = [n for n in COMMANDS if n.split()[0] == name]
-        if words and words[0] not in ("-h", "--help", *(n.split()[0] for n in COMMANDS)):
-            print(f"mogan: no command {words[0]!r}\n\n{usage()}", file=sys.stderr)
-            return 2
-        if group:
-            print("\n".join(f"  mogan {n}  {COMMANDS[n][1]}" for n in group))
-        else:
-            print(usage())
-        return 0 if not words or words[-1] in ("-h", "--help") else 2
-    import tyro
-
-    module, function = COMMANDS[name][0].split(":")
-    command = getattr(importlib.import_module(module), function)
+        return _list_commands(words)
     try:
-        tyro.cli(command, prog=f"mogan {name}", args=words[len(name.split()) :])
+        with _leaving_at_once(name):
+            import tyro
+
+            module, function = COMMANDS[name][0].split(":")
+            command = getattr(importlib.import_module(module), function)
+        options = words[len(name.split()) :]
+        _check_options(command, options)
+        tyro.cli(command, prog=f"mogan {name}", args=options)
     except UserError as error:
         print(f"mogan {name}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"mogan {name}: interrupted; the same command goes on where it stopped", file=sys.stderr)
-        return 130
+        print(_interrupted(name), file=sys.stderr)
+        return INTERRUPTED
     return 0
+
+
+def _interrupted(name: str) -> str:
+    return f"mogan {name}: interrupted; give the same command again to finish"
+
+
+@contextmanager
+def _leaving_at_once(name: str) -> Iterator[None]:
+    """Ctrl-C while modules are imported, when nothing has been begun, ends the process on the spot.
+
+    A ``KeyboardInterrupt`` in there may meet C++ that does not expect it (torch's then aborts) or code that takes it for a
+    module that is missing.
+    """
+
+    def leave(*_: object) -> None:
+        os.write(2, f"{_interrupted(name)}\n".encode())
+        os._exit(INTERRUPTED)
+
+    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler or current_thread() is not main_thread():
+        yield  # whoever calls us has a way of their own
+        return
+    signal.signal(signal.SIGINT, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _list_commands(words: list[str]) -> int:
+    """What there is, for whoever asked or named none of it."""
+    groups = {n.split()[0] for n in COMMANDS}
+    asked = not words or words[-1] in ("-h", "--help")
+    if not words or words[0] in ("-h", "--help"):
+        print(usage())
+    elif words[0] in groups:  # survey, weights, lab
+        if not asked and len(words) > 1:
+            hint = closest(" ".join(words[:2]), [n for n in COMMANDS if n.split()[0] == words[0]])
+            print(f"mogan: no command '{words[0]} {words[1]}'{hint}", file=sys.stderr)
+        print("\n".join(f"  mogan {n}  {text}" for n, (_, text) in COMMANDS.items() if n.split()[0] == words[0]))
+    else:
+        hint = closest(words[0], sorted(groups))
+        print(f"mogan: no command {words[0]!r}{hint or chr(10) * 2 + usage()}", file=sys.stderr)
+        return 2
+    return 0 if asked else 2
+
+
+def _check_options(command: Callable[..., None], words: list[str]) -> None:
+    """Name an option that was misspelt: tyro does so only where no other one is missing."""
+    known = {"--help"}
+    for name, parameter in signature(command).parameters.items():
+        renamed = [m.name for m in getattr(parameter.annotation, "__metadata__", ()) if getattr(m, "name", None)]
+        option = (renamed or [name.replace("_", "-")])[0]
+        known |= {f"--{option}", f"--no-{option}"}
+    for word in words:
+        option = word.partition("=")[0].replace("_", "-")
+        if option.startswith("--") and option not in known and (hint := closest(option, sorted(known))):
+            raise UserError(f"no option {option}{hint}")
 
 
 def run() -> NoReturn:
@@ -86,6 +145,8 @@ def run() -> NoReturn:
             code = main()
         except SystemExit as stop:
             code = stop.code
+        except KeyboardInterrupt:
+            code = INTERRUPTED
         sys.stdout.flush()
     except BrokenPipeError:  # whoever read the output has gone, as `head` does: nothing more can be written there
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -6,6 +6,7 @@ is the run that was never stopped, and a run of many processes is, but for round
 
 import json
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import closing
@@ -223,8 +224,10 @@ def run_training(parts: Assembly, run: Path, gain: Gain | None = None) -> None:
             if (done % config.sample_every == 0 or done == config.iterations) and config.sample_prompts:
                 sample_sheet(parts, run, done)
             if leaving:
-                said = f"stopped after iteration {done} and saved; the same command goes on from there"
-                raise SystemExit(said if world.main else 1)
+                if world.main:
+                    said = f"stopped after iteration {done} and saved; the same command goes on from there"
+                    print(f"\n{said}", file=sys.stderr)
+                raise SystemExit(stop.code)
             if over:
                 break
     if journal is not None:
@@ -254,17 +257,19 @@ def resume(parts: Assembly, run: Path) -> int:
 class _graceful_stop:
     """SIGTERM and SIGINT ask for a stop after the current iteration; a second one stops at once.
 
-    ``torchrun`` passes a Ctrl-C on to processes that have already got it: two within a second are one.
+    ``torchrun`` passes a Ctrl-C on to processes that have already got it: two within a second are one. ``code`` is what a
+    process that it ended leaves with: 130 after SIGINT, 143 after SIGTERM.
     """
 
     def __enter__(self):
-        self.asked = 0.0
+        self.asked, self.code = 0.0, 128 + signal.SIGINT
         self.old = {s: signal.signal(s, self._ask) for s in (signal.SIGTERM, signal.SIGINT)}
         return self
 
     def _ask(self, number, frame):
         if self.asked and time.monotonic() > self.asked + 1:
             raise KeyboardInterrupt
+        self.code = 128 + number
         self.asked = self.asked or time.monotonic()
 
     def __bool__(self):

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import tyro
 
 from mogan.config import Config, GANConfig
-from mogan.errors import UserError
+from mogan.errors import UserError, closest
 from mogan.estimate.advice import Change, advise
 from mogan.estimate.costs import Costs, measure_costs
 from mogan.estimate.machines import CONTEXT, FRAGMENTS, MACHINES, REACHED_BANDWIDTH, REACHED_COMPUTE
@@ -53,7 +53,8 @@ def estimate(
         json_output: print JSON.
     """
     if gpu not in MACHINES:
-        raise UserError(f"no machine {gpu!r}: use one of {', '.join(MACHINES)}")
+        hint = closest(gpu, MACHINES) or f": use one of {', '.join(MACHINES)}"
+        raise UserError(f"no machine {gpu!r}{hint}")
     if gpus < 1 or (lora is not None and lora < 1):
         raise UserError("--gpus and --lora take a number of at least 1")
     if lora is not None and gpus > 1:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mogan.errors import UserError
+from mogan.errors import UserError, closest
 from mogan.wan import WAN_22, Geometry, fit_latents, geometry, lab_folder
 
 
@@ -102,6 +102,8 @@ def read_shapes(model: str) -> Shapes:
     for part in ("transformer", "vae", "text_encoder"):
         path = folder / part / "config.json"
         if not path.is_file():
+            if hint := closest(model, PUBLISHED) if not folder.exists() else "":
+                raise UserError(f"no model {model!r}{hint}")
             raise UserError(
                 f"{model} has no {part}/config.json: give a diffusers folder, lab, or {', '.join(PUBLISHED)}"
             )

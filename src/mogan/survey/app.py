@@ -3,7 +3,7 @@
 | call | does |
 |---|---|
 | ``GET /api/survey`` | what the first page says |
-| ``POST /api/visit`` ``{consent, platform, device}`` | a new rater (or, from a platform, the same one again) |
+| ``POST /api/visit`` ``{consent, platform, device}`` | a new rater (or, by the same platform's link, the same one again) |
 | ``GET /api/visit`` | resume; the rater's token is in ``Authorization: Bearer`` |
 | ``POST /api/vote`` ``{slot, answers, watch}`` | keep one vote; 200 once it is on the disk |
 
@@ -33,7 +33,7 @@ from starlette.routing import Route
 from mogan.survey import guard
 from mogan.survey.folder import Item, Survey, read_survey
 from mogan.survey.plan import Slot
-from mogan.survey.store import Full, Store, Visit, completion_code, link_token, rater_of
+from mogan.survey.store import Begun, Full, Store, Visit, completion_code, link_token, rater_of
 
 RANGE = re.compile(r"bytes=(\d{0,12})-(\d{0,12})")
 CHUNK = 1 << 18
@@ -152,6 +152,9 @@ async def _visit(request: Request) -> Response:
     state.new_by_address.spend(address)
     try:
         visit = await _at_desk(request, state.store.open, _external(platform), platform, device, time.time())
+    except Begun:
+        state.wrong_tokens.spend(address)
+        raise HTTPException(409, "You have begun before: open the page in the browser you began in.") from None
     except Full:
         raise HTTPException(503, "The study is full. Thank you for coming.") from None
     return _answer(visit_for_browser(state.survey, state.items, visit))

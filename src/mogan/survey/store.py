@@ -53,6 +53,10 @@ class Full(Exception):
     """The survey has had as many visitors as it can take."""
 
 
+class Begun(Exception):
+    """Somebody has begun under this external name, from another link."""
+
+
 class Store:
     """The votes of one survey folder."""
 
@@ -72,11 +76,20 @@ class Store:
             )
 
     def open(self, external: str | None, platform: dict[str, str], device: dict, now: float) -> Visit:
-        """A new rater with a plan of their own; whoever comes back under the same external name resumes."""
+        """A new rater with a plan of their own; whoever comes back by the same platform's link resumes.
+
+        A participant's number is no secret, so it alone opens nobody's visit: the link must carry the session, too.
+
+        Raises:
+            Begun: the external name has a visit that was begun from another link.
+            Full: there are too many.
+        """
         with self._writing():
             if external is not None:
-                row = self.db.execute("SELECT id FROM raters WHERE external = ?", (external,)).fetchone()
+                row = self.db.execute("SELECT id, platform FROM raters WHERE external = ?", (external,)).fetchone()
                 if row:
+                    if not _same_session(json.loads(row[1]), platform):
+                        raise Begun
                     visit = self._visit(row[0])
                     assert visit is not None
                     return visit
@@ -155,6 +168,12 @@ class Store:
             if self.db.in_transaction:
                 self.db.execute("ROLLBACK")
             raise
+
+
+def _same_session(before: dict[str, str], now: dict[str, str]) -> bool:
+    """Whether two links are of one session, which the platform draws anew for every submission and shows nobody else."""
+    sessions = [link.get("SESSION_ID") or link.get("assignmentId") or "" for link in (before, now)]
+    return sessions[0] != "" and hmac.compare_digest(*(s.encode() for s in sessions))
 
 
 def connect(path: Path) -> sqlite3.Connection:
