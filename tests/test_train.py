@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import torch
 
 from mogan.assemble import assemble
 from mogan.checkpoint import check_same_run, checkpoints, latest_checkpoint, load_checkpoint, stored
-from mogan.config import Optimizer
+from mogan.config import LEARN_BY, Optimizer, Update
 from mogan.data import open_cache
 from mogan.errors import UserError
 from mogan.recipes import ABLATIONS, ablate
@@ -65,6 +66,56 @@ def test_each_update_moves_its_own_network_and_no_other(recipe, family, cache):
                 others = [u for u in config.plan[:index] if u.learns == name]
                 if not others:
                     assert all(p.grad is None for p in network.parameters()), (update.label, name)
+
+
+def test_the_tests_above_make_every_update_that_a_plan_may_hold():
+    made = {(u.learns, judge) for recipe in RECIPES.values() for u in recipe().plan for judge in u.judges}
+    assert made == {(learns, judge) for judge, networks in LEARN_BY.items() for learns in networks}
+
+
+@pytest.mark.parametrize(
+    ("learns", "by", "said"),
+    [
+        ("discriminator", "dmd", "by dmd learn student and fake_score, not 'discriminator'"),
+        ("fake_score", "gan", "by gan learn student and discriminator, not 'fake_score'"),
+        ("fake_score", "flow_matching", "by flow_matching learn student, not 'fake_score'"),
+        ("teacher", "dmd", "not 'teacher'"),
+        ("student", "seed", "no objective is named 'seed'; there are dmd, gan, surrogate, flow_matching"),
+        ("student", "ema", "no objective is named 'ema'"),
+        ("student", "given+ema", "no objective is named 'given'"),
+        ("student", "", "no objective is named ''"),
+        ("student", "dmd+", "no objective is named ''"),
+        ("student", "dmd+dmd", "by each of them once"),
+        ("discriminator", "gan+surrogate", "only the student learns by several"),
+        ("student", "dmd+flow_matching", "only dmd, gan, surrogate judge a rollout together"),
+        ("student", "shift", "the config has no shift"),
+    ],
+)
+def test_a_plan_with_an_update_that_no_objective_offers_is_refused(learns, by, said):
+    config = surrogate()
+    with pytest.raises(ValueError, match=re.escape(said)):
+        replace(
+            config,
+            plan=(*config.plan, Update(learns=learns, by=by, batch=2)),
+            optimizers=dict.fromkeys((*config.optimizers, learns), Optimizer(lr=1.0)),
+        )
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"optimizer": "student"}, "the optimiser student is the student's; give the fake_score its own"),
+        ({"optimizer": "adam"}, "no optimiser named adam"),
+        ({"times": 0}, "times must be at least 1, not 0"),
+        ({"every": 0}, "every must be at least 1"),
+        ({"accumulate": 0}, "accumulate must be at least 1"),
+        ({"batch": 3, "accumulate": 2}, "batch 3 does not split into 2 parts"),
+    ],
+)
+def test_a_plan_with_numbers_or_optimisers_that_mean_nothing_is_refused(wrong, said):
+    config = dmd()
+    with pytest.raises(ValueError, match=f"^fake_score<dmd: {said}"):
+        replace(config, plan=(config.plan[0], replace(config.plan[1], **wrong)))
 
 
 def test_accumulation_gives_the_same_gradient_as_one_batch_when_the_draws_agree(family, cache):

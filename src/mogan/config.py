@@ -3,6 +3,17 @@
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
+# What an update may say: the networks that learn by each objective
+LEARN_BY = {
+    "dmd": ("student", "fake_score"),
+    "gan": ("student", "discriminator"),
+    "surrogate": ("student", "discriminator", "surrogate"),
+    "flow_matching": ("student",),
+    "motion_score": ("student",),
+    "shift": ("student", "reward"),
+}
+OF_ROLLOUTS = ("dmd", "gan", "surrogate")  # they judge what the student makes, so several may judge one rollout
+
 
 @dataclass(frozen=True, kw_only=True)
 class Optimizer:
@@ -26,9 +37,8 @@ class Update:
     """One kind of step within an iteration.
 
     Attributes:
-        learns: the network that learns: ``student``, ``fake_score``, ``discriminator``, ``surrogate`` or ``reward``.
-        by: the objective that judges: ``dmd``, ``gan``, ``surrogate``, ``flow_matching``, ``motion_score`` or ``shift``; of
-            the student also several on one rollout, ``dmd+gan``.
+        learns: the network that learns, by an objective that :data:`LEARN_BY` lists for it.
+        by: the objective that judges; of the student also several of :data:`OF_ROLLOUTS` on one rollout, ``dmd+gan``.
         times: repetitions within one iteration.
         batch: clips per step.
         accumulate: the batch is processed in this many parts.
@@ -241,14 +251,20 @@ class Config:
             raise ValueError(f"sigmas must fall from 1 to above 0, not {self.sigmas}")
         if self.lora is not None and self.lora < 1:
             raise ValueError(f"lora must be a rank of at least 1, not {self.lora}")
+        learner: dict[str, str] = {}  # of each optimiser
         for place, update in enumerate(self.plan):
+            _check_judges(update)
+            _check_numbers(update)
             if update.optimizer_name not in self.optimizers:
                 raise ValueError(f"{update.label}: no optimiser named {update.optimizer_name}")
+            if learner.setdefault(update.optimizer_name, update.learns) != update.learns:
+                raise ValueError(
+                    f"{update.label}: the optimiser {update.optimizer_name} is the {learner[update.optimizer_name]}'s; "
+                    f"give the {update.learns} its own"
+                )
             for judge in update.judges:
-                if getattr(self, judge, None) is None:
+                if getattr(self, judge) is None:
                     raise ValueError(f"{update.label}: the config has no {judge}")
-            if update.batch % update.accumulate:
-                raise ValueError(f"{update.label}: batch {update.batch} does not split into {update.accumulate} parts")
             if (
                 update.again
                 and _clips(update) not in [_clips(u) for u in self.plan[:place] if u.learns == "student"][-1:]
@@ -256,6 +272,28 @@ class Config:
                 raise ValueError(
                     f"{update.label}: the student's update before it does not make the clips to judge again"
                 )
+
+
+def _check_judges(update: Update) -> None:
+    """Refuse what no objective offers."""
+    for judge in update.judges:
+        if judge not in LEARN_BY:
+            raise ValueError(f"{update.label}: no objective is named {judge!r}; there are {', '.join(LEARN_BY)}")
+        if update.learns not in LEARN_BY[judge]:
+            raise ValueError(f"{update.label}: by {judge} learn {' and '.join(LEARN_BY[judge])}, not {update.learns!r}")
+    together = len(update.judges) > 1
+    if together and (update.learns != "student" or len(set(update.judges)) < len(update.judges)):
+        raise ValueError(f"{update.label}: only the student learns by several objectives at once, by each of them once")
+    if together and not set(update.judges) <= set(OF_ROLLOUTS):
+        raise ValueError(f"{update.label}: only {', '.join(OF_ROLLOUTS)} judge a rollout together")
+
+
+def _check_numbers(update: Update) -> None:
+    for name in ("times", "batch", "accumulate", "every", "unless"):
+        if (number := getattr(update, name)) is not None and number < 1:
+            raise ValueError(f"{update.label}: {name} must be at least 1, not {number}")
+    if update.batch % update.accumulate:
+        raise ValueError(f"{update.label}: batch {update.batch} does not split into {update.accumulate} parts")
 
 
 def _clips(update: Update) -> tuple:

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from mogan.config import Config, DMDConfig
-from mogan.recipes.dmd import dmd2_wan_1_3b, dmd_lab
+from mogan.recipes.dmd import dmd2_long_wan_1_3b, dmd_lab
 from mogan.recipes.mogan import mogan_lab
 
 
@@ -19,8 +19,8 @@ def msm_wan_1_3b() -> Config:
     The paper follows CausVid's released code, so does ``dmd2_wan_1_3b``: steps, guidance, shift, lr 2e-6 and betas
     (0.9, 0.999) are those of its section 5.1. Clipping, weight decay, batch and average are not given there.
     """
-    base = dmd2_wan_1_3b()
-    return replace(base, recipe="msm_wan_1_3b", dmd=_with_motion(base.dmd), iterations=14000)  # 5.1
+    base = dmd2_long_wan_1_3b()
+    return replace(base, recipe="msm_wan_1_3b", dmd=_with_motion(base.dmd))
 
 
 def mogan_msm_lab() -> Config:
