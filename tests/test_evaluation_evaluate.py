@@ -150,7 +150,7 @@ def test_a_file_cut_in_the_middle_of_its_data_is_an_error_or_counted_honestly(fo
         (lambda root: (root / "absent",), "is no folder"),
         (lambda root: ((root / "empty"),), "holds no video"),
         (lambda root: (root / "ghosts",), "none of the 1 files"),
-        (lambda root: (root / "torn",), "not one JSON object per line"),
+        (lambda root: (root / "torn",), r"samples\.jsonl line 1 is not JSON"),
         (lambda root: (root / "a", root / "b"), "no prompt in common"),
         (lambda root: (root / "a", root / "deep" / "a"), "two folders are called 'a'"),
     ],
@@ -221,10 +221,13 @@ def test_folders_that_share_only_some_prompts_are_compared_with_a_warning(folder
         assert any("1 prompts are not in every folder" in warning for warning in system["how"]["warnings"])
 
 
-@pytest.mark.parametrize("row", ['{"file": "a.mp4", "prompt": "a", "index": "two"}', "[1]", '{"file": "a.mp4"}'])
+@pytest.mark.parametrize(
+    "row",
+    ['{"file": "a.mp4", "prompt": "a", "index": "two"}', "[1]", '{"prompt": "a"}', '{"file": "a.mp4", "prompt": 3}'],
+)
 def test_a_list_with_a_line_that_cannot_be_used_is_refused(tmp_path, row):
     (tmp_path / "samples.jsonl").write_text(row + "\n")
-    with pytest.raises(UserError, match=r"samples\.jsonl has a line"):
+    with pytest.raises(UserError, match=r"samples\.jsonl line 1"):
         read_folder(tmp_path, "x")
 
 

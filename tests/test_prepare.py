@@ -20,11 +20,12 @@ from PIL import Image
 
 from mogan import prepare as module
 from mogan.cli import main
-from mogan.clips import clips_of, motion_of, scan, shots
+from mogan.clips import clips_of, motion_of, shots
 from mogan.data import draw_batch, open_cache
 from mogan.errors import UserError
 from mogan.lab import world
 from mogan.lab.render import render_folder
+from mogan.listing import scan
 from mogan.prepare import prepare_cache, prepare_prompts
 from mogan.video import Frame, write_video
 from test_video import broken, numbered

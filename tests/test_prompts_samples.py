@@ -13,7 +13,8 @@ from conftest import CAPTIONS
 from mogan import prompts as prompts_module
 from mogan.errors import UserError
 from mogan.evaluation.evaluate import evaluate
-from mogan.prompts import KNOWN, about, fingerprint, read_prompts, warn_if_changed
+from mogan.lists import read_prompts
+from mogan.prompts import KNOWN, about, fingerprint, warn_if_changed
 from mogan.sample import jobs_of, sample
 from mogan.samples import append_samples, listed_samples, refuse_others
 
@@ -22,6 +23,8 @@ from mogan.samples import append_samples, listed_samples, refuse_others
     ("name", "content", "found"),
     [
         ("p.txt", "one\r\n\n two \none\n", ["one", "two"]),
+        ("metadata.csv", 'file_name,caption\na.mp4,one\nb.mp4,"a, b"\n', ["one", "a, b"]),
+        ("P.JSONL", '{"file_name": "a.mp4", "caption": "one"}\n"two"\n', ["one", "two"]),
         ("p.txt", "\ufeffone\na line\u2028that goes on\n", ["one", "a line\u2028that goes on"]),
         ("p.jsonl", '{"caption": "three"}\n{"prompt": "four"}\n', ["three", "four"]),
         ("VBench_full_info.json", '[{"prompt_en": "a", "dimension": ["scene"]}, {"prompt_en": "b"}]', ["a", "b"]),
@@ -37,12 +40,12 @@ def test_prompts_are_read_from_every_kind_of_file(tmp_path, name, content, found
     ("name", "content", "words"),
     [
         ("p.txt", b"\n", "holds no prompts"),
-        ("p.jsonl", b'{"caption": "three"}\n{"prom', "not a list of prompts"),
-        ("p.json", b"[1, 2]", "not a list of prompts"),
-        ("p.json", b"7", "not a list of prompts"),
+        ("p.jsonl", b'{"caption": "three"}\n{"prom', r"p\.jsonl line 2 is not JSON"),
+        ("p.json", b"[1, 2]", r"p\.json entry 1 is not a JSON object"),
+        ("p.json", b"7", r"p\.json is not a list"),
         ("p.json", b'[{"other": "x"}]', "holds no prompts"),
-        ("p.txt", b"\xff\xfe\x00", "not a list of prompts"),
-        (None, b"", "no prompts at"),
+        ("p.txt", b"\xff\xfe\x00", "line 1 is not UTF-16 text"),
+        (None, b"", r"is not there: give a \.txt file"),
     ],
 )
 def test_what_is_no_list_of_prompts_is_refused_in_one_sentence(tmp_path, name, content, words):

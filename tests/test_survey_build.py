@@ -44,7 +44,7 @@ def test_a_listing_gives_prompts_that_no_file_name_could_hold(tmp_path):
         (tmp_path / name / "samples.jsonl").write_text(json.dumps(row) + "\n")
     survey = build(a=str(tmp_path / NAMES[0]), b=str(tmp_path / NAMES[1]), out=tmp_path / "survey")
     (pair,) = survey.of_kind("pair")
-    assert (pair.prompt, pair.index, pair.seed, pair.systems) == ("is it a/b?\n" * 30, 2, 7, NAMES)
+    assert (pair.prompt, pair.index, pair.seed, pair.systems) == (("is it a/b?\n" * 30).strip(), 2, 7, NAMES)
 
 
 def test_metadata_and_sound_are_left_behind_and_frames_are_not_touched(tmp_path):
@@ -171,18 +171,34 @@ def test_folders_are_read_as_the_evaluation_reads_them(tmp_path):
 
 def test_listings_are_checked_line_by_line(tmp_path):
     make_clip(tmp_path / "0.mp4", 0)
+    make_clip(tmp_path / "2.mp4", 0)
     listing = tmp_path / "samples.jsonl"
     good = {"file": "0.mp4", "prompt": "p", "index": 0, "seed": 1}
     for line, match in (
-        ("{", "not one JSON object per line"),
-        ('{"file": "0.mp4"}', "without file or prompt"),
+        ("{", "samples.jsonl line 1 is not JSON"),
+        ('{"file": "0.mp4"}', "gives 0.mp4 no caption"),
         (json.dumps({**good, "file": "1.mp4"}), "none of the 1 files"),
         (json.dumps(good) + "\n" + json.dumps({**good, "file": "1.mp4", "index": 1}), "1.mp4, which is not there"),
-        (json.dumps(good) + "\n" + json.dumps({**good, "file": "./0.mp4"}), "two clips"),
+        (json.dumps(good) + "\n" + json.dumps({**good, "file": "2.mp4"}), "two clips"),
     ):
         listing.write_text(line)
         with mistake(match):
             read_samples(tmp_path)
+    listing.write_text(json.dumps(good) + "\n" + json.dumps({**good, "file": "./0.mp4", "seed": 2}))
+    ((_, entry),) = read_samples(tmp_path).items()  # one file under two names, the last line counts
+    assert (entry.path, entry.seed) == (tmp_path / "0.mp4", 2)
+
+
+def test_a_clip_that_cannot_be_opened_lacks_nobody_but_its_partner(tmp_path, capsys):
+    folders = make_folders(tmp_path)
+    bad = tmp_path / NAMES[1] / f"{PROMPTS[1]}-0.mp4"
+    bad.unlink()
+    bad.mkdir()
+    with mistake("lack a partner"):
+        build(tuple(folders), out=tmp_path / "survey")
+    assert f"left out: {bad} is a folder, not a file" in capsys.readouterr().out
+    survey = build(tuple(folders), out=tmp_path / "survey", common=True)
+    assert PROMPTS[1] not in {item.prompt for item in survey.of_kind("pair")}
 
 
 def test_different_seeds_are_not_paired(tmp_path):

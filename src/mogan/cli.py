@@ -2,6 +2,7 @@
 
 import atexit
 import importlib
+import io
 import os
 import signal
 import sys
@@ -140,6 +141,8 @@ def _check_options(command: Callable[..., None], words: list[str]) -> None:
 def run() -> NoReturn:
     """:func:`main` as a process of its own."""
     code: int | str | None
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a file's name need not be text that a terminal can show
     try:
         try:
             code = main()

@@ -1,12 +1,9 @@
-"""What a folder of videos holds: its captions, its shots, clips of one length, how much they move."""
+"""What a video holds: its shots, clips of one length, how much they move."""
 
-import csv
-import json
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 
 import cv2
 import numpy as np
@@ -14,12 +11,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mogan.errors import UserError
 from mogan.flow import FlowEstimator
-from mogan.video import SUFFIXES, Frame
-
-FILE_COLUMNS = ("file_name", "video", "video_path", "path")
-CAPTION_COLUMNS = ("caption", "text", "prompt")
+from mogan.video import Frame
 
 # A cut is a pair of frames whose thumbnails (16 x 16, 0 to 255) differ on average by more than CUT_FLOOR, by more than
 # CUT_DEVIATIONS median absolute deviations above the median of the CUT_RADIUS pairs on either side, and by more than
@@ -28,16 +21,6 @@ CUT_FLOOR = 16.0
 CUT_DEVIATIONS = 6.0
 CUT_RADIUS = 24
 CUT_ISOLATION = 2.0
-
-
-@dataclass(frozen=True)
-class Source:
-    """A video file, its name in the folder (POSIX), its caption; ``problem`` says why it cannot be used."""
-
-    path: Path
-    name: str
-    caption: str | None
-    problem: str | None = None
 
 
 @dataclass(frozen=True)
@@ -57,92 +40,6 @@ class ShortShot:
     start: int
     start_s: float
     frames: int
-
-
-# ---------------------------------------------------------------------------------------------- files and captions
-
-
-def scan(folder: str | Path, default_caption: str | None = None) -> list[Source]:
-    """Videos of a folder and of the folders in it, with captions, sorted by name.
-
-    A caption is the row of ``metadata.jsonl`` or ``metadata.csv`` at the top of the folder, else the text file beside
-    the video (``name.txt`` beside ``name.mp4``), else ``default_caption``.
-
-    Raises:
-        UserError: the folder is missing, holds no video, or its metadata cannot be read.
-    """
-    folder = Path(folder)
-    if folder.is_file() and folder.suffix.lower() in SUFFIXES:
-        captions, files, folder = {}, {folder.name: folder}, folder.parent
-    elif folder.is_dir():
-        captions = _read_metadata(folder)
-        found = (p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and not p.name.startswith("."))
-        files = {p.relative_to(folder).as_posix(): p for p in found}
-        files |= {name: folder / name for name in captions if name not in files}
-    else:
-        raise UserError(f"{folder} is not a folder of videos, a video, or a .txt file of prompts")
-    if not files:
-        raise UserError(f"{folder} holds no video ({', '.join(SUFFIXES)})")
-    return [_source(files[name], name, captions.get(name), default_caption) for name in sorted(files)]
-
-
-def _source(path: Path, name: str, caption: str | None, default: str | None) -> Source:
-    if not path.exists():
-        return Source(path, name, caption, "listed in the metadata but not there")
-    beside = path.with_suffix(".txt")
-    if caption is None and beside.is_file():
-        try:
-            caption = beside.read_text(encoding="utf-8-sig").strip()
-        except UnicodeDecodeError:
-            return Source(path, name, None, f"its caption {beside.name} is not UTF-8 text")
-    if caption is None:
-        caption = default
-    problem = None if caption is not None else "no caption: add a row to metadata.jsonl, a .txt file, or give --caption"
-    return Source(path, name, caption, problem)
-
-
-def _read_metadata(folder: Path) -> dict[str, str]:
-    """Captions by file name; empty when there is no metadata file."""
-    paths = [p for p in (folder / "metadata.jsonl", folder / "metadata.csv") if p.is_file()]
-    if len(paths) > 1:
-        raise UserError(f"{folder} holds both metadata.jsonl and metadata.csv: keep one")
-    if not paths:
-        return {}
-    path = paths[0]
-    captions: dict[str, str] = {}
-    try:
-        lines = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text: save it as UTF-8") from error
-    for number, row in _rows(path, lines):
-        name = next((row[c] for c in FILE_COLUMNS if row.get(c)), None)
-        caption = next((row[c] for c in CAPTION_COLUMNS if row.get(c) is not None), None)
-        if not isinstance(name, str) or (caption is not None and not isinstance(caption, str)):
-            wanted = f"{' | '.join(FILE_COLUMNS)} and {' | '.join(CAPTION_COLUMNS)}"
-            raise UserError(f"{path} line {number} needs the columns {wanted}")
-        name = name.removeprefix("./").replace("\\", "/")
-        if name in captions:
-            raise UserError(f"{path} line {number} names {name} a second time: keep one caption per file")
-        if caption is not None:
-            captions[name] = caption.strip()
-    return captions
-
-
-def _rows(path: Path, text: str) -> Iterator[tuple[int, dict]]:
-    if path.suffix == ".csv":
-        reader = csv.DictReader(text.splitlines(keepends=True))
-        for row in reader:
-            yield reader.line_num, row
-        return
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise UserError(f"{path} line {number} is not JSON ({error.msg})") from error
-            if not isinstance(row, dict):
-                raise UserError(f"{path} line {number} is not a JSON object")
-            yield number, row
 
 
 # ---------------------------------------------------------------------------------------------- shots and clips

@@ -120,7 +120,8 @@ def open_cache(path: str | Path) -> Cache:
         raise UserError(f"{path} is not a cache: make one with `mogan prepare VIDEOS --model M --out {path}`")
     if not (path / "index.jsonl").is_file():
         raise UserError(f"{path} is not finished: run the same `mogan prepare` command again, it continues")
-    entries = [json.loads(line) for line in (path / "index.jsonl").read_text(encoding="utf-8").splitlines()]
+    lines = (path / "index.jsonl").read_text(encoding="utf-8").split("\n")  # captions may hold other ends of lines
+    entries = [json.loads(line) for line in lines if line]
     has_clips = facts["contents"] == "clips"
     if not entries:
         raise UserError(f"{path} holds no clip: see its dropped.jsonl and skipped.jsonl for the reasons")

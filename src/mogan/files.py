@@ -1,9 +1,11 @@
 """Files appear whole or not at all: written under a temporary name, flushed to disk, renamed."""
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 
 @contextmanager
@@ -28,3 +30,8 @@ def write_atomically(path: Path, text: str) -> None:
     """Write a text file in UTF-8, whole or not at all."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def json_line(row: Any) -> bytes:
+    """One line of JSON in UTF-8; bytes of a file's name that are not UTF-8 as JSON's escapes, read as the same name."""
+    return (json.dumps(row, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")

@@ -7,16 +7,17 @@ import torch
 from torch import Tensor
 
 from mogan.autoencoder import encode_video
-from mogan.clips import scan, to_video
+from mogan.clips import to_video
 from mogan.denoiser import Denoiser
 from mogan.errors import UserError
+from mogan.listing import scan
 from mogan.rollout import animate, normal
 from mogan.video import read_frames
 from mogan.wan import Geometry
 
 
 def clip_of_prompts(folder: Path, prompts: list[str]) -> dict[str, Path]:
-    """For every prompt, the first clip of a folder (see :func:`mogan.clips.scan`) that has it as its caption.
+    """For every prompt, the first clip of a folder (see :func:`mogan.listing.scan`) that has it as its caption.
 
     Raises:
         UserError: a prompt is no clip's caption.

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import queue
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -12,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from mogan.clips import ShortShot, Source, clips_of, motion_of
+from mogan.clips import ShortShot, clips_of, motion_of
 from mogan.errors import UserError
-from mogan.files import replacing
+from mogan.files import json_line, replacing
 from mogan.flow import FlowEstimator
+from mogan.listing import Source
 from mogan.video import probe, read_frames
 
 if TYPE_CHECKING:
@@ -85,12 +87,12 @@ def _record(out: Path, source: Source) -> dict:
 
 
 def _record_path(out: Path, name: str) -> Path:
-    return out / "sources" / f"{hashlib.sha256(name.encode()).hexdigest()[:16]}.json"
+    return out / "sources" / f"{hashlib.sha256(os.fsencode(name)).hexdigest()[:16]}.json"
 
 
 def _write_record(out: Path, record: dict) -> None:
     with replacing(_record_path(out, record["source"])) as temporary:
-        temporary.write_text(json.dumps(record, ensure_ascii=False) + "\n", encoding="utf-8")
+        temporary.write_bytes(json_line(record))
 
 
 def file_sha(path: Path) -> str:

@@ -7,6 +7,7 @@ its final name, and ``index.jsonl`` is derived from those at the end.
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache as once
@@ -19,10 +20,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mogan import data
-from mogan.clips import Source, make_clip, scan, to_video
+from mogan.clips import make_clip, to_video
 from mogan.errors import UserError
-from mogan.files import replacing
+from mogan.files import json_line, replacing
 from mogan.flow import FlowEstimator
+from mogan.listing import Source, scan
+from mogan.lists import SUFFIXES, read_prompts
 from mogan.measure import Done, in_threads, measure
 from mogan.video import read_frames
 
@@ -68,7 +71,7 @@ def prepare(
 ) -> None:
     """Turn a folder of videos, or a file of prompts, into a cache to train on.
 
-    Captions come from `metadata.jsonl` or `metadata.csv` in the folder, or from `name.txt` beside `name.mp4`. Videos
+    Captions come from `metadata.jsonl`, `.json`, `.csv` or `.tsv` in the folder, or from `name.txt` beside `name.mp4`. Videos
     are brought to the model's frame rate and size, split at shot cuts and into clips of the model's length; each clip's
     motion is measured, its latent and the embedding of its caption are stored. Run the same command again after a kill,
     or after adding videos: what is done is not done again.
@@ -77,7 +80,8 @@ def prepare(
     file, no caption); `motion.png` shows how much the clips move.
 
     Args:
-        source: a folder of videos, one video, or a .txt file with a prompt per line (for recipes that need no videos).
+        source: a folder of videos, one video, or a list of prompts (for recipes that need no videos): a .txt file with one
+            per line, or the captions of a .jsonl, .json, .csv or .tsv file.
         out: folder of the cache.
         model: "lab", a diffusers folder, or a hub id.
         motion_rich: keep only clips that move; the next two options say how much.
@@ -106,7 +110,7 @@ def prepare(
     target = choose_device(device)
     text = once(lambda: wan.load_text(folder, target))
     text_facts = {"model": model} | {part: wan.fingerprint(folder, part) for part in ("text_encoder", "tokenizer")}
-    if source.suffix.lower() == ".txt":
+    if source.suffix.lower() in SUFFIXES and not source.is_dir():
         count = prepare_prompts(source, out, text_facts, lambda p: text()(p), extra_prompts)
         print(f"{count} prompts cached in {out}")
         return
@@ -169,17 +173,9 @@ def prepare_prompts(
     encode_text: Callable[[list[str]], list[Tensor]],
     extra_prompts: Sequence[str] = (),
 ) -> int:
-    """Cache prompts alone: one per line, empty lines ignored, each once. Returns how many."""
+    """Cache prompts alone, those of :func:`mogan.lists.read_prompts`. Returns how many."""
     source, out = Path(source), Path(out)
-    if not source.is_file():
-        raise UserError(f"{source} is not there")
-    try:
-        lines = source.read_text(encoding="utf-8-sig").splitlines()
-    except UnicodeDecodeError as error:
-        raise UserError(f"{source} is not UTF-8 text: save it as UTF-8") from error
-    prompts = list(dict.fromkeys(line.strip() for line in lines if line.strip()))
-    if not prompts:
-        raise UserError(f"{source} holds no prompt: write one per line")
+    prompts = read_prompts(source)
     _claim(out, {"contents": "prompts"} | fingerprints)
     data.ensure_text(out, [*prompts, "", *extra_prompts], encode_text)
     _write_jsonl(out / "index.jsonl", [{"id": data.text_path(out, p).stem, "caption": p} for p in prompts])
@@ -268,8 +264,7 @@ def _claim(out: Path, facts: dict[str, Any]) -> None:
 
 def _write_jsonl(path: Path, rows: list[dict]) -> None:
     with replacing(path) as temporary:
-        lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        temporary.write_text("".join(lines), encoding="utf-8")
+        temporary.write_bytes(b"".join(map(json_line, rows)))
 
 
 # ---------------------------------------------------------------------------------------------- choose
@@ -278,7 +273,7 @@ def _write_jsonl(path: Path, rows: list[dict]) -> None:
 def _entries(source: Source, record: dict) -> list[dict]:
     """Index lines of a source's clips. An id follows from name, contents and start: a changed file gets new ones."""
     stem = "".join(c if c.isascii() and c.isalnum() else "-" for c in source.path.stem).strip("-")[:40] or "clip"
-    mark = hashlib.sha256(f"{source.name}\0{record['sha']}".encode()).hexdigest()[:8]
+    mark = hashlib.sha256(os.fsencode(f"{source.name}\0{record['sha']}")).hexdigest()[:8]
     return [
         {"id": f"{stem}-{mark}-{clip['start']:06d}", "source": source.name, "caption": source.caption}
         | {"start": clip["start"], "start_s": clip["start_s"], "motion": clip["motion"], "repeats": clip["repeats"]}
@@ -311,9 +306,14 @@ def _dropped(sources, records, found, threshold, geometry) -> list[dict]:
 
 def _notes(sources: list[Source], records: list[dict], geometry: "Geometry") -> tuple[str, ...]:
     read = [(s, r) for s, r in zip(sources, records, strict=True) if r["done"]]
+    outside = [s.name for s in sources if s.outside]
     slow = [s.name for s, r in read if r["source_fps"] and r["source_fps"] < 0.75 * geometry.fps]
     small = [s.name for s, r in read if r["source_height"] < geometry.height or r["source_width"] < geometry.width]
     notes = []
+    if outside:
+        notes.append(
+            f"{len(outside)} videos lie outside the folder (first {outside[0]}): its list names them, so they were read"
+        )
     if slow:
         notes.append(
             f"{len(slow)} videos have far fewer than {geometry.fps} frames per second (first {slow[0]}): frames were "

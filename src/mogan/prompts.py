@@ -1,19 +1,14 @@
-"""Lists of prompts: files of several kinds, and a checksum that says which list it is.
+"""A checksum that says which list of prompts it is.
 
 The benchmarks' prompts are not part of this package: bring their files, and the checksum tells whether they are the ones
 that papers mean.
 """
 
 import hashlib
-import json
 import unicodedata
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
-
-from mogan.errors import UserError
-
-FIELDS = ("prompt", "caption", "text", "prompt_en")
 
 # fingerprint -> name. VBench: VBench_full_info.json of Vchitect/VBench 45e79ec, all of it and by dimension.
 # VideoJAM-Bench: the list of 128 that goes round as videojam_prompts.txt (its bytes: sha256 0e3c5043f9c09e8f...).
@@ -26,40 +21,6 @@ KNOWN = {
     "3379e0dc6334240920b45e48f805c184617b0c432805ec5f0a32c4bff4e18065": "VideoJAM-Bench (128 prompts)",
 }
 ASKED_FOR = {"videojam": "VideoJAM-Bench", "vbench_full_info": "VBench"}  # what the name of a file promises
-
-
-def read_prompts(path: Path) -> list[str]:
-    """Prompts of a file, each once, in its order.
-
-    Args:
-        path: text with one prompt per line; jsonl or json with ``prompt``, ``caption``, ``text`` or ``prompt_en`` in
-            every row, as in VBench_full_info.json; or json that is a list of texts.
-
-    Raises:
-        UserError: no such file, or no prompts in it.
-    """
-    if not path.is_file():
-        raise UserError(f"no prompts at {path}: give a .txt file with one prompt per line")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-        if path.suffix == ".json":
-            lines = [_prompt(row) for row in json.loads(text)]
-        else:
-            lines = [line for line in text.split("\n") if line.strip()]
-            if path.suffix == ".jsonl":
-                lines = [_prompt(json.loads(line)) for line in lines]
-    except (ValueError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"{path} is not a list of prompts ({error}): give a .txt file with one prompt per line"
-        ) from error
-    unique = list(dict.fromkeys(line.strip() for line in lines if line.strip()))
-    if not unique:
-        raise UserError(f"{path} holds no prompts: write one per line, or rows with {', '.join(FIELDS)}")
-    return unique
-
-
-def _prompt(row: Any) -> str:
-    return row if isinstance(row, str) else str(next((row[name] for name in FIELDS if row.get(name)), ""))
 
 
 def fingerprint(prompts: Iterable[str]) -> str:

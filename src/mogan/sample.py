@@ -22,9 +22,10 @@ from mogan.devices import choose_device
 from mogan.errors import UserError
 from mogan.first_frames import clip_of_prompts, sample_from_first_frames
 from mogan.flowmo import FLOWMO_STEPS, FlowMo
+from mogan.lists import read_prompts
 from mogan.lora import factors, merge
 from mogan.motion_score import steer
-from mogan.prompts import KNOWN, fingerprint, read_prompts, warn_if_changed
+from mogan.prompts import KNOWN, fingerprint, warn_if_changed
 from mogan.rollout import normal, roll_out
 from mogan.samples import append_samples, listed_samples, refuse_others
 from mogan.video import write_video
@@ -132,7 +133,8 @@ def sample(
     """Sample clips for every prompt and seed into a folder of mp4 files; run it again to go on where it stopped.
 
     Args:
-        prompts: text file with one prompt per line, jsonl, or json such as VBench_full_info.json.
+        prompts: text file with one prompt per line, or rows with a caption or prompt: jsonl, csv, tsv, or json such as
+            VBench_full_info.json.
         out: folder for the clips and samples.jsonl.
         model: lab, lab-teacher, a diffusers folder, an export, or a training run.
         mode: few steps at the student's own levels, or many guided steps; auto asks the model.

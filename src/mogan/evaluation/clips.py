@@ -1,30 +1,35 @@
 """Which clips a folder holds, and of which prompt each is."""
 
-import csv
-import json
+import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from mogan.errors import UserError
-
-SUFFIXES = (".mp4", ".webm", ".mov", ".mkv", ".avi", ".gif")
+from mogan.listing import File, Folder, refuse_twice
+from mogan.lists import Row, printable, read_rows
+from mogan.video import SUFFIXES
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One clip: where it is, its prompt, its number among the clips of that prompt, its seed if known."""
+    """One clip: where it is, its prompt, its number among the clips of that prompt, its seed if known.
+
+    ``problem`` says why it cannot be opened.
+    """
 
     path: Path
     prompt: str
     index: int = 0
     seed: int | None = None
+    problem: str | None = None
 
 
 @dataclass(frozen=True)
 class System:
     """The clips of one generator. ``missing`` are listed but not there, ``unlisted`` are there but in no list.
 
+    ``outside`` lie outside the folder; ``uncaptioned`` are listed without a caption, and their names stand for it.
     ``prompt_lists`` are fingerprints of the lists of prompts that ``samples.jsonl`` says were sampled from.
     """
 
@@ -35,6 +40,8 @@ class System:
     missing: tuple[str, ...] = field(default=())
     unlisted: tuple[str, ...] = field(default=())
     prompt_lists: tuple[str, ...] = field(default=())
+    outside: tuple[str, ...] = field(default=())
+    uncaptioned: tuple[str, ...] = field(default=())
 
 
 def find_systems(dirs: tuple[Path, ...]) -> list[System]:
@@ -69,77 +76,93 @@ def unshared_prompts(systems: list[System]) -> int:
 
 
 def read_folder(folder: Path, name: str) -> System:
-    """Clips of one folder: by ``samples.jsonl``, by ``metadata.jsonl`` or ``.csv``, else by their names.
+    """Clips of one folder: by ``samples.jsonl``, by ``metadata.jsonl`` or another list, else those right in it.
 
-    ``{prompt}-{k}.mp4`` is VBench's naming; any other name is a prompt of its own.
+    The prompt of a clip that no list names is the text file beside it, else its name: ``{prompt}-{k}.mp4`` is VBench's
+    naming, any other name is a prompt of its own.
     """
     if not folder.is_dir():
         raise UserError(f"{folder} is no folder: give a folder of clips")
-    files = sorted(
-        p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES and p.is_file() and not p.name.startswith(".")
-    )
-    rows, naming = _listed(folder)
-    if rows is None:
+    here = Folder(folder)
+    samples = here.path / "samples.jsonl"
+    path = samples if os.path.lexists(samples) else here.list_in(here.path)
+    if path is None:
+        files = [file for name, file in sorted(here.videos.items()) if "/" not in name]
         if not files:
             raise UserError(f"{folder} holds no video ({', '.join(SUFFIXES)}): give a folder of clips")
-        named = tuple(_by_name(path) for path in files)
-        naming = "VBench ({prompt}-{k})" if all(re.fullmatch(r".+-\d+", p.stem) for p in files) else "file names"
-        return System(name, folder, named, naming)
-    found = _entries(folder, naming, rows)
-    missing = tuple(name for name, entry in found.items() if not entry.path.is_file())
-    entries = tuple(entry for entry in found.values() if entry.path.is_file())
-    if not entries:
-        raise UserError(
-            f"none of the {len(missing)} files that {folder / naming} lists is in {folder}: check the names"
-        )
-    known = {entry.path.name for entry in entries}
-    unlisted = tuple(p.name for p in files if p.name not in known)
-    lists = tuple(sorted({str(row["prompts_sha256"]) for row in rows if row.get("prompts_sha256")}))
-    return System(name, folder, entries, naming, missing, unlisted, lists)
+        clips, naming = _by_texts_and_names(here, files)
+        return System(name, folder, clips, naming, unlisted=_left(here, files))
+    rows = read_rows(path)
+    found = [(here.find(row, here.path), row) for row in rows]
+    if path.name != "samples.jsonl":
+        refuse_twice(found)
+    entries = _entries(found)
+    there = [file for file, _ in found if file.there]
+    missing = tuple(dict.fromkeys(file.name for file, _ in found if not file.there))
+    if not there:
+        raise UserError(f"none of the {len(missing)} files that {path} lists is in {folder}: check the names")
+    return System(
+        name,
+        folder,
+        tuple(entries[file.name] for file in dict.fromkeys(there)),
+        path.name,
+        missing,
+        _left(here, there),
+        tuple(sorted({str(row.values["prompts_sha256"]) for row in rows if row.values.get("prompts_sha256")})),
+        tuple(dict.fromkeys(file.name for file in there if file.outside)),
+        tuple(dict.fromkeys(file.name for file, row in found if file.there and row.caption is None)),
+    )
 
 
-def _entries(folder: Path, naming: str, rows: list[dict[str, object]]) -> dict[str, Entry]:
+def _left(here: Folder, files: list[File]) -> tuple[str, ...]:
+    """Videos that are not among these."""
+    names = {file.name for file in files}
+    return tuple(name for name, file in sorted(here.videos.items()) if name not in names and file.problem is None)
+
+
+def _entries(found: list[tuple[File, Row]]) -> dict[str, Entry]:
     """By file name; where a file is listed twice, the last line counts."""
-    found: dict[str, Entry] = {}
+    entries: dict[str, Entry] = {}
     counts: dict[str, int] = {}
-    for row in rows:
-        try:
-            file, prompt = (
-                _first(row, "file", "file_name", "video", "video_path", "path"),
-                _first(row, "prompt", "caption", "text"),
-            )
-            if file is None or prompt is None:
-                raise UserError(f"{folder / naming} has a line without file or prompt: {json.dumps(row)[:120]}")
-            number, seed = _first(row, "index"), _first(row, "seed")
-            index = counts.get(str(prompt), 0) if number is None else int(str(number))
-            entry = Entry(folder / str(file), str(prompt), index, None if seed is None else int(str(seed)))
-        except (ValueError, AttributeError) as error:
-            raise UserError(f"{folder / naming} has a line that cannot be used ({error}): {str(row)[:120]}") from error
-        counts[str(prompt)] = counts.get(str(prompt), 0) + 1
-        found[str(file)] = entry
-    return found
+    for file, row in found:
+        named = _by_name(file)
+        prompt = row.caption or named.prompt
+        index = _number(row, "index")
+        if index is None:
+            index = counts.get(prompt, 0) if row.caption else named.index
+        counts[prompt] = counts.get(prompt, 0) + 1
+        entries[file.name] = Entry(file.path, prompt, index, _number(row, "seed"), file.problem)
+    return entries
 
 
-def _listed(folder: Path) -> tuple[list[dict[str, object]] | None, str]:
-    for name in ("samples.jsonl", "metadata.jsonl"):
-        if (folder / name).is_file():
+def _number(row: Row, column: str) -> int | None:
+    value = row.values.get(column)
+    try:
+        return None if value in (None, "") else int(str(value))
+    except ValueError as error:
+        raise UserError(f"{row.where}: {column} is no whole number ({str(value)[:40]}): correct it") from error
+
+
+def _by_texts_and_names(here: Folder, files: list[File]) -> tuple[tuple[Entry, ...], str]:
+    entries, counts, texts = [], dict[str, int](), 0
+    for file in files:
+        entry, problem, caption = _by_name(file), file.problem, None
+        if problem is None:
             try:
-                lines = (folder / name).read_text(encoding="utf-8").split("\n")
-                return [json.loads(line) for line in lines if line.strip()], name
-            except ValueError as error:
-                raise UserError(
-                    f"{folder / name} is not one JSON object per line ({error}): correct or remove it"
-                ) from error
-    if (folder / "metadata.csv").is_file():
-        with (folder / "metadata.csv").open(newline="", encoding="utf-8-sig") as file:
-            return list(csv.DictReader(file)), "metadata.csv"
-    return None, ""
+                caption = here.caption_beside(file)
+            except UserError as error:
+                problem = f"its caption cannot be read: {error}"
+        if caption is not None:
+            entry = Entry(file.path, caption, counts.get(caption, 0))
+            counts[caption] = entry.index + 1
+            texts += 1
+        entries.append(Entry(entry.path, entry.prompt, entry.index, problem=problem))
+    numbered = all(re.fullmatch(r".+-\d+", Path(file.name).stem, re.DOTALL) for file in files)
+    naming = "VBench ({prompt}-{k})" if numbered else "file names"
+    return tuple(entries), f"text files, else {naming}" if texts else naming
 
 
-def _first(row: dict[str, object], *names: str) -> object | None:
-    return next((row[name] for name in names if row.get(name) not in (None, "")), None)
-
-
-def _by_name(path: Path) -> Entry:
-    match = re.fullmatch(r"(.+)-(\d+)", path.stem)
-    return Entry(path, match[1], int(match[2])) if match else Entry(path, path.stem)
+def _by_name(file: File) -> Entry:
+    stem = printable(Path(file.name).stem)
+    match = re.fullmatch(r"(.+)-(\d+)", stem, re.DOTALL)
+    return Entry(file.path, match[1], int(match[2])) if match else Entry(file.path, stem)

@@ -48,8 +48,8 @@ def evaluate(
     Clips already measured with the same settings are not measured again, so a stopped evaluation continues.
 
     Args:
-        dirs: folders of clips, one per system, as DIR or NAME=DIR. Prompts come from samples.jsonl, metadata.jsonl, or
-            names like {prompt}-{k}.mp4.
+        dirs: folders of clips, one per system, as DIR or NAME=DIR. Prompts come from samples.jsonl, metadata.jsonl (or
+            .json, .csv, .tsv), name.txt beside name.mp4, or names like {prompt}-{k}.mp4.
         out: file to write; values per clip are kept beside it.
         flow: lab, farneback, dis, a name from `mogan weights list` (raft_large_C_T_V1 for VBench's own dynamic degree), or
             a file of RAFT weights.
@@ -137,7 +137,7 @@ class _Kept:
         self._path = path
         self._found: dict[str, Record] = {}
         if path.is_file():
-            for line in path.read_text().splitlines():
+            for line in path.read_text().split("\n"):
                 try:
                     row = json.loads(line)
                     self._found[row["key"]] = row["record"]
@@ -160,6 +160,8 @@ def _measure_system(system: System, tools: Tools, kept: _Kept, bar: tqdm) -> lis
         bar.set_postfix_str(system.name)
         about = {"prompt": entry.prompt, "index": entry.index, "seed": entry.seed}
         try:
+            if entry.problem:
+                raise UserError(f"{entry.path} {entry.problem}")
             records.append({**about, **_measure_clip(entry, tools, kept)})
         except UserError as error:
             records.append({**about, "error": str(error)})

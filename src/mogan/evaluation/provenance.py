@@ -11,6 +11,7 @@ import torch
 from mogan.evaluation.clips import System
 from mogan.evaluation.statistics import RESAMPLES, SEED
 from mogan.evaluation.warnings import warnings_about
+from mogan.lists import printable
 from mogan.prompts import KNOWN, about
 
 
@@ -45,11 +46,11 @@ def how_measured(
         }
         | {"python": platform.python_version()},
         "failed": [
-            {"file": entry.path.name, "reason": clip["error"]}
+            {"file": printable(entry.path.name), "reason": clip["error"]}
             for entry, clip in zip(system.clips, clips, strict=True)
             if "error" in clip
         ],
-        "missing": list(system.missing),
+        "missing": [printable(name) for name in system.missing],
     }
     return how | {"warnings": warnings_about(system, clips, how)}
 

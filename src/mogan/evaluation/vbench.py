@@ -5,7 +5,6 @@ Rules (Vchitect/VBench 45e79ec, ``vbench/__init__.py``, ``prompts/README.md``): 
 five survive the static filter. The user brings ``VBench_full_info.json``.
 """
 
-import json
 import unicodedata
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -15,8 +14,10 @@ from typing import Annotated
 import tyro
 
 from mogan.errors import UserError
-from mogan.evaluation.clips import SUFFIXES, Entry, System
+from mogan.evaluation.clips import Entry, System
+from mogan.lists import read_rows
 from mogan.prompts import about
+from mogan.video import SUFFIXES
 
 DIMENSIONS = (
     "subject_consistency", "background_consistency", "temporal_flickering", "motion_smoothness", "dynamic_degree",
@@ -58,12 +59,12 @@ def read_info(path: Path) -> Info:
         UserError: it is another kind of file.
     """
     try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
+        rows = [row.values for row in read_rows(path)]
         prompts: dict[str, list[str]] = {}
         for row in rows:
             for name in row["dimension"]:
                 prompts.setdefault(name, []).append(str(row["prompt_en"]))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (UserError, KeyError, TypeError) as error:
         raise UserError(
             f"{path} is not VBench_full_info.json ({type(error).__name__}: {error}): take vbench/VBench_full_info.json "
             "of github.com/Vchitect/VBench"

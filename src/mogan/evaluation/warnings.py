@@ -3,6 +3,7 @@
 from typing import Any
 
 from mogan.evaluation.clips import System
+from mogan.lists import printable
 
 
 def warnings_about(system: System, clips: list[dict[str, Any]], how: dict[str, Any]) -> list[str]:
@@ -13,10 +14,18 @@ def warnings_about(system: System, clips: list[dict[str, Any]], how: dict[str, A
     if failed:
         found.append(f"{failed} of {len(clips)} clips could not be read and are left out: see failed")
     if system.missing:
-        found.append(f"{len(system.missing)} files are listed but not there, such as {system.missing[0]}")
+        found.append(f"{len(system.missing)} files are listed but not there, such as {printable(system.missing[0])}")
     if system.unlisted:
         found.append(
-            f"{len(system.unlisted)} videos are in no list and were not measured, such as {system.unlisted[0]}"
+            f"{len(system.unlisted)} videos are in no list, or in folders below, and were not measured, such as "
+            f"{printable(system.unlisted[0])}"
+        )
+    if system.outside:
+        found.append(f"{len(system.outside)} clips lie outside the folder, such as {printable(system.outside[0])}")
+    if system.uncaptioned:
+        found.append(
+            f"{len(system.uncaptioned)} clips have no caption in {system.naming}, such as "
+            f"{printable(system.uncaptioned[0])}: their names stand for it"
         )
     if count := how.get("unshared_prompts"):
         found.append(f"{count} prompts are not in every folder: compare clip by clip (mogan report), not these means")

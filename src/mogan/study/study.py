@@ -12,6 +12,7 @@ import tyro
 from mogan.errors import UserError
 from mogan.files import write_atomically
 from mogan.lab.world import captions
+from mogan.lists import read_prompts
 from mogan.report.page import report
 from mogan.study.collect import bars, combine, markdown, minus
 from mogan.study.columns import MOGAN, Column, methods, table1, table2
@@ -223,7 +224,7 @@ def measure_all(
 
 def read_all(jobs: dict[Cell, list[Job]], out: Path) -> dict[Cell, Measured]:
     """What was measured before, here or where its file was copied from."""
-    prompts = set((out / "held_out.txt").read_text().splitlines())
+    prompts = set(read_prompts(out / "held_out.txt"))
     found = {(n, s): read_measured(path_of(out, n, s), out, own, prompts) for (n, s), own in jobs.items()}
     return {cell: measured for cell, measured in found.items() if measured}
 

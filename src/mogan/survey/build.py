@@ -47,9 +47,10 @@ def build(
     """Pair the clips of two or more systems for a human survey.
 
     Clips are paired when they have the same prompt and the same number k: from `samples.jsonl` (as `mogan sample`
-    writes it), `metadata.jsonl` or `metadata.csv` where there is one, otherwise from names like `a cat runs-0.mp4`. With
-    three systems or more, every two of them are compared. The new folder holds the clips under random names, without
-    audio or metadata, practice pairs, attention checks made of your own clips, and `survey.json`, which is private.
+    writes it), `metadata.jsonl`, `.json`, `.csv` or `.tsv` where there is one, `a.txt` beside `a.mp4`, otherwise from
+    names like `a cat runs-0.mp4`. With three systems or more, every two of them are compared. The new folder holds the
+    clips under random names, without audio or metadata, practice pairs, attention checks made of your own clips, and
+    `survey.json`, which is private.
 
     Example: mogan survey build --a mogan=out/mogan --b dmd=out/dmd --out survey
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from mogan.errors import UserError
 from mogan.evaluation.clips import Entry, read_folder
+from mogan.lists import printable
 
 Key = tuple[str, int]
 
@@ -31,13 +32,21 @@ def named_folders(given: Sequence[str]) -> dict[str, Path]:
 def read_samples(folder: Path) -> dict[Key, Entry]:
     """The clips of one system by (prompt, k), found as every command finds them: see ``read_folder``.
 
-    A survey shows every clip that is listed, so a listed file that is not there is an error here.
+    A survey shows every clip that is listed, and its prompt: a listed file that is not there or has no caption is an error
+    here. What cannot be opened is left out; whether its partners may be is for :func:`shared_keys` to say.
     """
     system = read_folder(folder, folder.name)
+    if system.uncaptioned:
+        raise UserError(
+            f"{folder / system.naming} gives {printable(system.uncaptioned[0])} no caption: raters are shown it, add it."
+        )
     if system.missing:
         raise UserError(f"{folder / system.naming} names {system.missing[0]}, which is not there: sample again.")
     by_key: dict[Key, Entry] = {}
     for entry in system.clips:
+        if entry.problem:
+            print(f"left out: {printable(str(entry.path))} {entry.problem}")
+            continue
         key = (entry.prompt, entry.index)
         if key in by_key:
             raise UserError(f"{folder} has two clips for '{_short(entry.prompt)}' number {entry.index}: remove one.")
