@@ -1,5 +1,8 @@
 import json
+import os
+import pickle
 import re
+from zipfile import ZipFile
 
 import pytest
 import torch
@@ -176,7 +179,38 @@ def dotted_lora(adapters, p):
     return tensors(state | {f"{dotted(n)}.alpha": torch.tensor(6.0) for n in adapters}, p / "x.safetensors")
 
 
-@pytest.mark.parametrize("write", [diffusers_lora, peft_lora, comfyui_lora, kohya_lora, dotted_lora])
+def named_adapter_lora(adapters, p):
+    """As LightX2V saves an adapter that has a name."""
+    doubled = {n: (2 * a, b) for n, (a, b) in adapters.items()}
+    state = pairs(
+        doubled, lambda n: f"diffusion_model.{original_module(n)}", "lora_A.fast.weight", "lora_B.fast.weight"
+    )
+    return tensors(state, p / "x.safetensors")
+
+
+def fastvideo_lora(adapters, p):
+    doubled = {n: (2 * a, b) for n, (a, b) in adapters.items()}
+    return tensors(pairs(doubled, lambda n: fastvideo(f"{n}.")[:-1]), p / "x.safetensors")
+
+
+def folder_lora(adapters, p):
+    """The alpha is in the header of the one file of a folder."""
+    return diffusers_lora(adapters, p).parent
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        diffusers_lora,
+        peft_lora,
+        comfyui_lora,
+        kohya_lora,
+        dotted_lora,
+        named_adapter_lora,
+        fastvideo_lora,
+        folder_lora,
+    ],
+)
 def test_a_lora_of_every_layout_is_merged_with_its_own_scale(write, family, tmp_path):
     found = adapters(family)
     arrived = brought_in(write(found, tmp_path), family, tmp_path)
@@ -208,6 +242,7 @@ def test_whole_differences_in_a_lora_file_are_added(family, tmp_path):
         "patch_embedding.diff": "patch_embedding.weight",
         "head.modulation.diff": "scale_shift_table",
         "time_projection.1.diff_b": "condition_embedder.time_proj.bias",
+        "blocks.3.diff_m": "blocks.3.scale_shift_table",  # m for modulation, beside the module that holds it
     }
     torch.manual_seed(1)
     state = {f"diffusion_model.{k}": torch.randn_like(before[v]) for k, v in there.items()}
@@ -233,65 +268,266 @@ def test_an_import_can_be_sampled_and_trained_on(student, family, cache, tmp_pat
     assert "mogan import" in (tmp_path / "in" / "README.md").read_text()
 
 
+@pytest.mark.parametrize("name", ["UPPER.SAFETENSORS", "x.sft", "x.pt", "no_suffix", "with a space.safetensors"])
+def test_a_file_is_known_by_what_it_holds_and_not_by_its_name(name, student, family, tmp_path):
+    arrived = brought_in(tensors(named(student, original), tmp_path / name), family, tmp_path)
+    assert all(torch.equal(arrived[k], student[k]) for k in student)
+
+
+def test_a_checkpoint_of_torch_may_be_called_safetensors(student, family, tmp_path):
+    arrived = brought_in(pickled(named(student, original), tmp_path / "x.safetensors"), family, tmp_path)
+    assert all(torch.equal(arrived[k], student[k]) for k in student)
+
+
+@pytest.mark.parametrize("length", [ord("<"), ord("{"), 0x80, ord("\n")])
+def test_the_length_of_a_header_is_not_taken_for_the_files_kind(length, student, family, tmp_path):
+    """The first byte of safetensors is the lowest of its header's length, which may be any byte."""
+    file = tensors(named(student, original), tmp_path / "x.safetensors")
+    whole = file.read_bytes()
+    size = int.from_bytes(whole[:8], "little")
+    longer = size + (length - size) % 256
+    file.write_bytes(longer.to_bytes(8, "little") + whole[8 : 8 + size].ljust(longer) + whole[8 + size :])
+    assert file.read_bytes()[0] == length
+    arrived = brought_in(file, family, tmp_path)
+    assert all(torch.equal(arrived[k], student[k]) for k in student)
+
+
+def test_weights_in_eight_bits_without_scales_arrive_as_they_are(student, family, tmp_path):
+    small = {k: v.to(torch.float8_e4m3fn) for k, v in student.items()}
+    arrived = brought_in(tensors(named(small, original), tmp_path / "x.safetensors"), family, tmp_path)
+    assert all(torch.equal(arrived[k], small[k].float()) for k in student)
+
+
+Q, FFN = "diffusion_model.blocks.0.self_attn.q", "diffusion_model.blocks.0.ffn.0"
+
+
+def lora(**more):
+    """One adapter, of a matrix that is 24 x 24, with other tensors in it."""
+    pair = {f"{Q}.lora_A.weight": torch.ones(2, 24), f"{Q}.lora_B.weight": torch.ones(24, 2)}
+    return pair | {k.replace("Q_", f"{Q}.").replace("FFN_", f"{FFN}.").replace("__", "."): v for k, v in more.items()}
+
+
+def inf(*shape):
+    return torch.full(shape, 1e6).half()
+
+
+LORAS = {  # changes of one adapter -> what the sentence must say
+    "infinite": (lora(Q_lora_A__weight=inf(2, 24)), r"infinite or none \(.*self_attn.q.lora_A.weight\)"),
+    "nan alpha": (lora(Q_alpha=torch.tensor(float("nan"))), r"infinite or none \(.*q.alpha\)"),
+    "two alphas": (lora(Q_alpha=torch.ones(2)), "alpha is not one number"),
+    "ranks differ": (lora(Q_lora_A__weight=torch.ones(3, 24)), r"ranks of .*lora_A.weight \(3, 24\) and .* differ"),
+    "one side": (lora(Q_lora_A__weight=torch.ones(2)), "ranks of"),
+    "another width": (
+        lora(Q_lora_A__weight=torch.ones(2, 48), Q_lora_B__weight=torch.ones(48, 2)),
+        r"as \(48, 48\), which this base has as \(24, 24\); give the --base it was made from",
+    ),
+    "turned": (lora(FFN_diff=torch.ones(24, 32)), r"as \(24, 32\), which this base has as \(32, 24\)"),
+    "half": ({f"{Q}.lora_A.weight": torch.ones(1, 24)}, "q.lora_A.weight without its other factor"),
+    "a block too many": (
+        {k.replace("blocks.0", "blocks.9"): v for k, v in lora().items()},
+        "block 9, the base 4 blocks: give the --base it was made from",
+    ),
+    "of another model": (
+        {k.replace("blocks.0", "layers.0"): v for k, v in lora().items()},
+        "it is no LoRA of a Wan transformer alone",
+    ),
+    "image to video": (
+        lora(**{"diffusion_model__blocks__0__cross_attn__k_img__diff_b": torch.ones(24)}),
+        "image-conditioned",
+    ),
+    "LoKr": (lora(Q_lokr_w1=torch.ones(2, 2), Q_lokr_w2=torch.ones(12, 12)), r"is a LoKr \(.*lokr_w1\)"),
+    "LoHa": ({f"{Q}.hada_w1_a": torch.ones(24, 2), f"{Q}.alpha": torch.tensor(1.0)}, "is a LoHa"),
+    "DoRA": (lora(Q_dora_scale=torch.ones(24, 1)), "is a DoRA"),
+    "Tucker": (lora(Q_lora_mid__weight=torch.ones(2, 2)), "is a LoRA in three factors"),
+    "two adapters": (
+        lora(**{"Q_lora_A__a__weight": torch.ones(2, 24), "Q_lora_A__b__weight": torch.ones(2, 24)}),
+        r"several adapters \(a, b\)",
+    ),
+    "said twice": (lora(blocks__0__attn1__to_q__lora_A__weight=torch.ones(2, 24)), "says twice"),
+    "weights beside": (lora(Q_weight=torch.ones(24, 24)), "beside changes"),
+    "whole numbers": (
+        lora(Q_lora_A__weight=torch.ones(2, 24).to(torch.int8)),
+        r"int8 where numbers should be \(.*lora_A",
+    ),
+    "nothing": ({k: 0 * v for k, v in lora().items()}, "changes nothing"),
+}
+
+
+@pytest.mark.parametrize("kind", LORAS)
+def test_a_lora_that_cannot_be_merged_is_refused_for_what_it_is(kind, family, tmp_path):
+    state, message = LORAS[kind]
+    with pytest.raises(UserError, match=message) as error:
+        brought_in(tensors(state, tmp_path / "x.safetensors"), family, tmp_path)
+    assert "\n" not in str(error.value)
+    assert ("give the --base" in str(error.value)) == (kind in ("another width", "turned", "a block too many"))
+    assert not (tmp_path / "in").exists()
+
+
+@pytest.mark.parametrize(
+    "about", ["{not json", "[1]", '{"transformer.lora_alpha": "8"}', '{"transformer.lora_alpha": NaN}']
+)
+def test_a_scale_that_cannot_be_read_is_not_guessed(about, family, tmp_path):
+    file = tmp_path / "x.safetensors"
+    save_file(lora(), file, {"lora_adapter_metadata": about})
+    with pytest.raises(UserError, match="does not say the adapters' alpha"):
+        brought_in(file, family, tmp_path)
+    (tmp_path / "adapter_config.json").write_text(about)
+    with pytest.raises(UserError, match=r"adapter_config.json does not say the adapters' alpha"):
+        brought_in(tensors(lora(), file), family, tmp_path)
+
+
 class Surprise:
     def __reduce__(self):
         return (print, ("code of a stranger was run",))
 
 
-def broken(kind, student, folder):
-    """A file that must be refused, and what the sentence must say."""
-    state = named(student, original)
-    if kind == "missing":
-        del state["blocks.0.self_attn.q.weight"], state["head.modulation"]
-        return tensors(
-            state, folder / "x.safetensors"
-        ), r"lacks 2 tensors \(blocks.0.attn1.to_q.weight, scale_shift_table\)"
-    if kind == "unexpected":
-        extra = {"img_emb.proj.1.weight": torch.zeros(2, 2)}
-        return tensors(state | extra, folder / "x.safetensors"), r"has 1 tensor \(img_emb.proj.1.weight\) too many"
-    if kind == "another shape":
-        wrong = {"blocks.0.self_attn.q.weight": torch.zeros(48, 48)}
-        return tensors(state | wrong, folder / "x.safetensors"), "another shape for 1 tensor"
-    if kind == "code":
-        return pickled({"generator": Surprise()}, folder / "x.pt"), "more than tensors"
-    if kind == "not tensors":
-        return pickled({"step": 3}, folder / "x.pt"), "holds no tensors"
-    if kind == "cut short":
-        file = tensors(state, folder / "x.safetensors")
-        file.write_bytes(file.read_bytes()[:-100])
-        return file, "get it again"
-    if kind == "no file":
-        return folder / "x.pt", "no file"
-    if kind == "empty folder":
-        return folder, "no .safetensors"
-    lora = {"diffusion_model.blocks.9.self_attn.q.lora_A.weight": torch.zeros(1, 24)}
-    if kind == "half a lora":
-        lora = {"diffusion_model.blocks.0.self_attn.q.lora_A.weight": torch.zeros(1, 24)}
-    return tensors(lora, folder / "x.safetensors"), r"changes 1 tensor \(.*lora_A.weight\)"
+def without(state, *names):
+    return {k: v for k, v in state.items() if k not in names}
 
 
-@pytest.mark.parametrize(
-    "kind",
-    [
-        "missing",
-        "unexpected",
-        "another shape",
-        "code",
-        "not tensors",
-        "cut short",
-        "no file",
-        "empty folder",
-        "a block too many",
-        "half a lora",
-    ],
-)
+def written(content, path):
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+def cut(file, left):
+    file.write_bytes(file.read_bytes()[:left])
+    return file
+
+
+def shards_named(s, p, *names):
+    for name in names:
+        tensors(s, p / f"{name}.safetensors")
+    return p
+
+
+def steps(s, p):
+    for step in (100, 200):
+        tensors(lora(), p / f"lora-{step:06d}.safetensors")
+    return p
+
+
+def archive(s, p):
+    with ZipFile(p / "x.pt", "w") as file:
+        file.writestr("model.safetensors", b"x")
+    return p / "x.pt"
+
+
+def fp8(s, p):
+    state = {k: v.to(torch.float8_e4m3fn) for k, v in s.items()}
+    return tensors(state | {"blocks.0.self_attn.q.scale_weight": torch.ones(1)}, p / "x.safetensors")
+
+
+def run_folder(s, p):
+    written("{}", p / "run.json")
+    return p
+
+
+Q0 = "blocks.0.self_attn.q.weight"
+BROKEN = {  # a file that must be refused (from a whole student in the original layout), and what the sentence must say
+    "missing": (
+        lambda s, p: tensors(without(s, Q0, "head.modulation"), p / "x.safetensors"),
+        r"lacks 2 tensors \(blocks.0.attn1.to_q.weight, scale_shift_table\); it is damaged",
+    ),
+    "unexpected": (
+        lambda s, p: tensors(s | {"vace_blocks.0.x": torch.zeros(2)}, p / "x.safetensors"),
+        r"has 1 tensor \(vace_blocks.0.x\) too many; it is damaged, or of another kind",
+    ),
+    "image to video": (
+        lambda s, p: tensors(s | {"img_emb.proj.1.weight": torch.zeros(2, 2)}, p / "x.safetensors"),
+        r"image-conditioned Wan \(img_emb",
+    ),
+    "another shape": (
+        lambda s, p: tensors(s | {Q0: torch.zeros(48, 48)}, p / "x.safetensors"),
+        "another shape for 1 tensor .*4 blocks of width 48, the base 4 blocks of width 24: give the --base",
+    ),
+    "fewer blocks": (
+        lambda s, p: tensors({k: v for k, v in s.items() if "blocks.3." not in k}, p / "x.safetensors"),
+        "it has 3 blocks of width 24, the base 4 blocks of width 24: give the --base",
+    ),
+    "another network": (
+        lambda s, p: tensors({"encoder.x.weight": torch.zeros(2)}, p / "x.safetensors"),
+        r"no Wan transformer but 1 tensor \(encoder.x.weight\)",
+    ),
+    "two networks": (
+        lambda s, p: tensors(s | {f"generator.{Q0}": s[Q0].clone()}, p / "x.safetensors"),
+        "two networks in one list",
+    ),
+    "not a number": (
+        lambda s, p: tensors(s | {Q0: s[Q0] * float("nan")}, p / "x.safetensors"),
+        rf"infinite or none \({Q0}\)",
+    ),
+    "a critic that is none": (
+        lambda s, p: pickled({"generator": s, "critic": s | {Q0: s[Q0] / 0}}, p / "x.pt"),
+        rf"infinite or none \({Q0}\)",
+    ),
+    "scaled fp8": (fp8, r"scaled weights \(blocks.0.self_attn.q.scale_weight\): get the fp32"),
+    "whole numbers": (lambda s, p: tensors(s | {Q0: s[Q0].to(torch.int8)}, p / "x.safetensors"), "int8 where numbers"),
+    "sparse": (lambda s, p: pickled(s | {Q0: s[Q0].to_sparse()}, p / "x.pt"), "sparse_coo where numbers"),
+    "code": (lambda s, p: pickled({"generator": Surprise()}, p / "x.pt"), "more than tensors"),
+    "code called safetensors": (lambda s, p: pickled(Surprise(), p / "x.safetensors"), "more than tensors"),
+    "plain pickle": (lambda s, p: written(pickle.dumps({"x": Surprise()}), p / "x.pth"), "more than tensors"),
+    "not tensors": (lambda s, p: pickled({"step": 3}, p / "x.pt"), "holds no tensors, nothing but step"),
+    "nothing": (lambda s, p: pickled({}, p / "x.pt"), "holds no tensors, nothing"),
+    "a list": (lambda s, p: pickled([s[Q0]], p / "x.pt"), "holds a list, not named tensors"),
+    "numbered": (lambda s, p: pickled({0: s[Q0]}, p / "x.pt"), "not named tensors"),
+    "cut short": (lambda s, p: cut(tensors(s, p / "x.safetensors"), -100), "damaged, get it again"),
+    "cut in the header": (lambda s, p: cut(tensors(s, p / "x.safetensors"), 300), "damaged, get it again"),
+    "cut pickle": (lambda s, p: cut(pickled(s, p / "x.pt"), 5000), "damaged, get it again|cannot be read"),
+    "bad header": (lambda s, p: written((20).to_bytes(8, "little") + b'{"x": not a header!', p / "x.safetensors"), "damaged"),
+    "empty": (lambda s, p: written("", p / "x.safetensors"), "is empty"),
+    "text": (lambda s, p: written("these are my weights\n", p / "x.safetensors"), "neither safetensors nor"),
+    "json": (lambda s, p: written('{"weight_map": {}}', p / "x.index.json"), "is JSON, not weights"),
+    "web page": (lambda s, p: written("<!DOCTYPE html><html>", p / "x.safetensors"), "is a web page"),
+    "git lfs": (lambda s, p: written("version https://git-lfs.github.com/spec/v1\n", p / "x.safetensors"), "Git LFS"),
+    "gguf": (lambda s, p: written(b"GGUF" + bytes(60), p / "x.gguf"), "GGUF file, whose weights are quantised"),
+    "archive": (archive, "is a zip archive"),
+    "no file": (lambda s, p: p / "x.pt", "no file"),
+    "empty folder": (lambda s, p: p, "no .safetensors"),
+    "a run": (run_folder, "is a run of `mogan train`: `mogan export`"),
+    "two steps of a lora": (steps, r"2 files that are not one model \(lora-000100.safetensors, lora-000200.safetensors\): name"),
+    "shards of two models": (
+        lambda s, p: shards_named(s, p, "a-00001-of-00001", "b-00001-of-00001"),
+        "2 files that are not one model",
+    ),
+    "a shard missing": (lambda s, p: tensors(s, p / "a-00001-of-00002.safetensors").parent, "1 of 2 shards of a: get"),
+    "a shard twice": (
+        lambda s, p: shards_named(s, p, "a-1-of-2", "a-2-of-2"),
+        "that another shard holds too",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", BROKEN)
 def test_what_does_not_fit_is_named_in_one_sentence_and_nothing_is_written(kind, student, family, tmp_path, capsys):
-    file, message = broken(kind, student, tmp_path)
+    make, message = BROKEN[kind]
+    (tmp_path / "of").mkdir()
+    file = make(named(student, original), tmp_path / "of")
     with pytest.raises(UserError, match=message) as error:
         brought_in(file, family, tmp_path)
     assert "\n" not in str(error.value)
+    assert ("give the --base" in str(error.value)) == (kind in ("another shape", "fewer blocks"))
     assert not (tmp_path / "in").exists()
     assert "stranger" not in capsys.readouterr().out
+
+
+def test_a_named_pipe_is_not_waited_for(family, tmp_path):
+    os.mkfifo(tmp_path / "x.safetensors")
+    with pytest.raises(UserError, match="no file"):
+        brought_in(tmp_path / "x.safetensors", family, tmp_path)
+
+
+def test_a_precision_too_small_for_a_weight_is_refused(student, family, tmp_path):
+    state = named(student, original)
+    state[Q0][3, 5] = -7e4
+    file = tensors(state, tmp_path / "x.safetensors")
+    with pytest.raises(
+        UserError, match=r"blocks.0.attn1.to_q.weight holds 7e\+04, and fp16 ends at 65504: .* bf16 or fp32"
+    ):
+        brought_in(file, family, tmp_path, dtype="fp16")
+    assert list(tmp_path.iterdir()) == [file]
+    arrived = brought_in(file, family, tmp_path, dtype="bf16")
+    assert arrived["blocks.0.attn1.to_q.weight"][3, 5] == torch.tensor(-7e4).bfloat16()
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Sampling and export: what leaves the house must be what the house samples."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -14,10 +15,11 @@ from hypothesis import strategies as st
 from conftest import CAPTIONS, SIGMAS
 from mogan import attention, autoencoder, wan
 from mogan.assemble import assemble
+from mogan.card import model_card
 from mogan.data import open_cache
 from mogan.denoiser import Denoiser
 from mogan.errors import UserError
-from mogan.export import export, save_student, scheduler_for
+from mogan.export import FOLDER_USAGE, export, save_student, scheduler_for
 from mogan.files import write_atomically
 from mogan.first_frames import sample_from_first_frames
 from mogan.sample import Job, safe_name, sample, sample_student, sample_teacher, shard_of
@@ -183,6 +185,23 @@ def test_export_says_how_to_use_it(exported):
         export(exported / "run", out=exported / "export")
     with pytest.raises(UserError, match="not a training run"):
         export(exported, out=exported / "x")
+
+
+def test_the_cards_lines_give_the_same_clip_again_which_a_generator_does_not(family):
+    card = model_card("A student", family / "teacher", SIGMAS, [], FOLDER_USAGE)
+    lines = re.search(r"```python\n(.+?)```", card, re.DOTALL)[1].replace("PATH", str(family / "student"))
+    lines = lines.replace('"a prompt"', '"a prompt", output_type="np"')
+
+    def made(by):
+        space = {}
+        exec(by, space)
+        return space["video"]
+
+    assert np.array_equal(made(lines), made(lines))
+    with_generator = lines.replace("torch.manual_seed(0)", "given = torch.Generator().manual_seed(0)").replace(
+        '"a prompt", ', '"a prompt", generator=given, '
+    )
+    assert np.abs(made(with_generator) - made(with_generator)).mean() > 0.01
 
 
 def test_sampling_resumes_and_a_run_is_a_model(exported, tmp_path, capsys):

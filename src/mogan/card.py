@@ -38,13 +38,18 @@ def model_card(title: str, base: Path, sigmas: tuple[float, ...], notes: list[st
 # {title}
 
 ```python
+import torch
 {code}
-pipe("a prompt", height={size.height}, width={size.width}, num_frames={size.frames},
-     num_inference_steps={steps}, guidance_scale=1.0)
+torch.manual_seed(0)  # the clip's seed
+video = pipe("a prompt", height={size.height}, width={size.width}, num_frames={size.frames},
+             num_inference_steps={steps}, guidance_scale=1.0).frames[0]
 ```
 
 It samples at noise levels {", ".join(f"{s:.4g}" for s in sigmas)}; this scheduler visits exactly these with
 `num_inference_steps={steps}`. Use no guidance.
+
+To get a clip again, call `torch.manual_seed` before it. `pipe(generator=...)` is not enough: it gives the first noise, but
+the pipeline does not hand it to the scheduler, which draws new noise at every step from torch's global generator.
 
 {facts}
 """

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from statistics import median
 from typing import Any, Literal
@@ -140,6 +141,7 @@ def save_lora(run: Path, source: Generator, out: Path, rank: int | None, dtype: 
         tensors, summary = low_rank_difference(source.load(), wan.load_transformer(base), rank or 64)
         notes = [*notes, f"- {summary}"]
         print(summary)
+    check_range(tensors, dtype)
     named = {}
     for name, tensor in tensors.items():
         module, leaf = split_leaf(name)
@@ -217,6 +219,8 @@ def save_student(
     Text encoder, tokenizer and autoencoder are the base model's own files, hard-linked where the disk allows it.
     """
     scheduler = scheduler_for(sigmas)
+    for network in filter(None, (transformer, fake_score)):
+        check_range(network.state_dict(), dtype)
     temporary = out.with_name(f".{out.name}.new")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -235,6 +239,15 @@ def save_student(
     write_atomically(temporary / "mogan.json", json.dumps(facts, indent=2) + "\n")
     write_atomically(temporary / "README.md", card)
     temporary.rename(out)
+
+
+def check_range(tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) -> None:
+    """Refuse a precision in which a weight would become infinite."""
+    most = torch.finfo(dtype).max
+    for name, tensor in tensors.items():
+        if tensor.numel() and (largest := float(tensor.abs().max())) > most:
+            short = next(k for k, v in DTYPES.items() if v == dtype)
+            raise UserError(f"{name} holds {largest:.3g}, and {short} ends at {most:.5g}: give --dtype bf16 or fp32")
 
 
 def _link_or_copy(source: str, target: str) -> None:

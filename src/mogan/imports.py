@@ -1,23 +1,21 @@
 """In from elsewhere: students and LoRAs made by other programs -> a diffusers folder that every command here reads."""
 
-import json
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import pairwise
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any, Literal
-from zipfile import is_zipfile
 
 import torch
 import tyro
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from torch import Tensor
 
 from mogan import wan
 from mogan.card import model_card
 from mogan.errors import UserError
 from mogan.export import DTYPES, FOLDER_USAGE, save_student, scheduler_for
-from mogan.layouts import diffusers_name, is_lora, lora_changes
+from mogan.layouts import IMAGE, QUANTISED, UNMERGED, adapters_in, diffusers_name, is_lora, parts_of_lora
+from mogan.tensors import check_numbers, declared_alpha, files_of, read_tensors, some
 
 GENERATORS = (
     "generator_ema",
@@ -41,10 +39,10 @@ def import_student(
     """Make a diffusers folder of a few-step student that another program trained.
 
     Reads weights (Self-Forcing, CausVid, FastVideo, the original Wan code, ComfyUI, diffusers) and LoRA files (diffusers,
-    peft, ComfyUI, kohya), which are merged into the base. Nothing in a file is executed.
+    peft, ComfyUI, kohya), which are merged into the base. Nothing in a file is executed, and every number is looked at.
 
     Args:
-        file: .safetensors, .pt, .pth, .ckpt or .bin, or a folder of .safetensors.
+        file: .safetensors, .sft, .pt, .pth, .ckpt or .bin, or a folder with the .safetensors of one model.
         base: the model it was made from: a diffusers folder or a hub id; everything but the transformer is taken from it.
         out: the folder to write; must not exist yet.
         sigmas: noise levels it samples at, from 1 downwards, final 0 left out (timesteps divided by 1000).
@@ -55,11 +53,12 @@ def import_student(
     if sigmas[:1] != (1.0,) or any(not 0 < low < high for high, low in pairwise(sigmas)):
         raise UserError(f"--sigmas fall from 1 to above 0 (a timestep of 757 is 0.757), not {list(sigmas)}")
     scheduler_for(sigmas)  # refuse before reading gigabytes
-    folder = wan.resolve_model(base)
+    files, folder = files_of(file), wan.resolve_model(base)
+    state, critic, part = read_student(files)
+    refuse_unread(state, file)
     transformer = wan.load_transformer(folder)
-    state, critic, part = read_student(file)
     if is_lora(state):
-        changed = add_changes(transformer, lora_changes(state, _places(transformer), declared_alpha(file)), file)
+        changed = add_lora(transformer, state, file, declared_alpha(files[0]))
         what = f"LoRA merged into {changed} tensors"
     else:
         set_weights(transformer, state, file)
@@ -68,100 +67,165 @@ def import_student(
     if critic is not None:
         fake_score = wan.load_transformer(folder)
         set_weights(fake_score, critic, file)
-    note = f"- made from `{file.name}` ({what}) by `mogan import`; the licence of that file holds too"
+    note = f"- made from `{file.resolve().name}` ({what}) by `mogan import`; the licence of that file holds too"
     card = model_card("Few-step Wan student", folder, sigmas, [note], FOLDER_USAGE)
     save_student(transformer, folder, out, sigmas, DTYPES[dtype], card, fake_score)
     also = " and its critic as the fake score" if critic is not None else ""
     print(f"imported {what}{also} to {out}; try: mogan sample --model {out} --prompts prompts.txt --out clips")
 
 
-def read_student(file: Path) -> tuple[dict[str, Tensor], dict[str, Tensor] | None, str | None]:
+def read_student(files: list[Path]) -> tuple[dict[str, Tensor], dict[str, Tensor] | None, str | None]:
     """The student's tensors, its critic's if the file holds one, and under which entry the student was found."""
-    whole = read_tensors(file)
+    whole = read_tensors(files)
     part = next((name for name in GENERATORS if isinstance(whole.get(name), dict)), None)
     critic = next((whole[name] for name in CRITICS if isinstance(whole.get(name), dict)), None)
     state = whole if part is None else whole[part]
-    tensors = {k: v for k, v in state.items() if isinstance(v, Tensor)}
+    tensors = {k: v for k, v in state.items() if isinstance(v, Tensor) and isinstance(k, str)}
     if not tensors:
-        raise UserError(f"{file} holds no tensors but {', '.join(map(str, list(whole)[:5]))}; give a file of weights")
+        holds = f"nothing but {', '.join(map(str, list(whole)[:5]))}" if whole else "nothing"
+        raise UserError(f"{files[0]} holds no tensors, {holds}; give a file of weights")
     return tensors, critic, part
 
 
-def read_tensors(file: Path) -> dict[str, Any]:
-    """What a file or a folder of safetensors holds; nothing in it is executed."""
-    try:
-        if file.is_dir():
-            shards = sorted(file.glob("*.safetensors"))
-            if not shards:
-                raise UserError(f"{file} holds no .safetensors: name the folder of the transformer, or a file")
-            return {k: v for shard in shards for k, v in load_file(shard).items()}
-        if file.suffix == ".safetensors":
-            return load_file(file)
-        loaded = torch.load(file, weights_only=True, map_location="cpu", mmap=is_zipfile(file))
-    except FileNotFoundError as error:
-        raise UserError(f"no file {file}: give the student's .safetensors or .pt") from error
-    except (SafetensorError, RuntimeError, OSError, ValueError, EOFError) as error:
-        raise UserError(f"{file} cannot be read ({type(error).__name__}): get it again") from error
-    except UnpicklingError as error:
-        raise UserError(
-            f"{file} holds more than tensors and is not opened: ask its maker for a .safetensors file"
-        ) from error
-    if not isinstance(loaded, dict):
-        raise UserError(f"{file} holds a {type(loaded).__name__}, not named tensors; give a file of weights")
-    return loaded
-
-
-def declared_alpha(file: Path) -> float | None:
-    """The alpha that diffusers keeps in a LoRA file's header, or peft in ``adapter_config.json`` beside it."""
-    beside = (file if file.is_dir() else file.parent) / "adapter_config.json"
-    about: dict[str, Any] = {}
-    if file.suffix == ".safetensors":
-        with safe_open(file, "pt") as opened:
-            header = (opened.metadata() or {}).get("lora_adapter_metadata")
-        about = {k.removeprefix("transformer."): v for k, v in json.loads(header).items()} if header else {}
-    if not about and beside.is_file():
-        about = json.loads(beside.read_text())
-    if about.get("alpha_pattern") or about.get("use_rslora") or about.get("use_dora"):
-        raise UserError(
-            f"{file} scales its adapters one by one or is a DoRA: merge it where it was made, import weights"
-        )
-    return about.get("lora_alpha")
+def refuse_unread(names: Iterable[str], file: Path) -> None:
+    """Say what a file is that looks like weights or a LoRA and is read by nothing here."""
+    for name in names:
+        kind = next((what for pattern, what in UNMERGED.items() if re.search(pattern, name)), None)
+        if kind:
+            raise UserError(
+                f"{file} is {kind} ({name}); LoRA and whole differences are merged here: merge it where it was made, and "
+                "import the weights"
+            )
+        if QUANTISED.search(name):
+            raise UserError(f"{file} holds quantised or scaled weights ({name}): get the fp32, fp16 or bf16 file")
 
 
 def set_weights(transformer: Any, state: dict[str, Tensor], file: Path) -> None:
     """Fill a transformer with a file's weights, all of them or none."""
-    named = {diffusers_name(name): tensor for name, tensor in state.items() if isinstance(tensor, Tensor)}
+    named: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        if diffusers_name(name) in named:
+            raise UserError(f"{file} holds two networks in one list ({name}): save the student's alone")
+        named[diffusers_name(name)] = tensor
     own = transformer.state_dict()
-    wrong = [f"lacks {_some(own.keys() - named.keys())}"] if own.keys() - named.keys() else []
-    wrong += [f"has {_some(named.keys() - own.keys())} too many"] if named.keys() - own.keys() else []
+    lacks, more = own.keys() - named.keys(), named.keys() - own.keys()
     misfits = {k for k in own.keys() & named.keys() if own[k].shape != named[k].shape}
-    wrong += [f"has another shape for {_some(misfits)}"] if misfits else []
+    if lacks == own.keys():
+        raise UserError(f"{file} holds no Wan transformer but {some(more)}: name the file of the transformer")
+    _refuse_image(more, file)
+    wrong = [f"lacks {some(lacks)}"] if lacks else []
+    wrong += [f"has {some(more)} too many"] if more else []
+    wrong += [f"has another shape for {some(misfits)}"] if misfits else []
     if wrong:
+        sizes = [_size({k: v.shape for k, v in weights.items()}) for weights in (named, own)]
         raise UserError(
-            f"{file} does not fit this base: it {', and it '.join(wrong)}; give the --base it was made from"
+            f"{file} does not fit this base: it {', and it '.join(wrong)}; "
+            + (
+                f"it has {sizes[0]}, the base {sizes[1]}: give the --base it was made from"
+                if sizes[0] != sizes[1]
+                else "it is damaged, or of another kind of model than the base"
+            )
         )
+    check_numbers(state, file)
     transformer.load_state_dict(named)
 
 
 @torch.no_grad()
-def add_changes(transformer: Any, changes: dict[str, Tensor], file: Path) -> int:
-    """Add changes to the parameters they name, all of them or none; returns how many."""
+def add_lora(transformer: Any, state: dict[str, Tensor], file: Path, alpha: float | None) -> int:
+    """Add the changes that a LoRA file of any layout describes, all of them or none; returns how many tensors change.
+
+    The change of a weight is ``alpha / rank B A``, and ``B A`` where no alpha is given. ``diff``, ``diff_b`` and ``diff_m``
+    are changes of the weight, of the bias and of the modulation themselves.
+
+    Args:
+        transformer: of the base.
+        state: the file's tensors.
+        file: its name.
+        alpha: of every adapter, where it is kept outside of the tensors.
+    """
     own = dict(transformer.named_parameters())
-    lost = {name for name, change in changes.items() if name not in own or own[name].numel() != change.numel()}
+    modules = {n.removesuffix(".weight").removesuffix(".bias") for n in own}
+    if len(several := adapters_in(state)) > 1:
+        raise UserError(f"{file} holds several adapters ({', '.join(sorted(several))}): save the one to import alone")
+    parts, lost = parts_of_lora(state, modules)
+    _refuse_image(lost, file)
     if lost:
+        blocks = {int(m[1]) for name in lost if (m := re.search(r"\bblocks[._](\d+)[._]", name))}
+        deeper = blocks and min(blocks) >= len(transformer.blocks)
         raise UserError(
-            f"{file} changes {_some(lost)} that this base lacks or has in another shape; give its own --base"
+            f"{file} changes {some(set(lost))} that this base lacks; "
+            + (
+                f"it has a block {max(blocks)}, the base {len(transformer.blocks)} blocks: give the --base it was made from"
+                if deeper
+                else "it is no LoRA of a Wan transformer alone"
+            )
         )
-    for name, change in changes.items():
-        own[name] += change.reshape(own[name].shape)
+    check_numbers({k: v for k, v in state.items() if not k.endswith(".alpha") or v.is_floating_point()}, file)
+    changes: dict[str, Tensor] = {}
+    for module, found in parts.items():
+        weight = module if module in own else f"{module}.weight"
+        for parameter, names, change in _changes(module, weight, found, state, file, alpha):
+            if parameter not in own or not _fits(change, own[parameter]):
+                has = f"as {tuple(own[parameter].shape)}" if parameter in own else "not at all"
+                raise UserError(
+                    f"{file} changes {names[0]} as {tuple(change.shape)}, which this base has {has}; give the --base it was "
+                    "made from"
+                )
+            changes[parameter] = changes.get(parameter, 0) + change.reshape(own[parameter].shape)
+    if not any(change.any() for change in changes.values()):
+        raise UserError(f"{file} changes nothing: all its differences are zero")
+    for parameter, change in changes.items():
+        own[parameter] += change
     return len(changes)
 
 
-def _places(transformer: Any) -> list[str]:
-    """Modules with weights and parameters of blocks: what a LoRA file may name."""
-    return sorted({n.removesuffix(".weight").removesuffix(".bias") for n, _ in transformer.named_parameters()})
+def _changes(
+    module: str, weight: str, found: dict[str, list[str]], state: dict[str, Tensor], file: Path, alpha: float | None
+) -> Iterator[tuple[str, list[str], Tensor]]:
+    """What a file changes in one module: the parameter's name, the file's names, the change."""
+    if twice := next((names for names in found.values() if len(names) > 1), None):
+        raise UserError(f"{file} says twice what it changes ({', '.join(twice)}): save one of them alone")
+    one = {kind: state[names[0]] for kind, names in found.items()}
+    if odd := one.keys() - {"A", "B", "alpha", "diff", "diff_b"}:
+        name = found[min(odd)][0]
+        raise UserError(f"{file} holds {name} beside changes: only LoRA and whole differences are merged here")
+    if ("A" in one) != ("B" in one):
+        (name,) = found["A" if "A" in one else "B"]
+        raise UserError(f"{file} holds {name} without its other factor: it was saved in part, get it again")
+    if "A" in one:
+        a, b = one["A"].float(), one["B"].float()
+        if min(a.ndim, b.ndim) < 2 or a.shape[0] != b.flatten(1).shape[1]:
+            raise UserError(
+                f"{file}: the ranks of {found['A'][0]} {tuple(a.shape)} and {found['B'][0]} {tuple(b.shape)} differ: it is "
+                "damaged, get it again"
+            )
+        if "alpha" in one and one["alpha"].numel() != 1:
+            raise UserError(f"{file}: {found['alpha'][0]} is not one number: it is damaged, get it again")
+        strength = float(one["alpha"]) if "alpha" in one else alpha
+        scale = 1.0 if strength is None else strength / a.shape[0]
+        yield weight, found["A"], scale * (b.flatten(1) @ a.flatten(1))
+    for kind, parameter in (("diff", weight), ("diff_b", f"{module}.bias")):
+        if kind in one:
+            yield parameter, found[kind], one[kind].float()
 
 
-def _some(names: set[str]) -> str:
-    first = ", ".join(sorted(names)[:3])
-    return f"{len(names)} tensor{'s' * (len(names) > 1)} ({first}{', ...' if len(names) > 3 else ''})"
+def _fits(change: Tensor, parameter: Tensor) -> bool:
+    """Whether a change is of a parameter's shape; sides of length 1 and a convolution's flattened kernel do not count."""
+    sides = [n for n in change.shape if n != 1]
+    return sides in (
+        [n for n in shape if n != 1]
+        for shape in (parameter.shape, parameter.flatten(1).shape if parameter.ndim > 1 else ())
+    )
+
+
+def _refuse_image(names: Iterable[str], file: Path) -> None:
+    seen = {name for name in names if IMAGE.search(name)}
+    if seen:
+        raise UserError(f"{file} is of an image-conditioned Wan ({min(seen)}): only text-to-video models are read here")
+
+
+def _size(shapes: Mapping[str, torch.Size]) -> str:
+    """Depth and width of a Wan transformer, in words."""
+    blocks = {int(m[1]) for name in shapes if (m := re.match(r"blocks\.(\d+)\.", name))}
+    shape = next((s for name, s in shapes.items() if name.endswith("attn1.to_q.weight") and s), None)
+    return f"{len(blocks)} blocks" + (f" of width {shape[0]}" if shape else "")

@@ -1,14 +1,12 @@
 """What other programs call a Wan transformer's tensors: pure renaming, no weights.
 
 Three layouts of weights: diffusers' (ours), the original Wan code's (also ComfyUI's, Self-Forcing's, CausVid's), and
-FastVideo's own. Three layouts of LoRA files: peft's ``lora_A/lora_B``, kohya's ``lora_down/lora_up/alpha`` with dots,
+FastVideo's own. Three layouts of LoRA files: peft's ``lora_A/lora_B`` (an adapter's name may follow), kohya's ``lora_down/lora_up/alpha`` with dots,
 and the same with the module's name flattened by underscores (``lora_unet_blocks_0_self_attn_q``).
 """
 
 import re
-from collections.abc import Iterable, Mapping
-
-from torch import Tensor
+from collections.abc import Iterable
 
 ORIGINAL_TOP = {  # module or parameter in the original code -> in diffusers
     "patch_embedding": "patch_embedding",
@@ -60,8 +58,21 @@ TOP, BLOCK = FASTVIDEO_TOP | ORIGINAL_TOP, FASTVIDEO_BLOCK | ORIGINAL_BLOCK
 WRAPPERS = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod")  # anywhere in a name
 HOLDERS = ("model", "module", "generator", "diffusion_model", "transformer", "base_model")  # only in front
 LEAF = re.compile(
-    r"(?P<module>.+?)\.(?P<leaf>weight|bias|diff|diff_b|alpha|dora_scale"
-    r"|lora_(?:A|B|down|up)(?:\.default)?\.(?:weight|bias))"
+    r"(?P<module>.+?)\.(?P<leaf>weight|bias|diff|diff_b|alpha|lora_(?:A|B|down|up)(?:\.(?P<adapter>[^.]+))?\.(?:weight|bias))"
+)
+FACTORS = {"down": "A", "up": "B"}
+UNMERGED = {  # what only such files' names have -> what they are
+    r"\.lokr_\w+$": "a LoKr",
+    r"\.hada_\w+$": "a LoHa",
+    r"\.(dora_scale|lora_magnitude_vector(\..+)?)$": "a DoRA",
+    r"\.(oft_blocks|oft_diag|oft_R(\..+)?)$": "an OFT",
+    r"\.lora_mid\.weight$": "a LoRA in three factors",
+}
+QUANTISED = re.compile(
+    r"(^|\.)(scaled_fp8|scale_weight|weight_scale|qweight|absmax|quant_map|wscales|comfy_quant)(\.|$)"
+)
+IMAGE = re.compile(
+    r"\b(img_emb|image_embedder|k_img|v_img|norm_k_img|add_k_proj|add_v_proj|norm_added_k)\b|_[kv]_img\b"
 )
 
 
@@ -101,45 +112,42 @@ def original_module(name: str) -> str:
 
 def is_lora(names: Iterable[str]) -> bool:
     """Whether a file holds changes of weights rather than weights."""
-    return any(re.search(r"\.(lora_(A|B|down|up)\b|diff(_b)?$)", name) for name in names)
+    return any(re.search(r"\.(lora_(A|B|down|up)\b|diff(_[bm])?$)", name) for name in names)
 
 
-def lora_changes(state: Mapping[str, Tensor], modules: Iterable[str], alpha: float | None = None) -> dict[str, Tensor]:
-    """Changes of parameters that a LoRA file of any layout describes, by diffusers' parameter name.
-
-    ``lora_A`` and ``lora_down`` are ``A``, ``lora_B`` and ``lora_up`` are ``B``; the change is ``alpha / rank B A``, and
-    ``B A`` where no alpha is given. ``diff`` and ``diff_b`` are changes of the weight and of the bias themselves.
+def parts_of_lora(names: Iterable[str], modules: Iterable[str]) -> tuple[dict[str, dict[str, list[str]]], list[str]]:
+    """Which tensors of a LoRA file of any layout belong together.
 
     Args:
-        state: the file's tensors.
+        names: of the file's tensors.
         modules: diffusers' names of the modules and parameters that may change.
-        alpha: of every adapter, where it is kept outside of the tensors.
 
     Returns:
-        changes; what has no place keeps the file's name for it.
+        by diffusers' module and by what it is there (``A``, ``B``, ``alpha``, ``diff``, ``diff_b``, or the file's own word
+        for anything else) the file's names for it, which should be one; and the names of what has no place in this model.
     """
-    flat = {}
+    theirs = {ours: [their for their, our in (BLOCK | TOP).items() if our == ours] for ours in (BLOCK | TOP).values()}
+    flat: dict[str, str] = {}
     for name in modules:
-        flat[name.replace(".", "_")] = flat[original_module(name).replace(".", "_")] = name
-    parts: dict[str, dict[str, Tensor]] = {}
-    changes: dict[str, Tensor] = {}
-    for name, tensor in state.items():
-        module, leaf = split_leaf(bare(re.sub(r"^lora_(unet|transformer)_", "", name)))
+        block = re.fullmatch(r"(blocks\.\d+\.)(.+)", name)
+        start, rest = (block[1], block[2]) if block else ("", name)
+        flat |= {f"{start}{other}".replace(".", "_"): name for other in (rest, *theirs.get(rest, ()))}
+    parts: dict[str, dict[str, list[str]]] = {}
+    lost = []
+    for name in names:
+        whole = re.sub(r"\.diff_m$", ".modulation.diff", re.sub(r"^(lora_unet|lora_transformer|lycoris)_+", "", name))
+        module, leaf = split_leaf(bare(whole))
         known = flat.get(module.replace(".", "_"))
-        if known is None or leaf in ("", "weight", "bias", "dora_scale"):
-            changes[name] = tensor
+        if known is None:
+            lost.append(name)
             continue
-        kind = leaf.replace("lora_down", "lora_A").replace("lora_up", "lora_B").replace(".default", "")
-        parts.setdefault(known, {})[kind] = tensor
-    for module, found in parts.items():
-        if {"lora_A.weight", "lora_B.weight"} <= found.keys():
-            a, b = found.pop("lora_A.weight").float(), found.pop("lora_B.weight").float()
-            strength = found.pop("alpha").item() if "alpha" in found else alpha
-            scale = 1.0 if strength is None else strength / a.shape[0]
-            changes[f"{module}.weight"] = scale * (b.flatten(1) @ a.flatten(1))
-        weight = module if module.endswith("scale_shift_table") else f"{module}.weight"
-        for kind, target in (("diff", weight), ("diff_b", f"{module}.bias")):
-            if kind in found:
-                changes[target] = changes.get(target, 0) + found.pop(kind).float()
-        changes |= {f"{module}.{kind}": tensor for kind, tensor in found.items() if kind != "alpha"}
-    return changes
+        factor = re.fullmatch(r"lora_(A|B|down|up)(\..+)?\.weight", leaf)
+        kind = FACTORS.get(factor[1], factor[1]) if factor else leaf
+        parts.setdefault(known, {}).setdefault(kind, []).append(name)
+    return parts, lost
+
+
+def adapters_in(names: Iterable[str]) -> set[str]:
+    """Names that peft gave adapters: ``default`` in ``lora_A.default.weight``."""
+    found = (LEAF.fullmatch(name) for name in names)
+    return {m["adapter"] for m in found if m and m["adapter"]}
