@@ -22,11 +22,12 @@ from tqdm import tqdm
 from mogan import data
 from mogan.clips import make_clip, to_video
 from mogan.errors import UserError
-from mogan.files import json_line, replacing
+from mogan.files import json_line, replacing, write_atomically
 from mogan.flow import FlowEstimator
 from mogan.listing import Source, scan
-from mogan.lists import SUFFIXES, read_prompts
+from mogan.lists import SUFFIXES, printable, read_prompts
 from mogan.measure import Done, in_threads, measure
+from mogan.tokens import Tokens, about_tokens, load_tokens
 from mogan.video import read_frames
 
 if TYPE_CHECKING:
@@ -109,9 +110,10 @@ def prepare(
     folder = wan.resolve_model(model)
     target = choose_device(device)
     text = once(lambda: wan.load_text(folder, target))
+    tokens = load_tokens(folder)
     text_facts = {"model": model} | {part: wan.fingerprint(folder, part) for part in ("text_encoder", "tokenizer")}
     if source.suffix.lower() in SUFFIXES and not source.is_dir():
-        count = prepare_prompts(source, out, text_facts, lambda p: text()(p), extra_prompts)
+        count = prepare_prompts(source, out, text_facts, lambda p: text()(p), extra_prompts, tokens)
         print(f"{count} prompts cached in {out}")
         return
     made_for = wan.geometry(folder)
@@ -131,6 +133,7 @@ def prepare(
         fingerprints=text_facts | {"vae": wan.fingerprint(folder, "vae"), "flow": wan.flow_fingerprint(flow)},
         encode_video=lambda video: autoencoder.encode_video(vae(), video.to(target)).cpu(),
         encode_text=lambda prompts: text()(prompts),
+        tokens=tokens,
         estimate_flow=lambda video: estimator()(video.to(target)).cpu(),
         min_motion=min_motion,
         motion_quantile=motion_quantile,
@@ -138,11 +141,12 @@ def prepare(
         extra_prompts=extra_prompts,
         workers=workers,
     )
-    for note in summary.notes:
-        print(note)
     done = f"{summary.encoded} encoded now" if summary.encoded else "all were there already, nothing to do"
     moving = "" if summary.threshold is None else f" that move at least {summary.threshold:.2f} px/frame"
-    print(f"{summary.kept} clips{moving} in {out} ({done}); {summary.dropped} dropped, {summary.skipped} files skipped")
+    why = f" (see {out / 'skipped.jsonl'})" if summary.skipped else ""
+    print(
+        f"{summary.kept} clips{moving} in {out} ({done}); {summary.dropped} dropped, {summary.skipped} files skipped{why}"
+    )
     if observe_for is not None:
         from mogan.assemble import cache_observations
         from mogan.recipes import find_recipe
@@ -172,13 +176,16 @@ def prepare_prompts(
     fingerprints: dict[str, str],
     encode_text: Callable[[list[str]], list[Tensor]],
     extra_prompts: Sequence[str] = (),
+    tokens: Tokens | None = None,
 ) -> int:
     """Cache prompts alone, those of :func:`mogan.lists.read_prompts`. Returns how many."""
     source, out = Path(source), Path(out)
-    prompts = read_prompts(source)
+    notes: list[str] = []
+    prompts = read_prompts(source, notes.append)
     _claim(out, {"contents": "prompts"} | fingerprints)
     data.ensure_text(out, [*prompts, "", *extra_prompts], encode_text)
     _write_jsonl(out / "index.jsonl", [{"id": data.text_path(out, p).stem, "caption": p} for p in prompts])
+    _tell(out, notes + (about_tokens({p: p for p in prompts}, tokens) if tokens else []))
     return len(prompts)
 
 
@@ -191,6 +198,7 @@ def prepare_cache(
     encode_video: Callable[[Tensor], Tensor],
     encode_text: Callable[[list[str]], list[Tensor]],
     estimate_flow: FlowEstimator,
+    tokens: Tokens | None = None,
     min_motion: float | None = None,
     motion_quantile: float | None = None,
     caption: str | None = None,
@@ -208,6 +216,7 @@ def prepare_cache(
         encode_video: ``(1, 3, F, H, W)`` in [-1, 1] to a normalised latent ``(1, C, F', H', W')``.
         encode_text: prompts to embeddings ``(L, D)``.
         estimate_flow: video to flow in pixels per frame.
+        tokens: prompts to token numbers, to tell of captions that are cut.
         min_motion: keep clips that move at least so much, pixels per frame.
         motion_quantile: keep clips at or above this quantile of motion.
         caption: for videos that have none.
@@ -245,7 +254,17 @@ def prepare_cache(
     encoded = _encode(usable, kept, out, geometry, encode_video, workers)
     data.ensure_text(out, [*(e["caption"] for e in kept), "", *extra_prompts], encode_text)
     _write_jsonl(out / "index.jsonl", kept)
-    return Summary(len(kept), len(dropped), len(skipped), encoded, threshold, _notes(usable, records, geometry))
+    notes = _notes(usable, records, geometry)
+    notes += about_tokens({e["source"]: e["caption"] for e in kept}, tokens) if tokens else []
+    _tell(out, notes)
+    return Summary(len(kept), len(dropped), len(skipped), encoded, threshold, tuple(notes))
+
+
+def _tell(out: Path, notes: list[str]) -> None:
+    """Print what the user should know, and keep it in the cache."""
+    for note in notes:
+        print(note)
+    write_atomically(out / "warnings.log", "".join(f"{note}\n" for note in notes))
 
 
 def _claim(out: Path, facts: dict[str, Any]) -> None:
@@ -304,7 +323,7 @@ def _dropped(sources, records, found, threshold, geometry) -> list[dict]:
     ]
 
 
-def _notes(sources: list[Source], records: list[dict], geometry: "Geometry") -> tuple[str, ...]:
+def _notes(sources: list[Source], records: list[dict], geometry: "Geometry") -> list[str]:
     read = [(s, r) for s, r in zip(sources, records, strict=True) if r["done"]]
     outside = [s.name for s in sources if s.outside]
     slow = [s.name for s, r in read if r["source_fps"] and r["source_fps"] < 0.75 * geometry.fps]
@@ -312,17 +331,17 @@ def _notes(sources: list[Source], records: list[dict], geometry: "Geometry") -> 
     notes = []
     if outside:
         notes.append(
-            f"{len(outside)} videos lie outside the folder (first {outside[0]}): its list names them, so they were read"
+            f"{len(outside)} videos lie outside the folder (first {printable(outside[0])}): its list names them, so they were read"
         )
     if slow:
         notes.append(
-            f"{len(slow)} videos have far fewer than {geometry.fps} frames per second (first {slow[0]}): frames were "
+            f"{len(slow)} videos have far fewer than {geometry.fps} frames per second (first {printable(slow[0])}): frames were "
             "repeated, see `repeats` in index.jsonl; repeated frames teach stutter"
         )
     if small:
         size = f"{geometry.height} x {geometry.width}"
-        notes.append(f"{len(small)} videos are smaller than {size} (first {small[0]}): they were enlarged")
-    return tuple(notes)
+        notes.append(f"{len(small)} videos are smaller than {size} (first {printable(small[0])}): they were enlarged")
+    return notes
 
 
 def _draw_motion(path: Path, motions: list[float], threshold: float | None) -> None:

@@ -28,6 +28,7 @@ from mogan.motion_score import steer
 from mogan.prompts import KNOWN, fingerprint, warn_if_changed
 from mogan.rollout import normal, roll_out
 from mogan.samples import append_samples, listed_samples, refuse_others
+from mogan.tokens import about_tokens, load_tokens
 from mogan.video import write_video
 
 
@@ -162,6 +163,8 @@ def sample(
         print(f"prompts: {told}")
     jobs = shard_of(jobs_of(lines[:limit], seeds, first_seed), shard)
     source = open_generator(model)
+    for note in about_tokens({job.prompt: job.prompt for job in jobs}, load_tokens(source.folder)):
+        print(f"prompts: {note}")
     few_steps = source.sigmas is not None if mode == "auto" else mode == "student"
     _refuse_what_does_not_go_together(model, source, few_steps, flowmo, motion, first_frames)
     as_teacher = TeacherSteps(steps, guidance, shift, solver, flowmo, motion, motion_ratio)

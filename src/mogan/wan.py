@@ -238,6 +238,12 @@ def _readable(part: Path) -> Iterator[None]:
         ) from error
 
 
+def load_tokenizer(model: Path):
+    """The tokenizer, which is read in a moment where the text encoder is not."""
+    with _readable(model / "tokenizer"):
+        return AutoTokenizer.from_pretrained(model / "tokenizer", local_files_only=True)
+
+
 def load_text(model: Path, device: str | torch.device = "cpu") -> TextEncoder:
     """Text encoder as ``prompts -> embeddings (L, D)``, each trimmed to its tokens; cleaned as in ``WanPipeline``.
 
@@ -245,8 +251,7 @@ def load_text(model: Path, device: str | torch.device = "cpu") -> TextEncoder:
     """
     from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 
-    with _readable(model / "tokenizer"):
-        tokenizer = AutoTokenizer.from_pretrained(model / "tokenizer", local_files_only=True)
+    tokenizer = load_tokenizer(model)
     width = (_config(model, "text_encoder") or {}).get("d_model", 0)
     dtype: torch.dtype | str = torch.bfloat16 if width >= 4096 else "auto"  # Wan's is UMT5-XXL, 5.7 billion weights
     with _readable(model / "text_encoder"):
