@@ -52,6 +52,10 @@ def msm() -> Config:
     return shrink(recipes.msm_lab())
 
 
+def mogan_msm() -> Config:
+    return shrink(recipes.mogan_msm_lab())
+
+
 def motion_score() -> Config:
     config = recipes.motion_score_lab()
     windows = ((1, 3), (0, 3), (2, 1))  # of the test family's 4 latent frames
