@@ -4,7 +4,7 @@ Latents are always normalised by the autoencoder's stored mean and deviation. Sh
 latents ``B C F H W``.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
@@ -21,22 +21,18 @@ def _statistics(vae: AutoencoderKLWan, like: Tensor) -> tuple[Tensor, Tensor]:
     return mean, torch.tensor(vae.config.latents_std, device=like.device).view(shape)
 
 
-def _recurrent(
-    step: Callable, chunks: list[tuple[Tensor, bool]], cache: list, checkpointed: bool
-) -> tuple[list[Tensor], list]:
+def _recurrent(step: Callable, chunks: list[tuple[Tensor, bool]], cache: list, checkpointed: bool) -> Iterator[Tensor]:
     """Run ``step(chunk, cache, first) -> (out, cache)`` along time; each step may be recomputed in the backward pass.
 
     diffusers hides the convolutions' memory in the module and refuses checkpointing; passing it explicitly makes every
-    step a pure function, which gives the same frames and gradients bit for bit.
+    step a pure function, which gives the same frames and gradients bit for bit. ``cache`` is left as the last step made it.
     """
-    outs = []
     for chunk, first in chunks:
         if checkpointed and torch.is_grad_enabled():
-            out, cache = checkpoint(step, chunk, cache, first, use_reentrant=False)
+            out, cache[:] = checkpoint(step, chunk, cache[:], first, use_reentrant=False)
         else:
-            out, cache = step(chunk, cache, first)
-        outs.append(out)
-    return outs, cache
+            out, cache[:] = step(chunk, cache, first)
+        yield out
 
 
 def _decoder_step(vae: AutoencoderKLWan, chunk: Tensor, cache: list, first: bool) -> tuple[Tensor, list]:
@@ -68,6 +64,13 @@ def decode_window(
 
     Returns fp32 video, clamped to [-1, 1] as the stock decoder does.
     """
+    return torch.cat(list(_window(vae, latent_BCFHW, start, length, checkpointing)), 2)
+
+
+def _window(
+    vae: AutoencoderKLWan, latent_BCFHW: Tensor, start: int, length: int | None, checkpointing: bool
+) -> Iterator[Tensor]:
+    """The frames of :func:`decode_window`, those of one latent frame at a time."""
     total = latent_BCFHW.shape[2]
     length = total - start if length is None else length
     if not (0 <= start and length > 0 and start + length <= total):
@@ -77,13 +80,22 @@ def decode_window(
     x = vae.post_quant_conv(z)
     step = partial(_decoder_step, vae)
     chunks = [(x[:, :, i : i + 1], i == 0) for i in range(start + length)]
+    cache = _empty_cache(vae.decoder)
     with torch.no_grad():
-        _, cache = _recurrent(step, chunks[:start], _empty_cache(vae.decoder), checkpointed=False)
-    frames, _ = _recurrent(step, chunks[start:], cache, checkpointed=checkpointing)
-    video = torch.cat(frames, 2)
-    if vae.config.patch_size is not None:
-        video = unpatchify(video, patch_size=vae.config.patch_size)
-    return video.float().clamp(-1.0, 1.0)
+        for _ in _recurrent(step, chunks[:start], cache, checkpointed=False):
+            pass
+    for frames in _recurrent(step, chunks[start:], cache, checkpointed=checkpointing):
+        video = frames if vae.config.patch_size is None else unpatchify(frames, patch_size=vae.config.patch_size)
+        yield video.float().clamp(-1.0, 1.0)
+
+
+@torch.no_grad()
+def stream_video(vae: AutoencoderKLWan, latent_BCFHW: Tensor) -> Iterator[Float[Tensor, "b 3 g h w"]]:
+    """A whole clip, frame after frame as they are decoded, without gradient: 1 frame, then 4 for every further latent.
+
+    The same frames as :func:`decode_video`, bit for bit, and never more than those of one latent frame in memory.
+    """
+    yield from _window(vae, latent_BCFHW, 0, None, checkpointing=False)
 
 
 def decode_video(vae: AutoencoderKLWan, latent_BCFHW: Tensor) -> Tensor:
@@ -101,7 +113,7 @@ def encode_video(
     if vae.config.patch_size is not None:
         x = patchify(x, patch_size=vae.config.patch_size)
     chunks = [(x[:, :, :1], True)] + [(x[:, :, i : i + 4], False) for i in range(1, x.shape[2], 4)]
-    encoded, _ = _recurrent(partial(_encoder_step, vae), chunks, _empty_cache(vae.encoder), checkpointing)
-    moments = vae.quant_conv(torch.cat(encoded, 2))
+    encoded = _recurrent(partial(_encoder_step, vae), chunks, _empty_cache(vae.encoder), checkpointing)
+    moments = vae.quant_conv(torch.cat(list(encoded), 2))
     mean, deviation = _statistics(vae, video_BCFHW)
     return (moments.chunk(2, dim=1)[0].float() - mean) / deviation

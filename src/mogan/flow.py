@@ -6,7 +6,7 @@ A flow estimator is any callable from a video to such a flow.
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from pickle import UnpicklingError
@@ -243,6 +243,16 @@ class RaftFlow(nn.Module):
                 else:
                     flows.append(self._estimate(part))
         return torch.cat(flows, dim=1).transpose(1, 2)
+
+
+def flow_of_pieces(pieces: Iterable[Tensor], flow: FlowEstimator) -> Iterator[Float[Tensor, "b 2 g h w"]]:
+    """Flow of a video that comes a few frames ``(B, 3, g, H, W)`` at a time: as many fields as there are new pairs."""
+    last = None
+    for piece in pieces:
+        video = piece if last is None else torch.cat([last, piece], 2)
+        last = piece[:, :, -1:]
+        if video.shape[2] > 1:
+            yield flow(video)
 
 
 def motion_picture(flow_BCFHW: Float[Tensor, "b 2 f h w"], max_flow: float) -> Float[Tensor, "b 3 f+1 h w"]:

@@ -4,6 +4,7 @@ Longer is not better: a discriminator that has won teaches nothing more, and dis
 its stiller teacher. The losses do not show it; the student's clips do.
 """
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -12,33 +13,38 @@ from torch import Tensor
 
 from mogan.assemble import Assembly
 from mogan.attention import stack_text
-from mogan.autoencoder import decode_video
+from mogan.autoencoder import stream_video
 from mogan.checkpoint import held_out_motions, write_held_out_motions
 from mogan.data import open_cache
 from mogan.errors import UserError
-from mogan.flow import FlowEstimator
+from mogan.flow import flow_of_pieces
 from mogan.pixel_flux import sample_at
-from mogan.sample import sample_student
+from mogan.sample import clips_at_once, sample_student
 
-CLIPS, AT_ONCE = 64, 8  # judged, so that one clip more or less does not decide; in memory
+CLIPS, AT_ONCE = 64, 8  # judged, so that one clip more or less does not decide; sampled together at most
 POINTS, FASTEST = 16, 0.1  # points along each side of the picture; share of them that is averaged
 
 
-def net_motion(video_BCFHW: Float[Tensor, "b 3 f h w"], flow: FlowEstimator) -> Float[Tensor, " b"]:
+def net_motion(fields_BCFHW: Iterable[Float[Tensor, "b 2 g h w"]]) -> Float[Tensor, " b"]:
     """How far the fastest tenth of the points gets from the first frame to the last, px/frame.
 
-    Points on a grid are carried along by the flow of pair after pair. What shimmers in place moves to and fro and gets
+    Points on a grid are carried along by the flow of pair after pair, which comes a few pairs at a time. What shimmers in place moves to and fro and gets
     nowhere, while the mean of the flow itself would count it.
     """
-    fields = flow(video_BCFHW)
-    height, width = fields.shape[-2:]
-    x, y = torch.meshgrid(torch.linspace(0, width - 1, POINTS), torch.linspace(0, height - 1, POINTS), indexing="xy")
-    start = torch.stack([x, y], -1).flatten(0, 1).to(fields).expand(len(fields), -1, -1)
-    points = start
-    for field in fields.unbind(2):
-        points = points + sample_at(field, points)
-    gone = (points - start).norm(dim=-1) / fields.shape[2]
+    start, points, pairs = None, torch.empty(0), 0
+    for field in (field for fields in fields_BCFHW for field in fields.unbind(2)):
+        if start is None:
+            start = points = _grid(field)
+        points, pairs = points + sample_at(field, points), pairs + 1
+    assert start is not None, "a clip of one frame does not move"
+    gone = (points - start).norm(dim=-1) / pairs
     return gone.topk(round(FASTEST * POINTS**2), -1).values.mean(-1)
+
+
+def _grid(field_BCHW: Tensor) -> Float[Tensor, "b n 2"]:
+    height, width = field_BCHW.shape[-2:]
+    x, y = torch.meshgrid(torch.linspace(0, width - 1, POINTS), torch.linspace(0, height - 1, POINTS), indexing="xy")
+    return torch.stack([x, y], -1).flatten(0, 1).to(field_BCHW).expand(len(field_BCHW), -1, -1)
 
 
 class Gain:
@@ -75,14 +81,15 @@ class Gain:
         numbers, world = list(range(len(self.prompts))), parts.world
         if len(numbers) >= world.shares:  # each its own, and as many as the others: a forward pass takes all processes
             numbers = numbers[: len(numbers) // world.shares * world.shares][world.share :: world.shares]
-        found = []
+        found, together = [], clips_at_once(parts.geometry, AT_ONCE)
         with torch.no_grad(), parts.averaged_student() as student:
-            for first in range(0, len(numbers), AT_ONCE):
-                part = numbers[first : first + AT_ONCE]
+            for first in range(0, len(numbers), together):
+                part = numbers[first : first + together]
                 text = stack_text([self.cache.text(self.prompts[number]) for number in part], parts.device)
                 latents = sample_student(student, text, parts.latent_shape, parts.config.sigmas, part)
                 assert parts.flow is not None
-                found.append(net_motion(decode_video(parts.vae, latents), parts.flow))
+                for latent in latents.split(1):
+                    found.append(net_motion(flow_of_pieces(stream_video(parts.vae, latent), parts.flow)))
         return world.mean({"motion": torch.cat(found).mean()})["motion"]
 
     def check(self, parts: Assembly, iteration: int) -> float:

@@ -5,12 +5,13 @@ A clip depends on its prompt and its seed alone, not on the batch it was made in
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+import numpy as np
 import torch
 from diffusers import UniPCMultistepScheduler
 from torch import Tensor
@@ -30,6 +31,14 @@ from mogan.rollout import normal, roll_out
 from mogan.samples import append_samples, listed_samples, refuse_others
 from mogan.tokens import about_tokens, load_tokens
 from mogan.video import write_video
+
+PIXELS_AT_ONCE = 81 * 480 * 832  # of the clips that are made together: a clip of Wan's size keeps a GPU busy alone
+CLIPS_AT_ONCE = 16  # of clips however small: a run that is stopped loses no more
+
+
+def clips_at_once(size: wan.Geometry, most: int = CLIPS_AT_ONCE) -> int:
+    """How many clips of a size are made together: as many as ``PIXELS_AT_ONCE`` holds, at least one."""
+    return max(1, min(most, PIXELS_AT_ONCE // (size.frames * size.height * size.width)))
 
 
 def seeded(seeds: list[int]) -> list[torch.Generator]:
@@ -125,7 +134,7 @@ def sample(
     motion: Path | None = None,
     motion_ratio: float = 0.5,
     first_frames: Path | None = None,
-    batch: int = 16,
+    batch: int | None = None,
     limit: int | None = None,
     shard: str = "0/1",
     precision: Literal["auto", "bf16", "fp32"] = "auto",
@@ -150,7 +159,8 @@ def sample(
         motion_ratio: 0 is the teacher's own motion, 1 the motion model's.
         first_frames: folder of captioned clips, for a model trained to be given the first frame: every prompt is the
             caption of one and starts from its first frame. Sampled by Euler steps at the model's own levels.
-        batch: clips made at once.
+        batch: clips made at once; by default as many as fit into the pixels of one clip of 81 x 480 x 832, at most 16.
+            They are decoded one after the other.
         limit: use only so many prompts.
         shard: i/n makes every n-th clip, starting with the i-th: for many GPUs, into the same folder.
         precision: of the networks; auto is fp32 for a few-step student on a CPU (as the stock pipeline there), else bf16.
@@ -188,13 +198,14 @@ def sample(
         return
     make = _maker(source, None if few_steps else as_teacher, starts, target, precision)
     with tqdm(total=len(jobs), initial=len(jobs) - len(todo), desc=f"sample {out.name}", unit="clip") as bar:
-        for first in range(0, len(todo), batch):
-            part = todo[first : first + batch]
-            for job, frames in zip(part, to_frames(make(part)), strict=True):
+        together = batch or clips_at_once(source.geometry)
+        for first in range(0, len(todo), together):
+            part = todo[first : first + together]
+            for job, frames in zip(part, make(part), strict=True):
                 write_video(out / job.file, frames, source.geometry.fps)
                 if job.file not in listed:
                     append_samples(out, [record(job)])
-            bar.update(len(part))
+                bar.update()
 
 
 def _refuse_what_does_not_go_together(
@@ -236,8 +247,8 @@ def _maker(
     starts: dict[str, Path] | None,
     device: torch.device,
     precision: str,
-) -> Callable[[list[Job]], Tensor]:
-    """Load a generator's networks; what comes back makes the videos ``(B, 3, F, H, W)`` of a few jobs at once."""
+) -> Callable[[list[Job]], list[Iterator[np.ndarray]]]:
+    """Load a generator's networks; what comes back makes the clips of a few jobs at once, each as a stream of frames."""
     encode = wan.load_text(source.folder)
     fast = wan.fast_dtype(device)
     auto = torch.float32 if teacher is None and device.type == "cpu" else fast
@@ -254,7 +265,7 @@ def _maker(
         change = partial(steer, motion=network, given=given, null_1LD=null, guidance=teacher.guidance, ratio=ratio)
 
     @torch.no_grad()
-    def make(jobs: list[Job]) -> Tensor:
+    def make(jobs: list[Job]) -> list[Iterator[np.ndarray]]:
         text = attention.stack_text(encode([job.prompt for job in jobs]), device)
         numbers = [job.seed for job in jobs]
         if teacher is not None:
@@ -262,7 +273,7 @@ def _maker(
                 denoiser, text, null, shape, numbers, steps=teacher.steps, guidance=teacher.guidance, shift=teacher.shift,
                 solver=teacher.solver, flowmo=teacher.flowmo, change=change and partial(change, text_BLD=text),
             )  # fmt: skip
-            return autoencoder.decode_video(vae, latents)
+            return [pictures(vae, latent) for latent in latents.split(1)]
         assert source.sigmas is not None
         if starts is None:
             latents = sample_student(denoiser, text, shape, source.sigmas, numbers)
@@ -271,12 +282,18 @@ def _maker(
             latents = sample_from_first_frames(
                 denoiser, vae, first, text, shape, source.sigmas, seeded(numbers), source.geometry
             )
-        return autoencoder.decode_video(vae, latents)
+        return [pictures(vae, latent) for latent in latents.split(1)]
 
     return make
 
 
-def to_frames(video_BCFHW: Tensor):
+def pictures(vae: Any, latent_1CFHW: Tensor) -> Iterator[np.ndarray]:
+    """Frames of one clip, uint8 ``(H, W, 3)``, as they are decoded."""
+    for piece in autoencoder.stream_video(vae, latent_1CFHW):
+        yield from to_frames(piece)[0]
+
+
+def to_frames(video_BCFHW: Tensor) -> np.ndarray:
     """Video in [-1, 1] to uint8 arrays ``(B, F, H, W, 3)``."""
     return ((video_BCFHW + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 4, 1).cpu().numpy()
 

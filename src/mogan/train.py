@@ -8,6 +8,7 @@ import json
 import signal
 import sys
 import time
+from collections import deque
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
@@ -22,6 +23,7 @@ from tqdm import tqdm
 
 from mogan.assemble import Assembly, assemble
 from mogan.attention import stack_text
+from mogan.autoencoder import stream_video
 from mogan.checkpoint import (
     check_same_run,
     held_out_motions,
@@ -35,13 +37,14 @@ from mogan.data import Batch, draw_batch, one_ahead, open_cache
 from mogan.distributed import join, whole
 from mogan.errors import UserError
 from mogan.files import write_atomically
+from mogan.flow import RaftFlow, flow_of_pieces
 from mogan.held_out import Gain
 from mogan.journal import Journal
 from mogan.load import FROM_CLIPS
 from mogan.objectives.shift import Shift
 from mogan.recipes import ablate, find_recipe
 from mogan.rollout import Rollout, animate, normal, roll_out
-from mogan.sample import sample_student, seeded, to_frames
+from mogan.sample import clips_at_once, sample_student, seeded, to_frames
 
 
 def generator_for(*keys: int) -> torch.Generator:
@@ -285,36 +288,57 @@ def sample_sheet(parts: Assembly, run: Path, iteration: int) -> None:
     """Clips of the averaged student on the first prompts (image to video: from the first clips' first frames), their
     flow, and one sheet of both.
     """
-    from mogan.autoencoder import decode_video
-    from mogan.flow import RaftFlow
     from mogan.video import contact_sheet, flow_picture, write_video
 
     config = parts.config
     first = {e["caption"]: e["id"] for e in reversed(parts.cache.entries)}  # of each prompt, its first clip
     prompts = list(dict.fromkeys(e["caption"] for e in parts.cache.entries))[: config.sample_prompts]
-    text, seeds = stack_text([parts.cache.text(p) for p in prompts], parts.device), list(range(len(prompts)))
+    latents: list[Tensor] = []
+    together = clips_at_once(parts.geometry)
     with parts.averaged_student() as student:
-        if config.given:
-            noise = normal(torch.Size((len(seeds), *parts.latent_shape)), seeded(seeds), parts.device)
-            real = torch.stack([parts.cache.latent(first[p]) for p in prompts]).to(noise)
-            latents = animate(student, noise, real[:, :, : config.given], text, text, config.sigmas, guidance=1.0)
-        else:
-            latents = sample_student(student, text, parts.latent_shape, config.sigmas, seeds)
+        for begin in range(0, len(prompts), together):
+            part = prompts[begin : begin + together]
+            seeds = list(range(begin, begin + len(part)))
+            text = stack_text([parts.cache.text(p) for p in part], parts.device)
+            if config.given:
+                noise = normal(torch.Size((len(seeds), *parts.latent_shape)), seeded(seeds), parts.device)
+                real = torch.stack([parts.cache.latent(first[p]) for p in part]).to(noise)
+                made = animate(student, noise, real[:, :, : config.given], text, text, config.sigmas, guidance=1.0)
+            else:
+                made = sample_student(student, text, parts.latent_shape, config.sigmas, seeds)
+            latents += made.split(1)
     if not parts.world.main:
         return
-    video = decode_video(parts.vae, latents)
     folder = run / "samples" / f"{iteration:06d}"
     folder.mkdir(parents=True, exist_ok=True)
     rows, titles = [], []
-    for number, (prompt, frames) in enumerate(zip(prompts, to_frames(video), strict=True)):
+    for number, (prompt, latent) in enumerate(zip(prompts, latents, strict=True)):
+        frames, flow = _frames_and_flow(parts, latent)
         write_video(folder / f"{number}.mp4", frames, parts.geometry.fps)
         rows.append(frames)
         titles.append(prompt)
-        if isinstance(parts.flow, RaftFlow) and parts.config.gan is not None:
-            flow = parts.flow(video[number : number + 1])[0].transpose(0, 1).cpu().numpy()
+        if flow is not None and parts.config.gan is not None:
             rows.append(flow_picture(flow, parts.config.gan.max_flow))
             titles.append(f"flow, {parts.config.gan.max_flow:g} px/frame")
     contact_sheet(rows, folder / "sheet.png", titles=titles)
+
+
+def _frames_and_flow(parts: Assembly, latent_1CFHW: Tensor) -> tuple[np.ndarray, np.ndarray | None]:
+    """A clip ``(F, H, W, 3)``, and its flow ``(F - 1, 2, H, W)`` where a discriminator sees RAFT's; made as it is decoded."""
+    frames: list[np.ndarray] = []
+
+    def decoded() -> Iterator[Tensor]:
+        for piece in stream_video(parts.vae, latent_1CFHW):
+            frames.extend(to_frames(piece)[0])
+            yield piece
+
+    flow = None
+    if isinstance(parts.flow, RaftFlow) and parts.config.gan is not None:
+        fields = torch.cat([field.cpu() for field in flow_of_pieces(decoded(), parts.flow)], 2)
+        flow = fields[0].transpose(0, 1).numpy()
+    else:
+        deque(decoded(), maxlen=0)
+    return np.stack(frames), flow
 
 
 def train(
