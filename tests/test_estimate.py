@@ -13,7 +13,7 @@ from transformers import UMT5Config, UMT5EncoderModel
 
 from conftest import TRANSFORMER, VAE
 from mogan.cli import main
-from mogan.config import Update
+from mogan.config import Optimizer, SurrogateConfig, Update
 from mogan.estimate import machines
 from mogan.estimate.advice import advise
 from mogan.estimate.check import compare, small
@@ -24,6 +24,7 @@ from mogan.estimate.costs import (
     judge_call,
     network_parameters,
     reward_call,
+    surrogate_calls,
     transformer_calls,
 )
 from mogan.estimate.predict import predict
@@ -147,11 +148,21 @@ MADE_UP = Costs(
     observe_grad=Call(Work({(900e12, 1e9, "bf16"): 1}), 35 * GB, 50 * GB),
     judge=Call(Work({(400e12, 1e9, "bf16"): 1}), 2 * GB, 8 * GB),
     judge_frozen=Call(Work({(300e12, 1e9, "bf16"): 1}), 2 * GB, 6 * GB),
+    predict=Call(Work({(1e12, 1e9, "bf16"): 1}), 0.1 * GB, 1 * GB),
+    predict_grad=Call(Work({(2e12, 1e9, "bf16"): 1}), 3 * GB, 4 * GB),
+    predict_learns=Call(Work({(3e12, 1e9, "bf16"): 1}), 3 * GB, 5 * GB),
     pixel_flux=Call(Work({(700e12, 1e9, "bf16"): 1}), 1 * GB, 22 * GB),
     reward=Call(Work({(30e12, 1e9, "bf16"): 1}), 1 * GB, 2 * GB),
     parameters=network_parameters(PUBLISHED["wan2.1-t2v-1.3b"])
-    | {"discriminator": 860_000_000, "flow": 5_000_000, "reward": 36_000_000},
+    | {"discriminator": 860_000_000, "flow": 5_000_000, "reward": 36_000_000, "surrogate": 1000, "remembered": 500},
 )
+
+
+SMALL = SurrogateConfig(width=8, blocks=2, pairs=5, limit=None)
+
+
+def optimizers_for(plan):
+    return {u.learns: Optimizer(lr=1e-4) for u in plan} | {"fake_score": Optimizer(lr=1e-4)}
 
 
 def price(config, gpus=1, lora=None, gpu="h200"):
@@ -167,6 +178,50 @@ def test_one_update_is_the_calls_it_makes():
     assert student_gan.flops == 16 * (280e12 + 1120e12 + 900e12 + 300e12)
     assert judge.flops == 64 * (2 * 280e12 + 500e12 + 4 * 400e12)
     assert student.model_flops == student.flops - 16 * 280e12  # what checkpointing computes twice
+
+
+def test_judges_of_one_rollout_share_it():
+    first, *others = mogan_wan_1_3b().plan
+    apart = price(mogan_wan_1_3b())
+    both = replace(mogan_wan_1_3b(), plan=(replace(first, by="dmd+gan"), others[0], others[2]))
+    found = price(both)
+    assert found.steps[0].label == "student<dmd+gan"
+    assert found.steps[0].flops == apart.steps[0].flops + apart.steps[2].flops - 16 * (280e12 + 1120e12)
+    assert found.steps[0].peak == apart.steps[2].peak  # the rollout is there once, DMD's networks leave nothing behind
+    assert found.steps[0].model_flops == pytest.approx(
+        apart.steps[0].model_flops + apart.steps[2].model_flops - 16 * 1120e12
+    )
+
+
+def test_a_surrogate_takes_the_place_of_the_observation_it_predicts():
+    plan = (
+        Update(learns="student", by="surrogate", batch=16, unless=8),
+        Update(learns="discriminator", by="surrogate", batch=16, unless=8, again=True),
+        Update(learns="discriminator", by="gan", batch=16, every=8),
+        Update(learns="surrogate", by="surrogate", batch=16, times=4),
+    )
+    config = replace(mogan_wan_1_3b(), plan=plan, checkpointing=False, optimizers=optimizers_for(plan), surrogate=SMALL)
+    student, judge, exact, learning = price(config).steps
+    assert student.flops == 16 * (280e12 + 1120e12 + 2e12 + 300e12)
+    assert judge.flops == 16 * (2 * 1e12 + 2 * 400e12)  # no rollout and no penalties
+    assert exact.flops == 16 * (2 * 280e12 + 500e12 + 4 * 400e12)
+    assert learning.flops == 16 * 2 * 3e12  # on real clips and on remembered ones
+    assert (student.share, exact.share) == (0.875, 0.125)
+    network = next(n for n in price(config).networks if n.name == "surrogate")
+    assert (network.weights, network.moments) == (4 * (1000 + 500), 8 * 1000)
+
+
+def test_a_surrogates_work_is_that_of_its_convolutions():
+    (plain, passed, learns), parameters, remembered = surrogate_calls(SMALL, TINY, 3)
+    channels, _, height, width = TINY.latent
+    kernels = 8 * channels * 27 + 2 * (8 * 8 * (9 + 3)) + 8 * channels * 27
+    products = 2 * kernels * 4 * height * width  # a window of 3 latent frames and the one before it
+    assert plain.work.flops == pytest.approx(products, rel=0.05)
+    assert passed.work.flops == pytest.approx(2 * products, rel=0.05)
+    assert 2 * products < learns.work.flops < 3.05 * products  # the input of the first needs no gradient
+    assert parameters == kernels + (8 + 2 * (2 * 8 + 8 + 8) + 2 * 8 + channels)
+    assert remembered == 5 * (channels * height * width * (4 + 3) + 1) + 1
+    assert plain.peak < passed.peak
 
 
 def test_shift_samples_and_observes_once_for_all_updates_of_an_iteration():
@@ -190,8 +245,9 @@ def test_shift_samples_and_observes_once_for_all_updates_of_an_iteration():
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_has_a_price(name):
     config = find_recipe(name)
-    if config.surrogate is not None:
-        assert main(["estimate", name]) == 2  # says so
+    if config.surrogate is not None:  # trains in one process
+        assert price(config).peak > price(find_recipe("mogan_lab")).peak
+        assert main(["estimate", name, "--gpus", "2"]) == 2
         return
     found = {number: price(config, number) for number in (1, 8)}
     assert 0 < found[8].peak < found[1].peak

@@ -60,6 +60,8 @@ def estimate(
     if lora is not None and gpus > 1:
         raise UserError("--lora trains in one process: leave out --gpus, or --lora")
     config = find_recipe(recipe)
+    if config.surrogate is not None and gpus > 1:
+        raise UserError("a motion surrogate trains in one process: leave out --gpus, or estimate a recipe without it")
     price = pricing(config, model, gpu, frames=frames, height=height, width=width, clips=clips)
     found = price(config, gpus, lora)
     changes = () if found.fits else advise(config, gpus, lora, price)
@@ -80,8 +82,6 @@ def pricing(
     clips: int = 15000,
 ):
     """A function ``(config, gpus, lora) -> Estimate`` that traces each variant of the networks once."""
-    if config.surrogate is not None or any(len(u.judges) > 1 for u in config.plan):
-        raise UserError("surrogates and shared rollouts are not priced: estimate the recipe without them")
     shapes = read_shapes(model or ("lab" if config.recipe.endswith("_lab") else "wan2.1-t2v-1.3b"))
     shapes = resized(shapes, frames=frames, height=height, width=width)
     if config.gan is not None and config.gan.space == "motion" and config.gan.window > shapes.latent[1]:
@@ -133,11 +133,11 @@ def as_table(found: Estimate, changes: tuple[Change, ...]) -> str:
         lines.append(f"{n.name:<20}{n.parameters / 1e6:>10.0f} M{cells}")
     lines += [
         "",
-        f"{'update':<22}{'times':>6}{'clips':>7}{'at once':>9}{'activations':>13}{'peak GB':>9}{'PFLOP':>9}{'seconds':>9}",
+        f"{'update':<24}{'times':>6}{'clips':>7}{'at once':>9}{'activations':>13}{'peak GB':>9}{'PFLOP':>9}{'seconds':>9}",
     ]
     for s in found.steps:
         lines.append(
-            f"{s.label:<22}{s.times * s.share:>6.3g}{s.clips:>7g}{s.part:>9}{s.activations / GB:>13.1f}{s.peak / GB:>9.1f}"
+            f"{s.label:<24}{s.times * s.share:>6.3g}{s.clips:>7g}{s.part:>9}{s.activations / GB:>13.1f}{s.peak / GB:>9.1f}"
             f"{s.flops / 1e15:>9.2f}{s.seconds:>9.1f}"
         )
     if found.observation:

@@ -17,7 +17,7 @@ from torchvision.models.optical_flow import raft_large
 
 from mogan.attention import set_attention
 from mogan.autoencoder import decode_window, encode_video
-from mogan.config import Config, GANConfig, ShiftConfig
+from mogan.config import Config, GANConfig, ShiftConfig, SurrogateConfig
 from mogan.denoiser import Denoiser, recomputed
 from mogan.discriminator import Discriminator
 from mogan.estimate.shapes import Shapes
@@ -25,6 +25,7 @@ from mogan.estimate.trace import Call, Work, fake, sizes, trace
 from mogan.flow import RaftConfig, RaftFlow, motion_picture, read_raft_config
 from mogan.pixel_flux import state_size
 from mogan.rewards import MotionRewards
+from mogan.surrogate import MotionSurrogate
 
 TEXT_TOKENS = 128  # a long caption; cross-attention to the padding is folded into one token
 
@@ -38,9 +39,10 @@ class Costs:
         judge: the discriminator, forward and backward, its weights learning; ``judge_frozen``: only its input's gradient.
         observe: window decode, flow and encode without gradient; ``observe_grad``: with; ``stages``: of the latter.
         decode: of a whole clip, for sampling.
+        predict: the surrogate of an observation without gradient; ``predict_grad``: with its input's; ``predict_learns``: its weights'.
         pixel_flux: a whole clip decoded, its flow there and back; ``reward``: SHIFT's rewards on it, forward and backward.
         parameters: of ``transformer``, ``block`` (one of its blocks), ``rest`` (what is outside them), ``adapters`` (per rank), ``discriminator``, ``vae``,
-            ``flow``, ``reward``, ``text_encoder``.
+            ``flow``, ``surrogate``, ``remembered`` (numbers in the pairs it keeps), ``reward``, ``text_encoder``.
     """
 
     forward: Call
@@ -52,6 +54,9 @@ class Costs:
     stages: Mapping[str, Call] = field(default_factory=dict)
     judge: Call | None = None
     judge_frozen: Call | None = None
+    predict: Call | None = None
+    predict_grad: Call | None = None
+    predict_learns: Call | None = None
     pixel_flux: Call | None = None
     reward: Call | None = None
 
@@ -79,6 +84,12 @@ def measure_costs(config: Config, shapes: Shapes, say: Callable[[str], None] = l
         judge = partial(judge_call, shapes, gan.blocks, len(gan.taps), seen, config.checkpointing, dtype)
         costs["judge"], parameters["discriminator"] = judge(learns=True)
         costs["judge_frozen"], _ = judge(learns=False)
+    if config.surrogate is not None and config.gan is not None:
+        say("surrogate")
+        calls, parameters["surrogate"], parameters["remembered"] = surrogate_calls(
+            config.surrogate, shapes, config.gan.window
+        )
+        costs |= dict(zip(("predict", "predict_grad", "predict_learns"), calls, strict=True))
     if config.shift is not None:
         say("motion rewards")
         flow, parameters["flow"] = _flow(config.shift.flow, config.shift.flow_iterations)
@@ -158,6 +169,22 @@ def judge_call(
             counts.append(sizes(network)[0])
             calls.append(trace(network.parameters(), partial(network, seen), backward=True))
     return calls[0].along(calls[1], blocks - 1), counts[0] + (blocks - 1) * (counts[1] - counts[0])
+
+
+def surrogate_calls(
+    surrogate: SurrogateConfig, shapes: Shapes, window: int
+) -> tuple[tuple[Call, Call, Call], int, int]:
+    """A surrogate on one window: without gradient, with its input's, with its weights'; its parameters, and what it keeps."""
+    channels, _, height, width = shapes.latent
+    options = {k: getattr(surrogate, k) for k in ("width", "blocks", "pairs")}
+    with fake():
+        network = MotionSurrogate((channels, height, width), window, **options)
+        seen = torch.empty(1, channels, window + 1, height, width)
+        learns = trace(network.parameters(), partial(network, seen), backward=True)
+        plain = trace(network.parameters(), partial(network, seen), backward=False)
+        network.requires_grad_(False)
+        passed = trace((), partial(network, seen.requires_grad_(True)), backward=True)
+        return (plain, passed, learns), sizes(network)[0], sum(b.numel() for b in network.buffers())
 
 
 def reward_call(shift: ShiftConfig, shapes: Shapes) -> tuple[Call, int]:

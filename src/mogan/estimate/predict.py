@@ -3,11 +3,11 @@
 import math
 from dataclasses import dataclass, replace
 
-from mogan.config import Config, GANConfig, ShiftConfig, Update
+from mogan.config import Config, ShiftConfig, Update
 from mogan.estimate.costs import Costs
 from mogan.estimate.machines import GPUS_PER_NODE, REACHED_LINK, Machine, usable
 from mogan.estimate.shapes import Shapes
-from mogan.estimate.trace import Work
+from mogan.estimate.trace import Call, Work
 
 FP32, BF16 = 4, 2  # bytes
 PAIRS = "pairs"  # what SHIFT samples, in the place of a network that learns
@@ -210,6 +210,9 @@ def _networks(config: Config, costs: Costs, gpus: int, lora: int | None) -> tupl
         found.append(adapters("fake_score", False, False) if lora else trained("fake_score", whole))
     if config.gan is not None:
         found.append(trained("discriminator", costs.parameters["discriminator"]))
+    if config.surrogate is not None:
+        surrogate = trained("surrogate", costs.parameters["surrogate"])
+        found.append(replace(surrogate, weights=surrogate.weights + FP32 * costs.parameters["remembered"]))
     if config.shift is not None:
         found.append(trained("reward", costs.parameters["reward"]))
     precision = FP32 if config.precision == "fp32" else BF16
@@ -237,19 +240,38 @@ def _activations(config: Config, update: Update, costs: Costs) -> float:
         if update.learns == PAIRS:
             return max(_calls(config.shift.guidance) * forward.peak, costs.pixel_flux.peak)
         return 2 * (train if update.learns == "student" else costs.reward).peak  # both clips of a pair
-    if update.by == "dmd" and update.learns == "student":
-        assert config.dmd is not None
-        return max(train.peak, train.held + _calls(config.dmd.guidance) * forward.peak)
-    if update.by != "gan":
-        return train.peak
-    assert config.gan is not None
-    assert costs.judge is not None
-    assert costs.judge_frozen is not None
-    seen = costs.observe_grad if update.learns == "student" else costs.observe
+    if update.learns == "discriminator":
+        assert costs.judge is not None
+        seen = costs.observe
+        if update.by == "surrogate":
+            assert costs.predict is not None
+            seen = replace(
+                costs.predict, peak=2 * costs.predict.peak
+            )  # real clips' latents and the student's in one pass
+        rolled = 0.0 if update.again else forward.peak
+        return max(seen.peak if seen else 0.0, rolled, _shown(config, update) * costs.judge.peak)
+    if update.learns == "surrogate":
+        assert costs.predict_learns is not None
+        return 2 * costs.predict_learns.peak
+    held = peak = 0.0  # what judges a rollout, one after the other, while what each needs for its backward pass stays
     if update.learns == "student":
-        held, peak = (seen.held, seen.peak) if seen else (0.0, 0.0)
-        return max(train.peak, train.held + peak, train.held + held + costs.judge_frozen.peak)
-    return max(seen.peak if seen else 0.0, forward.peak, _shown(config.gan) * costs.judge.peak)
+        for judge in update.judges:
+            for call in _judging(config, judge, costs):
+                peak, held = max(peak, held + call.peak), held + call.held
+    return max(train.peak, train.held + peak)
+
+
+def _judging(config: Config, judge: str, costs: Costs) -> tuple[Call, ...]:
+    """Calls by which an objective judges a rollout of one clip, in order; none where the network that learns is itself all."""
+    if judge == "dmd":
+        assert config.dmd is not None
+        calls = _calls(config.dmd.guidance)
+        return (Call(costs.forward.work * calls, 0.0, calls * costs.forward.peak), replace(costs.forward, held=0.0))
+    if judge not in ("gan", "surrogate"):
+        return ()
+    assert costs.judge_frozen is not None
+    seen = costs.observe_grad if judge == "gan" else costs.predict_grad
+    return (seen, costs.judge_frozen) if seen else (costs.judge_frozen,)
 
 
 def _work(config: Config, update: Update, costs: Costs) -> tuple[Work, float]:
@@ -260,19 +282,21 @@ def _work(config: Config, update: Update, costs: Costs) -> tuple[Work, float]:
         return train, 2
     if update.by == "shift":
         return _shift_work(config.shift, update, costs, len(config.sigmas))
-    if update.by == "dmd" and update.learns == "student":
-        assert config.dmd is not None
-        return forward * before + train + forward * (_calls(config.dmd.guidance) + 1), before + 4
-    if update.by == "dmd":
-        return forward * (before + 1) + train, before + 3
-    assert config.gan is not None
-    assert costs.judge is not None
-    assert costs.judge_frozen is not None
     if update.learns == "student":
-        seen = costs.observe_grad.work if costs.observe_grad else Work()
-        return forward * before + train + seen + costs.judge_frozen.work, before + 4
+        judging = [call.work for judge in update.judges for call in _judging(config, judge, costs)]
+        return sum(judging, forward * before + train), before + 2 + 2 * len(update.judges)
+    if update.learns == "surrogate":
+        assert costs.predict_learns is not None
+        return costs.predict_learns.work * 2, 0
+    rolled, passes = (Work(), 0.0) if update.again else (forward * (before + 1), before + 1)
+    if update.by == "dmd":
+        return rolled + train, passes + 2
+    assert costs.judge is not None
     seen = costs.observe.work if costs.observe else Work()
-    return forward * (before + 1) + seen + costs.judge.work * _shown(config.gan), before + 3
+    if update.by == "surrogate":
+        assert costs.predict is not None
+        seen = costs.predict.work * 2
+    return rolled + seen + costs.judge.work * _shown(config, update), passes + 2
 
 
 def _shift_work(shift: ShiftConfig | None, update: Update, costs: Costs, steps: int) -> tuple[Work, float]:
@@ -293,23 +317,26 @@ def _calls(guidance: float) -> int:
     return 1 if guidance == 1 else 2
 
 
-def _shown(gan: GANConfig) -> int:
-    """Inputs per clip of the discriminator's one pass: real, generated, and each noised if it is penalised."""
-    return 2 + bool(gan.r1) + bool(gan.r2)
+def _shown(config: Config, update: Update) -> int:
+    """Inputs per clip of the discriminator's passes: one of the student's, or real and generated, each noised if penalised."""
+    if update.learns == "student":
+        return sum(judge in ("gan", "surrogate") for judge in update.judges)
+    if update.learns != "discriminator":
+        return 0
+    assert config.gan is not None
+    return 2 + (update.by == "gan") * (bool(config.gan.r1) + bool(config.gan.r2))
 
 
 def _recomputed(config: Config, update: Update, costs: Costs) -> float:
     """Operations of the forward passes that checkpointing repeats, per clip."""
-    if not config.checkpointing or update.learns in (PAIRS, "reward"):
+    if not config.checkpointing or update.learns in (PAIRS, "reward", "surrogate"):
         return 0.0
-    trains_student = update.learns == "student"
-    flops = costs.forward.work.flops if trains_student or update.by != "gan" else 0.0
-    if update.by == "gan" and config.gan is not None and costs.judge is not None:
-        shown = 1 if trains_student else _shown(config.gan)
-        flops += shown * costs.judge.work.flops / 4  # forward, forward again, and a backward pass of twice the work
-        if trains_student and costs.observe is not None:
-            start = sum(config.gan.starts) / len(config.gan.starts)
-            flops += costs.observe.work.flops * config.gan.window / (config.gan.window + start)
+    flops = costs.forward.work.flops if update.learns in ("student", "fake_score") else 0.0
+    if costs.judge is not None:  # forward, forward again, and a backward pass of twice the work
+        flops += _shown(config, update) * costs.judge.work.flops / 4
+    if config.gan is not None and costs.observe is not None and update.learns == "student" and "gan" in update.judges:
+        start = sum(config.gan.starts) / len(config.gan.starts)
+        flops += costs.observe.work.flops * config.gan.window / (config.gan.window + start)
     return flops * 2 if update.by == "shift" else flops
 
 
