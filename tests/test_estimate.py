@@ -22,6 +22,7 @@ from mogan.estimate.costs import (
     Costs,
     build_transformer,
     judge_call,
+    measure_costs,
     network_parameters,
     reward_call,
     surrogate_calls,
@@ -148,6 +149,7 @@ MADE_UP = Costs(
     observe_grad=Call(Work({(900e12, 1e9, "bf16"): 1}), 35 * GB, 50 * GB),
     judge=Call(Work({(400e12, 1e9, "bf16"): 1}), 2 * GB, 8 * GB),
     judge_frozen=Call(Work({(300e12, 1e9, "bf16"): 1}), 2 * GB, 6 * GB),
+    judge_predicted=Call(Work({(390e12, 1e9, "bf16"): 1}), 2 * GB, 7 * GB),
     predict=Call(Work({(1e12, 1e9, "bf16"): 1}), 0.1 * GB, 1 * GB),
     predict_grad=Call(Work({(2e12, 1e9, "bf16"): 1}), 3 * GB, 4 * GB),
     predict_learns=Call(Work({(3e12, 1e9, "bf16"): 1}), 3 * GB, 5 * GB),
@@ -203,7 +205,7 @@ def test_a_surrogate_takes_the_place_of_the_observation_it_predicts():
     config = replace(mogan_wan_1_3b(), plan=plan, checkpointing=False, optimizers=optimizers_for(plan), surrogate=SMALL)
     student, judge, exact, learning = price(config).steps
     assert student.flops == 16 * (280e12 + 1120e12 + 2e12 + 300e12)
-    assert judge.flops == 16 * (2 * 1e12 + 2 * 400e12)  # no rollout and no penalties
+    assert judge.flops == 16 * (2 * 1e12 + 2 * 390e12)  # no rollout and no penalties
     assert exact.flops == 16 * (2 * 280e12 + 500e12 + 4 * 400e12)
     assert learning.flops == 16 * 2 * 3e12  # on real clips and on remembered ones
     assert (student.share, exact.share) == (0.875, 0.125)
@@ -365,6 +367,18 @@ def test_rewards_are_traced_as_they_are_and_their_attention_is_fused(recwarn):
     assert call.work.flops == pytest.approx(products, rel=0.01)
     longer, _ = reward_call(replace(shift, points=2 * shift.points), replace(TINY, size=Geometry(16, 128, 128, 17)))
     assert longer.held < 2.1 * call.held  # not the square of the tokens
+
+
+def test_a_penalised_discriminator_is_counted_in_fp32():
+    config = replace(mogan_wan_1_3b(), precision="bf16")
+    small = replace(config, gan=replace(config.gan, space="latent", blocks=2, taps=(0, 1)))
+    plain = replace(small, gan=replace(small.gan, r1=0.0, r2=0.0))
+    kinds = lambda call: {kind for flops, _, kind in call.work.operations if flops}  # noqa: E731
+    penalised, unpenalised = measure_costs(small, TINY), measure_costs(plain, TINY)
+    assert "bf16" not in kinds(penalised.judge)
+    assert "bf16" in kinds(unpenalised.judge)
+    assert penalised.judge.work.flops == pytest.approx(unpenalised.judge.work.flops)
+    assert kinds(penalised.judge_frozen) == kinds(unpenalised.judge)
 
 
 def test_judge_parameters_follow_the_line(family):

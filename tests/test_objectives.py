@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from torch import nn
 
-from mogan import autoencoder, wan
+from mogan import attention, autoencoder, wan
 from mogan.data import Batch
 from mogan.denoiser import Denoiser, frozen, guided_velocity, recomputed, taps
 from mogan.discriminator import Discriminator, approximate_penalty, discriminator_loss, generator_loss
@@ -273,6 +273,58 @@ def test_the_discriminator_is_called_once_and_without_penalties_their_inputs_are
         )
     hook.remove()
     assert calls == [inputs]
+
+
+def penalty_of(discriminator, network, real):
+    """R1 alone at the paper's sigma, and its gradient with respect to the discriminator's weights in one fp64 vector."""
+    discriminator.zero_grad()
+    gan = gan_with(network, judge_weight=0.0, r1=1.0, r2=0.0)
+    loss, logs = gan.tell_apart(real, real, torch.Generator().manual_seed(4))
+    loss.backward()
+    assert loss.item() == pytest.approx(logs["r1"].item(), rel=1e-6)
+    gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in discriminator.parameters()]
+    return loss.item(), torch.cat([g.flatten().double() for g in gradients])
+
+
+@pytest.fixture(scope="module")
+def penalty_in_fp64(discriminator):
+    real = torch.randn(4, 4, 2, 4, 4, generator=torch.Generator().manual_seed(3))
+    narrow, exact = torch.Tensor.float, copy.deepcopy(discriminator).double()
+    with pytest.MonkeyPatch.context() as patch:  # the network takes some things to fp32
+        patch.setattr(torch.Tensor, "float", lambda t: t if t.dtype == torch.float64 else narrow(t))
+        return real, *penalty_of(exact, exact, real.double())
+
+
+@pytest.mark.parametrize("attention_in_fp32", [True, False])  # as on a CPU, and as on a GPU
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_penalties_and_their_gradients_are_those_of_fp64_in_every_precision(
+    discriminator, penalty_in_fp64, dtype, attention_in_fp32
+):
+    real, value, gradient = penalty_in_fp64
+    network = copy.deepcopy(discriminator)
+    attention.set_attention(network.transformer, fp32_on_cpu=attention_in_fp32)
+    network.dtype = dtype
+    found, its_gradient = penalty_of(network, network, real)
+    assert found == pytest.approx(value, rel=0.01)
+    assert torch.nn.functional.cosine_similarity(its_gradient, gradient, dim=0) > 0.99
+    assert its_gradient.norm().item() == pytest.approx(gradient.norm().item(), rel=0.01)
+    if dtype == torch.bfloat16:  # the bar is one that rounded logits do not reach
+        rounded, its_gradient = penalty_of(network, lambda shown, sigma, dtype: network(shown, sigma), real)
+        assert rounded != pytest.approx(value, rel=0.01)
+        assert torch.nn.functional.cosine_similarity(its_gradient, gradient, dim=0) < 0.99
+
+
+def test_without_penalties_the_discriminator_computes_in_its_own_precision(discriminator):
+    network = copy.deepcopy(discriminator)
+    network.dtype = torch.bfloat16
+    features = []
+    network.transformer.blocks[0].ffn.register_forward_hook(lambda m, a, out: features.append(out.dtype))
+    real = torch.randn(2, 4, 2, 4, 4)
+    gan_with(network, r1=0.0, r2=0.0).tell_apart(real, real, torch.Generator())
+    gan_with(network).tell_apart(real, real, torch.Generator(), penalise=False)
+    gan_with(network).persuade(real, torch.Generator())
+    gan_with(network).tell_apart(real, real, torch.Generator())
+    assert features == 3 * [torch.bfloat16] + [torch.float32]
 
 
 def test_drawn_levels_noise_the_observation_to_the_level_the_trunk_is_told(discriminator):

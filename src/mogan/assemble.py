@@ -259,7 +259,8 @@ def _discriminator(gan: GANConfig, base: Base, seed: int) -> Discriminator:
     network = Discriminator(trunk, text, blocks=gan.blocks, tap_at=gan.taps, sigma=gan.sigma, dtype=base.dtype)
     if not gan.train_trunk:
         network.transformer.requires_grad_(False)
-    shard(network, trunk.blocks, base.world, base.dtype)
+    # penalised it computes in fp32, so its blocks are gathered in fp32
+    shard(network, trunk.blocks, base.world, torch.float32 if gan.r1 or gan.r2 else base.dtype)
     return network.to(base.world.device).train()
 
 

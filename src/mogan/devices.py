@@ -10,7 +10,8 @@ from mogan.errors import UserError
 def choose_device(name: str = "auto", local_rank: int = 0) -> torch.device:
     """``auto`` (a GPU if there is one), ``cpu``, ``cuda`` or ``cuda:N``.
 
-    With ``auto`` and ``cuda`` each process of a machine takes the GPU of its number, or the only one it sees.
+    With ``auto`` and ``cuda`` each process of a machine takes the GPU of its number, or the only one it sees. Products of
+    fp32 numbers are then computed in fp32, whatever the environment says of TF32: what asks for fp32 here needs it.
 
     Raises:
         UserError: there is no such device.
@@ -29,4 +30,5 @@ def choose_device(name: str = "auto", local_rank: int = 0) -> torch.device:
             f"process {local_rank} of this machine asks for GPU {number} and finds {seen}: start one process per GPU, or "
             "--device cpu"
         )
+    torch.set_float32_matmul_precision("highest")
     return torch.device("cuda", number)

@@ -36,7 +36,8 @@ class Costs:
 
     Attributes:
         forward: the transformer without gradient; ``train``: with, and its backward pass.
-        judge: the discriminator, forward and backward, its weights learning; ``judge_frozen``: only its input's gradient.
+        judge: the discriminator, forward and backward, its weights learning, in fp32 where it is penalised; ``judge_frozen``:
+            only its input's gradient; ``judge_predicted``: learning from a surrogate's predictions, never penalised.
         observe: window decode, flow and encode without gradient; ``observe_grad``: with; ``stages``: of the latter.
         decode: of a whole clip, for sampling.
         predict: the surrogate of an observation without gradient; ``predict_grad``: with its input's; ``predict_learns``: its weights'.
@@ -54,6 +55,7 @@ class Costs:
     stages: Mapping[str, Call] = field(default_factory=dict)
     judge: Call | None = None
     judge_frozen: Call | None = None
+    judge_predicted: Call | None = None
     predict: Call | None = None
     predict_grad: Call | None = None
     predict_learns: Call | None = None
@@ -81,11 +83,13 @@ def measure_costs(config: Config, shapes: Shapes, say: Callable[[str], None] = l
         say("discriminator")
         gan = config.gan
         seen = gan.window if gan.space == "motion" else shapes.latent[1]
-        judge = partial(judge_call, shapes, gan.blocks, len(gan.taps), seen, config.checkpointing, dtype)
-        costs["judge"], parameters["discriminator"] = judge(learns=True)
-        costs["judge_frozen"], _ = judge(learns=False)
+        judge = partial(judge_call, shapes, gan.blocks, len(gan.taps), seen, config.checkpointing)
+        penalised = torch.float32 if gan.r1 or gan.r2 else dtype
+        costs["judge"], parameters["discriminator"] = judge(penalised, learns=True)
+        costs["judge_frozen"], _ = judge(dtype, learns=False)
     if config.surrogate is not None and config.gan is not None:
         say("surrogate")
+        costs["judge_predicted"], _ = judge(dtype, learns=True)
         calls, parameters["surrogate"], parameters["remembered"] = surrogate_calls(
             config.surrogate, shapes, config.gan.window
         )

@@ -241,7 +241,6 @@ def _activations(config: Config, update: Update, costs: Costs) -> float:
             return max(_calls(config.shift.guidance) * forward.peak, costs.pixel_flux.peak)
         return 2 * (train if update.learns == "student" else costs.reward).peak  # both clips of a pair
     if update.learns == "discriminator":
-        assert costs.judge is not None
         seen = costs.observe
         if update.by == "surrogate":
             assert costs.predict is not None
@@ -249,7 +248,7 @@ def _activations(config: Config, update: Update, costs: Costs) -> float:
                 costs.predict, peak=2 * costs.predict.peak
             )  # real clips' latents and the student's in one pass
         rolled = 0.0 if update.again else forward.peak
-        return max(seen.peak if seen else 0.0, rolled, _shown(config, update) * costs.judge.peak)
+        return max(seen.peak if seen else 0.0, rolled, _shown(config, update) * _judge(update, costs).peak)
     if update.learns == "surrogate":
         assert costs.predict_learns is not None
         return 2 * costs.predict_learns.peak
@@ -291,12 +290,18 @@ def _work(config: Config, update: Update, costs: Costs) -> tuple[Work, float]:
     rolled, passes = (Work(), 0.0) if update.again else (forward * (before + 1), before + 1)
     if update.by == "dmd":
         return rolled + train, passes + 2
-    assert costs.judge is not None
     seen = costs.observe.work if costs.observe else Work()
     if update.by == "surrogate":
         assert costs.predict is not None
         seen = costs.predict.work * 2
-    return rolled + seen + costs.judge.work * _shown(config, update), passes + 2
+    return rolled + seen + _judge(update, costs).work * _shown(config, update), passes + 2
+
+
+def _judge(update: Update, costs: Costs) -> Call:
+    """The discriminator as it learns in an update."""
+    judge = costs.judge_predicted if update.by == "surrogate" else costs.judge
+    assert judge is not None
+    return judge
 
 
 def _shift_work(shift: ShiftConfig | None, update: Update, costs: Costs, steps: int) -> tuple[Work, float]:

@@ -98,9 +98,11 @@ class GAN:
         for _, _, shown, sigma in penalised:
             seen.append(shown + self.noise * normal(shown.shape, generator, shown.device))
             levels.append(sigma)
-        # in one pass: sharded weights are gathered once, and small batches fill the device
+        # in one pass: sharded weights are gathered once, and small batches fill the device; of penalised inputs in fp32,
+        # since the penalties divide a small difference of logits by a small number
         sigma_B = torch.cat([level for level in levels if level is not None]) if self.drawn_levels else None
-        clean_and_noisy = self.discriminator(torch.cat(seen), sigma_B).chunk(len(seen))
+        dtype = torch.float32 if penalised else None
+        clean_and_noisy = self.discriminator(torch.cat(seen), sigma_B, dtype).chunk(len(seen))
         real_logits, fake_logits, *noisy = clean_and_noisy
         loss = self.judge_weight * discriminator_loss(real_logits, fake_logits)
         logs = {
