@@ -13,6 +13,7 @@ from threading import current_thread, main_thread
 from typing import NoReturn
 
 from mogan.errors import UserError, closest
+from mogan.files import refusal
 
 INTERRUPTED = 130  # as a shell counts a process that Ctrl-C ended
 
@@ -74,6 +75,11 @@ def main(arguments: list[str] | None = None) -> int:
         tyro.cli(command, prog=f"mogan {name}", args=options)
     except UserError as error:
         print(f"mogan {name}: {error}", file=sys.stderr)
+        return 2
+    except Exception as error:
+        if (sentence := refusal(error)) is None:
+            raise
+        print(f"mogan {name}: {sentence}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(_interrupted(name), file=sys.stderr)

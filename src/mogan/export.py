@@ -19,9 +19,10 @@ from mogan import wan
 from mogan.card import metrics_table, model_card, model_name, run_notes
 from mogan.checkpoint import load_part, student_checkpoint
 from mogan.errors import UserError
-from mogan.files import write_atomically
+from mogan.files import new_folder, replacing, writable_folder, write_atomically
 from mogan.layouts import original_module, split_leaf
 from mogan.lora import decompose, factors, merge
+from mogan.ranges import at_least
 from mogan.sample import Generator, open_generator
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -88,6 +89,7 @@ def export(
         results: a results.json of mogan evaluate, whose metrics go into the card.
         fake_score: also save the run's fake score, which a later run that starts from this student then takes up.
     """
+    at_least(1, rank=rank)
     if not (run / "run.json").is_file():
         raise UserError(f"{run} is not a training run (no run.json)")
     if out.exists():
@@ -96,8 +98,9 @@ def export(
         raise UserError(
             f"--to {to} writes {'a file: end --out in' if to == 'lora' else 'a folder: --out is not a'} .safetensors"
         )
-    if rank is not None and (to != "lora" or rank < 1):
-        raise UserError("--rank is the rank of a LoRA file, at least 1: give it with --to lora")
+    if rank is not None and to != "lora":
+        raise UserError("--rank is the rank of a LoRA file: give it with --to lora")
+    writable_folder(out.parent)
     source, precision = open_generator(str(run)), DTYPES[dtype]
     assert source.sigmas is not None
     notes = run_notes(run) + metrics_table(results)
@@ -147,11 +150,8 @@ def save_lora(run: Path, source: Generator, out: Path, rank: int | None, dtype: 
         module, leaf = split_leaf(name)
         named[f"diffusion_model.{original_module(module)}.{leaf}"] = tensor.to(dtype).contiguous()
     about = {"base": model_name(base), "sigmas": source.sigmas, "notes": notes}
-    temporary = out.with_name(f".{out.name}.new")
-    temporary.write_bytes(
-        save(named, {"format": "pt", "mogan": json.dumps(about)})
-    )  # save_file lets nobody else read it
-    temporary.rename(out)
+    with replacing(out) as temporary:  # save_file lets nobody else read it
+        temporary.write_bytes(save(named, {"format": "pt", "mogan": json.dumps(about)}))
     write_atomically(
         out.with_suffix(".md"),
         model_card("Few-step Wan LoRA", base, source.sigmas, notes, lora_usage(base, source.sigmas, out.name)),
@@ -221,24 +221,21 @@ def save_student(
     scheduler = scheduler_for(sigmas)
     for network in filter(None, (transformer, fake_score)):
         check_range(network.state_dict(), dtype)
-    temporary = out.with_name(f".{out.name}.new")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    for part in ("text_encoder", "tokenizer", "vae"):
-        shutil.copytree(base / part, temporary / part, copy_function=_link_or_copy)
-    for part, network in (("transformer", transformer), ("fake_score", fake_score)):
-        if network is not None:
-            network.register_to_config(_name_or_path="")  # else the folder tells where on this machine it came from
-            network.to(dtype).save_pretrained(temporary / part)
-    scheduler.save_pretrained(temporary / "scheduler")
-    index = json.loads((base / "model_index.json").read_text())
-    index["scheduler"] = ["diffusers", "FlowMatchLCMScheduler"]
-    write_atomically(temporary / "model_index.json", json.dumps(index, indent=2) + "\n")
-    size = wan.geometry(base)
-    facts = {"fps": size.fps, "height": size.height, "width": size.width, "frames": size.frames, "sigmas": sigmas}
-    write_atomically(temporary / "mogan.json", json.dumps(facts, indent=2) + "\n")
-    write_atomically(temporary / "README.md", card)
-    temporary.rename(out)
+    with new_folder(out) as temporary:
+        for part in ("text_encoder", "tokenizer", "vae"):
+            shutil.copytree(base / part, temporary / part, copy_function=_link_or_copy)
+        for part, network in (("transformer", transformer), ("fake_score", fake_score)):
+            if network is not None:
+                network.register_to_config(_name_or_path="")  # else the folder tells where on this machine it came from
+                network.to(dtype).save_pretrained(temporary / part)
+        scheduler.save_pretrained(temporary / "scheduler")
+        index = json.loads((base / "model_index.json").read_text())
+        index["scheduler"] = ["diffusers", "FlowMatchLCMScheduler"]
+        write_atomically(temporary / "model_index.json", json.dumps(index, indent=2) + "\n")
+        size = wan.geometry(base)
+        facts = {"fps": size.fps, "height": size.height, "width": size.width, "frames": size.frames, "sigmas": sigmas}
+        write_atomically(temporary / "mogan.json", json.dumps(facts, indent=2) + "\n")
+        write_atomically(temporary / "README.md", card)
 
 
 def check_range(tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) -> None:

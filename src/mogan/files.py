@@ -1,11 +1,18 @@
 """Files appear whole or not at all: written under a temporary name, flushed to disk, renamed."""
 
+import errno
 import json
 import os
+import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+from mogan.errors import UserError
+
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # no space, no quota, a file larger than allowed
+REFUSED = {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.EIO}
 
 
 @contextmanager
@@ -13,17 +20,45 @@ def replacing(path: Path) -> Iterator[Path]:
     """A temporary name beside ``path``, with its suffix, that takes its place when the block ends well.
 
     The name is always the same, so what a killed process leaves is overwritten by the next.
+
+    Raises:
+        UserError: the disk is full, or does not let us write there; ``path`` is as it was.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".tmp-{path.name}")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         with temporary.open("rb") as written:
             os.fsync(written.fileno())
         os.replace(temporary, path)
+    except Exception as error:
+        if isinstance(error, UserError) or (sentence := refusal(error, path)) is None:
+            raise
+        raise UserError(sentence) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # a folder that cannot be there holds nothing to take away
+            temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A temporary folder beside ``path`` that becomes it when the block ends well, and is taken away otherwise.
+
+    Raises:
+        UserError: as :func:`replacing`.
+    """
+    temporary = path.with_name(f".{path.name}.new")
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)  # what a killed process left
+        temporary.mkdir(parents=True)
+        yield temporary
+        temporary.rename(path)
+    except BaseException as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(error, Exception) and (sentence := refusal(error)) is not None:
+            raise UserError(sentence) from error
+        raise
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -35,3 +70,60 @@ def write_atomically(path: Path, text: str) -> None:
 def json_line(row: Any) -> bytes:
     """One line of JSON in UTF-8; bytes of a file's name that are not UTF-8 as JSON's escapes, read as the same name."""
     return (json.dumps(row, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
+
+
+# ---------------------------------------------------------------------------------------------- what a disk refuses
+
+
+def refusal(error: Exception, path: Path | None = None) -> str | None:
+    """A sentence if the disk is full or refuses what was asked of it; None for any other error.
+
+    Args:
+        error: what was raised. Safetensors and shutil have errors of their own kind, in which the system's number stands as text.
+        path: what was being written, which the system's error does not say; errors about other folders are not ours.
+    """
+    number = getattr(error, "errno", None)
+    theirs = getattr(error, "filename", None)
+    if theirs is not None and path is not None and Path(os.fsdecode(theirs)).parent != path.parent:
+        return None
+    place = path or theirs or "a file"
+    told = any(f"os error {n})" in str(error) or f"[Errno {n}]" in str(error) for n in FULL)
+    if number in FULL or told:
+        why = os.strerror(number) if number else "no space is left"
+        return f"{place} cannot be written, the disk is full ({why}): free some space and give the same command again"
+    if isinstance(error, OSError) and number in REFUSED:
+        return f"{place} cannot be used ({os.strerror(number)}): give another place, or the right to use it"
+    return None
+
+
+def writable_folder(path: Path, option: str = "--out") -> None:
+    """Make a folder, and make sure before the work that files can be written into it.
+
+    Raises:
+        UserError: something else lies there, or it cannot be written to.
+    """
+    path = Path(path)
+    if path.exists() and not path.is_dir():
+        raise UserError(f"{option} {path} is a file, not a folder: give another {option}")
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        probe = path / f".tmp-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"{option} {path} cannot be written to ({error.strerror}): give another {option}") from error
+
+
+def writable_file(path: Path, option: str = "--out") -> None:
+    """Make sure before the work that a file can be written; its folder is made.
+
+    Raises:
+        UserError: a folder lies there, or its own folder cannot be written to.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise UserError(f"{option} {path} is a folder: give a file to write, such as {path / 'NAME'}")
+    try:
+        writable_folder(path.parent, option)
+    except UserError as error:
+        raise UserError(f"{option} {path}: {error}") from error

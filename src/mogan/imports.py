@@ -14,6 +14,7 @@ from mogan import wan
 from mogan.card import model_card
 from mogan.errors import UserError
 from mogan.export import DTYPES, FOLDER_USAGE, save_student, scheduler_for
+from mogan.files import writable_folder
 from mogan.layouts import IMAGE, QUANTISED, UNMERGED, adapters_in, diffusers_name, is_lora, parts_of_lora
 from mogan.tensors import check_numbers, declared_alpha, files_of, read_tensors, some
 
@@ -50,6 +51,7 @@ def import_student(
     """
     if out.exists():
         raise UserError(f"{out} exists already: give another --out or remove it")
+    writable_folder(out.parent)
     if sigmas[:1] != (1.0,) or any(not 0 < low < high for high, low in pairwise(sigmas)):
         raise UserError(f"--sigmas fall from 1 to above 0 (a timestep of 757 is 0.757), not {list(sigmas)}")
     scheduler_for(sigmas)  # refuse before reading gigabytes

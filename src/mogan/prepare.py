@@ -22,11 +22,13 @@ from tqdm import tqdm
 from mogan import data
 from mogan.clips import make_clip, to_video
 from mogan.errors import UserError
-from mogan.files import json_line, replacing, write_atomically
+from mogan.files import json_line, replacing, writable_folder, write_atomically
 from mogan.flow import FlowEstimator
 from mogan.listing import Source, scan
 from mogan.lists import SUFFIXES, printable, read_prompts
+from mogan.locks import LOCK, alone_in
 from mogan.measure import Done, in_threads, measure
+from mogan.ranges import at_least, between
 from mogan.tokens import Tokens, about_tokens, load_tokens
 from mogan.video import read_frames
 
@@ -105,6 +107,9 @@ def prepare(
     from mogan import autoencoder, wan
     from mogan.devices import choose_device
 
+    at_least(1, fps=fps, height=height, width=width, frames=frames, workers=workers)
+    at_least(0, min_motion=min_motion)
+    between(0, 1, motion_quantile=motion_quantile)
     if not motion_rich and (min_motion is not None or motion_quantile is not None):
         raise UserError("--min-motion and --motion-quantile choose among clips: add --motion-rich")
     folder = wan.resolve_model(model)
@@ -113,7 +118,9 @@ def prepare(
     tokens = load_tokens(folder)
     text_facts = {"model": model} | {part: wan.fingerprint(folder, part) for part in ("text_encoder", "tokenizer")}
     if source.suffix.lower() in SUFFIXES and not source.is_dir():
-        count = prepare_prompts(source, out, text_facts, lambda p: text()(p), extra_prompts, tokens)
+        writable_folder(out)
+        with alone_in(out):
+            count = prepare_prompts(source, out, text_facts, lambda p: text()(p), extra_prompts, tokens)
         print(f"{count} prompts cached in {out}")
         return
     made_for = wan.geometry(folder)
@@ -126,21 +133,23 @@ def prepare(
     estimator = once(lambda: wan.load_flow(flow, device=target))
     if motion_rich and min_motion is None:
         min_motion = 0.0 if motion_quantile is not None else vbench_threshold(geometry)
-    summary = prepare_cache(
-        source,
-        out,
-        geometry=geometry,
-        fingerprints=text_facts | {"vae": wan.fingerprint(folder, "vae"), "flow": wan.flow_fingerprint(flow)},
-        encode_video=lambda video: autoencoder.encode_video(vae(), video.to(target)).cpu(),
-        encode_text=lambda prompts: text()(prompts),
-        tokens=tokens,
-        estimate_flow=lambda video: estimator()(video.to(target)).cpu(),
-        min_motion=min_motion,
-        motion_quantile=motion_quantile,
-        caption=caption,
-        extra_prompts=extra_prompts,
-        workers=workers,
-    )
+    writable_folder(out)
+    with alone_in(out):
+        summary = prepare_cache(
+            source,
+            out,
+            geometry=geometry,
+            fingerprints=text_facts | {"vae": wan.fingerprint(folder, "vae"), "flow": wan.flow_fingerprint(flow)},
+            encode_video=lambda video: autoencoder.encode_video(vae(), video.to(target)).cpu(),
+            encode_text=lambda prompts: text()(prompts),
+            tokens=tokens,
+            estimate_flow=lambda video: estimator()(video.to(target)).cpu(),
+            min_motion=min_motion,
+            motion_quantile=motion_quantile,
+            caption=caption,
+            extra_prompts=extra_prompts,
+            workers=workers,
+        )
     done = f"{summary.encoded} encoded now" if summary.encoded else "all were there already, nothing to do"
     moving = "" if summary.threshold is None else f" that move at least {summary.threshold:.2f} px/frame"
     why = f" (see {out / 'skipped.jsonl'})" if summary.skipped else ""
@@ -275,7 +284,7 @@ def _claim(out: Path, facts: dict[str, Any]) -> None:
         if different:
             raise UserError(f"the cache in {out} {different}: use the same options, or another --out")
         return
-    if out.exists() and any(out.iterdir()):
+    if out.exists() and any(path.name != LOCK for path in out.iterdir()):
         raise UserError(f"{out} is not empty and not a cache: give another --out")
     with replacing(out / "cache.json") as temporary:
         temporary.write_text(json.dumps({"format": data.FORMAT, "version": data.VERSION} | facts, indent=2) + "\n")

@@ -21,12 +21,15 @@ from mogan import attention, autoencoder, wan
 from mogan.denoiser import Denoiser, guided_velocity
 from mogan.devices import choose_device
 from mogan.errors import UserError
+from mogan.files import writable_folder
 from mogan.first_frames import clip_of_prompts, sample_from_first_frames
 from mogan.flowmo import FLOWMO_STEPS, FlowMo
 from mogan.lists import read_prompts
+from mogan.locks import alone_in
 from mogan.lora import factors, merge
 from mogan.motion_score import steer
 from mogan.prompts import KNOWN, fingerprint, warn_if_changed
+from mogan.ranges import above, at_least, between
 from mogan.rollout import normal, roll_out
 from mogan.samples import append_samples, listed_samples, refuse_others
 from mogan.tokens import about_tokens, load_tokens
@@ -166,6 +169,11 @@ def sample(
         precision: of the networks; auto is fp32 for a few-step student on a CPU (as the stock pipeline there), else bf16.
         device: auto, cpu or cuda.
     """
+    at_least(1, seeds=seeds, steps=steps, batch=batch, limit=limit)
+    between(0, 2**63 - seeds, first_seed=first_seed)  # torch takes 64 bits
+    at_least(0, guidance=guidance)
+    above(0, shift=shift)
+    between(0, 1, motion_ratio=motion_ratio)
     target = choose_device(device)
     lines = read_prompts(prompts)
     list_sha = fingerprint(lines)
@@ -182,11 +190,24 @@ def sample(
     how |= {"first_frames": str(first_frames)} if first_frames else {}
     starts = clip_of_prompts(first_frames, lines[:limit]) if first_frames else None
     about_all = {"system": out.name, "fps": source.geometry.fps, **how, "weights": source.mark()}
-    out.mkdir(parents=True, exist_ok=True)
+    about_all["prompts_sha256"] = list_sha
+    writable_folder(out)
+    with alone_in(out, None if shard.endswith("/1") else shard):
+        _fill(
+            out,
+            jobs,
+            about_all,
+            batch or clips_at_once(source.geometry),
+            lambda: _maker(source, None if few_steps else as_teacher, starts, target, precision),
+        )
+
+
+def _fill(out: Path, jobs: list[Job], about_all: dict, batch: int, maker: Callable[[], Callable]) -> None:
+    """Make the clips that a folder lacks; ``maker`` loads what makes them."""
     listed = listed_samples(out)
 
     def record(job: Job) -> dict:
-        return {"file": job.file, **vars(job), **about_all, "prompts_sha256": list_sha}
+        return {"file": job.file, **vars(job), **about_all}
 
     refuse_others(out, listed, map(record, jobs))
     there = {job for job in jobs if (out / job.file).is_file()}
@@ -196,13 +217,12 @@ def sample(
     if not todo:
         print(f"{out}: all {len(jobs)} clips are there")
         return
-    make = _maker(source, None if few_steps else as_teacher, starts, target, precision)
+    make = maker()
     with tqdm(total=len(jobs), initial=len(jobs) - len(todo), desc=f"sample {out.name}", unit="clip") as bar:
-        together = batch or clips_at_once(source.geometry)
-        for first in range(0, len(todo), together):
-            part = todo[first : first + together]
+        for first in range(0, len(todo), batch):
+            part = todo[first : first + batch]
             for job, frames in zip(part, make(part), strict=True):
-                write_video(out / job.file, frames, source.geometry.fps)
+                write_video(out / job.file, frames, about_all["fps"])
                 if job.file not in listed:
                     append_samples(out, [record(job)])
                 bar.update()

@@ -2,12 +2,12 @@
 
 import json
 import os
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 from typing import IO, Any
 
 from mogan.errors import UserError
+from mogan.locks import locked
 
 NAME = "samples.jsonl"
 Record = dict[str, Any]
@@ -25,7 +25,7 @@ def append_samples(folder: Path, records: Iterable[Record]) -> None:
     lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
     if not lines:
         return
-    with (folder / NAME).open("a+b") as file, _locked(file.fileno()):
+    with (folder / NAME).open("a+b") as file, locked(file.fileno()):
         _drop_torn_end(file)
         file.write(lines.encode())
         file.flush()
@@ -76,17 +76,3 @@ def _drop_torn_end(file: IO[bytes]) -> None:
     if file.read(1) != b"\n":
         file.seek(0)
         file.truncate(file.read().rfind(b"\n") + 1)
-
-
-@contextmanager
-def _locked(descriptor: int) -> Iterator[None]:
-    try:
-        import fcntl
-    except ModuleNotFoundError:  # Windows: one process a folder
-        yield
-        return
-    fcntl.flock(descriptor, fcntl.LOCK_EX)
-    try:
-        yield
-    finally:
-        fcntl.flock(descriptor, fcntl.LOCK_UN)

@@ -10,10 +10,10 @@ import sys
 import time
 from collections import deque
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -36,12 +36,14 @@ from mogan.config import Config, Update
 from mogan.data import Batch, draw_batch, one_ahead, open_cache
 from mogan.distributed import join, whole
 from mogan.errors import UserError
-from mogan.files import write_atomically
+from mogan.files import writable_folder, write_atomically
 from mogan.flow import RaftFlow, flow_of_pieces
 from mogan.held_out import Gain
 from mogan.journal import Journal
 from mogan.load import FROM_CLIPS
+from mogan.locks import alone_in
 from mogan.objectives.shift import Shift
+from mogan.ranges import above, at_least, is_seed
 from mogan.recipes import ablate, find_recipe
 from mogan.rollout import Rollout, animate, normal, roll_out
 from mogan.sample import clips_at_once, sample_student, seeded, to_frames
@@ -354,7 +356,7 @@ def train(
     lr: float | None = None,
     lora: int | None = None,
     ablation: str | None = None,
-    precision: str | None = None,
+    precision: Literal["auto", "bf16", "fp32"] | None = None,
     save_every: int | None = None,
     sample_every: int | None = None,
     held_out: Path | None = None,
@@ -391,6 +393,10 @@ def train(
         context_parallel: with many processes, how many share the tokens of one sample; it must divide the model's heads.
         dry_run: print the resolved config and stop.
     """
+    at_least(1, iterations=iterations, batch=batch, lora=lora, save_every=save_every, sample_every=sample_every)
+    at_least(1, patience=patience, hsdp=hsdp, context_parallel=context_parallel)
+    is_seed(seed=seed)
+    above(0, lr=lr)
     config = find_recipe(recipe)
     config = ablate(config, ablation) if ablation else config
     chosen: dict[str, Any] = {
@@ -402,8 +408,6 @@ def train(
         "save_every": save_every,
         "sample_every": sample_every,
     }
-    if lora is not None and lora < 1:
-        raise UserError(f"--lora takes a rank of at least 1, not {lora}")
     config = replace(config, **{k: v for k, v in chosen.items() if v is not None})
     if batch is not None:
         config = replace(config, plan=tuple(with_batch(u, batch) for u in config.plan))
@@ -415,10 +419,12 @@ def train(
         print(text)
         return
     with join(device, hsdp, context_parallel) as world:
-        out.mkdir(parents=True, exist_ok=True)
-        check_same_run(out, config)
-        parts = assemble(config, open_cache(data), model=model, student=student, run=out, world=world)
         if world.main:
-            write_atomically(out / "config.json", text + "\n")
-            write_atomically(out / "run.json", json.dumps(parts.facts, indent=2) + "\n")
-        run_training(parts, out, Gain(out, held_out, parts, patience) if held_out else None)
+            writable_folder(out)
+        with alone_in(out) if world.main else nullcontext():
+            check_same_run(out, config)
+            parts = assemble(config, open_cache(data), model=model, student=student, run=out, world=world)
+            if world.main:
+                write_atomically(out / "config.json", text + "\n")
+                write_atomically(out / "run.json", json.dumps(parts.facts, indent=2) + "\n")
+            run_training(parts, out, Gain(out, held_out, parts, patience) if held_out else None)

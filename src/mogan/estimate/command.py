@@ -15,6 +15,7 @@ from mogan.estimate.costs import Costs, measure_costs
 from mogan.estimate.machines import CONTEXT, FRAGMENTS, MACHINES, REACHED_BANDWIDTH, REACHED_COMPUTE
 from mogan.estimate.predict import Estimate, predict
 from mogan.estimate.shapes import read_shapes, resized
+from mogan.ranges import at_least
 from mogan.recipes import find_recipe
 
 GB = 1e9
@@ -55,8 +56,8 @@ def estimate(
     if gpu not in MACHINES:
         hint = closest(gpu, MACHINES) or f": use one of {', '.join(MACHINES)}"
         raise UserError(f"no machine {gpu!r}{hint}")
-    if gpus < 1 or (lora is not None and lora < 1):
-        raise UserError("--gpus and --lora take a number of at least 1")
+    at_least(1, gpus=gpus, lora=lora, frames=frames, height=height, width=width)
+    at_least(0, clips=clips)
     if lora is not None and gpus > 1:
         raise UserError("--lora trains in one process: leave out --gpus, or --lora")
     config = find_recipe(recipe)

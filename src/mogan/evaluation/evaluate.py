@@ -22,8 +22,9 @@ from mogan.evaluation.sets import set_metrics
 from mogan.evaluation.statistics import mean_interval
 from mogan.evaluation.tools import Tools, gather_tools
 from mogan.evaluation.vbench import read_info, restrict
-from mogan.files import write_atomically
+from mogan.files import writable_file, write_atomically
 from mogan.lab.instruments import parse_caption, read_instruments
+from mogan.locks import alone_at
 
 Record = dict[str, Any]
 
@@ -70,8 +71,7 @@ def evaluate(
     Raises:
         UserError: nothing to measure, or folders that cannot be compared.
     """
-    if out.is_dir():
-        raise UserError(f"{out} is a folder: give a file to write, such as {out / 'results.json'}")
+    writable_file(out)
     systems = find_systems(dirs)
     if compare_vbench:
         official.check(compare_vbench)
@@ -87,7 +87,7 @@ def evaluate(
     real = read_folder(reference, "reference") if reference else None
     kept = _Kept(out.with_suffix(".clips.jsonl"))
     every = [*systems, *([real] if real else [])]
-    with tqdm(total=sum(len(s.clips) for s in every), desc="evaluate", unit="clip") as bar:
+    with alone_at(out), tqdm(total=sum(len(s.clips) for s in every), desc="evaluate", unit="clip") as bar:
         records = [_measure_system(system, tools, kept, bar) for system in every]
     target = records.pop() if real else None
     if target is not None and all("error" in clip for clip in target):

@@ -13,11 +13,12 @@ from mogan.assemble import assemble
 from mogan.data import open_cache
 from mogan.denoiser import Denoiser
 from mogan.export import save_student
-from mogan.files import write_atomically
+from mogan.files import writable_folder, write_atomically
 from mogan.flow import RaftFlow, load_raft
 from mogan.lab import stages
 from mogan.lab.world import FPS, FRAMES, SIZE, exact_flow, make_scene
 from mogan.prepare import prepare_prompts
+from mogan.ranges import at_least
 from mogan.recipes import find_recipe
 from mogan.sample import sample_student, sample_teacher, to_frames
 from mogan.train import resume, run_training
@@ -46,6 +47,14 @@ def build(
         student_iterations: of distilling the 3-step student (recipe dmd_lab).
         install: replace the family inside the package with this one.
     """
+    at_least(
+        1,
+        vae_steps=vae_steps,
+        raft_steps=raft_steps,
+        teacher_steps=teacher_steps,
+        student_iterations=student_iterations,
+    )
+    writable_folder(out)
     work, teacher = out / "work", out / "teacher"
     work.mkdir(parents=True, exist_ok=True)
     if not (teacher / "vae" / "config.json").is_file():

@@ -5,10 +5,11 @@ from pathlib import Path
 
 from mogan.evaluation.evaluate import evaluate
 from mogan.export import export
-from mogan.files import write_atomically
+from mogan.files import writable_folder, write_atomically
 from mogan.lab.render import render
 from mogan.lab.world import captions
 from mogan.prepare import prepare
+from mogan.ranges import at_least, is_seed
 from mogan.report.page import report
 from mogan.sample import sample
 from mogan.train import train
@@ -40,7 +41,9 @@ def demo(
         seed: of the training run.
     """
     began = time.perf_counter()
-    out.mkdir(parents=True, exist_ok=True)
+    at_least(1, clips=clips, iterations=iterations, prompts=prompts, seeds=seeds)
+    is_seed(seed=seed)
+    writable_folder(out)
     render(out=out / "videos", clips=clips, motion="rich", seed=VIDEO_SEED)
     prepare(out / "videos", out=out / "cache", motion_rich=True, min_motion=0.5, observe_for="mogan_lab")
     train("mogan_lab", data=out / "cache", out=out / "run", iterations=iterations, seed=seed)

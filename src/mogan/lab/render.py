@@ -8,8 +8,9 @@ import numpy as np
 from tqdm import tqdm
 
 from mogan.errors import UserError
-from mogan.files import replacing
+from mogan.files import replacing, writable_folder
 from mogan.lab import world
+from mogan.ranges import at_least, is_seed
 from mogan.video import write_video
 
 
@@ -47,8 +48,9 @@ def render_folder(out: str | Path, clips: int, motion: str = "all", seed: int = 
         UserError: the folder holds clips of another world, or more clips than asked for.
     """
     out = Path(out)
-    if clips < 1:
-        raise UserError("--clips must be at least 1")
+    at_least(1, clips=clips)
+    is_seed(seed=seed)
+    writable_folder(out)
     _claim(out, {"world": {"motion": motion, "seed": seed}})
     there = len(list(out.glob("[0-9]*.mp4")))
     if there > clips:

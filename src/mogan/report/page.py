@@ -13,7 +13,8 @@ from mogan.errors import UserError
 from mogan.evaluation.names import METRICS
 from mogan.evaluation.sets import paired
 from mogan.evaluation.statistics import mean_interval
-from mogan.files import replacing
+from mogan.files import replacing, writable_file, writable_folder
+from mogan.ranges import at_least
 from mogan.report.figures import COLOURS, curve_figure, interval_figure, spread_figure, to_svg
 from mogan.report.footage import Footage, gather
 from mogan.report.sources import Curves, Result, read_sources
@@ -83,6 +84,10 @@ def report(
     """
     if not inputs:
         raise UserError("name at least one results.json or folder of a run: mogan report results.json RUN")
+    at_least(1, clips=clips)
+    writable_file(out)
+    if figures:
+        writable_folder(figures, "--figures")
     results, curves = read_sources(inputs)
     shown = [r for r in results if r.clips]
     footage = gather(shown, clips) if shown else Footage((), (), 1.0, "px/frame", "", 0)
@@ -116,7 +121,6 @@ def report(
         failed=[(r.name, f["file"], f["reason"]) for r in results for f in r.how.get("failed", [])],
         runs=[run.name for run in curves],
     )
-    out.parent.mkdir(parents=True, exist_ok=True)
     with replacing(out) as temporary:
         temporary.write_text(html, encoding="utf-8")
     if figures:
@@ -222,10 +226,10 @@ def _how(result: Result) -> list[tuple[str, str]]:
 
 
 def _write_pictures(folder: Path, pictures: dict[str, Any], results: list[Result], footage: Footage) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
     for name, (figure, _) in pictures.items():
         if figure is not None:
-            figure.savefig(folder / f"{name}.png", dpi=200)
+            with replacing(folder / f"{name}.png") as temporary:
+                figure.savefig(temporary, dpi=200)
     for number, row in enumerate(footage.rows):
         chosen = [(r, c) for r in results for c in r.good if (c["prompt"], c["index"]) == (row.title, row.index)]
         present = [(r, r.base / c["file"]) for r, c in chosen if (r.base / c["file"]).is_file()]

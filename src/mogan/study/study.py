@@ -10,9 +10,10 @@ from typing import Any, Literal
 import tyro
 
 from mogan.errors import UserError
-from mogan.files import write_atomically
+from mogan.files import writable_folder, write_atomically
 from mogan.lab.world import captions
 from mogan.lists import read_prompts
+from mogan.ranges import SEEDS, at_least, between
 from mogan.report.page import report
 from mogan.study.collect import bars, combine, markdown, minus
 from mogan.study.columns import MOGAN, Column, methods, table1, table2
@@ -58,7 +59,9 @@ def study(
         iterations: of training, in place of the recipes'.
         workers: commands run at a time; the cores are shared between them.
     """
-    out.mkdir(parents=True, exist_ok=True)
+    at_least(1, seeds=seeds, prompts=prompts, clips=clips, iterations=iterations, workers=workers)
+    between(0, SEEDS - seeds, first_seed=first_seed)
+    writable_folder(out)
     columns = chosen(STUDIES[name](), column)
     scenes = write_prompts(out / "held_out.txt", PROMPT_SEED, prompts, "rich")
     write_prompts(out / "captions.txt", TRAIN_SEED, TRAIN_PROMPTS, "all")

@@ -8,6 +8,8 @@ from typing import Annotated, Any
 import tyro
 
 from mogan import __version__
+from mogan.files import replacing, writable_folder
+from mogan.ranges import is_seed
 from mogan.survey.ballots import Rater, Vote, read_votes
 from mogan.survey.figure import draw
 from mogan.survey.folder import Survey, fingerprint, read_survey
@@ -39,10 +41,12 @@ def analyze(
         metrics: A results.json of `mogan evaluate` on the same clips: says how well each metric agrees with the votes.
         seed: Of the bootstrap; the same votes and seed give the same numbers.
     """
+    is_seed(seed=seed)
     design = read_survey(survey)
     votes, raters = read_votes(survey, design)
     values = read_values(metrics, design) if metrics else None
     out = out or survey / "results"
+    writable_folder(out)
     kept = {rater.id for rater in raters if not rater.reasons}
     results: dict[str, Any] = {
         "format": 1,
@@ -61,7 +65,6 @@ def analyze(
         judged = [vote for vote in votes if vote.rater in kept]
         results["metrics"] = {q.id: agreement(judged, values, q.id, seed) for q in design.questions}
         table += "\n" + agreement_markdown(results["metrics"], {q.id: q.title for q in design.questions})
-    out.mkdir(parents=True, exist_ok=True)
     _write(out / "results.json", json.dumps(results, indent=1, allow_nan=False) + "\n")
     _write(out / "table.md", table)
     _write(out / "votes.csv", csv_text(vote_rows(votes, kept)))
@@ -93,7 +96,6 @@ def _warnings(survey: Survey, votes: list[Vote], raters: list[Rater]) -> Iterabl
 
 
 def _write(path: Path, text: str, private: bool = False) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.touch(mode=0o600 if private else 0o644)
-    temporary.write_text(text, encoding="utf-8")
-    temporary.rename(path)
+    with replacing(path) as temporary:
+        temporary.touch(mode=0o600 if private else 0o644)
+        temporary.write_text(text, encoding="utf-8")

@@ -2,7 +2,6 @@
 
 import re
 import secrets
-import shutil
 from collections.abc import Iterable
 from dataclasses import replace
 from itertools import combinations
@@ -16,6 +15,8 @@ from av.bitstream import BitStreamFilterContext
 
 from mogan.errors import UserError
 from mogan.evaluation.clips import Entry
+from mogan.files import new_folder, refusal, writable_folder
+from mogan.ranges import at_least
 from mogan.survey import checks
 from mogan.survey.folder import Clip, Item, Survey, write_survey
 from mogan.survey.pairing import Key, named_folders, read_samples, shared_keys
@@ -65,8 +66,7 @@ def build(
         title: The heading raters see.
         completion_code: What raters get at the end (Prolific's code). Without it every rater gets a code of their own.
     """
-    if min(raters, per_rater) < 1:
-        raise UserError("--raters and --per-rater must be at least 1.")
+    at_least(1, raters=raters, per_rater=per_rater)
     if completion_code and not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", completion_code):
         raise UserError("--completion-code may hold only letters, digits, - and _ (at most 64).")
     if out.exists():
@@ -74,9 +74,9 @@ def build(
     folders = named_folders([*filter(None, (a, b)), *systems])
     samples = {name: read_samples(folder) for name, folder in folders.items()}
     keys = shared_keys(samples, common)
-    work = out.with_name(f".{out.name}.{secrets.token_hex(4)}")
-    (work / "clips").mkdir(parents=True)
-    try:
+    writable_folder(out.parent)
+    with new_folder(out) as work:
+        (work / "clips").mkdir()
         survey = _assemble(samples, keys, work / "clips")
         survey = replace(
             survey,
@@ -89,10 +89,6 @@ def build(
             completion_code=completion_code,
         )
         write_survey(survey, work)
-        work.rename(out)
-    except BaseException:
-        shutil.rmtree(work, ignore_errors=True)
-        raise
     print(summary(survey, out))
     return survey
 
@@ -204,6 +200,8 @@ def copy_clip(source: Path, folder: Path) -> Clip:
                 raise UserError(f"{source} has fewer than two frames: sample it again.")
             return Clip(name, float(rate), frames, codec.width, codec.height)
     except (av.error.FFmpegError, ValueError) as error:
+        if full := refusal(error, folder / name):
+            raise UserError(full) from error
         raise UserError(f"{source} cannot be read as a video ({error}): remove it or write it again.") from error
 
 

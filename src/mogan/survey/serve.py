@@ -9,6 +9,7 @@ from typing import Annotated
 import tyro
 
 from mogan.errors import UserError
+from mogan.ranges import between
 
 
 def serve(survey: Annotated[Path, tyro.conf.Positional], *, host: str = "127.0.0.1", port: int = 8765) -> None:
@@ -51,8 +52,7 @@ def serve(survey: Annotated[Path, tyro.conf.Positional], *, host: str = "127.0.0
 
 def listen(host: str, port: int) -> socket.socket:
     """A bound socket, or a ``UserError`` that says what is in the way."""
-    if not 0 <= port <= 65535:
-        raise UserError("--port must lie between 0 and 65535.")
+    between(0, 65535, port=port)
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     except socket.gaierror as error:

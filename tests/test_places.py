@@ -1,0 +1,174 @@
+"""Where results go: refused before the work if nothing can be written there, and never half-written on a full disk."""
+
+import errno
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mogan.cli import COMMANDS, main
+from mogan.errors import UserError
+from mogan.files import new_folder, refusal, replacing, writable_file, writable_folder, write_atomically
+from test_train import build
+from tiny_recipes import flow_matching
+
+NOWHERE = Path("/proc/nowhere")  # nobody can write there, root neither
+
+
+def commands(family, cache, prompts, run):
+    """Every command that writes to ``--out``, with arguments that are right but for that."""
+    return {
+        "train": ["tiny_recipes:flow_matching", "--data", cache, "--model", family / "teacher"],
+        "sample": ["--prompts", prompts, "--model", family / "student"],
+        "prepare": [prompts, "--model", family / "teacher"],
+        "evaluate": [family],
+        "report": [run],
+        "export": [run],
+        "import": [family, "--base", family / "teacher", "--sigmas", "1", "0.5"],
+        "demo": [],
+        "study": ["table1"],
+        "lab render": [],
+        "lab build": [],
+    }
+
+
+@pytest.fixture(scope="module")
+def run(family, cache, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    arguments = ["train", "tiny_recipes:flow_matching", "--data", cache, "--model", family / "teacher", "--out", folder]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MOGAN_TEST_RAFT", str(family / "raft"))
+        assert main([str(a) for a in arguments]) == 0
+    return folder
+
+
+@pytest.fixture
+def prompts(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_text("a red circle moving left\n")
+    return path
+
+
+@pytest.mark.parametrize("name", commands(*[Path("x")] * 4))
+def test_a_place_that_cannot_be_written_is_refused_before_the_work(
+    name, family, cache, prompts, run, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setenv("MOGAN_TEST_RAFT", str(family / "raft"))
+    suffix = {"evaluate": "results.json", "report": "page.html"}.get(name, "")
+    file = tmp_path / "file"
+    file.write_text("mine")
+    for place in (NOWHERE / suffix, file / "x" / suffix, *([] if suffix else [file])):
+        arguments = [*name.split(), *commands(family, cache, prompts, run)[name], "--out", place]
+        assert main([str(a) for a in arguments]) == 2, place
+        said = capsys.readouterr().err.strip().splitlines()[-1]
+        assert said.startswith(f"mogan {name}: "), said
+        assert str(place) in said or str(place.parent) in said
+        assert "another --out" in said
+    assert file.read_text() == "mine"
+    assert set(tmp_path.iterdir()) == {file, prompts}
+
+
+def test_every_command_with_an_out_is_tried(family):
+    import importlib
+    import inspect
+
+    def takes_out(target):
+        module, function = target.split(":")
+        return "out" in inspect.signature(getattr(importlib.import_module(module), function)).parameters
+
+    tried = {*commands(*[Path("x")] * 4), "survey build", "survey analyze"}  # these two in test_survey_*.py
+    assert {name for name, (target, _) in COMMANDS.items() if takes_out(target)} == tried
+
+
+def test_a_file_where_a_folder_should_be_and_the_other_way_round_are_told_apart(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(UserError, match="is a file, not a folder: give another --figures"):
+        writable_folder(tmp_path / "file", "--figures")
+    with pytest.raises(UserError, match="is a folder: give a file to write"):
+        writable_file(tmp_path)
+    writable_folder(tmp_path / "a" / "b")
+    assert list((tmp_path / "a" / "b").iterdir()) == []
+
+
+# ---------------------------------------------------------------------------------------------- full disks
+
+
+def full(*args, **kwargs):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_file_that_does_not_fit_leaves_the_old_one_and_nothing_half_written(tmp_path):
+    path = tmp_path / "a.txt"
+    write_atomically(path, "before")
+    with pytest.raises(UserError, match=r"a\.txt cannot be written, the disk is full"), replacing(path) as temporary:
+        full(temporary.write_text("half"))
+    assert path.read_text() == "before"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_folder_that_does_not_fit_is_taken_away(tmp_path):
+    with pytest.raises(UserError, match="the disk is full"), new_folder(tmp_path / "export") as temporary:
+        full((temporary / "half").write_text("half"))
+    with pytest.raises(KeyError), new_folder(tmp_path / "export") as temporary:
+        raise KeyError("a mistake of ours is not the disk's")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_words_of_other_libraries_are_read_and_other_errors_are_not_the_disks():
+    assert "disk is full" in refusal(RuntimeError("I/O error: No space left on device (os error 28)"))
+    assert "disk is full" in refusal(OSError([("a", "b", "[Errno 28] No space left on device: 'b'")]))
+    assert "cannot be used" in refusal(PermissionError(errno.EACCES, "Permission denied", "/somewhere"))
+    assert refusal(FileNotFoundError(errno.ENOENT, "No such file", "/x")) is None
+    assert refusal(ValueError("28")) is None
+    assert refusal(PermissionError(errno.EACCES, "Permission denied", "/elsewhere/x"), Path("/here/y")) is None
+
+
+def short_of_room(arguments, most, folder):
+    """Run a command whose files may not grow beyond ``most`` bytes: to a program the same as a full disk."""
+    environment = os.environ | {"PYTHONPATH": f"{Path(__file__).parent}:{os.environ.get('PYTHONPATH', '')}"}
+    return subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "mogan", *map(str, arguments)],
+        env=environment | {"OMP_NUM_THREADS": "1"},
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (most, most)),
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["train", "sample", "prepare", "evaluate", "report", "export"])
+def test_a_full_disk_is_one_sentence_and_leaves_nothing_half_written(
+    name, family, cache, prompts, run, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("MOGAN_TEST_RAFT", str(family / "raft"))
+    if name == "evaluate":
+        clips = tmp_path / "clips"
+        assert main(["sample", "--prompts", str(prompts), "--model", str(family / "student"), "--out", str(clips)]) == 0
+    given = {**commands(family, cache, prompts, run), "evaluate": [tmp_path / "clips", "--flow", "farneback"]}[name]
+    out = tmp_path / {"evaluate": "out/results.json", "report": "out/page.html"}.get(name, "out")
+    done = short_of_room([name, *given, "--out", out], 100, tmp_path)
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    assert "the disk is full" in done.stderr or "free some disk space" in done.stderr
+    left = [p for p in (tmp_path / "out").rglob("*") if p.is_file()] if (tmp_path / "out").exists() else []
+    whole = {"metrics.jsonl", "results.clips.jsonl"}  # grow line by line; whoever reads them leaves a torn line out
+    assert [p for p in left if p.name not in whole and "tfevents" not in p.name and p.stat().st_size >= 100] == []
+    assert [p for p in left if p.name.startswith(".")] == []
+    again = [name, *map(str, given), "--out", str(out)]
+    assert main(again) == 0, "with room it goes on"
+
+
+def test_a_checkpoint_that_does_not_fit_keeps_the_one_before(family, cache, tmp_path, monkeypatch):
+    from mogan.checkpoint import checkpoints
+    from mogan.train import run_training
+
+    monkeypatch.setenv("MOGAN_TEST_RAFT", str(family / "raft"))
+    run_training(build(flow_matching().with_budget(1), family, cache, tmp_path), tmp_path)
+    monkeypatch.setattr("mogan.checkpoint.write_atomically", full)
+    with pytest.raises((UserError, OSError), match=r"No space|disk"):
+        run_training(build(flow_matching().with_budget(2), family, cache, tmp_path), tmp_path)
+    assert [p.name for p in checkpoints(tmp_path)] == ["000001"]
