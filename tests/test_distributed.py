@@ -15,13 +15,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import WanTransformer3DModel
 from hypothesis import given
 from hypothesis import strategies as st
 
+from conftest import TRANSFORMER
 from mogan.assemble import assemble
 from mogan.checkpoint import held_out_motions, latest_checkpoint, load_checkpoint, save_checkpoint, stored
 from mogan.data import ensure_text, one_ahead, open_cache
-from mogan.distributed import World, join
+from mogan.distributed import World, join, whole
 from mogan.errors import UserError
 from mogan.train import Position, _graceful_stop, draw, parts_of, run_training, step
 from mogan.wan import load_text
@@ -191,6 +193,96 @@ def test_bf16_blocks_stay_near_the_run_of_one(family, cache, tmp_path):
     train_together(2, "flow_matching", family, cache, tmp_path / "two", "--precision", "bf16")
     for a, b in zip(log(tmp_path / "one"), log(tmp_path / "two"), strict=True):
         assert b["loss"] == pytest.approx(a["loss"], rel=0.02)
+
+
+@pytest.fixture(scope="module")
+def apart(family, tmp_path_factory):
+    """A student and a fake score unlike the teacher: what tells them apart is far above bf16's rounding."""
+    folder = tmp_path_factory.mktemp("apart") / "student"
+    shutil.copytree(family / "student", folder)
+    for seed, part in enumerate(("transformer", "fake_score")):
+        torch.manual_seed(seed)
+        WanTransformer3DModel(**TRANSFORMER).save_pretrained(folder / part)
+    return folder
+
+
+def gradients(config, family, student, cache, world=None):
+    """What every update of a plan would do at the start of a run: its logs, and the gradients it hands to the optimiser."""
+    parts = assemble(
+        config,
+        open_cache(cache),
+        model=str(family / "teacher"),
+        student=str(student),
+        run=None,
+        device="cpu",
+        world=world,
+    )
+    if world is None:  # the blocks' weights as sharding gathers them
+        called = [*parts.networks.values(), parts.objectives["dmd"].teacher]
+        for p in (p for network in called for p in network.transformer.blocks.parameters()):
+            p.data = p.data.bfloat16().float()
+    learnable = {n: [p.requires_grad for p in network.parameters()] for n, network in parts.networks.items()}
+    found: dict = {"dtypes": {}}
+    for name, module in parts.student.transformer.named_modules():
+        if isinstance(module, torch.nn.Linear | torch.nn.Conv3d):
+            module.register_forward_hook(
+                lambda m, _, out, name=name: found["dtypes"].update({name: (m.weight.dtype, out.dtype)})
+            )
+    for index, update in enumerate(config.plan):
+        network, optimizer, handed = parts.networks[update.learns], parts.optimizers[update.optimizer_name], {}
+        optimizer.step = lambda network=network, handed=handed: handed.update(
+            {name: whole(p.grad).clone() for name, p in network.named_parameters() if p.grad is not None}
+        )
+        logs = step(parts, update, Position(0, 0, index, 0))
+        found[update.label] = logs, handed
+        for name, other in parts.networks.items():  # what judged is frozen no longer, and was handed nothing
+            assert [p.requires_grad for p in other.parameters()] == learnable[name]
+            assert all(p.grad is None for p in other.parameters())
+    return found
+
+
+def gradients_of_one_process(rank, port, context, out, *arguments):
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    with join("cpu", context=context) as world:
+        found = gradients(*arguments, world)
+        if world.main:
+            torch.save(found, out)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("checkpointing", "context"), [(False, 1), (True, 1), (True, 2)])
+def test_sharded_blocks_in_bf16_give_the_gradients_of_one_process(
+    checkpointing, context, family, apart, cache, tmp_path
+):
+    """Of DMD's updates and the motion loss's, through taps, frozen networks, recomputed blocks and accumulation."""
+    plan = tuple(replace(u, batch=4, accumulate=2, times=1) for u in mogan().plan)
+    config = replace(mogan(), plan=plan, precision="bf16", checkpointing=checkpointing)
+    config = replace(config, gan=replace(config.gan, r1=0.0, r2=0.0))
+    one, port, out = gradients(config, family, apart, cache), free_port(), tmp_path / "gradients"
+    arguments = (port, context, out, config, family, apart, cache)
+    processes = [get_context("fork").Process(target=gradients_of_one_process, args=(r, *arguments)) for r in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(300)
+    assert [p.exitcode for p in processes] == [0, 0]
+    two = torch.load(out)
+    assert one.keys() == two.keys()
+    wide, narrow = torch.float32, torch.bfloat16
+    assert set(one.pop("dtypes").values()) == {(wide, narrow)}
+    assert {(".blocks." in f".{n}", *d) for n, d in two.pop("dtypes").items()} == {
+        (True, narrow, narrow),
+        (False, wide, narrow),  # kept in fp32, and its products computed in bf16 all the same
+    }
+    for label, (logs, expected) in one.items():
+        seen, handed = two[label]
+        assert handed.keys() == expected.keys(), label
+        assert seen["loss"] == pytest.approx(logs["loss"], rel=1e-4), label
+        for part in ("blocks", "embedder", "embedding", "proj_out", "heads", "final"):
+            if names := [n for n in expected if part in n]:
+                a, b = (torch.cat([g[n].flatten().double() for n in names]) for g in (expected, handed))
+                assert a @ b > 0.999 * a.norm() * b.norm(), (label, part)
+                assert b.norm() == pytest.approx(float(a.norm()), rel=0.02), (label, part)
 
 
 @given(st.integers(1, 64), st.integers(1, 64))

@@ -240,9 +240,9 @@ def shard(
     """Shard a network in place with FSDP2, each transformer block on its own, the rest as one more group.
 
     Weights, gradients and optimiser moments are kept in fp32, one part per process. A block is gathered just before it
-    computes and freed just after; if ``dtype`` is bf16 it is gathered in bf16. What lies outside the blocks stays fp32
-    (time embedding, heads). Gradients are averaged over the shares of the batch in fp32. Inputs are never cast: noise
-    levels do not survive bf16.
+    computes and freed just after; if ``dtype`` is bf16 it is gathered in bf16. Weights outside the blocks are gathered in
+    fp32; what products are computed in is autocast's to say, there as inside. Gradients are averaged over the shares of the
+    batch in fp32. Inputs are never cast: noise levels do not survive bf16.
 
     Args:
         network: the module that is called; its weights all have one dtype.
