@@ -7,11 +7,14 @@ import unicodedata
 
 import pytest
 
+from mogan.data import open_cache
 from mogan.errors import UserError
 from mogan.evaluation.clips import read_folder
+from mogan.evaluation.evaluate import evaluate
 from mogan.first_frames import clip_of_prompts
 from mogan.listing import scan
 from mogan.video import read_frames, write_video
+from test_prepare import lines, run, textured
 from test_video import numbered
 
 NOT_UTF8 = os.fsdecode(b"caf\xe9-1.mp4")
@@ -82,12 +85,22 @@ def test_what_is_no_file_is_left_out_with_its_reason_and_never_opened(tmp_path):
 
 def test_captions_for_what_is_no_file_change_nothing(tmp_path):
     special(tmp_path)
-    jsonl(tmp_path, ("pipe.mp4", "x"), ("folder.mp4", "y"), (".", "z"), ("n" * 300 + ".mp4", "w"), ("a\0.mp4", "v"))
+    jsonl(
+        tmp_path,
+        ("pipe.mp4", "x"),
+        ("folder.mp4", "y"),
+        (".", "z"),
+        ("n" * 300 + ".mp4", "w"),
+        ("a\0.mp4", "v"),
+        ("\ud800.mp4", "u"),
+    )
     found = problems(tmp_path)
     assert "pipe" in found["pipe.mp4"]
     assert found["."] == "is a folder, not a file"
     assert "File name too long" in found["n" * 300 + ".mp4"]
-    assert "cannot be looked at" in found["a\0.mp4"]
+    assert found["a\0.mp4"].startswith("is not there")
+    assert found["\ud800.mp4"].startswith("is not there")
+    assert {"a\0.mp4", "\ud800.mp4"} == set(read_folder(tmp_path, "x").missing)
 
 
 def test_linked_folders_are_followed_once_and_never_in_circles(tmp_path):
@@ -97,8 +110,12 @@ def test_linked_folders_are_followed_once_and_never_in_circles(tmp_path):
     (tmp_path / "v/again").symlink_to(tmp_path / "pool")
     (tmp_path / "v/0 real too").symlink_to("real")
     (tmp_path / "v/real/up").symlink_to("..")
+    (tmp_path / "v/real/further up").symlink_to(tmp_path)
+    (tmp_path / "v/everything").symlink_to("/")
     assert captions(tmp_path / "v", "d") == {"0 linked/far.mp4": "d", "real/a.mp4": "d", "b.mp4": "d"}
     assert not any(s.outside for s in scan(tmp_path / "v", "d"))
+    above = "cannot be searched (it leads to a folder that holds this one)"
+    assert problems(tmp_path / "v") == {"everything/": above, "real/further up/": above}
 
 
 def test_hidden_files_and_folders_are_not_looked_at_unless_a_list_names_them(tmp_path):
@@ -115,11 +132,18 @@ def test_suffixes_in_capitals_are_found_with_their_captions(tmp_path):
     assert captions(tmp_path) == {"a.MP4": "one", "b.WebM": "two"}
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
-def test_what_may_not_be_read_is_said(tmp_path):
+def test_what_may_not_be_read_is_said(tmp_path, monkeypatch):
     touch(tmp_path, "a.mp4", "b.mp4", "closed/c.mp4")
-    (tmp_path / "a.mp4").chmod(0)
-    (tmp_path / "closed").chmod(0)
+    may, search = os.access, os.scandir
+
+    def refuse(path):
+        if str(path).endswith("closed"):
+            raise PermissionError(13, "Permission denied")
+        return search(path)
+
+    monkeypatch.setattr("os.access", lambda path, mode: may(path, mode) and not str(path).endswith("a.mp4"))
+    monkeypatch.setattr("os.scandir", refuse)  # root, who runs many tests, may read everything
+    assert captions(tmp_path, "d") == {"b.mp4": "d"}
     assert problems(tmp_path) == {
         "a.mp4": "may not be read (permission denied)",
         "closed/": "cannot be searched (Permission denied)",
@@ -139,7 +163,7 @@ def test_names_that_are_not_utf8_are_files_like_others(tmp_path):
     touch(tmp_path, NOT_UTF8)
     assert captions(tmp_path, "d") == {NOT_UTF8: "d"}
     (entry,) = read_folder(tmp_path, "x").clips
-    assert (entry.prompt, entry.index) == ("caf\\xe9", 1)
+    assert (entry.prompt, entry.index) == ("caf\\udce9", 1)
     jsonl(tmp_path, (NOT_UTF8, "a place"))  # as JSON's escapes
     assert captions(tmp_path) == {NOT_UTF8: "a place"}
 
@@ -265,6 +289,10 @@ def test_the_evaluation_reads_what_prepare_reads(tmp_path):
     assert [(e.prompt, e.seed) for e in found.clips] == [("a dog, running", 7), ("b", None)]
     assert (found.unlisted, found.uncaptioned) == (("left/c.mp4",), ("b.mp4",))
     assert captions(tmp_path) == {"clips/a.mp4": "a dog, running"}
+    (tmp_path / "b.txt").write_text("a cat")  # beside a row without a caption
+    assert captions(tmp_path) == {"clips/a.mp4": "a dog, running", "b.mp4": "a cat"}
+    found = read_folder(tmp_path, "x")
+    assert ([e.prompt for e in found.clips], found.uncaptioned) == (["a dog, running", "a cat"], ())
     (tmp_path / "metadata.csv").unlink()
     (tmp_path / "b.txt").write_text("a cat")
     touch(tmp_path, "b two.mp4", "x-3.mp4")
@@ -285,5 +313,57 @@ def test_first_frames_are_looked_for_by_the_same_reader(tmp_path):
     (tmp_path / "folder.mp4").mkdir()
     jsonl(tmp_path, ("a.mp4", "a dog\u2028runs"), ("folder.mp4", "a cat"))
     assert clip_of_prompts(tmp_path, ["a dog\u2028runs"]) == {"a dog\u2028runs": tmp_path / "a.mp4"}
-    with pytest.raises(UserError, match="has no clip with the caption 'a cat'"):
+    with pytest.raises(
+        UserError, match=r"has no clip with the caption 'a cat' \(folder\.mp4 is a folder, not a file\)"
+    ):
         clip_of_prompts(tmp_path, ["a cat"])
+
+
+# ---------------------------------------------------------------------------------------------- one bad file
+
+
+@pytest.fixture
+def mixed(tmp_path):
+    """Two good clips, one of a name that is not UTF-8, among everything that is none."""
+    folder = tmp_path / "v"
+    folder.mkdir()
+    expected = special(folder)
+    (folder / "folder.mp4/inside.mp4").unlink()
+    (folder / "empty.mp4").touch()
+    for name in ("good.mp4", NOT_UTF8):
+        write_video(folder / name, textured(len(name), 9), 16)
+    return folder, expected | {"empty.mp4": "0 bytes"}
+
+
+def test_one_bad_file_never_ends_a_preparation(mixed, tmp_path):
+    folder, expected = mixed
+    summary = run(folder, tmp_path / "c")
+    assert (summary.kept, summary.encoded, summary.skipped) == (2, 2, len(expected))
+    skipped = {row["source"]: row["reason"] for row in lines(tmp_path / "c/skipped.jsonl")}
+    assert set(skipped) == set(expected)
+    assert all(words in skipped[name] for name, words in expected.items())
+    assert {entry["source"] for entry in open_cache(tmp_path / "c").entries} == {"good.mp4", NOT_UTF8}
+    again = run(folder, tmp_path / "c")
+    assert (again.kept, again.encoded) == (2, 0)
+
+
+def test_one_bad_file_never_ends_an_evaluation(mixed, tmp_path):
+    folder, expected = mixed
+    found = evaluate((folder,), out=tmp_path / "r.json", flow="farneback", quick=True)["systems"]["v"]
+    assert found["metrics"]["dynamic_degree"]["n"] == 2
+    assert {row["file"] for row in found["how"]["failed"]} == set(expected)
+    assert any(f"{len(expected)} of {len(expected) + 2} clips could not be read" in w for w in found["how"]["warnings"])
+    jsonl(folder, *((name, f"about {name}") for name in ("good.mp4", *expected, "absent.mp4")))
+    found = evaluate((folder,), out=tmp_path / "r.json", flow="farneback", quick=True)["systems"]["v"]
+    assert found["metrics"]["dynamic_degree"]["n"] == 1
+    assert found["how"]["missing"] == ["absent.mp4"]
+    assert any("such as caf\\udce9-1.mp4" in warning for warning in found["how"]["warnings"])
+
+
+def test_captions_with_other_ends_of_lines_survive_a_cache(tmp_path):
+    odd = "a dog\u2028runs\u0085then\x0csleeps"
+    (tmp_path / "v").mkdir()
+    write_video(tmp_path / "v/a.mp4", textured(0, 9), 16)
+    jsonl(tmp_path / "v", ("a.mp4", odd))
+    run(tmp_path / "v", tmp_path / "c")
+    assert [entry["caption"] for entry in open_cache(tmp_path / "c").entries] == [odd]

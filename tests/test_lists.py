@@ -129,7 +129,7 @@ def test_a_list_that_is_no_file_is_refused_and_never_opened(tmp_path):
     refused(tmp_path / "pipe.txt", "is a pipe, not a file", read_prompts)
     refused(tmp_path / "folder.txt", "is a folder, not a file", read_prompts)
     refused(tmp_path / "link.txt", "is a broken link", read_prompts)
-    refused(tmp_path / "a\0b.txt", "cannot be looked at", read_prompts)
+    refused(tmp_path / "a\0b.txt", "is not there", read_prompts)
     refused(tmp_path / ("x" * 300), "cannot be looked at .File name too long", read_prompts)
 
 

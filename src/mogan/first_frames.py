@@ -11,6 +11,7 @@ from mogan.clips import to_video
 from mogan.denoiser import Denoiser
 from mogan.errors import UserError
 from mogan.listing import scan
+from mogan.lists import printable
 from mogan.rollout import animate, normal
 from mogan.video import read_frames
 from mogan.wan import Geometry
@@ -23,13 +24,16 @@ def clip_of_prompts(folder: Path, prompts: list[str]) -> dict[str, Path]:
         UserError: a prompt is no clip's caption.
     """
     clips: dict[str | None, Path] = {}
+    problems: dict[str | None, str] = {}
     for source in scan(folder):
         if source.problem is None:
             clips.setdefault(source.caption, source.path)
+        else:
+            problems.setdefault(source.caption, f" ({printable(source.name)} {source.problem})")
     missing = [prompt for prompt in prompts if prompt not in clips]
     if missing:
         raise UserError(
-            f"{folder} has no clip with the caption {missing[0]!r}: give --prompts that are captions of its clips"
+            f"{folder} has no clip with the caption {missing[0]!r}{problems.get(missing[0], '')}: give --prompts that are captions of its clips"
         )
     return {prompt: clips[prompt] for prompt in prompts}
 

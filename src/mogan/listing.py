@@ -76,12 +76,7 @@ def scan(folder: str | Path, default_caption: str | None = None) -> list[Source]
 
 
 def _source(here: "Folder", file: File, caption: str | None, default: str | None) -> Source:
-    problem = file.problem
-    if caption is None and problem is None:
-        try:
-            caption = here.caption_beside(file)
-        except UserError as error:
-            problem = f"its caption cannot be read: {error}"
+    caption, problem = here.words(file, caption)
     caption = caption or (default and default.strip())
     if caption is None and problem is None:
         problem = "no caption: add a row to metadata.jsonl, a .txt file, or give --caption"
@@ -115,9 +110,12 @@ class Folder:
     def _walk(self, found: list[Path]) -> None:
         """Files below, real folders before links, which may lead to what was seen already, or in circles."""
         real, linked, seen = [self.path], list[Path](), set[Identity]()
+        above = {_identity(folder) for folder in Path(os.path.realpath(self.path)).parents}
         while real or linked:
             folder = (real or linked).pop(0)
             try:
+                if _identity(folder) in above:
+                    raise OSError(0, "it leads to a folder that holds this one")
                 if (identity := _identity(folder)) in seen:
                     continue
                 seen.add(identity)
@@ -173,7 +171,10 @@ class Folder:
 
     def _place(self, path: Path) -> tuple[str, bool]:
         """Name of a path in the folder; of one outside its absolute path, and True."""
-        real = Path(os.path.realpath(path)) if "\0" not in str(path) else path
+        try:
+            real = Path(os.path.realpath(path))
+        except ValueError:  # no file can be called so
+            real = path
         places = [(Path(os.path.abspath(path)), self.path), (real, Path(os.path.realpath(self.path)))]
         for place, root in reversed(places) if ".." in path.parts else places:  # a link's parent is not where it lies
             if place.is_relative_to(root):
@@ -203,12 +204,17 @@ class Folder:
         refuse_twice(found)
         return found
 
-    def caption_beside(self, file: File) -> str | None:
-        """The text file beside a video, white space at its ends taken away; None if there is none or it is blank."""
+    def words(self, file: File, caption: str | None) -> tuple[str | None, str | None]:
+        """What belongs to a video: the caption of its row, else the text file beside it; and why it cannot be used."""
+        if caption is not None or file.problem is not None:
+            return caption, file.problem
         beside = self._texts.get(_form(file.name[: -len(file.path.suffix)] if file.path.suffix else file.name))
-        if file.outside and file.path.with_suffix(".txt").is_file():
+        if file.outside and file.path.with_suffix(".txt").exists():
             beside = file.path.with_suffix(".txt")
-        return (read_text(beside).strip() or None) if beside else None
+        try:
+            return (read_text(beside).strip() or None) if beside else None, None
+        except UserError as error:
+            return None, f"its caption cannot be read: {error}"
 
 
 def refuse_twice(found: list[tuple[File, Row]]) -> None:

@@ -101,8 +101,10 @@ def unreadable(path: Path) -> str | None:
         mode = path.stat().st_mode
     except (FileNotFoundError, NotADirectoryError):
         return "is a broken link" if path.is_symlink() else NOT_THERE
-    except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
-        return f"cannot be looked at ({getattr(error, 'strerror', None) or error})"
+    except ValueError:  # a zero byte in the name, or half a character
+        return NOT_THERE
+    except OSError as error:
+        return f"cannot be looked at ({error.strerror})"
     for test, kind in (
         (stat.S_ISDIR, "folder"),
         (stat.S_ISFIFO, "pipe"),
@@ -127,8 +129,8 @@ def whole(text: str, where: str) -> str:
 
 
 def printable(text: str) -> str:
-    """A file's name as text that can be printed and hashed: bytes that are not UTF-8 in hexadecimal digits."""
-    return text if _printable(text) else os.fsencode(text).decode("utf-8", "backslashreplace")
+    """A file's name as text that can be printed and hashed: bytes that are not UTF-8 as Python and JSON write them."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _printable(text: str) -> bool:

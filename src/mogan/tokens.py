@@ -47,8 +47,8 @@ def about_tokens(captions: Mapping[str, str], tokens: Tokens, length: int = TEXT
     if alike:
         name, other = map(_short, alike[0])
         notes.append(
-            f"{len(alike)} captions are the same to the text encoder as a different one (first {name} as {other}): they are "
-            "told apart by words it cuts or does not know"
+            f"{len(alike)} captions are the same to the text encoder as a different one (first {name} as {other}): what tells "
+            "them apart is cut, or no word it knows"
         )
     return notes
 

@@ -2,7 +2,7 @@
 
 import os
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from mogan.errors import UserError
@@ -96,7 +96,7 @@ def read_folder(folder: Path, name: str) -> System:
     found = [(here.find(row, here.path), row) for row in rows]
     if path.name != "samples.jsonl":
         refuse_twice(found)
-    entries = _entries(found)
+    entries, nameless = _entries(here, found)
     there = [file for file, _ in found if file.there]
     missing = tuple(dict.fromkeys(file.name for file, _ in found if not file.there))
     if not there:
@@ -110,7 +110,7 @@ def read_folder(folder: Path, name: str) -> System:
         _left(here, there),
         tuple(sorted({str(row.values["prompts_sha256"]) for row in rows if row.values.get("prompts_sha256")})),
         tuple(dict.fromkeys(file.name for file in there if file.outside)),
-        tuple(dict.fromkeys(file.name for file, row in found if file.there and row.caption is None)),
+        nameless,
     )
 
 
@@ -120,19 +120,22 @@ def _left(here: Folder, files: list[File]) -> tuple[str, ...]:
     return tuple(name for name, file in sorted(here.videos.items()) if name not in names and file.problem is None)
 
 
-def _entries(found: list[tuple[File, Row]]) -> dict[str, Entry]:
-    """By file name; where a file is listed twice, the last line counts."""
+def _entries(here: Folder, found: list[tuple[File, Row]]) -> tuple[dict[str, Entry], tuple[str, ...]]:
+    """By file name, where a file is listed twice the last line; and the names of those that are there without a caption."""
     entries: dict[str, Entry] = {}
     counts: dict[str, int] = {}
+    nameless: dict[str, None] = {}
     for file, row in found:
+        caption, problem = here.words(file, row.caption)
         named = _by_name(file)
-        prompt = row.caption or named.prompt
-        index = _number(row, "index")
+        prompt, index = caption or named.prompt, _number(row, "index")
         if index is None:
-            index = counts.get(prompt, 0) if row.caption else named.index
+            index = counts.get(prompt, 0) if caption else named.index
         counts[prompt] = counts.get(prompt, 0) + 1
-        entries[file.name] = Entry(file.path, prompt, index, _number(row, "seed"), file.problem)
-    return entries
+        entries[file.name] = Entry(file.path, prompt, index, _number(row, "seed"), problem)
+        if caption is None and file.there:
+            nameless[file.name] = None
+    return entries, tuple(nameless)
 
 
 def _number(row: Row, column: str) -> int | None:
@@ -144,22 +147,17 @@ def _number(row: Row, column: str) -> int | None:
 
 
 def _by_texts_and_names(here: Folder, files: list[File]) -> tuple[tuple[Entry, ...], str]:
-    entries, counts, texts = [], dict[str, int](), 0
+    entries, counts = [], dict[str, int]()
     for file in files:
-        entry, problem, caption = _by_name(file), file.problem, None
-        if problem is None:
-            try:
-                caption = here.caption_beside(file)
-            except UserError as error:
-                problem = f"its caption cannot be read: {error}"
+        caption, problem = here.words(file, None)
+        entry = _by_name(file)
         if caption is not None:
             entry = Entry(file.path, caption, counts.get(caption, 0))
             counts[caption] = entry.index + 1
-            texts += 1
-        entries.append(Entry(entry.path, entry.prompt, entry.index, problem=problem))
+        entries.append(replace(entry, problem=problem))
     numbered = all(re.fullmatch(r".+-\d+", Path(file.name).stem, re.DOTALL) for file in files)
     naming = "VBench ({prompt}-{k})" if numbered else "file names"
-    return tuple(entries), f"text files, else {naming}" if texts else naming
+    return tuple(entries), f"text files, else {naming}" if counts else naming
 
 
 def _by_name(file: File) -> Entry:

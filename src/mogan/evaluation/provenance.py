@@ -57,4 +57,4 @@ def how_measured(
 
 def relative(path: Path, out: Path) -> str:
     """A path as seen from the folder of ``out``, so that results and clips can move together."""
-    return Path(os.path.relpath(path.resolve(), out.resolve().parent)).as_posix()
+    return Path(os.path.relpath(os.path.realpath(path), out.resolve().parent)).as_posix()
