@@ -3,6 +3,8 @@
 import json
 import math
 import shutil
+import subprocess
+import sys
 import tracemalloc
 
 import numpy as np
@@ -11,7 +13,7 @@ import torch
 
 from mogan.errors import UserError
 from mogan.evaluation.clips import find_systems, read_folder
-from mogan.evaluation.evaluate import evaluate, table
+from mogan.evaluation.evaluate import _Kept, evaluate, table
 from mogan.evaluation.frames import Clip, read_frames
 from mogan.evaluation.measure import measure
 from mogan.evaluation.sets import appearance_distance
@@ -117,6 +119,41 @@ def test_a_stopped_evaluation_goes_on_where_it_was(results, folders, tmp_path, m
         assert again["systems"][name]["metrics"] == system["metrics"]
     with pytest.raises(AssertionError, match="measured again"):
         evaluate(folders, out=out, flow="dis")
+
+
+def test_shards_share_the_work_and_the_command_without_one_finishes_it(results, folders, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "results.json"
+    words = {"out": out, "flow": "farneback", "reference": folders[0]}
+    for shard in ("0/2", "1/2"):
+        evaluate(folders, shard=shard, **words)
+        assert not out.exists()
+    assert "after all shards, the command without --shard writes" in capsys.readouterr().out
+    monkeypatch.setattr("mogan.evaluation.evaluate.measure", lambda *a, **k: pytest.fail("measured again"))
+    evaluate(folders, **words)
+    ours, theirs = (json.loads(path.read_text())["systems"] for path in (out, results))
+    assert {name: s["metrics"] for name, s in ours.items()} == {name: s["metrics"] for name, s in theirs.items()}
+    with pytest.raises(UserError, match="--shard takes i/n"):
+        evaluate(folders, shard="2/2", **words)
+
+
+WRITER = """
+import sys
+from pathlib import Path
+from mogan.evaluation.evaluate import _Kept
+kept = _Kept(Path(sys.argv[1]))
+for number in range(40):
+    kept.put(f"{sys.argv[2]}-{number}", {"values": [number] * 5000})
+"""
+
+
+def test_values_kept_by_many_processes_at_once_are_all_there(tmp_path):
+    path = tmp_path / "kept.jsonl"
+    path.write_text('{"key": "old", "record": {}}\n{"key": "torn by a ki')
+    writers = [subprocess.Popen([sys.executable, "-c", WRITER, str(path), str(name)]) for name in range(3)]
+    assert [writer.wait(120) for writer in writers] == [0, 0, 0]
+    kept = _Kept(path)
+    assert kept.get("old") == {}
+    assert all(kept.get(f"{n}-{i}") == {"values": [i] * 5000} for n in range(3) for i in range(40))
 
 
 def test_a_corrupt_clip_is_named_and_the_others_are_unaffected(results, folders, tmp_path):
@@ -232,7 +269,7 @@ def test_a_list_with_a_line_that_cannot_be_used_is_refused(tmp_path, row):
 
 
 def test_out_must_be_a_file(folders, tmp_path):
-    with pytest.raises(UserError, match=r"is a folder: give a file to write, such as .*results\.json"):
+    with pytest.raises(UserError, match=r"--out .* is a folder: give a file to write, such as"):
         evaluate(folders, out=tmp_path)
 
 

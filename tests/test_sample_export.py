@@ -22,8 +22,9 @@ from mogan.errors import UserError
 from mogan.export import FOLDER_USAGE, export, save_student, scheduler_for
 from mogan.files import write_atomically
 from mogan.first_frames import sample_from_first_frames
-from mogan.sample import Job, safe_name, sample, sample_student, sample_teacher, shard_of
+from mogan.sample import Job, safe_name, sample, sample_student, sample_teacher
 from mogan.schedule import shifted_levels
+from mogan.shards import share_of
 from mogan.train import run_training
 from mogan.video import read_video, write_video
 from tiny_recipes import mogan
@@ -295,8 +296,8 @@ def test_teacher_matches_the_stock_pipeline(family):
 
 def test_shards_divide_the_clips():
     jobs = [Job("p", k, k) for k in range(5)]
-    assert sorted((j for i in range(3) for j in shard_of(jobs, f"{i}/3")), key=lambda j: j.seed) == jobs
+    assert sorted((j for i in range(3) for j in share_of(jobs, f"{i}/3")), key=lambda j: j.seed) == jobs
     with pytest.raises(UserError, match="i/n"):
-        shard_of(jobs, "3/3")
+        share_of(jobs, "3/3")
     assert safe_name("a/b") == "a_b"
     assert len(safe_name("ä" * 500).encode()) <= 240

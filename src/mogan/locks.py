@@ -40,25 +40,29 @@ def alone_in(folder: Path, shard: str | None = None) -> Iterator[None]:
     Raises:
         UserError: another process is at work there.
     """
-    if shard is None:
-        with _hold(folder / LOCK, folder):
-            yield
-        return
-    with (
-        _hold(folder / LOCK, folder, share=True),
-        _hold(folder / f"{LOCK}-{shard.replace('/', '-of-')}", folder),
-    ):
+    with _alone(folder / LOCK, folder, shard):
         yield
 
 
 @contextmanager
-def alone_at(file: Path) -> Iterator[None]:
-    """Be the only one that makes a file, whose folder must be there.
+def alone_at(file: Path, shard: str | None = None) -> Iterator[None]:
+    """Be the only one that makes a file, whose folder must be there; of those with a ``shard``, one for each.
 
     Raises:
         UserError: another process makes it.
     """
-    with _hold(file.with_name(f".{file.name}{LOCK}"), file):
+    with _alone(file.with_name(f".{file.name}{LOCK}"), file, shard):
+        yield
+
+
+@contextmanager
+def _alone(lock: Path, place: Path, shard: str | None) -> Iterator[None]:
+    if shard is None:
+        with _hold(lock, place):
+            yield
+        return
+    own = lock.with_name(f"{lock.name}-{shard.replace('/', '-of-')}")
+    with _hold(lock, place, share=True), _hold(own, place):
         yield
 
 

@@ -32,6 +32,7 @@ from mogan.prompts import KNOWN, fingerprint, warn_if_changed
 from mogan.ranges import above, at_least, between
 from mogan.rollout import normal, roll_out
 from mogan.samples import append_samples, listed_samples, refuse_others
+from mogan.shards import share_of
 from mogan.tokens import about_tokens, load_tokens
 from mogan.video import write_video
 
@@ -139,7 +140,7 @@ def sample(
     first_frames: Path | None = None,
     batch: int | None = None,
     limit: int | None = None,
-    shard: str = "0/1",
+    shard: str | None = None,
     precision: Literal["auto", "bf16", "fp32"] = "auto",
     device: str = "auto",
 ) -> None:
@@ -179,7 +180,7 @@ def sample(
     list_sha = fingerprint(lines)
     if told := KNOWN.get(list_sha) or warn_if_changed(prompts, lines):
         print(f"prompts: {told}")
-    jobs = shard_of(jobs_of(lines[:limit], seeds, first_seed), shard)
+    jobs = share_of(jobs_of(lines[:limit], seeds, first_seed), shard)
     source = open_generator(model)
     for note in about_tokens({job.prompt: job.prompt for job in jobs}, load_tokens(source.folder)):
         print(f"prompts: {note}")
@@ -192,7 +193,7 @@ def sample(
     about_all = {"system": out.name, "fps": source.geometry.fps, **how, "weights": source.mark()}
     about_all["prompts_sha256"] = list_sha
     writable_folder(out)
-    with alone_in(out, None if shard.endswith("/1") else shard):
+    with alone_in(out, shard):
         _fill(
             out,
             jobs,
@@ -330,17 +331,6 @@ def jobs_of(prompts: list[str], seeds: int, first_seed: int) -> list[Job]:
         if prompt_of.setdefault(job.file, job.prompt) != job.prompt:
             raise UserError(f"two prompts would both be called {job.file[:60]}...: sample them into different folders")
     return jobs
-
-
-def shard_of(jobs: list[Job], shard: str) -> list[Job]:
-    """Jobs of shard ``i/n``."""
-    try:
-        number, count = (int(part) for part in shard.split("/"))
-    except ValueError:
-        number, count = -1, 0
-    if not 0 <= number < count:
-        raise UserError(f"--shard takes i/n with 0 <= i < n, not {shard}")
-    return jobs[number::count]
 
 
 @dataclass(frozen=True)

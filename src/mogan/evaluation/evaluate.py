@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -24,7 +25,8 @@ from mogan.evaluation.tools import Tools, gather_tools
 from mogan.evaluation.vbench import read_info, restrict
 from mogan.files import writable_file, write_atomically
 from mogan.lab.instruments import parse_caption, read_instruments
-from mogan.locks import alone_at
+from mogan.locks import alone_at, locked
+from mogan.shards import share_of
 
 Record = dict[str, Any]
 
@@ -42,6 +44,7 @@ def evaluate(
     compare_vbench: str | None = None,
     lab: bool = True,
     quick: bool = False,
+    shard: str | None = None,
     device: str = "auto",
 ) -> dict[str, Any]:
     """Measure folders of clips and write results.json.
@@ -63,10 +66,12 @@ def evaluate(
         compare_vbench: a Python that has the package vbench; runs it on the same clips and writes down the differences.
         lab: track the subjects of clips whose caption is the lab's.
         quick: leave out what needs flow in both directions.
+        shard: i/n measures every n-th clip, starting with the i-th, and writes no results: for many GPUs, with the same
+            --out. When all are done, the command without a shard finds their values and writes the results.
         device: auto, cpu or cuda: where flow and networks run.
 
     Returns:
-        What was written.
+        What was written; nothing of a shard.
 
     Raises:
         UserError: nothing to measure, or folders that cannot be compared.
@@ -87,6 +92,9 @@ def evaluate(
     real = read_folder(reference, "reference") if reference else None
     kept = _Kept(out.with_suffix(".clips.jsonl"))
     every = [*systems, *([real] if real else [])]
+    if shard is not None:
+        _measure_share(every, shard, tools, kept, out)
+        return {}
     with alone_at(out), tqdm(total=sum(len(s.clips) for s in every), desc="evaluate", unit="clip") as bar:
         records = [_measure_system(system, tools, kept, bar) for system in every]
     target = records.pop() if real else None
@@ -131,7 +139,7 @@ def measured(
 
 
 class _Kept:
-    """Values measured before, one JSON line each; a line torn by a kill is not used."""
+    """Values measured before, one JSON line each, by any number of processes; a line torn by a kill is not used."""
 
     def __init__(self, path: Path):
         self._path = path
@@ -150,23 +158,38 @@ class _Kept:
     def put(self, key: str, record: Record) -> None:
         self._found[key] = record
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        with self._path.open("a") as file:
-            file.write("\n" * (file.tell() > 0) + json.dumps({"key": key, "record": record}))
+        with self._path.open("a") as file, locked(file.fileno()):
+            file.write("\n" * (file.seek(0, os.SEEK_END) > 0) + json.dumps({"key": key, "record": record}))
+            file.flush()
 
 
 def _measure_system(system: System, tools: Tools, kept: _Kept, bar: tqdm) -> list[Record]:
-    records = []
-    for entry in system.clips:
-        bar.set_postfix_str(system.name)
-        about = {"prompt": entry.prompt, "index": entry.index, "seed": entry.seed}
-        try:
-            if entry.problem:
-                raise UserError(f"{entry.path} {entry.problem}")
-            records.append({**about, **_measure_clip(entry, tools, kept)})
-        except UserError as error:
-            records.append({**about, "error": str(error)})
-        bar.update()
-    return records
+    bar.set_postfix_str(system.name)
+    return [_measure_entry(entry, tools, kept, bar) for entry in system.clips]
+
+
+def _measure_share(systems: list[System], shard: str, tools: Tools, kept: _Kept, out: Path) -> None:
+    """Keep the values of a shard's clips, whichever system they are of."""
+    entries = share_of([entry for system in systems for entry in system.clips], shard)
+    with alone_at(out, shard), tqdm(total=len(entries), desc=f"evaluate {shard}", unit="clip") as bar:
+        records = [_measure_entry(entry, tools, kept, bar) for entry in entries]
+    bad = [record["error"] for record in records if "error" in record]
+    told = f"; {len(bad)} could not be measured, the first: {bad[0]}" if bad else ""
+    print(
+        f"{len(records)} clips of shard {shard} done{told}; after all shards, the command without --shard writes {out}"
+    )
+
+
+def _measure_entry(entry: Entry, tools: Tools, kept: _Kept, bar: tqdm) -> Record:
+    record: Record = {"prompt": entry.prompt, "index": entry.index, "seed": entry.seed}
+    try:
+        if entry.problem:
+            raise UserError(f"{entry.path} {entry.problem}")
+        record |= _measure_clip(entry, tools, kept)
+    except UserError as error:
+        record["error"] = str(error)
+    bar.update()
+    return record
 
 
 def _measure_clip(entry: Entry, tools: Tools, kept: _Kept) -> Record:
