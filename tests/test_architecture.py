@@ -37,7 +37,7 @@ def test_arrows_point_one_way(path):
     if here in ("attention", "autoencoder"):
         assert not found, found
     if here in ("wan", "flow"):
-        assert found <= {"errors", "schedule", "attention", "flow", "weights"}, found
+        assert found <= {"errors", "schedule", "attention", "defaults", "flow", "weights"}, found
     if here in ("evaluation", "report", "survey"):
         assert not found & {"train", "assemble", "objectives", "recipes"}, found
 

@@ -234,8 +234,8 @@ def test_first_frames_are_those_of_the_clips_with_the_prompts_as_captions(export
         write_video(videos / f"{number}.mp4", np.full((13, 32, 32, 3), 60 + 120 * number, np.uint8), 16)
         (videos / f"{number}.txt").write_text(caption)
 
-    def kept(student, vae, clips, *rest):
-        made.append((vae, clips, sample_from_first_frames(student, vae, clips, *rest)))
+    def kept(student, vae, clips, *rest, **guided):
+        made.append((vae, clips, sample_from_first_frames(student, vae, clips, *rest, **guided)))
         return made[-1][2]
 
     monkeypatch.setattr("mogan.sample.sample_from_first_frames", kept)

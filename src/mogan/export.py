@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any, Literal
@@ -232,8 +233,7 @@ def save_student(
         index = json.loads((base / "model_index.json").read_text())
         index["scheduler"] = ["diffusers", "FlowMatchLCMScheduler"]
         write_atomically(temporary / "model_index.json", json.dumps(index, indent=2) + "\n")
-        size = wan.geometry(base)
-        facts = {"fps": size.fps, "height": size.height, "width": size.width, "frames": size.frames, "sigmas": sigmas}
+        facts = replace(wan.defaults(base), sigmas=sigmas).facts()
         write_atomically(temporary / "mogan.json", json.dumps(facts, indent=2) + "\n")
         write_atomically(temporary / "README.md", card)
 

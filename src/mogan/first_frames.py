@@ -48,9 +48,12 @@ def sample_from_first_frames(
     sigmas: tuple[float, ...],
     generators: list[torch.Generator],
     size: Geometry,
+    *,
+    null_1LD: Tensor,
+    guidance: float,
 ) -> Tensor:
-    """Latents of one clip per generator, by unguided Euler steps, the first frame of ``clips`` given."""
+    """Latents of one clip per generator, by Euler steps, the first frame of ``clips`` given."""
     frames = [next(read_frames(path, size=(size.height, size.width), only={0})).image_HWC for path in clips]
     given = encode_video(vae, torch.cat([to_video(frame[None]) for frame in frames]).to(text_BLD.device))
     noise = normal(torch.Size((len(clips), *shape)), generators, text_BLD.device)
-    return animate(student, noise, given, text_BLD, text_BLD, sigmas, guidance=1.0)
+    return animate(student, noise, given, text_BLD, null_1LD, sigmas, guidance)

@@ -6,7 +6,7 @@ A clip depends on its prompt and its seed alone, not on the batch it was made in
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mogan import attention, autoencoder, wan
+from mogan.defaults import Defaults
 from mogan.denoiser import Denoiser, guided_velocity
 from mogan.devices import choose_device
 from mogan.errors import UserError
@@ -130,9 +131,10 @@ def sample(
     mode: Literal["auto", "student", "teacher"] = "auto",
     seeds: int = 1,
     first_seed: int = 0,
-    steps: int = 50,
-    guidance: float = 3.0,
-    shift: float = 3.0,
+    steps: int | None = None,
+    guidance: float | None = None,
+    shift: float | None = None,
+    negative_prompt: str | None = None,
     solver: Literal["unipc", "euler"] = "unipc",
     flowmo: bool = False,
     motion: Path | None = None,
@@ -146,6 +148,9 @@ def sample(
 ) -> None:
     """Sample clips for every prompt and seed into a folder of mp4 files; run it again to go on where it stopped.
 
+    What is not given follows the model: its mogan.json, else stock Wan (50 steps, guidance 5, shift 5 and Wan's own
+    negative prompt). The lab's teacher has guidance 3, shift 3 and no negative prompt.
+
     Args:
         prompts: text file with one prompt per line, or rows with a caption or prompt: jsonl, csv, tsv, or json such as
             VBench_full_info.json.
@@ -155,8 +160,9 @@ def sample(
         seeds: clips per prompt.
         first_seed: seed of the first clip of every prompt; the others follow.
         steps: steps of a teacher.
-        guidance: guidance of a teacher.
+        guidance: guidance of a teacher, or of a model that is given the first frame.
         shift: level shift of a teacher.
+        negative_prompt: what guidance leads away from; "" for none.
         solver: solver of a teacher.
         flowmo: FlowMo guidance (arXiv 2506.01144) in a teacher's first 12 steps.
         motion: run of a motion score recipe; its motion is mixed into a teacher's.
@@ -186,9 +192,12 @@ def sample(
         print(f"prompts: {note}")
     few_steps = source.sigmas is not None if mode == "auto" else mode == "student"
     _refuse_what_does_not_go_together(model, source, few_steps, flowmo, motion, first_frames)
-    as_teacher = TeacherSteps(steps, guidance, shift, solver, flowmo, motion, motion_ratio)
+    own = {"steps": steps, "guidance": guidance, "shift": shift, "negative_prompt": negative_prompt}
+    guided = _guided(model, source, few_steps, first_frames, {k: v for k, v in own.items() if v is not None})
+    as_teacher = TeacherSteps(guided, solver, flowmo, motion, motion_ratio)
     how = {"sigmas": list(source.sigmas or ())} if few_steps else as_teacher.told()
-    how |= {"first_frames": str(first_frames)} if first_frames else {}
+    if first_frames:
+        how |= {"first_frames": str(first_frames)} | (_guidance_told(guided) if guided.guidance != 1 else {})
     starts = clip_of_prompts(first_frames, lines[:limit]) if first_frames else None
     about_all = {"system": out.name, "fps": source.geometry.fps, **how, "weights": source.mark()}
     about_all["prompts_sha256"] = list_sha
@@ -199,12 +208,12 @@ def sample(
             jobs,
             about_all,
             batch or clips_at_once(source.geometry),
-            lambda: _maker(source, None if few_steps else as_teacher, starts, target, precision),
+            lambda todo: _maker(source, None if few_steps else as_teacher, guided, starts, todo, target, precision),
         )
 
 
-def _fill(out: Path, jobs: list[Job], about_all: dict, batch: int, maker: Callable[[], Callable]) -> None:
-    """Make the clips that a folder lacks; ``maker`` loads what makes them."""
+def _fill(out: Path, jobs: list[Job], about_all: dict, batch: int, maker: Callable[[list[str]], Callable]) -> None:
+    """Make the clips that a folder lacks; ``maker`` loads what makes them of these prompts."""
     listed = listed_samples(out)
 
     def record(job: Job) -> dict:
@@ -218,7 +227,7 @@ def _fill(out: Path, jobs: list[Job], about_all: dict, batch: int, maker: Callab
     if not todo:
         print(f"{out}: all {len(jobs)} clips are there")
         return
-    make = maker()
+    make = maker([job.prompt for job in todo])
     with tqdm(total=len(jobs), initial=len(jobs) - len(todo), desc=f"sample {out.name}", unit="clip") as bar:
         for first in range(0, len(todo), batch):
             part = todo[first : first + batch]
@@ -242,13 +251,28 @@ def _refuse_what_does_not_go_together(
         raise UserError("--flowmo guides a teacher's many steps; leave it out for a few-step student")
 
 
+def _guided(
+    model: str, source: "Generator", few_steps: bool, first_frames: Path | None, own: dict[str, Any]
+) -> Defaults:
+    """The model's defaults, but for what was asked for."""
+    useless = own.keys() - ({"guidance", "negative_prompt"} if first_frames else set()) if few_steps else set()
+    if useless:
+        names = ", ".join(f"--{name.replace('_', '-')}" for name in own if name in useless)
+        how = "at its own levels" if first_frames else "at its own levels, without guidance"
+        raise UserError(f"{model} samples {how}: leave out {names}, or use --mode teacher")
+    usual = wan.defaults(source.folder)
+    return replace(usual, **({"guidance": usual.first_frame_guidance} if first_frames else {}) | own)
+
+
+def _guidance_told(guided: Defaults) -> dict[str, Any]:
+    return {"guidance": guided.guidance, "negative_prompt": guided.negative_prompt}
+
+
 @dataclass(frozen=True)
 class TeacherSteps:
-    """The options of :func:`sample` that are a teacher's alone."""
+    """How a teacher samples: of ``guided`` steps, guidance, shift and negative prompt."""
 
-    steps: int
-    guidance: float
-    shift: float
+    guided: Defaults
     solver: str
     flowmo: bool
     motion: Path | None
@@ -256,7 +280,7 @@ class TeacherSteps:
 
     def told(self) -> dict:
         """What ``samples.jsonl`` says of them; of what few use, only where it was used."""
-        told: dict = {"steps": self.steps, "guidance": self.guidance, "shift": self.shift}
+        told: dict = {"steps": self.guided.steps, "shift": self.guided.shift, **_guidance_told(self.guided)}
         told |= {"solver": self.solver} if self.solver != "unipc" else {}
         told |= {"flowmo": True} if self.flowmo else {}
         return told | ({"motion": str(self.motion), "motion_ratio": self.motion_ratio} if self.motion else {})
@@ -265,34 +289,48 @@ class TeacherSteps:
 def _maker(
     source: "Generator",
     teacher: TeacherSteps | None,
+    guided: Defaults,
     starts: dict[str, Path] | None,
+    prompts: list[str],
     device: torch.device,
     precision: str,
 ) -> Callable[[list[Job]], list[Iterator[np.ndarray]]]:
     """Load a generator's networks; what comes back makes the clips of a few jobs at once, each as a stream of frames."""
-    encode = wan.load_text(source.folder)
+    nulls = [guided.negative_prompt] if teacher is not None or starts is not None else []
+    nulls += [""] if teacher is not None and teacher.motion is not None else []
+    text_of = encode_each(prompts + nulls, source.folder, device)
+
+    def stacked(prompts: list[str]) -> Tensor:
+        return attention.stack_text([text_of[prompt] for prompt in prompts], device)
+
     fast = wan.fast_dtype(device)
     auto = torch.float32 if teacher is None and device.type == "cpu" else fast
     dtype = {"auto": auto, "bf16": torch.bfloat16, "fp32": torch.float32}[precision]
     vae = wan.load_vae(source.folder, dtype).to(device)
     denoiser = Denoiser(source.load().to(device).eval(), dtype)
     shape = wan.latent_shape(source.folder, source.geometry)
-    null = attention.stack_text(encode([""]), device)
     change = None
     if teacher is not None and teacher.motion is not None:
         network, given = open_motion(teacher.motion, source.folder, shape[1])
         network = Denoiser(network.to(device).eval(), dtype)
-        ratio = teacher.motion_ratio
-        change = partial(steer, motion=network, given=given, null_1LD=null, guidance=teacher.guidance, ratio=ratio)
+        change = partial(
+            steer,
+            motion=network,
+            given=given,
+            null_1LD=stacked([""]),  # what it was trained with
+            guidance=guided.guidance,
+            ratio=teacher.motion_ratio,
+        )
 
     @torch.no_grad()
     def make(jobs: list[Job]) -> list[Iterator[np.ndarray]]:
-        text = attention.stack_text(encode([job.prompt for job in jobs]), device)
+        text = stacked([job.prompt for job in jobs])
         numbers = [job.seed for job in jobs]
         if teacher is not None:
             latents = sample_teacher(
-                denoiser, text, null, shape, numbers, steps=teacher.steps, guidance=teacher.guidance, shift=teacher.shift,
-                solver=teacher.solver, flowmo=teacher.flowmo, change=change and partial(change, text_BLD=text),
+                denoiser, text, stacked([guided.negative_prompt]), shape, numbers, steps=guided.steps,
+                guidance=guided.guidance, shift=guided.shift, solver=teacher.solver, flowmo=teacher.flowmo,
+                change=change and partial(change, text_BLD=text),
             )  # fmt: skip
             return [pictures(vae, latent) for latent in latents.split(1)]
         assert source.sigmas is not None
@@ -301,11 +339,19 @@ def _maker(
         else:
             first = [starts[job.prompt] for job in jobs]
             latents = sample_from_first_frames(
-                denoiser, vae, first, text, shape, source.sigmas, seeded(numbers), source.geometry
-            )
+                denoiser, vae, first, text, shape, source.sigmas, seeded(numbers), source.geometry,
+                null_1LD=stacked([guided.negative_prompt]), guidance=guided.guidance,
+            )  # fmt: skip
         return [pictures(vae, latent) for latent in latents.split(1)]
 
     return make
+
+
+def encode_each(prompts: list[str], model: Path, device: torch.device) -> dict[str, Tensor]:
+    """Embeddings ``(L, D)`` on the CPU by prompt, each prompt read once and by itself; the encoder is gone afterwards."""
+    encode = wan.load_text(model, device)
+    bar = tqdm(dict.fromkeys(prompts), desc="text", unit="prompt")
+    return {prompt: encode([prompt])[0] for prompt in bar}
 
 
 def pictures(vae: Any, latent_1CFHW: Tensor) -> Iterator[np.ndarray]:

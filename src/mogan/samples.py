@@ -11,10 +11,11 @@ from mogan.locks import locked
 
 NAME = "samples.jsonl"
 Record = dict[str, Any]
-WAY = (
-    "prompt", "index", "seed", "fps", "sigmas", "steps", "guidance", "shift", "solver", "flowmo", "motion", "motion_ratio",
-    "first_frames",
+HOW = (
+    "first_frames", "sigmas", "steps", "guidance", "shift", "negative_prompt", "solver", "flowmo", "motion", "motion_ratio",
 )  # fmt: skip
+WAY = ("prompt", "index", "seed", "fps", *HOW)
+UNSAID = {"negative_prompt": ""}  # what lists mean that were written before it was noted
 
 
 def append_samples(folder: Path, records: Iterable[Record]) -> None:
@@ -60,10 +61,9 @@ def refuse_others(folder: Path, listed: dict[str, Record], wanted: Iterable[Reco
             continue
         change = f"give another --out, or remove {NAME} and the clips"
         for key in WAY:
-            if there.get(key) != record.get(key):
-                raise UserError(
-                    f"{folder} lists {record['file'][:60]} with {key} {there.get(key)}, not {record.get(key)}: {change}"
-                )
+            before, now = (one.get(key, UNSAID.get(key)) for one in (there, record))
+            if before != now:
+                raise UserError(f"{folder} lists {record['file'][:60]} with {key} {before}, not {now}: {change}")
         if there.get("weights", record.get("weights")) != record.get("weights"):
             raise UserError(f"{folder} lists {record['file'][:60]}, made by a model with other weights: {change}")
 

@@ -8,7 +8,6 @@ import json
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
 
@@ -19,27 +18,16 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, UMT5EncoderModel
 
 from mogan.attention import TEXT_LENGTH, set_attention
+from mogan.defaults import WAN_22, Defaults, Geometry, read_defaults
 from mogan.errors import UserError
 from mogan.flow import FlowEstimator, RaftFlow, load_raft
 from mogan.weights import find_weights
 
 TextEncoder = Callable[[list[str]], list[Tensor]]
+CLASSICAL = ("farneback", "dis")
 
 
 # ---------------------------------------------------------------------------------------------- where a model lies
-
-
-@dataclass(frozen=True)
-class Geometry:
-    """What a model was made to generate."""
-
-    fps: int = 16
-    height: int = 480
-    width: int = 832
-    frames: int = 81
-
-
-WAN_22 = Geometry(fps=24, height=704, width=1280, frames=121)  # TI2V-5B, whose autoencoder has 48 channels
 
 
 def lab_folder() -> Path:
@@ -133,16 +121,21 @@ def _from_text_alone(transformer: dict) -> bool:
 
 
 def model_facts(model: Path) -> dict:
-    """What ``mogan.json`` beside ``model_index.json`` says (fps, size, frames, sigmas); empty for a stock folder."""
+    """What ``mogan.json`` beside ``model_index.json`` says; empty for a stock folder."""
     path = model / "mogan.json"
     return _json(path) if path.is_file() else {}
 
 
-def geometry(model: Path) -> Geometry:
-    """Frame rate and size the model was made for; where the folder does not say, those of Wan 2.1 or 2.2's TI2V-5B."""
-    facts, vae = model_facts(model), _config(model, "vae") or {}
+def defaults(model: Path) -> Defaults:
+    """What a model is sampled and measured with; where its folder does not say, as Wan 2.1 or 2.2's TI2V-5B."""
+    vae = _config(model, "vae") or {}
     usual = WAN_22 if vae.get("z_dim") == 48 else Geometry()
-    return replace(usual, **{k: facts[k] for k in ("fps", "height", "width", "frames") if k in facts})
+    return read_defaults(model_facts(model), usual, model / "mogan.json")
+
+
+def geometry(model: Path) -> Geometry:
+    """Frame rate and size of a model's clips; see :func:`defaults`."""
+    return defaults(model).size
 
 
 def fingerprint(model: Path, part: str) -> str:
@@ -286,24 +279,24 @@ def load_text(model: Path, device: str | torch.device = "cpu") -> TextEncoder:
 
 
 def load_flow(name: str, iterations: int | None = None, device: str | torch.device = "cpu") -> FlowEstimator:
-    """A flow estimator by name: ``lab``, ``farneback`` (classical, no weights), a name that ``mogan weights list`` shows,
-    or the path of RAFT weights. ``iterations`` are its refinements: 12, and 4 of the lab's, which sees no more with 12.
+    """A flow estimator by name: ``lab``, ``farneback`` or ``dis`` (classical, no weights), a name that ``mogan weights list``
+    shows, or the path of RAFT weights. ``iterations`` are its refinements: 12, and 4 of the lab's, which sees no more with 12.
     """
-    if name == "farneback":
-        from mogan.evaluation.classical_flow import farneback
+    if name in CLASSICAL:
+        from mogan.evaluation import classical_flow
 
-        return farneback
+        return getattr(classical_flow, name)
     raft = load_raft(lab_folder() / "raft" if name == "lab" else find_weights(name))
     return RaftFlow(raft, iterations or (4 if name == "lab" else 12)).to(device)
 
 
 def flow_fingerprint(name: str) -> str:
     """What stands for a flow estimator in a cache: its name if it has no weights, else a hash of them."""
-    if name == "farneback":
+    if name in CLASSICAL:
         return name
     path = (lab_folder() / "raft" if name == "lab" else find_weights(name)).resolve()
     if not path.exists():
-        raise UserError(f"no flow network at {path}: --flow takes lab, farneback, or the path of RAFT weights")
+        raise UserError(f"no flow network at {path}: --flow takes lab, farneback, dis, or the path of RAFT weights")
     if path.is_dir():
         return fingerprint(path.parent, path.name)
     with path.open("rb") as file:

@@ -122,6 +122,11 @@ def find_weights(name: str | Path) -> Path:
     return found
 
 
+def is_here(name: str) -> bool:
+    """Whether weights of the manifest have been fetched."""
+    return (weights_folder() / MANIFEST[name].file).is_file()
+
+
 # ---------------------------------------------------------------------------------------------- commands
 
 
@@ -133,7 +138,7 @@ def show() -> None:
     folder = weights_folder()
     width = max(map(len, MANIFEST))
     for name, one in MANIFEST.items():
-        place = "here" if (folder / one.file).is_file() else "not here"
+        place = "here" if is_here(name) else "not here"
         check = "" if one.sha256 else ", no digest"
         print(f"{name:<{width}}  {place}{check}; {_licence(one)}\n{'':<{width}}  {one.use}")
     print(f"\nfolder: {folder} (MOGAN_WEIGHTS changes it); a path to a file of your own works wherever a name does")

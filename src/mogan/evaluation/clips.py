@@ -4,10 +4,12 @@ import os
 import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from mogan.errors import UserError
 from mogan.listing import File, Folder, refuse_twice
 from mogan.lists import Row, printable, read_rows
+from mogan.samples import HOW
 from mogan.video import SUFFIXES
 
 
@@ -30,7 +32,8 @@ class System:
     """The clips of one generator. ``missing`` are listed but not there, ``unlisted`` are there but in no list.
 
     ``outside`` lie outside the folder; ``uncaptioned`` are listed without a caption, and their names stand for it.
-    ``prompt_lists`` are fingerprints of the lists of prompts that ``samples.jsonl`` says were sampled from.
+    ``prompt_lists`` are fingerprints of the lists of prompts that ``samples.jsonl`` says were sampled from, ``sampling``
+    the ways in which it says they were.
     """
 
     name: str
@@ -42,6 +45,7 @@ class System:
     prompt_lists: tuple[str, ...] = field(default=())
     outside: tuple[str, ...] = field(default=())
     uncaptioned: tuple[str, ...] = field(default=())
+    sampling: tuple[dict[str, Any], ...] = field(default=())
 
 
 def find_systems(dirs: tuple[Path, ...]) -> list[System]:
@@ -111,7 +115,14 @@ def read_folder(folder: Path, name: str) -> System:
         tuple(sorted({str(row.values["prompts_sha256"]) for row in rows if row.values.get("prompts_sha256")})),
         tuple(dict.fromkeys(file.name for file in there if file.outside)),
         nameless,
+        _ways(rows) if path is samples else (),
     )
+
+
+def _ways(rows: list[Row]) -> tuple[dict[str, Any], ...]:
+    """Guidance, steps and so on, once each."""
+    ways = [{key: row.values[key] for key in HOW if key in row.values} for row in rows]
+    return tuple(way for number, way in enumerate(ways) if way and way not in ways[:number])
 
 
 def _left(here: Folder, files: list[File]) -> tuple[str, ...]:

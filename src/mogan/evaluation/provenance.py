@@ -34,6 +34,7 @@ def how_measured(
         "frames": sorted({clip["frames"] for clip in good}),
         "prompts": about(clip["prompt"] for clip in clips)
         | {"sampled_from": [{"sha256": sha, "set": KNOWN.get(sha)} for sha in system.prompt_lists]},
+        "sampling": system.sampling[0] if len(system.sampling) == 1 else list(system.sampling),
         "seeds": sorted({clip["seed"] for clip in clips if clip["seed"] is not None}),
         "reference": {"folder": relative(reference.folder, out), "clips": len(reference.clips)} if reference else None,
         "interval": f"95 % percentile cluster bootstrap over prompts, {RESAMPLES} resamples, seed {SEED}",

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerFast
 from mogan import attention, autoencoder, wan
 from mogan.assemble import assemble
 from mogan.data import open_cache
+from mogan.defaults import LAB
 from mogan.denoiser import Denoiser
 from mogan.export import save_student
 from mogan.files import writable_folder, write_atomically
@@ -91,7 +92,7 @@ def finish_teacher(folder: Path) -> None:
     index = {k: v for k, v in pipeline.config.items() if isinstance(v, (list, tuple)) or k in ("_diffusers_version",)}
     index = {"_class_name": "WanPipeline", **index, "boundary_ratio": None, "expand_timesteps": False}
     write_atomically(folder / "model_index.json", json.dumps(index, indent=2) + "\n")
-    facts = {"fps": FPS, "height": SIZE, "width": SIZE, "frames": FRAMES}
+    facts = {"fps": FPS, "height": SIZE, "width": SIZE, "frames": FRAMES} | LAB
     write_atomically(folder / "mogan.json", json.dumps(facts, indent=2) + "\n")
 
 
@@ -139,14 +140,17 @@ def draw(family: Path, out: Path) -> None:
     contact_sheet(rows, out / "flow.png", titles=[t for s in scenes for t in (f"{s.caption}: exact flow", "RAFT")])
     prompts = [s.caption for s in scenes]
     text = wan.load_text(family / "teacher")
-    stacked, null = attention.stack_text(text(prompts)), attention.stack_text(text([""]))
-    shape = wan.latent_shape(family / "teacher", wan.geometry(family / "teacher"))
+    usual = wan.defaults(family / "teacher")
+    stacked, null = attention.stack_text(text(prompts)), attention.stack_text(text([usual.negative_prompt]))
+    shape = wan.latent_shape(family / "teacher", usual.size)
     seeds = list(range(len(prompts)))
     teacher = Denoiser(wan.load_transformer(family / "teacher").eval(), wan.fast_dtype())
     student = Denoiser(wan.load_transformer(family / "student").eval(), wan.fast_dtype())
     sigmas = tuple(wan.model_facts(family / "student")["sigmas"])
     made = {
-        "teacher": sample_teacher(teacher, stacked, null, shape, seeds, steps=50, guidance=3.0, shift=3.0),
+        "teacher": sample_teacher(
+            teacher, stacked, null, shape, seeds, steps=usual.steps, guidance=usual.guidance, shift=usual.shift
+        ),
         "student": sample_student(student, stacked, shape, sigmas, seeds),
     }
     for name, latents in made.items():

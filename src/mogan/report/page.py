@@ -217,12 +217,22 @@ def _how(result: Result) -> list[tuple[str, str]]:
         if name in ("warnings", "failed"):
             continue
         if isinstance(value, dict):
-            rows.append((name, ", ".join(f"{k} {v}" for k, v in value.items())))
+            rows.append((name, _listed(value)))
         elif isinstance(value, list):
-            rows.append((name, ", ".join(" x ".join(map(str, v)) if isinstance(v, list) else str(v) for v in value)))
+            rows.append((name, ", ".join(_said(v) for v in value)))
         else:
             rows.append((name, str(value)))
     return rows
+
+
+def _listed(facts: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {'(empty)' if value == '' else value}" for name, value in facts.items())
+
+
+def _said(value: Any) -> str:
+    if isinstance(value, dict):
+        return _listed(value)
+    return " x ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def _write_pictures(folder: Path, pictures: dict[str, Any], results: list[Result], footage: Footage) -> None:

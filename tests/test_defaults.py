@@ -1,0 +1,236 @@
+"""Every default comes from the model: the lab's from its ``mogan.json``, stock Wan's for a folder that says nothing."""
+
+import hashlib
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from conftest import CAPTIONS
+from mogan import wan
+from mogan import weights as weights_module
+from mogan.cli import main
+from mogan.defaults import WAN_NEGATIVE_PROMPT, Geometry, usual_flow
+from mogan.errors import UserError
+from mogan.estimate.random_wan import random_wan
+from mogan.evaluation.clips import read_folder
+from mogan.export import save_student
+from mogan.recipes import RECIPES
+from mogan.sample import encode_each, sample
+from mogan.samples import UNSAID
+
+NARROW = {
+    "transformer": {"num_attention_heads": 2, "attention_head_dim": 32, "ffn_dim": 128, "text_dim": 64, "freq_dim": 64},
+    "vae": {"base_dim": 8},
+    "text_encoder": {"d_model": 64, "d_ff": 128, "num_heads": 4, "d_kv": 16},
+}
+# of sample_neg_prompt in wan/configs/shared_config.py of Wan2.1
+PUBLISHED = "ce96e0324e4b54ce"
+STOCK = {
+    "steps": 50,
+    "guidance": 5.0,
+    "shift": 5.0,
+    "negative_prompt": WAN_NEGATIVE_PROMPT,
+    "first_frame_guidance": 5.0,
+    "flow": None,
+    "sigmas": None,
+}
+LABS = {
+    "size": Geometry(16, 64, 64, 17),
+    "steps": 50,
+    "guidance": 3.0,
+    "shift": 3.0,
+    "negative_prompt": "",
+    "first_frame_guidance": 1.0,
+    "flow": "lab",
+    "sigmas": None,
+}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A folder of each kind, by name."""
+    at = tmp_path_factory.mktemp("models")
+    made = {"lab-teacher": wan.resolve_model("lab-teacher"), "lab": wan.resolve_model("lab")}
+    for name in ("wan2.1-t2v-1.3b", "wan2.2-ti2v-5b"):
+        narrow = NARROW | {"vae": {"base_dim": 8, "decoder_base_dim": 8}}
+        made[name] = random_wan(at / name, name, layers=1, text_layers=1, changes=narrow)
+        (made[name] / "mogan.json").unlink()  # as it is published
+    made["said"] = random_wan(at / "said", layers=1, text_layers=1, clip=(5, 32, 32), changes=NARROW)
+    facts = json.loads((made["said"] / "mogan.json").read_text()) | {"guidance": 6, "shift": 8.0}
+    (made["said"] / "mogan.json").write_text(json.dumps(facts))
+    return made
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("lab-teacher", LABS),
+        ("lab", LABS | {"sigmas": (1.0, 0.8571428571428571, 0.6)}),
+        ("wan2.1-t2v-1.3b", STOCK | {"size": Geometry(16, 480, 832, 81)}),
+        ("wan2.2-ti2v-5b", STOCK | {"size": Geometry(24, 704, 1280, 121)}),
+        ("said", STOCK | {"size": Geometry(16, 32, 32, 5), "guidance": 6, "shift": 8.0}),
+    ],
+)
+def test_every_default_is_the_models_own(folders, name, expected):
+    assert vars(wan.defaults(folders[name])) == expected
+    assert wan.geometry(folders[name]) == expected["size"]
+
+
+def test_the_negative_prompt_is_wans_to_the_letter_and_the_one_that_recipes_train_with():
+    assert hashlib.sha256(WAN_NEGATIVE_PROMPT.encode()).hexdigest()[:16] == PUBLISHED
+    used = {name: recipe().negative_prompt for name, recipe in RECIPES.items()}
+    assert set(used.values()) == {"", WAN_NEGATIVE_PROMPT}
+    assert not [name for name, prompt in used.items() if prompt and name.endswith("_lab")]
+
+
+def test_an_export_hands_its_models_defaults_on(folders, tmp_path):
+    for name in ("lab-teacher", "said"):
+        out = tmp_path / name
+        student = wan.load_transformer(folders[name])
+        save_student(student, folders[name], out, (1.0, 0.5), torch.float32, card="a test")
+        assert wan.defaults(out) == replace(wan.defaults(folders[name]), sigmas=(1.0, 0.5))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("fps", 0),
+        ("frames", 17.5),
+        ("steps", True),
+        ("guidance", "5"),
+        ("guidance", float("nan")),
+        ("shift", 0),
+        ("negative_prompt", None),
+        ("sigmas", [1.0, 1.0]),
+        ("sigmas", "1, 0.5"),
+        ("flow", 3),
+    ],
+)
+def test_a_default_that_cannot_be_meant_is_refused_by_name(folders, tmp_path, name, value):
+    (tmp_path / "mogan.json").write_text(json.dumps({name: value}))
+    with pytest.raises(UserError, match=rf"mogan\.json: {name} must be"):
+        wan.defaults(tmp_path)
+
+
+# ---------------------------------------------------------------------------------------------- sampling
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """What the sampler of teachers is called with, in place of sampling."""
+    calls = []
+
+    def told(teacher, text, null, shape, seeds, **options):
+        calls.append({"null": null, **options})
+        return torch.zeros(len(seeds), *shape)
+
+    monkeypatch.setattr("mogan.sample.sample_teacher", told)
+    return calls
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "expected"),
+    [
+        ("lab-teacher", {}, (50, 3.0, 3.0, "")),
+        ("lab", {"mode": "teacher"}, (50, 3.0, 3.0, "")),
+        ("said", {}, (50, 6, 8.0, WAN_NEGATIVE_PROMPT)),
+        ("said", {"steps": 4, "guidance": 5.5, "shift": 3.0, "negative_prompt": ""}, (4, 5.5, 3.0, "")),
+        ("said", {"negative_prompt": "blurred", "flowmo": True}, (50, 6, 8.0, "blurred")),
+    ],
+)
+def test_a_teacher_is_sampled_with_its_own_defaults_and_the_list_says_so(
+    folders, asked, tmp_path, name, options, expected
+):
+    (tmp_path / "p.txt").write_text(CAPTIONS[0])
+    sample(prompts=tmp_path / "p.txt", out=tmp_path / "s", model=str(folders[name]), device="cpu", **options)
+    (call,) = asked
+    (line,) = [json.loads(line) for line in (tmp_path / "s" / "samples.jsonl").read_text().splitlines()]
+    assert (call["steps"], call["guidance"], call["shift"]) == expected[:3]
+    (null,) = wan.load_text(folders[name])([expected[3]])
+    torch.testing.assert_close(call["null"][0, : len(null)], null)
+    assert not call["null"][0, len(null) :].any()
+    assert (line["steps"], line["guidance"], line["shift"], line["negative_prompt"]) == expected
+    (way,) = read_folder(tmp_path / "s", "s").sampling
+    assert (way["steps"], way["guidance"], way["shift"], way["negative_prompt"]) == expected
+
+
+def test_stock_wan_is_sampled_as_wans_own_code_does(folders, asked, tmp_path):
+    """The published folder at a size a CPU can decode: nothing but the size is said."""
+    facts = folders["wan2.1-t2v-1.3b"] / "mogan.json"
+    facts.write_text('{"height": 32, "width": 32, "frames": 5}')
+    try:
+        (tmp_path / "p.txt").write_text(CAPTIONS[0])
+        sample(prompts=tmp_path / "p.txt", out=tmp_path / "s", model=str(folders["wan2.1-t2v-1.3b"]), device="cpu")
+    finally:
+        facts.unlink()
+    assert (asked[0]["steps"], asked[0]["guidance"], asked[0]["shift"]) == (50, 5.0, 5.0)
+
+
+def test_options_of_a_teacher_are_refused_for_a_student(family, tmp_path, capsys):
+    (tmp_path / "p.txt").write_text(CAPTIONS[0])
+    command = ["sample", "--prompts", str(tmp_path / "p.txt"), "--out", str(tmp_path / "s")]
+    options = ["--model", str(family / "student"), "--guidance", "5", "--negative-prompt", "blurred"]
+    assert main([*command, *options]) == 2
+    assert "leave out --guidance, --negative-prompt, or use --mode teacher" in capsys.readouterr().err
+    assert not (tmp_path / "s").exists()
+
+
+def test_a_folder_of_another_negative_prompt_is_refused_and_an_old_list_means_none(folders, asked, tmp_path):
+    (tmp_path / "p.txt").write_text(CAPTIONS[0])
+    common = {"prompts": tmp_path / "p.txt", "model": "lab-teacher", "device": "cpu"}
+    sample(**common, out=tmp_path / "s")
+    listing = tmp_path / "s" / "samples.jsonl"
+    row = json.loads(listing.read_text())
+    assert row.pop("negative_prompt") == UNSAID["negative_prompt"]
+    listing.write_text(json.dumps(row) + "\n")
+    sample(**common, out=tmp_path / "s")
+    with pytest.raises(UserError, match="negative_prompt , not blurred"):
+        sample(**common, out=tmp_path / "s", negative_prompt="blurred")
+
+
+@pytest.mark.parametrize("model", ["student", "teacher"])
+def test_each_prompt_is_encoded_once_by_itself_and_on_the_device_asked_for(family, tmp_path, monkeypatch, model):
+    asked, devices, real = [], [], wan.load_text
+    here = torch.device("cpu", 0)
+
+    def load(folder, device="cpu"):
+        devices.append(device)
+        encode = real(folder, device)
+        return lambda prompts: asked.append(prompts) or encode(prompts)
+
+    monkeypatch.setattr(wan, "load_text", load)
+    monkeypatch.setattr("mogan.sample.choose_device", lambda name: here)
+    (tmp_path / "p.txt").write_text("\n".join(CAPTIONS[:2]))
+    options = {"steps": 2, "negative_prompt": CAPTIONS[1]} if model == "teacher" else {}
+    sample(prompts=tmp_path / "p.txt", out=tmp_path / "s", model=str(family / model), seeds=3, batch=4, **options)
+    assert asked == [[CAPTIONS[0]], [CAPTIONS[1]]]
+    assert devices == [here]
+
+
+@pytest.mark.gpu
+def test_prompts_are_encoded_on_a_gpu(family):
+    used = []
+    hook = torch.nn.modules.module.register_module_forward_hook(
+        lambda module, args, out: (
+            used.append(next(module.parameters()).device.type) if type(module).__name__ == "UMT5EncoderModel" else None
+        )
+    )
+    try:
+        encode_each(CAPTIONS[:1], family / "teacher", torch.device("cuda"))
+    finally:
+        hook.remove()
+    assert used == ["cuda"]
+
+
+# ---------------------------------------------------------------------------------------------- what measures
+
+
+def test_the_usual_estimator_is_the_first_raft_that_is_here_else_a_classical_one(tmp_path, monkeypatch):
+    monkeypatch.setenv("MOGAN_WEIGHTS", str(tmp_path))
+    wanted = ("raft_large_C_T_V1", "raft_large_C_T_SKHT_V2")
+    assert usual_flow(*wanted) == "dis"
+    for name in reversed(wanted):
+        (tmp_path / weights_module.MANIFEST[name].file).touch()
+        assert usual_flow(*wanted) == name
