@@ -312,7 +312,7 @@ def runs(family, cache, tmp_path_factory):
 def test_a_trained_motion_model_steers_mogan_sample(runs, family, tmp_path, monkeypatch):
     written = {}
     monkeypatch.setattr(
-        sampling, "write_video", lambda path, frames, fps: written.__setitem__(path.parent.name, frames)
+        sampling, "write_video", lambda path, frames, fps: written.__setitem__(path.parent.name, np.stack(list(frames)))
     )
     common = {"prompts": runs / "prompts.txt", "model": str(family / "teacher"), "steps": 2, "precision": "fp32"}
     sampling.sample(out=tmp_path / "plain", **common)
