@@ -1,3 +1,6 @@
+import os
+import subprocess
+import sys
 from fractions import Fraction
 from itertools import pairwise
 
@@ -8,6 +11,7 @@ import torch
 from PIL import Image
 from torchvision.utils import flow_to_image
 
+from mogan import video
 from mogan.errors import UserError
 from mogan.video import contact_sheet, flow_picture, probe, read_frames, read_video, write_video
 
@@ -73,6 +77,48 @@ def test_same_frames_give_the_same_bytes(tmp_path):
     write_video(tmp_path / "a.mp4", frames, 16)
     write_video(tmp_path / "b.mp4", iter(frames), 16)
     assert (tmp_path / "a.mp4").read_bytes() == (tmp_path / "b.mp4").read_bytes()
+
+
+WRITE = """
+import hashlib, sys
+from pathlib import Path
+import numpy as np
+from mogan.video import write_video
+for size, count in (((64, 64), 49), ((34, 98), 20), ((48, 80), 45), ((480, 832), 3)):
+    blocks = np.random.default_rng(0).integers(0, 255, (size[0] // 8 + 1, size[1] // 8 + 1, 3)).astype(np.uint8)
+    image = np.kron(blocks, np.ones((8, 8, 1), np.uint8))[: size[0], : size[1]]
+    write_video(Path(sys.argv[1]), [np.roll(image, (i, 2 * i), (0, 1)) for i in range(count)], 16)
+    print(hashlib.sha256(Path(sys.argv[1]).read_bytes()).hexdigest())
+"""
+
+
+@pytest.mark.slow
+def test_what_lies_in_fresh_memory_does_not_change_the_bytes(tmp_path):
+    """Glibc fills what it hands out with the complement of MALLOC_PERTURB_."""
+    said = {
+        subprocess.run(
+            [sys.executable, "-c", WRITE, str(tmp_path / "a.mp4")],
+            env=os.environ | {"MALLOC_PERTURB_": str(fill)},
+            check=True,
+            capture_output=True,
+            text=True,
+        ).stdout
+        for fill in (0, 1, 85, 255)
+    }
+    assert len(said) == 1
+    assert len(said.pop().split()) == 4
+
+
+@pytest.mark.skipif("asm" not in video._X264, reason="x264's names of instructions are those of x86")
+def test_the_instructions_of_the_processor_do_not_change_the_bytes(tmp_path, monkeypatch):
+    frames = np.random.default_rng(0).integers(0, 255, (12, 48, 80, 3)).astype(np.uint8)
+    write_video(tmp_path / "a.mp4", frames, 16)
+    monkeypatch.setitem(video._ENCODER, "x264-params", "cpu-independent=1")
+    write_video(tmp_path / "b.mp4", frames, 16)
+    assert (tmp_path / "a.mp4").read_bytes() == (tmp_path / "b.mp4").read_bytes()
+    monkeypatch.setitem(video._ENCODER, "x264-params", "asm=0")
+    write_video(tmp_path / "c.mp4", frames, 16)
+    assert (tmp_path / "a.mp4").read_bytes() == (tmp_path / "c.mp4").read_bytes()
 
 
 def test_failed_write_leaves_nothing_behind(tmp_path):
