@@ -150,6 +150,49 @@ def test_clips_are_chosen_by_position_and_not_by_score():
     assert len(choose([result("a", ["x"]), result("b", ["x"])], 4)) == 2
 
 
+GOOD = {"prompt": "p", "index": 0, "file": "a.mp4", "width": 64, "fps": 16, "values": {"flow_top5": 1.0, "cuts": None}}
+METRIC = {"mean": 1.0, "ci95": [0.5, 2], "n": 3}
+
+
+def changed(system, **entries):
+    return {"systems": {"a": {"metrics": {"flow_top5": METRIC}, "how": {}, "clips": [GOOD]} | entries | system}}
+
+
+@pytest.mark.parametrize(
+    ("results", "where"),
+    [
+        ({"systems": {}}, "holds no system"),
+        ({"systems": ["a"]}, "AttributeError"),
+        (changed({"metrics": {"flow_top5": METRIC | {"mean": "1"}}}), "flow_top5 of a"),
+        (changed({"metrics": {"flow_top5": METRIC | {"mean": float("nan")}}}), "flow_top5 of a"),
+        (changed({"metrics": {"flow_top5": METRIC | {"ci95": [1]}}}), "flow_top5 of a"),
+        (changed({"metrics": {"flow_top5": {"mean": 1.0, "ci95": None}}}), "flow_top5 of a"),
+        (changed({"how": {"flow": 3}}), "TypeError"),
+        (changed({"how": {"flow": {}}}), "flow of a"),
+        (changed({"how": {"failed": ["x.mp4"]}}), "failed of a"),
+        (changed({"how": {"warnings": [3]}}), "warnings of a"),
+        (changed({"clips": [GOOD | {"prompt": None}]}), "a clip of a"),
+        (changed({"clips": [GOOD | {"values": {"flow_top5": "x"}}]}), "a clip of a"),
+        (changed({"clips": [GOOD | {"values": None}]}), "AttributeError"),
+        (changed({"clips": [{k: v for k, v in GOOD.items() if k != "width"}]}), "a clip of a has no width"),
+        (changed({"clips": [1]}), "TypeError"),
+    ],
+)
+def test_a_results_file_that_was_damaged_is_refused_with_the_place(results, where, tmp_path):
+    (tmp_path / "results.json").write_text(json.dumps(changed({})))
+    assert read_sources((tmp_path / "results.json",))[0][0].good == [GOOD]
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    with pytest.raises(UserError, match=rf"no results.json of this version \(.*{where}.*\): make it again"):
+        read_sources((tmp_path / "results.json",))
+
+
+def test_bytes_that_are_no_text_in_a_runs_log_do_not_stop_a_report(tmp_path):
+    (tmp_path / "metrics.jsonl").write_bytes(b'\xff\xfe torn\n{"iteration": 0, "update": "a", "loss": 1}\n')
+    (tmp_path / "warnings.log").write_bytes(b"caf\xe9\n")
+    (curves,) = read_sources((tmp_path,))[1]
+    assert curves.series == {("a", "loss"): [(0, 1.0)]}
+
+
 @pytest.mark.parametrize(
     ("content", "words"),
     [

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import sqlite3
 from random import Random
 
 import pytest
@@ -158,6 +159,28 @@ def test_one_prompt_gives_no_interval_and_nobody_kept_gives_no_numbers(tmp_path)
     assert results["kept"]["comparisons"][0]["win"] is None
     assert any("exclude everybody" in warning for warning in results["warnings"])
     assert json.loads((folder / "results" / "results.json").read_text())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "UPDATE votes SET answers = '{' WHERE slot = 3",
+        "UPDATE votes SET answers = '[]' WHERE slot = 3",
+        """UPDATE votes SET answers = '{"motion": "left"}' WHERE slot = 3""",
+        """UPDATE votes SET answers = replace(answers, 'left', 'up')""",
+        "UPDATE votes SET watch = '{}'",
+        "UPDATE slots SET item = 'gone' WHERE slot = 2",
+        "UPDATE raters SET device = 'x'",
+        "UPDATE raters SET platform = '[1]'",
+    ],
+)
+def test_votes_that_something_else_changed_are_not_counted(change, folder):
+    Rater(folder, {}, shown={"motion": "left", "quality": "left", "text": "left"})
+    with sqlite3.connect(folder / "votes.sqlite") as db:
+        db.execute(change)
+    db.close()
+    with pytest.raises(UserError, match=r"votes.sqlite was changed by something else .*: restore it from a copy"):
+        analyze(folder)
 
 
 def test_mistakes_are_told_in_one_sentence(folder):

@@ -353,9 +353,23 @@ def test_a_port_in_use_is_one_sentence(folder):
         from mogan.cli import main
 
         assert main(["survey", "serve", str(folder), "--port", str(port)]) == 2
-    for host, port, match in (("127.0.0.1", 70_000, "--port must"), ("no.such.host.invalid", 0, "no address")):
+    for host, port, match in (
+        ("127.0.0.1", 70_000, "--port takes"),
+        ("no.such.host.invalid", 0, "no address"),
+        ("a..b", 0, "no address"),
+    ):
         with pytest.raises(UserError, match=match):
             listen(host, port)
+
+
+def test_votes_that_cannot_be_kept_are_said_before_anybody_comes(folder):
+    (folder / "votes.sqlite").mkdir()
+    with pytest.raises(UserError, match=r"votes.sqlite cannot be opened .*give a folder on a local disk"):
+        serve(folder, port=0)
+    (folder / "votes.sqlite").rmdir()
+    (folder / "votes.sqlite").write_bytes(b"something else" * 100)
+    with pytest.raises(UserError, match=r"votes.sqlite cannot be opened"):
+        serve(folder, port=0)
 
 
 def test_a_folder_that_is_no_survey_is_one_sentence(tmp_path):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from mogan import wan
 from mogan.checkpoint import student_checkpoint
-from mogan.errors import UserError
+from mogan.evaluation.results import read_results
 
 
 def model_card(title: str, base: Path, sigmas: tuple[float, ...], notes: list[str], load: list[str]) -> str:
@@ -70,25 +70,25 @@ def metrics_table(results: Path | None) -> list[str]:
     """The metrics of a ``results.json``, systems as columns, with 95 % intervals; nothing without a file."""
     if results is None:
         return []
-    try:
-        systems = json.loads(results.read_text())["systems"]
-        rows = {metric: None for system in systems.values() for metric in system["metrics"]}
-        lines = ["| metric | " + " | ".join(systems) + " |", "|---" * (1 + len(systems)) + "|"]
-        for metric in rows:
-            found = [system["metrics"].get(metric) for system in systems.values()]
-            lines.append(f"| {metric} | " + " | ".join(_value(m) for m in found) + " |")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"{results} is not a results.json of `mogan evaluate`: leave --results out, or name one"
-        ) from error
+    systems = read_results(results)
+    rows = {metric: None for system in systems.values() for metric in system["metrics"]}
+    lines = ["| metric | " + " | ".join(map(_cell, systems)) + " |", "|---" * (1 + len(systems)) + "|"]
+    for metric in rows:
+        found = [system["metrics"].get(metric) for system in systems.values()]
+        lines.append(f"| {_cell(metric)} | " + " | ".join(_value(m) for m in found) + " |")
     return ["\nMeasured with `mogan evaluate` (mean, 95 % interval):\n\n" + "\n".join(lines)]
 
 
 def _value(metric: dict | None) -> str:
-    if not metric or metric.get("mean") is None:
+    if not metric:
         return "-"
     low, high = metric.get("ci95") or (None, None)
     return f"{metric['mean']:.3g}" + (f" [{low:.3g}, {high:.3g}]" if low is not None else "")
+
+
+def _cell(text: str) -> str:
+    """A name as a cell of a table in Markdown takes it."""
+    return " ".join(text.replace("|", "\\|").split())
 
 
 def model_name(folder: Path) -> str:

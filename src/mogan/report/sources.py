@@ -10,7 +10,7 @@ from statistics import mean
 from typing import Any
 
 from mogan.errors import UserError
-from mogan.evaluation.measure import VERSION
+from mogan.evaluation.results import read_results
 
 
 @dataclass(frozen=True)
@@ -76,30 +76,21 @@ def _shared(paths: Sequence[tuple[str, ...]]) -> int:
 
 
 def _read_results(path: Path, taken: set[str]) -> list[Result]:
-    try:
-        systems = json.loads(path.read_text())["systems"]
-        for system in systems.values():
-            if (made := system.get("how", {}).get("version", VERSION)) != VERSION:
-                raise UserError(
-                    f"{path} holds numbers of version {made}, where this is {VERSION}: make it again with mogan evaluate"
-                )
-        return [
-            Result(
-                f"{path.resolve().parent.name}/{name}" if name in taken else name,
-                path.parent,
-                dict(system["metrics"]),
-                dict(system.get("how", {})),
-                list(system.get("clips", [])),
-            )
-            for name, system in systems.items()
-        ]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is no results.json of this version: make it again with mogan evaluate") from error
+    return [
+        Result(
+            f"{path.resolve().parent.name}/{name}" if name in taken else name,
+            path.parent,
+            system["metrics"],
+            system["how"],
+            system["clips"],
+        )
+        for name, system in read_results(path, clips_have=("file", "width", "fps")).items()
+    ]
 
 
 def _read_curves(path: Path, name: str) -> Curves:
     found: dict[tuple[str, str], dict[int, list[float]]] = {}
-    for line in path.read_text().splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             row = json.loads(line)
             iteration, update = int(row["iteration"]), str(row["update"])
@@ -118,4 +109,6 @@ def _read_curves(path: Path, name: str) -> Curves:
         raise UserError(f"{path} holds no number yet: let the run make an iteration first")
     series = {key: [(i, mean(values)) for i, values in sorted(by.items())] for key, by in found.items()}
     notes = path.with_name("warnings.log")
-    return Curves(name, series, tuple(notes.read_text().splitlines()) if notes.is_file() else ())
+    return Curves(
+        name, series, tuple(notes.read_text(encoding="utf-8", errors="replace").splitlines()) if notes.is_file() else ()
+    )

@@ -31,13 +31,13 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from mogan.survey import guard
+from mogan.survey.ballots import SIDES
 from mogan.survey.folder import Item, Survey, read_survey
 from mogan.survey.plan import Slot
 from mogan.survey.store import Begun, Full, Store, Visit, completion_code, link_token, rater_of
 
 RANGE = re.compile(r"bytes=(\d{0,12})-(\d{0,12})")
 CHUNK = 1 << 18
-SIDES = ("left", "tie", "right")
 PAGE = {
     "/": ("index.html", "text/html"),
     "/page.js": ("page.js", "text/javascript"),

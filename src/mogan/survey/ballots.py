@@ -13,6 +13,7 @@ from mogan.survey.folder import VOTES, Answer, Item, Survey, fingerprint
 from mogan.survey.plan import REPEAT
 from mogan.survey.store import completion_code
 
+SIDES = ("left", "tie", "right")
 PAIRS_FOR_SIDE = 10  # with fewer, the better clip may well have been on one side by chance
 
 
@@ -71,18 +72,23 @@ def read_votes(folder: Path, survey: Survey) -> tuple[list[Vote], list[Rater]]:
         raise UserError(f"{folder / 'survey.json'} is not the one these votes were given for: restore it.")
     votes: dict[str, list[Vote]] = {rater: [] for rater, *_ in people}
     latest = {rater: created for rater, created, *_ in people}
-    for rater, kind, item, swapped, answers, watch, received in rows:
-        shown, watched = json.loads(answers), json.loads(watch)
-        spent = min(received - latest[rater], watched["total_ms"] / 1000)  # the server's clock cannot be faked
-        latest[rater] = received
-        true = {question: from_side(side, bool(swapped)) for question, side in shown.items()}
-        votes[rater].append(Vote(rater, kind, items[item], bool(swapped), true, shown, spent, watched))
+    about = {}
+    try:
+        for rater, kind, item, swapped, answers, watch, received in rows:
+            shown, watched = json.loads(answers), json.loads(watch)
+            if {question.id for question in survey.questions} != shown.keys() or set(shown.values()) - set(SIDES):
+                raise ValueError(f"an answer of {rater} is none of the survey's")
+            spent = min(received - latest[rater], watched["total_ms"] / 1000)  # the server's clock cannot be faked
+            latest[rater] = received
+            true = {question: from_side(side, bool(swapped)) for question, side in shown.items()}
+            votes[rater].append(Vote(rater, kind, items[item], bool(swapped), true, shown, spent, watched))
+        for rater, _, platform, device in people:
+            about[rater] = dict(json.loads(platform)), dict(json.loads(device))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} was changed by something else ({error}): restore it from a copy.") from error
     if not any(vote.kind == "pair" for given in votes.values() for vote in given):
         raise UserError(f"Nobody has judged a pair of {folder} yet: wait for votes.")
-    raters = [
-        _judge_rater(survey, rater, json.loads(platform), json.loads(device), votes[rater], asked[rater], seconds)
-        for rater, _, platform, device in people
-    ]
+    raters = [_judge_rater(survey, rater, *about[rater], votes[rater], asked[rater], seconds) for rater in about]
     return [vote for given in votes.values() for vote in given], raters
 
 

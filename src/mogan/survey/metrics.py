@@ -1,6 +1,5 @@
 """Which automatic number agrees with people: its order of two clips against their votes."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +7,7 @@ import numpy as np
 
 from mogan.errors import UserError
 from mogan.evaluation.names import METRICS
+from mogan.evaluation.results import read_results
 from mogan.survey import statistics as st
 from mogan.survey.ballots import Vote
 from mogan.survey.folder import Survey
@@ -22,16 +22,13 @@ def read_values(path: Path, survey: Survey) -> Values:
     Raises:
         UserError: it is none, or it holds none of the survey's systems.
     """
-    try:
-        systems = json.loads(path.read_text(encoding="utf-8"))["systems"]
-        values = {
-            (name, clip["prompt"], clip["index"]): clip["values"]
-            for name, system in systems.items()
-            for clip in system["clips"]
-            if "error" not in clip
-        }
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is no results.json ({error!r}): give the file that `mogan evaluate` wrote") from error
+    systems = read_results(path)
+    values = {
+        (name, clip["prompt"], clip["index"]): clip["values"]
+        for name, system in systems.items()
+        for clip in system["clips"]
+        if "error" not in clip
+    }
     missing = [name for name in survey.systems if name not in systems]
     if missing:
         raise UserError(

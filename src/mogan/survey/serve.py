@@ -55,7 +55,7 @@ def listen(host: str, port: int) -> socket.socket:
     between(0, 65535, port=port)
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-    except socket.gaierror as error:
+    except (socket.gaierror, UnicodeError) as error:  # the latter for labels that no name can have
         raise UserError(f"--host {host} is no address of this machine: try 127.0.0.1.") from error
     listener = socket.socket(family, kind, protocol)
     try:

@@ -63,12 +63,16 @@ class Store:
     def __init__(self, folder: Path, survey: Survey):
         self.survey = survey
         self.db = connect(folder / VOTES)
-        with self._writing():
-            for statement in SCHEMA.split(";"):
-                self.db.execute(statement)
-            mark = fingerprint(folder)
-            self.db.execute("INSERT OR IGNORE INTO meta VALUES ('survey', ?)", (mark,))
-            (given,) = self.db.execute("SELECT value FROM meta WHERE key = 'survey'").fetchone()
+        mark = fingerprint(folder)
+        try:
+            with self._writing():
+                for statement in SCHEMA.split(";"):
+                    self.db.execute(statement)
+                self.db.execute("INSERT OR IGNORE INTO meta VALUES ('survey', ?)", (mark,))
+                (given,) = self.db.execute("SELECT value FROM meta WHERE key = 'survey'").fetchone()
+        except sqlite3.Error as error:
+            self.db.close()
+            raise _unusable(folder / VOTES, error) from error
         if given != mark:
             self.db.close()
             raise UserError(
@@ -178,17 +182,23 @@ def _same_session(before: dict[str, str], now: dict[str, str]) -> bool:
 
 def connect(path: Path) -> sqlite3.Connection:
     """Open for writing: WAL, every commit synced, foreign keys held."""
-    db = sqlite3.connect(path, isolation_level=None, timeout=5.0)
+    db = None
     try:
+        db = sqlite3.connect(path, isolation_level=None, timeout=5.0)
         db.execute("PRAGMA journal_mode=WAL")
         db.execute("PRAGMA synchronous=FULL")
         db.execute("PRAGMA foreign_keys=ON")
-    except sqlite3.DatabaseError as error:
-        db.close()
-        raise UserError(
-            f"{path} cannot be opened ({error}): give a folder on a local disk you may write to."
-        ) from error
+    except sqlite3.Error as error:
+        if db is not None:
+            db.close()
+        raise _unusable(path, error) from error
     return db
+
+
+def _unusable(path: Path, error: sqlite3.Error) -> UserError:
+    return UserError(
+        f"{path} cannot be opened ({error}): give a folder on a local disk with space that you may write to."
+    )
 
 
 def link_token(survey: Survey, rater: str) -> str:
