@@ -4,6 +4,7 @@ import json
 import os
 import socket
 import unicodedata
+from pathlib import Path
 
 import pytest
 
@@ -13,6 +14,7 @@ from mogan.evaluation.clips import read_folder
 from mogan.evaluation.evaluate import evaluate
 from mogan.first_frames import clip_of_prompts
 from mogan.listing import scan
+from mogan.lists import read_prompts
 from mogan.video import read_frames, write_video
 from test_prepare import lines, run, textured
 from test_video import numbered
@@ -308,15 +310,32 @@ def test_names_with_line_feeds_are_prompts_too(tmp_path):
     assert (entry.prompt, entry.index) == ("a\ndog", 2)
 
 
-def test_first_frames_are_looked_for_by_the_same_reader(tmp_path):
-    touch(tmp_path, "a.mp4")
+def test_first_frames_are_looked_for_by_the_same_reader_and_broken_clips_passed_over(tmp_path):
+    touch(tmp_path, "a.mp4", "broken.mp4")
+    write_video(tmp_path / "b.mp4", numbered(3), 16)
     (tmp_path / "folder.mp4").mkdir()
-    jsonl(tmp_path, ("a.mp4", "a dog\u2028runs"), ("folder.mp4", "a cat"))
-    assert clip_of_prompts(tmp_path, ["a dog\u2028runs"]) == {"a dog\u2028runs": tmp_path / "a.mp4"}
+    rows = [
+        ("a.mp4", "a dog\u2028runs"),
+        ("b.mp4", "a dog\u2028runs"),
+        ("folder.mp4", "a cat"),
+        ("broken.mp4", "a bird"),
+    ]
+    jsonl(tmp_path, *rows)
+    assert clip_of_prompts(tmp_path, ["a dog\u2028runs"]) == {"a dog\u2028runs": tmp_path / "b.mp4"}
     with pytest.raises(
         UserError, match=r"has no clip with the caption 'a cat' \(folder\.mp4 is a folder, not a file\)"
     ):
         clip_of_prompts(tmp_path, ["a cat"])
+    with pytest.raises(UserError, match=r"has no clip with the caption 'a bird' \(.*broken\.mp4 is not a video"):
+        clip_of_prompts(tmp_path, ["a bird"])
+
+
+def test_a_place_that_cannot_be_is_one_sentence(tmp_path):
+    long = tmp_path / ("x" * 300)
+    for read in (scan, lambda path: read_folder(path, "x"), read_prompts):
+        for path in (long, Path(f"{long}.mp4"), tmp_path / "a\0b"):
+            with pytest.raises(UserError, match=r"is not|is no |cannot be looked at"):
+                read(path)
 
 
 # ---------------------------------------------------------------------------------------------- one bad file

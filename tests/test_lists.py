@@ -6,11 +6,11 @@ import os
 import stat
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from mogan.errors import UserError
-from mogan.lists import CAPTION_COLUMNS, read_prompts, read_rows, read_text
+from mogan.lists import CAPTION_COLUMNS, SUFFIXES, read_prompts, read_rows, read_text
 
 ODD = "a dog\u2028runs\u0085then\x0bsleeps\x0cand\x1cdreams"  # str.splitlines would cut it in six
 CAPTIONS = st.lists(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0")), min_size=1, max_size=5)
@@ -157,3 +157,32 @@ def test_prompts_of_a_table_are_its_captions_and_what_is_left_out_is_told(tmp_pa
 def test_captions_go_by_many_names(tmp_path, column):
     (tmp_path / "p.tsv").write_text(f"path\t{column.upper()}\na.mp4\ta, b\n")
     assert read_prompts(tmp_path / "p.tsv") == ["a, b"]
+
+
+PIECES = st.lists(
+    st.sampled_from(
+        ['"', ",", ";", "\t", "\n", "\r", "{", "}", "[", "]", ":", "file_name", "caption", "null", "1e999", "\\ud800"]
+    )
+    | st.text(max_size=3)
+)
+
+
+@given(
+    PIECES.map("".join).map(lambda text: text.encode("utf-8", "surrogatepass")) | st.binary(), st.sampled_from(SUFFIXES)
+)
+@example(b"\xef\xbb\xbf", ".json")
+@example(b'"\n', ".csv")
+def test_whatever_a_file_holds_it_is_read_or_refused_in_one_sentence(tmp_path_factory, content, suffix):
+    path = tmp_path_factory.mktemp("lists") / f"metadata{suffix}"
+    path.write_bytes(content)
+    for read in (
+        lambda p: read_prompts(p, lambda _: None),
+        lambda p: [(row.file, row.caption) for row in read_rows(p)],
+    ):
+        said = str(path)
+        try:
+            read(path)
+        except UserError as error:
+            said = str(error)
+        assert str(path) in said
+        assert "\n" not in said

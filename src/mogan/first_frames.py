@@ -10,7 +10,7 @@ from mogan.autoencoder import encode_video
 from mogan.clips import to_video
 from mogan.denoiser import Denoiser
 from mogan.errors import UserError
-from mogan.listing import scan
+from mogan.listing import Source, scan
 from mogan.lists import printable
 from mogan.rollout import animate, normal
 from mogan.video import read_frames
@@ -18,24 +18,35 @@ from mogan.wan import Geometry
 
 
 def clip_of_prompts(folder: Path, prompts: list[str]) -> dict[str, Path]:
-    """For every prompt, the first clip of a folder (see :func:`mogan.listing.scan`) that has it as its caption.
+    """For every prompt, the first clip of a folder (see :func:`mogan.listing.scan`) that has it as its caption and a first
+    frame that can be read.
 
     Raises:
-        UserError: a prompt is no clip's caption.
+        UserError: a prompt is no clip's caption, or all its clips are broken.
     """
-    clips: dict[str | None, Path] = {}
-    problems: dict[str | None, str] = {}
+    clips: dict[str | None, list[Source]] = {}
     for source in scan(folder):
+        clips.setdefault(source.caption, []).append(source)
+    found = {prompt: _first_readable(clips.get(prompt, [])) for prompt in prompts}
+    for prompt, (path, problem) in found.items():
+        if path is None:
+            raise UserError(
+                f"{folder} has no clip with the caption {prompt!r}{problem}: give --prompts that are captions of its clips"
+            )
+    return {prompt: path for prompt, (path, _) in found.items() if path is not None}
+
+
+def _first_readable(sources: list[Source]) -> tuple[Path | None, str]:
+    problem = ""
+    for source in sources:
         if source.problem is None:
-            clips.setdefault(source.caption, source.path)
-        else:
-            problems.setdefault(source.caption, f" ({printable(source.name)} {source.problem})")
-    missing = [prompt for prompt in prompts if prompt not in clips]
-    if missing:
-        raise UserError(
-            f"{folder} has no clip with the caption {missing[0]!r}{problems.get(missing[0], '')}: give --prompts that are captions of its clips"
-        )
-    return {prompt: clips[prompt] for prompt in prompts}
+            try:
+                next(read_frames(source.path, only={0}))
+                return source.path, ""
+            except UserError as error:
+                problem = problem or f" ({error})"
+        problem = problem or f" ({printable(source.name)} {source.problem})"
+    return None, problem
 
 
 @torch.no_grad()

@@ -59,10 +59,10 @@ def scan(folder: str | Path, default_caption: str | None = None) -> list[Source]
     folder = Path(folder)
     if default_caption is not None and not whole(default_caption, "--caption").strip():
         raise UserError("--caption is blank: give a caption, or leave it out")
-    if folder.is_dir():
+    if os.path.isdir(folder):
         here = Folder(folder)
         listed = here.rows()
-    elif folder.suffix.lower() in SUFFIXES and folder.exists():
+    elif folder.suffix.lower() in SUFFIXES and os.path.exists(folder):
         if problem := unreadable(folder):
             raise UserError(f"{folder} {problem}: give a folder of videos, a video, or a file of prompts")
         here, listed = Folder(folder.parent, only=folder.name), []
@@ -97,7 +97,7 @@ class Folder:
         self.lists: list[Path] = []
         self.videos: dict[str, File] = {}
         self._texts: dict[str, Path] = {}  # by name without suffix, in one Unicode form
-        self._names: dict[Identity, str] = {}
+        self._files: dict[Identity, File] = {}
         self._forms: dict[str, list[str]] = defaultdict(list)
         found = [self.path / only] if only else []
         if only:
@@ -141,11 +141,10 @@ class Folder:
         elif path.name.lower() in METADATA:
             self.lists.append(path)
         elif suffix in SUFFIXES:
-            file = File(path, name, unreadable(path))
-            if file.problem is None:
-                first = self._names.setdefault(_identity(path), name)
-                if first != name:
-                    file = replace(file, problem=f"is the same file as {printable(first)}, which is used")
+            problem, identity = _look(path)
+            file = File(path, name, problem)
+            if identity and (first := self._files.setdefault(identity, file)) is not file:
+                file = replace(file, problem=f"is the same file as {printable(first.name)}, which is used")
             self.videos[name] = file
             self._forms[_form(name)].append(name)
 
@@ -157,12 +156,14 @@ class Folder:
         given = row.file
         for text in dict.fromkeys((given, given.strip(), given.strip().replace("\\", "/"))):
             path = base / text
-            problem = unreadable(path)
+            problem, identity = _look(path)
             if problem == NOT_THERE:
                 continue
+            if identity in self._files:
+                return self._files[identity]
             name, outside = self._place(path)
-            first = name if problem else self._names.setdefault(_identity(path), name)
-            return self.videos.get(first) or File(path, first, problem, outside)
+            file = self.videos.get(name) or File(path, name, problem, outside)
+            return self._files.setdefault(identity, file) if identity else file
         name, _ = self._place(base / given.strip().replace("\\", "/"))
         alike = [self.videos[other] for other in self._forms.get(_form(name), ())]
         if len(alike) == 1:
@@ -231,6 +232,15 @@ def refuse_twice(found: list[tuple[File, Row]]) -> None:
 def _identity(path: Path) -> Identity:
     facts = path.stat()
     return facts.st_dev, facts.st_ino
+
+
+def _look(path: Path) -> tuple[str | None, Identity | None]:
+    """Why a path is no file to read, or what the file is whatever it is called."""
+    try:
+        problem = unreadable(path)
+        return problem, None if problem else _identity(path)
+    except OSError:  # gone since
+        return NOT_THERE, None
 
 
 def _form(name: str) -> str:

@@ -117,7 +117,7 @@ def prepare(
     text = once(lambda: wan.load_text(folder, target))
     tokens = load_tokens(folder)
     text_facts = {"model": model} | {part: wan.fingerprint(folder, part) for part in ("text_encoder", "tokenizer")}
-    if source.suffix.lower() in SUFFIXES and not source.is_dir():
+    if source.suffix.lower() in SUFFIXES and not os.path.isdir(source):
         writable_folder(out)
         with alone_in(out):
             count = prepare_prompts(source, out, text_facts, lambda p: text()(p), extra_prompts, tokens)
@@ -264,7 +264,7 @@ def prepare_cache(
     data.ensure_text(out, [*(e["caption"] for e in kept), "", *extra_prompts], encode_text)
     _write_jsonl(out / "index.jsonl", kept)
     notes = _notes(usable, records, geometry)
-    notes += about_tokens({e["source"]: e["caption"] for e in kept}, tokens) if tokens else []
+    notes += about_tokens({e["source"]: e["caption"] for e in kept if e["caption"]}, tokens) if tokens else []
     _tell(out, notes)
     return Summary(len(kept), len(dropped), len(skipped), encoded, threshold, tuple(notes))
 

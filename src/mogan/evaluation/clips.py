@@ -58,7 +58,7 @@ def find_systems(dirs: tuple[Path, ...]) -> list[System]:
         raise UserError("name at least one folder of clips: mogan evaluate DIR [DIR ...]")
     systems: list[System] = []
     for text in map(str, dirs):
-        given, _, folder = text.partition("=") if "=" in text and not Path(text).exists() else ("", "", text)
+        given, _, folder = text.partition("=") if "=" in text and not os.path.exists(text) else ("", "", text)
         path = Path(folder)
         name = given or path.resolve().name
         if name in {s.name for s in systems}:
@@ -85,7 +85,7 @@ def read_folder(folder: Path, name: str) -> System:
     The prompt of a clip that no list names is the text file beside it, else its name: ``{prompt}-{k}.mp4`` is VBench's
     naming, any other name is a prompt of its own.
     """
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise UserError(f"{folder} is no folder: give a folder of clips")
     here = Folder(folder)
     samples = here.path / "samples.jsonl"

@@ -1,5 +1,6 @@
 """Which clips belong together: folders of clips -> samples -> the (prompt, k) that every system has."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,7 +20,7 @@ def named_folders(given: Sequence[str]) -> dict[str, Path]:
         name = name if equals else path.resolve().name
         if not name:
             raise UserError(f"'{text}' names no system: write NAME=FOLDER.")
-        if not path.is_dir():
+        if not os.path.isdir(path):
             raise UserError(f"{path} is not a folder: give the folder that holds the clips of {name}.")
         if name in folders:
             raise UserError(f"Two systems are called '{name}': tell them apart with NAME=FOLDER.")
