@@ -9,6 +9,8 @@ files' headers. A run of one process writes the same format.
 import json
 import shutil
 import warnings
+import zlib
+from collections.abc import Collection
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,8 @@ from mogan.config import Config
 from mogan.distributed import ONE, World
 from mogan.errors import UserError
 from mogan.files import write_atomically
+
+SUMS = "checksums.json"  # beside the files: CRC-32 of each
 
 
 def save_checkpoint(run: Path, iteration: int, state: dict[str, Tensor], config: Config, world: World = ONE) -> Path:
@@ -51,7 +55,10 @@ def save_checkpoint(run: Path, iteration: int, state: dict[str, Tensor], config:
             f"could not save iteration {iteration} ({_reason(error)}); free some disk space and run the same command again"
             + (f": it resumes from {kept}" if kept else "")
         ) from error
+    sums = world.gather(_sums(sorted(temporary.glob("*.safetensors"))[world.rank :: world.ranks]))
     if world.main:
+        whole = {name: value for part in sums for name, value in part.items()}
+        write_atomically(temporary / SUMS, json.dumps(whole, indent=2) + "\n")
         write_atomically(temporary / "config.json", json.dumps(asdict(config), indent=2) + "\n")
         if final.exists():
             shutil.rmtree(final)
@@ -77,6 +84,12 @@ def latest_checkpoint(run: Path) -> Path | None:
     """The newest complete checkpoint, if any."""
     found = checkpoints(run)
     return found[-1] if found else None
+
+
+def broken_checkpoints(run: Path) -> list[Path]:
+    """Folders newer than :func:`latest_checkpoint` that something has been taken from: checkpoints appear whole."""
+    newest, folders = latest_checkpoint(run), sorted((run / "checkpoints").glob("[0-9]*"))
+    return [path for path in folders if newest is None or path.name > newest.name]
 
 
 def student_checkpoint(run: Path) -> Path:
@@ -108,7 +121,11 @@ def load_checkpoint(path: Path, state: dict[str, Tensor], world: World = ONE) ->
     """Fill the tensors of ``state``, in place, with those that :func:`save_checkpoint` wrote under their names.
 
     They may be sharded in any way, or be some of those that were saved.
+
+    Raises:
+        UserError: a file of theirs is not what was written; the message names it.
     """
+    _check_sums(path, state, world)
     try:
         with warnings.catch_warnings(action="ignore"):
             dcp.load(state, storage_reader=HuggingFaceStorageReader(str(path)), no_dist=world.mesh is None)
@@ -127,29 +144,72 @@ def load_part(path: Path, part: str) -> dict[str, Tensor]:
 
 def stored(path: Path) -> dict[str, torch.Size]:
     """Names and shapes of the tensors in a checkpoint."""
-    try:
-        found = HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata
-    except Exception as error:  # safetensors' own kinds of error, and the disk's
-        raise _unreadable(path, error) from error
+    found = _metadata(path).state_dict_metadata
     return {name: torch.Size(about.size) for name, about in found.items() if hasattr(about, "size")}
 
 
-def _unreadable(path: Path, error: BaseException) -> UserError:
+def _metadata(path: Path) -> Any:
+    try:
+        return HuggingFaceStorageReader(str(path)).read_metadata()
+    except Exception as error:  # safetensors' own kinds of error, and the disk's
+        raise _unreadable(path, error) from error
+
+
+def _sums(files: Collection[Path]) -> dict[str, int]:
+    """CRC-32 of files by name."""
+    found = {}
+    for path in files:
+        found[path.name] = 0
+        with path.open("rb") as file:
+            while block := file.read(1 << 24):
+                found[path.name] = zlib.crc32(block, found[path.name])
+    return found
+
+
+def _check_sums(path: Path, names: Collection[str], world: World) -> None:
+    """Read the files of these tensors, each process its share, and hold them against what was noted when they were written.
+
+    A checkpoint that is older than the notes passes.
+    """
+    if not (path / SUMS).is_file():
+        return
+    try:
+        noted = json.loads((path / SUMS).read_text())
+    except ValueError as error:
+        raise _unreadable(path, error) from error
+    holds = {
+        Path(about.relative_path).name for index, about in _metadata(path).storage_data.items() if index.fqn in names
+    }
+    for name, found in _sums([path / name for name in sorted(holds)[world.rank :: world.ranks]]).items():
+        if noted.get(name) != found:
+            raise _unreadable(path, f"{name} is not what was written: its checksum differs")
+
+
+def _unreadable(path: Path, error: BaseException | str) -> UserError:
     return UserError(f"{path} cannot be read ({error}); delete that folder to resume from the one before")
 
 
 def check_same_run(run: Path, config: Config) -> None:
     """Refuse to resume a run made by another recipe; the budget, the cadence of saving and compilation may change."""
-    path = run / "config.json"
+    newest = latest_checkpoint(run)
+    path = run / "config.json" if newest is None or (run / "config.json").is_file() else newest / "config.json"
     if not path.is_file():
         return
-    old, new = _stated(json.loads(path.read_text())), _stated(json.loads(json.dumps(asdict(config))))
-    free = {"iterations", "save_every", "sample_every", "keep", "sample_prompts", "compile"}
-    changed = [k for k in new | old if k not in free and old.get(k) != new.get(k)]
+    try:
+        old, new = settings(json.loads(path.read_text())), settings(json.loads(json.dumps(asdict(config))))
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}): put back a copy, every checkpoint has one") from error
+    changed = [k for k in new | old if old.get(k) != new.get(k)]
     if changed:
         raise UserError(
             f"{run} was made with another {changed[0]} ({old.get(changed[0])}); give another --out, or the same settings"
         )
+
+
+def settings(config: dict[str, Any]) -> dict[str, Any]:
+    """Of a config as JSON what makes a run the run it is: without budget, cadence of saving and compilation."""
+    free = {"iterations", "save_every", "sample_every", "keep", "sample_prompts", "compile"}
+    return _stated({name: value for name, value in config.items() if name not in free})
 
 
 def _stated(value: Any) -> Any:

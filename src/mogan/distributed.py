@@ -99,6 +99,14 @@ class World:
         values = torch.stack([torch.as_tensor(v, dtype=torch.float32, device=self.device) for v in scalars.values()])
         return dict(zip(scalars, self.average(values).tolist(), strict=True))
 
+    def gather(self, value: Any) -> list[Any]:
+        """The value of every process, in their order, on each of them."""
+        if self.mesh is None:
+            return [value]
+        found: list[Any] = [None] * self.ranks
+        dist.all_gather_object(found, value)
+        return found
+
     def from_main(self, compute: Callable[[], Any]) -> Any:
         """``compute()`` of process 0, given to all: what is too large to hold once per process."""
         if self.mesh is None:

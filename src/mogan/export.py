@@ -21,6 +21,7 @@ from mogan.card import metrics_table, model_card, model_name, run_notes
 from mogan.checkpoint import load_part, student_checkpoint
 from mogan.errors import UserError
 from mogan.files import new_folder, replacing, writable_folder, write_atomically
+from mogan.identity import part_of_run
 from mogan.layouts import original_module, split_leaf
 from mogan.lora import decompose, factors, merge
 from mogan.ranges import at_least
@@ -141,7 +142,7 @@ def save_lora(run: Path, source: Generator, out: Path, rank: int | None, dtype: 
             tensors |= {f"{name}.lora_A.weight": a, f"{name}.lora_B.weight": b}
         print(f"the {len(tensors) // 2} adapters of rank {source.lora}, exactly")
     else:
-        base = wan.resolve_model(json.loads((run / "run.json").read_text())["model"])
+        base = part_of_run(run, "model")
         tensors, summary = low_rank_difference(source.load(), wan.load_transformer(base), rank or 64)
         notes = [*notes, f"- {summary}"]
         print(summary)

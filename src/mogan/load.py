@@ -69,7 +69,7 @@ def load(config: Config, cache: Cache, model: str, student: str | None, world: W
         UserError: config, cache, model and processes do not go together.
     """
     check_processes(config, world)
-    folder, start, adapters_of = _where(config, model, student)
+    folder, start, adapters_of = find_models(config, model, student)
     size = wan.geometry(folder)
     texts = [part for part in ("text_encoder", "tokenizer") if part in cache.facts and (folder / part).is_dir()]
     cache.require(**{part: wan.fingerprint(folder, part) for part in texts})
@@ -90,7 +90,7 @@ def dtype_of(config: Config, device: torch.device) -> torch.dtype:
     return {"auto": wan.fast_dtype(device), "bf16": torch.bfloat16, "fp32": torch.float32}[config.precision]
 
 
-def _where(config: Config, model: str, student: str | None) -> tuple[Path, Path, Path | None]:
+def find_models(config: Config, model: str, student: str | None) -> tuple[Path, Path, Path | None]:
     """Folders of the base model and of the student's start, and the run whose adapters it starts with, if any."""
     base = wan.resolve_model("lab-teacher" if model == "lab" else model)
     post_trains = config.gan is not None
@@ -107,7 +107,8 @@ def _where(config: Config, model: str, student: str | None) -> tuple[Path, Path,
         )
     if post_trains and source.sigmas and not _agree(source.sigmas, config.sigmas):
         raise UserError(
-            f"{student} samples at levels {list(source.sigmas)}, the recipe at {list(config.sigmas)}; they must agree"
+            f"{student or 'the student of the lab'} samples at levels {list(source.sigmas)}, the recipe {config.recipe} at "
+            f"{list(config.sigmas)}; they must agree: name a student that fits with --student, or another recipe"
         )
     return base, source.folder, source.run
 

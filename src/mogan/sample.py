@@ -25,6 +25,7 @@ from mogan.errors import UserError
 from mogan.files import writable_folder
 from mogan.first_frames import clip_of_prompts, sample_from_first_frames
 from mogan.flowmo import FLOWMO_STEPS, FlowMo
+from mogan.identity import part_of_run
 from mogan.lists import read_prompts
 from mogan.locks import alone_in
 from mogan.lora import factors, merge
@@ -422,8 +423,7 @@ def open_generator(name: str) -> Generator:
     """Find a generator by model name, diffusers folder, hub id or training run."""
     run = Path(name)
     if (run / "run.json").is_file():
-        facts = json.loads((run / "run.json").read_text())
-        folder = wan.resolve_model(facts["student"])
+        folder = part_of_run(run, "student")
         config = json.loads((run / "config.json").read_text())
         if config.get("motion_score"):
             raise UserError(
@@ -444,7 +444,7 @@ def open_motion(run: Path, base: Path, frames: int) -> tuple[torch.nn.Module, in
     if not (run / "run.json").is_file():
         raise UserError(f"{run} is not a training run: give --motion the --out of a motion score recipe")
     config = json.loads((run / "config.json").read_text())
-    folder = wan.resolve_model(json.loads((run / "run.json").read_text())["student"])
+    folder = part_of_run(run, "student")
     if not config.get("motion_score"):
         raise UserError(f"{run} trained {config['recipe']}, no motion model: use a recipe such as motion_score_lab")
     if any(wan.fingerprint(folder, part) != wan.fingerprint(base, part) for part in ("vae", "text_encoder")):

@@ -9,7 +9,7 @@ import signal
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -25,6 +25,7 @@ from mogan.assemble import Assembly, assemble
 from mogan.attention import stack_text
 from mogan.autoencoder import stream_video
 from mogan.checkpoint import (
+    broken_checkpoints,
     check_same_run,
     held_out_motions,
     latest_checkpoint,
@@ -39,8 +40,9 @@ from mogan.errors import UserError
 from mogan.files import writable_folder, write_atomically
 from mogan.flow import RaftFlow, flow_of_pieces
 from mogan.held_out import Gain
+from mogan.identity import check_same_parts, made_of, note_parts, refuse_other_folders
 from mogan.journal import Journal
-from mogan.load import FROM_CLIPS
+from mogan.load import FROM_CLIPS, find_models
 from mogan.locks import alone_in
 from mogan.objectives.shift import Shift
 from mogan.ranges import above, at_least, is_seed
@@ -192,13 +194,21 @@ def _not_finite(parts: Assembly, update: Update, where: Position, record: dict) 
     )
 
 
-def run_training(parts: Assembly, run: Path, gain: Gain | None = None) -> None:
-    """Train until ``config.iterations``, from the newest checkpoint if there is one; or until ``gain`` is over."""
+def run_training(
+    parts: Assembly, run: Path, gain: Gain | None = None, begin: Callable[[], None] = lambda: None
+) -> None:
+    """Train until ``config.iterations``, from the newest checkpoint if there is one; or until ``gain`` is over.
+
+    The first process calls ``begin`` once a step has been done, here or by whoever wrote the checkpoint: a start that
+    fails leaves nothing in the folder.
+    """
     config, world, start = parts.config, parts.world, resume(parts, run)
     if gain is not None and world.main:
         gain.forget_after(start)
     world.barrier()
-    journal = Journal(run, start) if world.main else None
+    journal: Journal | None = None
+    if world.main and start:
+        begin()
     batches = one_ahead(lambda where: draw(parts, config.plan[where.update], where), positions(config, start))
     over = world.any(gain is not None and world.main and gain.over)
     todo = range(start, start if over else config.iterations)
@@ -213,6 +223,9 @@ def run_training(parts: Assembly, run: Path, gain: Gain | None = None) -> None:
                     record |= {"seconds": time.perf_counter() - began}
                     if world.device.type == "cpu":  # what others do on the machine does not count
                         record |= {"core_seconds": time.process_time() - spent}
+                    if world.main and journal is None:
+                        begin()
+                        journal = Journal(run, start)
                     shown[update.label] = f"{record['loss']:.3f}"
                     if journal is not None:
                         journal.write(iteration, update, repeat, record)
@@ -237,6 +250,8 @@ def run_training(parts: Assembly, run: Path, gain: Gain | None = None) -> None:
                 break
     if journal is not None:
         journal.close()
+    elif world.main and not over:
+        print(f"{run} has its {start} iterations already: give --iterations a larger number to go on")
     if gain is not None and world.main and held_out_motions(run):
         print(gain.said())
 
@@ -251,9 +266,16 @@ def positions(config: Config, start: int) -> Iterator[Position]:
 
 def resume(parts: Assembly, run: Path) -> int:
     """Load the newest checkpoint of ``run`` into ``parts``; returns the iteration to start with."""
-    newest = latest_checkpoint(run)
+    newest, broken = latest_checkpoint(run), broken_checkpoints(run)
     if newest is None:
+        if broken:
+            raise UserError(
+                f"{broken[-1]} lacks its config.json and there is no other checkpoint: put back what was taken from it, or "
+                "remove it to begin again"
+            )
         return 0
+    if broken and parts.world.main:
+        print(f"{broken[-1]} lacks its config.json and is not used: going on from {newest}")
     parts.prepare_to_load(stored(newest))
     load_checkpoint(newest, parts.state(), parts.world)
     return int(newest.name)
@@ -422,9 +444,16 @@ def train(
         if world.main:
             writable_folder(out)
         with alone_in(out) if world.main else nullcontext():
+            refuse_other_folders(out)
             check_same_run(out, config)
-            parts = assemble(config, open_cache(data), model=model, student=student, run=out, world=world)
+            cache = open_cache(data)
+            of = made_of(*find_models(config, model, student), cache) if world.main else {}
             if world.main:
+                check_same_parts(out, of)
+
+            def begin() -> None:
                 write_atomically(out / "config.json", text + "\n")
-                write_atomically(out / "run.json", json.dumps(parts.facts, indent=2) + "\n")
-            run_training(parts, out, Gain(out, held_out, parts, patience) if held_out else None)
+                note_parts(out, of)
+
+            parts = assemble(config, cache, model=model, student=student, run=out, world=world)
+            run_training(parts, out, Gain(out, held_out, parts, patience) if held_out else None, begin)
