@@ -1,6 +1,7 @@
 """Pairing folders of clips, and what must not be found in the result."""
 
 import json
+import shutil
 
 import av
 import numpy as np
@@ -150,6 +151,11 @@ def test_broken_and_unplayable_clips_are_told_by_name(tmp_path):
     with mistake("snow falls over mountains-0.mp4 cannot be read"):
         build(tuple(folders), out=tmp_path / "survey")
     assert not list(tmp_path.glob("*survey*"))
+    survey = build(tuple(folders), out=tmp_path / "common", common=True)
+    assert PROMPTS[1] not in {item.prompt for item in survey.of_kind("pair")}
+    assert any(f"A pair is left out: {bad} cannot be read" in warning for warning in survey.warnings)
+    shown = {clip.file for clip in survey.clips}
+    assert {path.name for path in (tmp_path / "common" / "clips").iterdir()} == shown
     with av.open(str(bad), "w") as taken:
         stream = taken.add_stream("mpeg4", rate=16, width=64, height=64, pix_fmt="yuv420p")
         for _ in range(3):
@@ -160,6 +166,12 @@ def test_broken_and_unplayable_clips_are_told_by_name(tmp_path):
             taken.mux(packet)
     with mistake("mpeg4 yuv420p, which phones cannot play"):
         build(tuple(folders), out=tmp_path / "survey")
+    for prompt in PROMPTS:
+        shutil.copy(bad, tmp_path / NAMES[0] / f"{prompt}-0.mp4")
+    with mistake("So are 2 more. Or pass --common"):
+        build(tuple(folders), out=tmp_path / "survey")
+    with mistake("No pair is left"):
+        build(tuple(folders), out=tmp_path / "survey", common=True)
 
 
 def test_folders_are_read_as_the_evaluation_reads_them(tmp_path):

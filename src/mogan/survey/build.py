@@ -62,7 +62,7 @@ def build(
         b: The second of two systems.
         raters: How many people should judge each pair. More prompts beat more raters.
         per_rater: How many pairs one person judges; 20 take about ten minutes.
-        common: Use only the prompts that all systems share, instead of stopping when some are missing.
+        common: Use only the pairs that all systems have and that can be shown, instead of stopping when some are missing.
         title: The heading raters see.
         completion_code: What raters get at the end (Prolific's code). Without it every rater gets a code of their own.
     """
@@ -77,7 +77,7 @@ def build(
     writable_folder(out.parent)
     with new_folder(out) as work:
         (work / "clips").mkdir()
-        survey = _assemble(samples, keys, work / "clips")
+        survey = _assemble(samples, keys, work / "clips", common)
         survey = replace(
             survey,
             title=title,
@@ -93,11 +93,28 @@ def build(
     return survey
 
 
-def _assemble(samples: dict[str, dict[Key, Entry]], keys: list[Key], folder: Path) -> Survey:
+class Unplayable(UserError):
+    """A clip that raters cannot be shown."""
+
+
+def _assemble(samples: dict[str, dict[Key, Entry]], keys: list[Key], folder: Path, common: bool) -> Survey:
     clips: dict[tuple[str, Key], Clip] = {}
+    broken: dict[Key, str] = {}
     for key in keys:
         for name in samples:
-            clips[name, key] = copy_clip(samples[name][key].path, folder)
+            try:
+                clips[name, key] = copy_clip(samples[name][key].path, folder)
+            except Unplayable as error:
+                broken[key] = str(error)
+                break
+    if broken and not common:
+        more = f" So are {len(broken) - 1} more." if len(broken) > 1 else ""
+        raise UserError(f"{next(iter(broken.values()))}{more} Or pass --common to leave such pairs out.")
+    for place in [place for place in clips if place[1] in broken]:
+        (folder / clips.pop(place).file).unlink()
+    keys = [key for key in keys if key not in broken]
+    if not keys:
+        raise UserError(f"No pair is left. {next(iter(broken.values()))}")
     items = []
     for key in keys:
         seed = next((samples[name][key].seed for name in samples if samples[name][key].seed is not None), None)
@@ -127,7 +144,7 @@ def _assemble(samples: dict[str, dict[Key, Entry]], keys: list[Key], folder: Pat
         completion_code="",
         clips=tuple(clips.values()) + tuple(made),
         items=tuple(items + known),
-        warnings=tuple(differences(clips)),
+        warnings=(*(f"A pair is left out: {why}" for why in broken.values()), *differences(clips)),
     )
 
 
@@ -169,23 +186,23 @@ def known_pairs(prompts: dict[str, str], folder: Path) -> tuple[list[Clip], list
 def copy_clip(source: Path, folder: Path) -> Clip:
     """Copy the video stream bit by bit under a random name: no audio, no metadata, no encoder's remarks (SEI).
 
-    Phones play H.264 with 8-bit 4:2:0 and little else, so anything else is a ``UserError``.
+    Phones play H.264 with 8-bit 4:2:0 and little else, so anything else is ``Unplayable``.
     """
     name = f"{secrets.token_hex(16)}.mp4"
     try:
         with av.open(str(source)) as given:
             if not given.streams.video:
-                raise UserError(f"{source} holds no video: remove it or write it again.")
+                raise Unplayable(f"{source} holds no video: remove it or write it again.")
             stream = given.streams.video[0]
             codec = stream.codec_context
             if codec.name != "h264" or codec.pix_fmt not in ("yuv420p", "yuvj420p"):
-                raise UserError(
+                raise Unplayable(
                     f"{source} is {codec.name} {codec.pix_fmt}, which phones cannot play: write it as H.264 yuv420p, "
                     "as mogan.video.write_video does."
                 )
             rate = stream.average_rate or stream.guessed_rate
             if not rate:
-                raise UserError(f"{source} does not say its frame rate: write it again with one.")
+                raise Unplayable(f"{source} does not say its frame rate: write it again with one.")
             frames = 0
             with av.open(str(folder / name), "w", options={"movflags": "+faststart"}) as taken:
                 out = taken.add_stream_from_template(stream)
@@ -197,12 +214,16 @@ def copy_clip(source: Path, folder: Path) -> Clip:
                         taken.mux(kept)
                         frames += 1
             if frames < 2:
-                raise UserError(f"{source} has fewer than two frames: sample it again.")
+                raise Unplayable(f"{source} has fewer than two frames: sample it again.")
             return Clip(name, float(rate), frames, codec.width, codec.height)
+    except Unplayable:
+        (folder / name).unlink(missing_ok=True)
+        raise
     except (av.error.FFmpegError, ValueError) as error:
         if full := refusal(error, folder / name):
             raise UserError(full) from error
-        raise UserError(f"{source} cannot be read as a video ({error}): remove it or write it again.") from error
+        (folder / name).unlink(missing_ok=True)
+        raise Unplayable(f"{source} cannot be read as a video ({error}): remove it or write it again.") from error
 
 
 def differences(clips: dict[tuple[str, Key], Clip]) -> Iterable[str]:
