@@ -1,5 +1,4 @@
 import json
-import shutil
 from collections import Counter
 
 import pytest
@@ -7,8 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mogan import data
-from mogan.data import clip_at, draw_batch, ensure_observations, ensure_text, open_cache, save_latent
+from mogan.data import clip_at, draw_batch, ensure_text, open_cache, save_latent
 from mogan.errors import UserError
 
 FACTS = {"format": "mogan-cache", "version": 1, "contents": "clips", "fps": 16, "vae": "abc"}
@@ -32,10 +30,6 @@ def make_cache(folder, count=5, **facts):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return make_cache(tmp_path_factory.mktemp("data") / "cache")
-
-
-def observe(latent_BCFHW, start):
-    return (latent_BCFHW[:, :, start : start + 2] * 10 + start).bfloat16()
 
 
 @given(st.integers(1, 40), st.integers(1, 4), st.integers(1, 7), st.integers(0, 5), st.integers(0, 3))
@@ -92,55 +86,6 @@ def test_ranks_look_at_the_same_window(folder):
         assert draws[0].window_start == draws[1].window_start
 
 
-def test_observations_are_made_once_and_drawn_with_their_clip(tmp_path, capsys):
-    folder = make_cache(tmp_path / "cache")
-    calls = []
-
-    def counted(latent, start):
-        calls.append(len(latent))
-        return observe(latent, start)
-
-    place = ensure_observations(folder, {"max_flow": 4.0}, counted, (0, 1), batch=2)
-    assert calls == [2, 2, 2, 2, 1, 1]
-    assert "MB" in capsys.readouterr().out
-    assert ensure_observations(folder, {"max_flow": 4.0}, counted, (0, 1), batch=2) == place
-    assert len(calls) == 6
-    assert ensure_observations(folder, {"max_flow": 8.0}, observe, (0, 1)) != place
-    cache = open_cache(folder)
-    batch = draw_batch(
-        cache, seed=0, iteration=0, update=1, size=3, want=("observation",), observations=place, starts=(0, 1)
-    )
-    assert batch.observation_BCFHW.dtype == torch.bfloat16
-    for clip, seen in zip(batch.ids, batch.observation_BCFHW, strict=True):
-        expected = observe(cache.latent(clip)[None], batch.window_start)[0].to(torch.bfloat16)
-        torch.testing.assert_close(seen, expected)
-
-
-def test_a_disk_without_room_is_refused_before_anything_is_written(tmp_path, monkeypatch):
-    folder = make_cache(tmp_path / "cache")
-    nearly_full = shutil.disk_usage(tmp_path)._replace(free=data.DISK_MARGIN)
-    monkeypatch.setattr(data.shutil, "disk_usage", lambda place: nearly_full)
-    with pytest.raises(UserError, match="free some space"):
-        ensure_observations(folder, {}, observe, (0,))
-    assert not list((folder / "observations").rglob("*.safetensors"))
-
-
-def test_interrupted_observations_go_on_in_the_same_batches(tmp_path):
-    folder = make_cache(tmp_path / "cache")
-    groups = []
-
-    def fails_later(latent, start):
-        groups.append(latent[:, 0, 0, 0, 0].tolist())
-        if len(groups) == 2:
-            raise RuntimeError("killed")
-        return observe(latent, start)
-
-    with pytest.raises(RuntimeError):
-        ensure_observations(folder, {}, fails_later, (0,), batch=2)
-    ensure_observations(folder, {}, fails_later, (0,), batch=2)
-    assert groups == [[0, 1], [2, 3], [2, 3], [4]]
-
-
 def test_prompts_are_encoded_once(tmp_path):
     calls = []
 
@@ -161,8 +106,31 @@ def test_a_cache_of_prompts_gives_text_alone(tmp_path):
     assert batch.latent_BCFHW is None
     with pytest.raises(UserError, match="prompts alone"):
         draw_batch(cache, seed=0, iteration=0, update=0, size=4, want=("latent",))
-    with pytest.raises(UserError, match="prompts alone"):
-        ensure_observations(folder, {}, observe, (0,))
+
+
+def test_prompts_of_their_own_are_walked_beside_the_clips(folder, tmp_path):
+    cache, prompts = open_cache(folder), open_cache(make_cache(tmp_path / "prompts", 7, contents="prompts"))
+    seen: Counter = Counter()
+    for iteration in range(7):
+        where = {"seed": 3, "iteration": iteration, "update": 1, "size": 5}
+        one, other = (draw_batch(cache, **where, want=("latent",), prompts=p) for p in (None, prompts))
+        assert one.ids == other.ids
+        assert torch.equal(one.latent_BCFHW, other.latent_BCFHW)
+        alone = draw_batch(cache, **where, prompts=prompts)
+        assert alone.prompts == other.prompts
+        seen.update(alone.ids)
+    assert seen == dict.fromkeys((f"c{i}" for i in range(7)), 5)  # seven iterations of five are five epochs of seven
+
+
+def test_a_clip_without_a_caption_gives_its_latent_and_no_text(tmp_path):
+    folder = make_cache(tmp_path / "cache")
+    bare = [json.loads(line) | {"caption": None} for line in (folder / "index.jsonl").read_text().splitlines()]
+    (folder / "index.jsonl").write_text("".join(json.dumps(e) + "\n" for e in bare))
+    where = {"seed": 0, "iteration": 0, "update": 0, "size": 2, "want": ("latent",)}
+    prompts = open_cache(make_cache(tmp_path / "prompts", contents="prompts"))
+    assert draw_batch(open_cache(folder), **where, prompts=prompts).latent_BCFHW is not None
+    with pytest.raises(UserError, match="no caption"):
+        draw_batch(open_cache(folder), **where)
 
 
 def test_what_is_not_a_cache_is_refused_with_the_remedy(tmp_path):

@@ -479,32 +479,20 @@ def test_the_command_prepares_videos_and_prompts_with_real_networks(tmp_path, fa
     assert len(open_cache(tmp_path / "p")) == 2
 
 
-def test_what_the_discriminator_sees_is_cached_too_and_training_finds_it(tmp_path, family, capsys, monkeypatch):
-    from mogan.assemble import assemble
-    from mogan.recipes import find_recipe
-
-    monkeypatch.setenv("MOGAN_TEST_RAFT", str(family / "raft"))
+def test_videos_without_captions_are_kept_where_they_are_asked_for(tmp_path, capsys):
     render_folder(tmp_path / "v", 4, "rich")
-    model, flow = ["--model", str(family / "teacher")], ["--flow", str(family / "raft")]
-    command = ["prepare", str(tmp_path / "v"), "--out", str(tmp_path / "c"), *model, *flow, "--observe-for"]
-    assert main([*command, "tests.tiny_recipes:mogan"]) == 0
-    assert "sees of the 4 clips is cached too" in capsys.readouterr().out
-    made = sorted((tmp_path / "c" / "observations").rglob("*"))
-    assert len(made) == 6  # a folder, its key, four clips
-    config = find_recipe("tests.tiny_recipes:mogan")
-    parts = assemble(
-        config,
-        open_cache(tmp_path / "c"),
-        model=str(family / "teacher"),
-        student=str(family / "student"),
-        run=None,
-        device="cpu",
-    )
-    assert parts.observations == made[0]
-    assert sorted((tmp_path / "c" / "observations").rglob("*")) == made
-
-    assert main([*command, "tests.tiny_recipes:dmd"]) == 2
-    assert "looks at no optical flow" in capsys.readouterr().err
+    rows = (tmp_path / "v/metadata.jsonl").read_text().splitlines()
+    (tmp_path / "v/metadata.jsonl").write_text(rows[0] + "\n")
+    assert run(tmp_path / "v", tmp_path / "some", caption=None).kept == 1
+    assert "--uncaptioned" in (tmp_path / "some/skipped.jsonl").read_text()
+    summary = run(tmp_path / "v", tmp_path / "all", caption=None, uncaptioned=True)
+    assert (summary.kept, summary.skipped) == (4, 0)
+    assert "3 clips have no caption" in capsys.readouterr().out
+    entries = open_cache(tmp_path / "all").entries
+    captions = [entry["caption"] for entry in entries]
+    assert captions.count(None) == 3
+    assert json.loads(rows[0])["caption"] in captions
+    assert len(list((tmp_path / "all/text").iterdir())) == len(list((tmp_path / "some/text").iterdir()))
 
 
 def test_the_default_threshold_is_vbenchs():

@@ -12,14 +12,14 @@ from torch import Tensor, nn
 from mogan import attention, wan
 from mogan.checkpoint import load_part, student_checkpoint
 from mogan.config import Config, DMDConfig, GANConfig, ShiftConfig, SurrogateConfig, Update
-from mogan.data import Cache, ensure_observations
+from mogan.data import Cache
 from mogan.denoiser import Denoiser, compile_blocks, recomputed
 from mogan.devices import choose_device
 from mogan.discriminator import Discriminator
 from mogan.distributed import World, local, shard
 from mogan.errors import UserError
 from mogan.flow import FlowEstimator, RaftFlow
-from mogan.load import Base, dtype_of, load
+from mogan.load import Base, load
 from mogan.lora import learned_state, load_learned
 from mogan.objectives import Objective
 from mogan.objectives.dmd import DMD, dmd_direction
@@ -31,6 +31,7 @@ from mogan.objectives.shift import Shift
 from mogan.objectives.surrogate import Surrogate
 from mogan.objectives.together import Together
 from mogan.observation import MotionObservation, Observed
+from mogan.observations import Observations
 from mogan.pixel_flux import PixelFlux
 from mogan.rewards import MotionRewards
 from mogan.rollout import Rollout
@@ -53,8 +54,9 @@ class Assembly:
     optimizers: dict[str, torch.optim.Optimizer] = field(default_factory=dict)
     average: dict[str, Tensor] = field(default_factory=dict)
     flow: FlowEstimator | None = None
-    observations: Path | None = None
+    observations: Observations | None = None
     facts: dict[str, str] = field(default_factory=dict)
+    prompts: Cache | None = None
     # of the student's last update, part by part, without gradient
     rollouts: list[Rollout] = field(default_factory=list)
 
@@ -62,6 +64,11 @@ class Assembly:
     def device(self) -> torch.device:
         """Where this process computes."""
         return self.world.device
+
+    @property
+    def texts(self) -> Cache:
+        """Where the prompts come from that the student makes clips of."""
+        return self.prompts or self.cache
 
     @property
     def student(self) -> Denoiser:
@@ -116,6 +123,7 @@ def assemble(
     *,
     model: str,
     student: str | None = None,
+    prompts: Cache | None = None,
     run: Path | None,
     device: str = "auto",
     world: World | None = None,
@@ -128,15 +136,18 @@ def assemble(
         model: the base model: teacher, autoencoder, text encoder.
         student: where the student starts: a model, or a run whose adapters are trained on; the base model unless the
             recipe post-trains a few-step student.
+        prompts: prompts for the updates that need no clip's own caption, in place of the captions of ``cache``.
         run: folder of the run, named in error messages.
         device: ``auto``, ``cpu`` or ``cuda``.
         world: the processes of the run, over which every network is sharded; by default this one alone, on ``device``.
     """
     world = world or World(choose_device(device))
-    base = load(config, cache, model, student, world)
+    base = load(config, cache, model, student, world, prompts)
     student_network = base.denoiser(base.start, "transformer")
     made = Assembly(config, cache, run, world, base.geometry, base.latent_shape, base.vae, {"student": student_network})
+    made.prompts = prompts
     made.facts = {"model": str(base.folder), "student": str(base.start), "data": str(cache.path)}
+    made.facts |= {"prompts": str(prompts.path)} if prompts else {}
     if config.dmd is not None:
         _add_dmd(made, base, config.dmd)
     if config.gan is not None:
@@ -195,7 +206,7 @@ def _add_gan(made: Assembly, base: Base, g: GANConfig) -> None:
     if g.space == "motion":
         exact = observe = _motion_observation(config, g, base.vae, made.device)
         made.flow = observe.flow
-        made.observations = _observe_real_clips(made.cache, g, observe, wan.fingerprint(base.folder, "vae"), made.world)
+        made.observations = _of_real_clips(made.cache, g, observe, wan.fingerprint(base.folder, "vae"), base.dtype)
         if config.surrogate is not None:
             exact = Remembered(observe, _surrogate(config.surrogate, g.window, made))
             made.networks["surrogate"] = exact.surrogate
@@ -285,21 +296,6 @@ def _rewards(s: ShiftConfig, cache: Cache, seed: int) -> MotionRewards:
     )
 
 
-def cache_observations(config: Config, cache: Cache, model: str, device: str = "auto") -> int:
-    """Compute and keep what a motion recipe's discriminator sees of the real clips; returns how many clips that are.
-
-    ``mogan train`` does the same at its start for what is missing.
-    """
-    if config.gan is None or config.gan.space != "motion":
-        raise UserError(f"{config.recipe} looks at no optical flow: --observe-for takes a recipe such as mogan_lab")
-    world = World(choose_device(device))
-    base = wan.resolve_model("lab-teacher" if model == "lab" else model)
-    vae = wan.load_vae(base, dtype_of(config, world.device)).to(world.device)
-    observe = _motion_observation(config, config.gan, vae, world.device)
-    _observe_real_clips(cache, config.gan, observe, wan.fingerprint(base, "vae"), world)
-    return len(cache.entries)
-
-
 def _motion_observation(config: Config, gan: GANConfig, vae: Any, device: torch.device) -> MotionObservation:
     flow = wan.load_flow(gan.flow, gan.flow_iterations, device)
     if isinstance(flow, RaftFlow):
@@ -307,24 +303,19 @@ def _motion_observation(config: Config, gan: GANConfig, vae: Any, device: torch.
     return MotionObservation(vae, flow, gan.window, gan.max_flow, config.checkpointing, gan.flow_resolution)
 
 
-def _observe_real_clips(cache: Cache, gan: GANConfig, observe: MotionObservation, vae: str, world: World) -> Path:
-    """Compute what the cache lacks of the real clips' observations; returns the folder they are kept in.
-
-    Real clips go through the same chain as generated ones, codec included: the discriminator must not tell them apart
-    by the codec's traces.
+def _of_real_clips(
+    cache: Cache, gan: GANConfig, observe: MotionObservation, vae: str, dtype: torch.dtype
+) -> Observations:
+    """Observations of real clips, which go through the same chain as generated ones, codec included: the discriminator
+    must not tell them apart by the codec's traces.
     """
     key = {
         "vae": vae,
+        "dtype": str(dtype).removeprefix("torch."),
         "flow": wan.flow_fingerprint(gan.flow),
         "flow_iterations": gan.flow_iterations,
         "window": gan.window,
         "max_flow": gan.max_flow,
     } | ({} if gan.flow_resolution is None else {"flow_resolution": gan.flow_resolution})
-
-    @torch.no_grad()
-    def observed(latent_BCFHW: Tensor, start: int) -> Tensor:
-        return observe(latent_BCFHW.float().to(world.device), start).latent_BCFHW.cpu()
-
-    folder = ensure_observations(cache.path, key, observed, gan.starts, rank=world.rank, ranks=world.ranks)
-    world.barrier()
-    return folder
+    device = next(observe.vae.parameters()).device
+    return Observations(cache, key, lambda latent, start: observe(latent.float().to(device), start).latent_BCFHW)

@@ -73,6 +73,11 @@ class Update:
         return tuple(self.by.split("+"))
 
     @property
+    def from_clips(self) -> bool:
+        """Whether it learns from real clips and their captions, not from what the student makes of prompts."""
+        return not set(self.judges) <= set(OF_ROLLOUTS)
+
+    @property
     def optimizer_name(self) -> str:
         """The optimiser this update steps."""
         return self.optimizer or self.learns
@@ -244,6 +249,16 @@ class Config:
     def with_budget(self, iterations: int) -> "Config":
         """The same run, longer or shorter."""
         return replace(self, iterations=iterations)
+
+    def takes(self, update: Update) -> tuple[str, ...]:
+        """What of real clips an update of the plan is given: ``latent``, ``observation``, both, or none: prompts are enough."""
+        sees_motion = self.gan is not None and self.gan.space == "motion"
+        if update.from_clips:
+            return ("latent",)
+        if update.learns == "discriminator" or update.learns == "surrogate":
+            both = ("latent", "observation") if update.by == "surrogate" else ("observation",)
+            return both if sees_motion else ("latent",)
+        return ()
 
     def __post_init__(self):
         levels = (*self.sigmas, 0.0)

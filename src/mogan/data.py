@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import shutil
 from collections.abc import Callable, Collection, Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -25,7 +24,6 @@ FORMAT = "mogan-cache"
 VERSION = 1
 Item = TypeVar("Item")
 HOLD_BYTES = 2_000_000_000  # a cache smaller than this is read from disk once
-DISK_MARGIN = 2_000_000_000  # bytes that filling a cache leaves free
 
 
 @dataclass(frozen=True)
@@ -70,18 +68,16 @@ class Cache:
         """Normalised latent of a clip."""
         return self._read(self.path / "clips" / f"{clip}.safetensors")["latent"]
 
-    def text(self, prompt: str) -> Float[Tensor, "l d"]:
+    def text(self, prompt: str | None) -> Float[Tensor, "l d"]:
         """Embedding of a prompt that was cached."""
+        if prompt is None:
+            raise UserError(f"a clip of {self.path} has no caption, and its caption is needed")
         path = text_path(self.path, prompt)
         if not path.exists():
             raise UserError(
                 f"{self.path} has no embedding of {prompt!r}: run `mogan prepare` again with it as an extra prompt"
             )
         return self._read(path)["embedding"]
-
-    def observation(self, folder: Path, clip: str, start: int) -> Tensor:
-        """What :func:`ensure_observations` stored in ``folder`` for the window that starts at ``start``."""
-        return self._read(folder / f"{clip}.safetensors")[f"start_{start}"]
 
     def require(self, **facts) -> None:
         """Raise UserError unless the cache was made with these facts (``vae=...``, ``fps=...``)."""
@@ -130,9 +126,7 @@ def open_cache(path: str | Path) -> Cache:
         missing = [e["id"] for e in entries if e["id"] not in there]
         if missing:
             raise UserError(f"{path} lacks {len(missing)} clips, first {missing[0]}: run `mogan prepare` again")
-    size = sum(
-        p.stat().st_size for kind in ("clips", "text", "observations") for p in (path / kind).rglob("*.safetensors")
-    )
+    size = sum(p.stat().st_size for kind in ("clips", "text") for p in (path / kind).glob("*.safetensors"))
     return Cache(path, facts, entries, has_clips, size < HOLD_BYTES)
 
 
@@ -178,8 +172,9 @@ def draw_batch(
     rank: int = 0,
     ranks: int = 1,
     want: Collection[str] = (),
-    observations: Path | None = None,
+    observation: Callable[[str, int], Tensor | None] = lambda clip, start: None,
     starts: Sequence[int] = (),
+    prompts: Cache | None = None,
 ) -> Batch:
     """The batch of one update: a pure function of its arguments, so a resumed run sees what it would have seen.
 
@@ -196,30 +191,42 @@ def draw_batch(
         rank: this process.
         ranks: processes in all.
         want: any of "latent", "observation"; text always comes.
-        observations: folder returned by :func:`ensure_observations`.
+        observation: reads that of a clip and a start, where it is there; if one is not, the batch has none.
         starts: where a window may start, latent frames; one is drawn, the same for all ranks.
+        prompts: where the text comes from, if not from the clips' captions: a walk of its own.
+
+    Raises:
+        UserError: a clip whose caption is needed has none.
     """
     unknown = set(want) - {"latent", "observation"}
     assert not unknown, f"a batch has no {unknown}"
     if want:
         cache.require_clips()
     first = (iteration * ranks + rank) * size
-    chosen = [cache.entries[clip_at(len(cache), seed, update, repeat, first + i)] for i in range(size)]
-    ids = [entry["id"] for entry in chosen]
-    start = None
-    if starts:
-        rng = np.random.default_rng([seed, 1, update, repeat, iteration])
-        start = int(starts[int(rng.integers(len(starts)))])
-    latent = observation = None
+
+    def walk(of: Cache) -> list[dict]:
+        return [of.entries[clip_at(len(of), seed, update, repeat, first + i)] for i in range(size)]
+
+    said = walk(prompts or cache)
+    ids = [entry["id"] for entry in (walk(cache) if want else said)]
+    start = start_at(starts, seed, iteration, update, repeat) if starts else None
+    latent = seen = None
     if "latent" in want:
         latent = torch.stack([cache.latent(i) for i in ids])
     if "observation" in want:
-        assert observations is not None, "observations lie in the folder that ensure_observations returned"
-        assert start is not None, "observations were made for window starts: say which"
-        observation = torch.stack([cache.observation(observations, i, start) for i in ids])
-    prompts = [entry["caption"] for entry in chosen]
-    places = list(range(rank * size, (rank + 1) * size))
-    return Batch(ids, prompts, [cache.text(p) for p in prompts], latent, observation, start, places)
+        assert start is not None, "observations are made for window starts: say which"
+        found = [observation(i, start) for i in ids]
+        there = [one for one in found if one is not None]
+        seen = torch.stack(there) if len(there) == size else None
+    captions = [entry["caption"] for entry in said]
+    text = [(prompts or cache).text(caption) for caption in captions]
+    return Batch(ids, captions, text, latent, seen, start, list(range(rank * size, (rank + 1) * size)))
+
+
+def start_at(starts: Sequence[int], seed: int, iteration: int, update: int, repeat: int) -> int:
+    """Where the window of a step starts, latent frames: drawn from ``starts``, the same on every process."""
+    rng = np.random.default_rng([seed, 1, update, repeat, iteration])
+    return int(starts[int(rng.integers(len(starts)))])
 
 
 def clip_at(count: int, seed: int, update: int, repeat: int, position: int) -> int:
@@ -253,75 +260,23 @@ def text_path(cache: Path, prompt: str) -> Path:
     return cache / "text" / f"{hashlib.sha256(prompt.encode()).hexdigest()[:32]}.safetensors"
 
 
-def ensure_text(cache: str | Path, prompts: Iterable[str], encode: Callable[[list[str]], list[Tensor]]) -> int:
-    """Cache the embeddings that are missing, each prompt once; returns how many were.
+def ensure_text(
+    cache: str | Path, prompts: Iterable[str], encode: Callable[[list[str]], list[Tensor]], shared: bool = False
+) -> int:
+    """Cache the embeddings that are missing, each prompt once; returns how many were. ``shared`` if others may do so too.
 
     Prompts are encoded one at a time, so an embedding does not depend on its company or on where a run was interrupted.
     """
     missing = [p for p in dict.fromkeys(prompts) if not text_path(Path(cache), p).exists()]
     for prompt in tqdm(missing, desc="text", unit="prompt", disable=not missing):
         (embedding,) = encode([prompt])
-        _save(text_path(Path(cache), prompt), {"embedding": embedding}, {"prompt": prompt})
+        save_tensors(text_path(Path(cache), prompt), {"embedding": embedding}, {"prompt": prompt}, shared)
     return len(missing)
-
-
-def ensure_observations(
-    cache: str | Path,
-    key: dict,
-    observe: Callable[[Tensor, int], Tensor],
-    starts: Sequence[int],
-    batch: int = 8,
-    rank: int = 0,
-    ranks: int = 1,
-) -> Path:
-    """Compute what a discriminator sees of every real clip, once; what is there is left alone.
-
-    Args:
-        cache: folder of the cache.
-        key: the settings that decide the result (flow network, scale, window ...); their hash names the folder.
-        observe: ``(latent_BCFHW, start) -> observation (B, ...)``, stored in bf16.
-        starts: window starts, latent frames.
-        batch: clips at a time. The same clips always share a batch, so an interrupted run gives the same numbers.
-        rank: this process, of the ``ranks`` that share the work; the caller waits for all of them.
-        ranks: processes in all.
-
-    Returns:
-        The folder, for :func:`draw_batch`.
-
-    Raises:
-        UserError: the cache holds no clips, or the disk has no room; nothing is written then.
-    """
-    opened = open_cache(cache)
-    opened.require_clips()
-    settings = json.dumps(key | {"starts": list(starts)}, sort_keys=True)
-    folder = opened.path / "observations" / hashlib.sha256(settings.encode()).hexdigest()[:16]
-    ids = [entry["id"] for entry in opened.entries]
-    groups = [ids[i : i + batch] for i in range(0, len(ids), batch)][rank::ranks]
-    missing = [g for g in groups if not all((folder / f"{i}.safetensors").exists() for i in g)]
-    if not missing:
-        return folder
-    if rank == 0:
-        with replacing(folder / "key.json") as temporary:
-            temporary.write_text(settings + "\n")
-    with tqdm(total=sum(map(len, missing)), desc="observations", unit="clip", disable=rank > 0) as bar:
-        for number, group in enumerate(missing):
-            with torch.no_grad():
-                latent_BCFHW = torch.stack([opened.latent(i) for i in group])
-                seen = {start: observe(latent_BCFHW, start).to(torch.bfloat16).cpu() for start in starts}
-            if number == 0 and rank == 0:
-                each = sum(o[0].numel() * o.element_size() for o in seen.values())
-                bar.write(f"observations of {len(ids)} clips take {len(ids) * each / 1e6:.1f} MB in {folder}")
-                _check_space(folder, sum(map(len, missing)) * each)
-            for row, clip in enumerate(group):
-                tensors = {f"start_{start}": o[row] for start, o in seen.items()}
-                _save(folder / f"{clip}.safetensors", tensors, {})
-                bar.update()
-    return folder
 
 
 def save_latent(cache: Path, clip: str, latent: Float[Tensor, "c f h w"], facts: dict[str, str]) -> None:
     """Store a clip's latent; ``facts`` go into the file's header."""
-    _save(clip_path(cache, clip), {"latent": latent}, facts)
+    save_tensors(clip_path(cache, clip), {"latent": latent}, facts)
 
 
 def clip_path(cache: Path, clip: str) -> Path:
@@ -329,18 +284,9 @@ def clip_path(cache: Path, clip: str) -> Path:
     return cache / "clips" / f"{clip}.safetensors"
 
 
-def _check_space(folder: Path, needed: int) -> None:
-    """Refuse, before anything is written, what would leave less than ``DISK_MARGIN`` on the disk."""
-    free = shutil.disk_usage(folder).free
-    if needed > free - DISK_MARGIN:
-        raise UserError(
-            f"{folder} needs {needed / 1e9:.1f} GB, and of the {free / 1e9:.1f} GB free there {DISK_MARGIN / 1e9:.0f} GB "
-            "are left alone: free some space, prepare fewer clips, or put the cache on another disk"
-        )
-
-
-def _save(path: Path, tensors: dict[str, Tensor], facts: dict[str, str]) -> None:
+def save_tensors(path: Path, tensors: dict[str, Tensor], facts: dict[str, str], shared: bool = False) -> None:
+    """Write a safetensors file, whole or not at all; ``shared`` if other processes may write it at the same time."""
     # one key, since safetensors writes several in an order of its own and files would differ between runs
     about = {"about": json.dumps(facts, sort_keys=True)}
-    with replacing(path) as temporary:
+    with replacing(path, shared) as temporary:
         save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary, about)

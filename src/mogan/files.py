@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import shutil
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -16,16 +17,18 @@ REFUSED = {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, 
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path, shared: bool = False) -> Iterator[Path]:
     """A temporary name beside ``path``, with its suffix, that takes its place when the block ends well.
 
-    The name is always the same, so what a killed process leaves is overwritten by the next.
+    The name is always the same, so what a killed process leaves is overwritten by the next. Of a ``shared`` file, which
+    several processes may write at once, each has a name of its own, and the last one stays.
 
     Raises:
         UserError: the disk is full, or does not let us write there; ``path`` is as it was.
     """
     path = Path(path)
-    temporary = path.with_name(f".tmp-{path.name}")
+    own = f"{socket.gethostname()}-{os.getpid()}-" if shared else ""
+    temporary = path.with_name(f".tmp-{own}{path.name}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary

@@ -70,11 +70,11 @@ class Gain:
             )
         self.run, self.patience, self.cache = run, patience, open_cache(cache)
         self.cache.require(**{k: parts.cache.facts[k] for k in ("text_encoder", "tokenizer") if k in parts.cache.facts})
-        trained = {entry["caption"] for entry in parts.cache.entries}
+        trained = {entry["caption"] for entry in parts.texts.entries}
         captions = dict.fromkeys(entry["caption"] for entry in self.cache.entries)
-        self.prompts = [caption for caption in captions if caption not in trained][:CLIPS]
+        self.prompts = [caption for caption in captions if caption and caption not in trained][:CLIPS]
         if not self.prompts:
-            raise UserError(f"{cache} has no prompt that {parts.cache.path} lacks: hold some back from training")
+            raise UserError(f"{cache} has no prompt that {parts.texts.path} lacks: hold some back from training")
 
     def measure(self, parts: Assembly) -> float:
         """Mean of :func:`net_motion` over the held-out prompts, px/frame; all processes call it."""

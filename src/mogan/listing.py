@@ -47,11 +47,12 @@ class Source:
     outside: bool = False
 
 
-def scan(folder: str | Path, default_caption: str | None = None) -> list[Source]:
+def scan(folder: str | Path, default_caption: str | None = None, uncaptioned: bool = False) -> list[Source]:
     """Videos of a folder and of the folders in it, with captions, sorted by name.
 
     A caption is the row of a list (``metadata.jsonl``, ``.json``, ``.csv`` or ``.tsv``, of the folder or of one in it),
-    else the text file beside the video (``name.txt`` beside ``name.mp4``), else ``default_caption``. Blank ones are none.
+    else the text file beside the video (``name.txt`` beside ``name.mp4``), else ``default_caption``. Blank ones are none, which
+    is a problem unless ``uncaptioned`` videos are wanted too.
 
     Raises:
         UserError: the folder is missing, holds no video, or a list of it cannot be read.
@@ -72,14 +73,16 @@ def scan(folder: str | Path, default_caption: str | None = None) -> list[Source]
     if not files:
         raise UserError(f"{folder} holds no video ({', '.join(SUFFIXES)})")
     captions = {file.name: row.caption for file, row in listed}
-    return [_source(here, files[name], captions.get(name), default_caption) for name in sorted(files)]
+    return [_source(here, files[name], captions.get(name), default_caption, uncaptioned) for name in sorted(files)]
 
 
-def _source(here: "Folder", file: File, caption: str | None, default: str | None) -> Source:
+def _source(here: "Folder", file: File, caption: str | None, default: str | None, uncaptioned: bool) -> Source:
     caption, problem = here.words(file, caption)
     caption = caption or (default and default.strip())
-    if caption is None and problem is None:
-        problem = "no caption: add a row to metadata.jsonl, a .txt file, or give --caption"
+    if caption is None and problem is None and not uncaptioned:
+        problem = (
+            "no caption: add a row to metadata.jsonl, a .txt file, or give --caption, or --uncaptioned for motion alone"
+        )
     return Source(file.path, file.name, caption, problem, file.outside)
 
 

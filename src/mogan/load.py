@@ -20,8 +20,6 @@ from mogan.errors import UserError
 from mogan.lora import adapted, hold_in
 from mogan.sample import open_generator
 
-FROM_CLIPS = ("flow_matching", "motion_score", "shift")  # objectives whose student learns from real clips
-
 
 @dataclass(frozen=True)
 class Base:
@@ -62,7 +60,9 @@ class Base:
         return Denoiser(_spread(transformer, self.world, self.dtype), self.dtype)
 
 
-def load(config: Config, cache: Cache, model: str, student: str | None, world: World) -> Base:
+def load(
+    config: Config, cache: Cache, model: str, student: str | None, world: World, prompts: Cache | None = None
+) -> Base:
     """Find and check everything a run needs; the arguments are :func:`mogan.assemble.assemble`'s.
 
     Raises:
@@ -71,14 +71,16 @@ def load(config: Config, cache: Cache, model: str, student: str | None, world: W
     check_processes(config, world)
     folder, start, adapters_of = find_models(config, model, student)
     size = wan.geometry(folder)
-    texts = [part for part in ("text_encoder", "tokenizer") if part in cache.facts and (folder / part).is_dir()]
-    cache.require(**{part: wan.fingerprint(folder, part) for part in texts})
+    for texts in filter(None, (cache, prompts)):
+        read_by = [part for part in ("text_encoder", "tokenizer") if part in texts.facts and (folder / part).is_dir()]
+        texts.require(**{part: wan.fingerprint(folder, part) for part in read_by})
     if cache.has_clips:
         cache.require(vae=wan.fingerprint(folder, "vae"))
         size = wan.Geometry(**{k: cache.facts[k] for k in ("fps", "height", "width", "frames")})
     shape = wan.latent_shape(folder, size)
     _check_window(config, shape[1])
     _check_clips(config, cache)
+    _check_captions(config, cache, prompts)
     dtype = dtype_of(config, world.device)
     vae = wan.load_vae(folder, dtype).to(world.device)
     encode, frozen = _text_encoder(cache, folder, world), _frozen_weights(config, dtype, world)
@@ -150,11 +152,30 @@ def _check_clips(config: Config, cache: Cache) -> None:
     for update in config.plan:
         if update.by == "shift" and update.batch < 2:
             raise UserError("SHIFT's baseline is the mean over the generated clips: give --batch 2 or more")
-        from_clips = update.learns not in ("student", "fake_score") or update.by in FROM_CLIPS
-        if cache.has_clips and from_clips and update.batch > len(cache):
+        if not config.takes(update):
+            continue
+        cache.require_clips()
+        if update.batch > len(cache):
             raise UserError(
                 f"{update.label} takes {update.batch} clips at a time and {cache.path} holds {len(cache)}: prepare more, or "
                 f"give --batch {len(cache)}"
+            )
+
+
+def _check_captions(config: Config, cache: Cache, prompts: Cache | None) -> None:
+    """Every update has words: clips may lack a caption where nobody reads it."""
+    if prompts is not None and all(update.from_clips for update in config.plan):
+        raise UserError(f"{config.recipe} learns from clips and their own captions alone: leave out --prompts")
+    for update in config.plan:
+        texts = cache if prompts is None or update.from_clips else prompts
+        bare = [entry["id"] for entry in texts.entries if entry["caption"] is None]
+        if bare:
+            instead = (
+                "" if update.from_clips else ", or give --prompts a cache of prompts (`mogan prepare prompts.txt`)"
+            )
+            raise UserError(
+                f"{len(bare)} clips of {texts.path} have no caption (first {bare[0]}), and {update.label} reads it: prepare "
+                f"them with captions{instead}"
             )
 
 
@@ -184,7 +205,7 @@ def _text_encoder(cache: Cache, base: Path, world: World) -> wan.TextEncoder:
     encoder = once(lambda: wan.load_text(base))
 
     def encode(prompts: list[str]) -> list[Tensor]:
-        ensure_text(cache.path, prompts, lambda missing: encoder()(missing))
+        ensure_text(cache.path, prompts, lambda missing: encoder()(missing), shared=True)
         return [cache.text(p) for p in prompts]
 
     return lambda prompts: world.from_main(lambda: encode(prompts))

@@ -62,13 +62,13 @@ def prepare(
     min_motion: float | None = None,
     motion_quantile: float | None = None,
     caption: str | None = None,
+    uncaptioned: bool = False,
     flow: str = "lab",
     fps: int | None = None,
     height: int | None = None,
     width: int | None = None,
     frames: int | None = None,
     extra_prompts: tuple[str, ...] = (DISCRIMINATOR_PROMPT,),
-    observe_for: str | None = None,
     workers: int = 2,
     device: str = "auto",
 ) -> None:
@@ -93,14 +93,13 @@ def prepare(
         motion_quantile: keep only what moves more than this share of the clips, 0.7 for the liveliest 30 %. Beside
             min-motion both must hold.
         caption: for videos that have none.
+        uncaptioned: keep videos without a caption too. They teach motion alone: `mogan train --prompts` says what about.
         flow: "lab", "farneback" (classical, no weights), or the path of RAFT weights.
         fps: instead of the model's.
         height: instead of the model's, pixels.
         width: instead of the model's, pixels.
         frames: of a clip, 4 k + 1, instead of the model's.
         extra_prompts: prompts to embed besides the captions and the empty prompt.
-        observe_for: a recipe such as mogan_lab: also cache the optical flow its discriminator will see of every clip.
-            Without it `mogan train` computes that when it starts.
         workers: videos decoded at a time.
         device: auto, cpu or cuda: where the networks run.
     """
@@ -147,6 +146,7 @@ def prepare(
             min_motion=min_motion,
             motion_quantile=motion_quantile,
             caption=caption,
+            uncaptioned=uncaptioned,
             extra_prompts=extra_prompts,
             workers=workers,
         )
@@ -156,12 +156,6 @@ def prepare(
     print(
         f"{summary.kept} clips{moving} in {out} ({done}); {summary.dropped} dropped, {summary.skipped} files skipped{why}"
     )
-    if observe_for is not None:
-        from mogan.assemble import cache_observations
-        from mogan.recipes import find_recipe
-
-        seen = cache_observations(find_recipe(observe_for), data.open_cache(out), str(folder), device)
-        print(f"what {observe_for} sees of the {seen} clips is cached too")
 
 
 def vbench_threshold(geometry: "Geometry") -> float:
@@ -211,6 +205,7 @@ def prepare_cache(
     min_motion: float | None = None,
     motion_quantile: float | None = None,
     caption: str | None = None,
+    uncaptioned: bool = False,
     extra_prompts: Sequence[str] = (),
     workers: int = 2,
 ) -> Summary:
@@ -229,6 +224,7 @@ def prepare_cache(
         min_motion: keep clips that move at least so much, pixels per frame.
         motion_quantile: keep clips at or above this quantile of motion.
         caption: for videos that have none.
+        uncaptioned: keep those that have none; their caption in ``index.jsonl`` is null.
         extra_prompts: embedded besides the captions and "".
         workers: videos decoded at a time; each holds about two clips in memory.
 
@@ -240,7 +236,7 @@ def prepare_cache(
         raise UserError(f"--motion-quantile must be at least 0 and below 1, not {motion_quantile}")
     if workers < 1:
         raise UserError("--workers must be at least 1")
-    sources = scan(source, caption)
+    sources = scan(source, caption, uncaptioned)
     size = {k: getattr(geometry, k) for k in ("fps", "height", "width", "frames")}
     _claim(out, {"contents": "clips"} | size | fingerprints)
 
@@ -261,10 +257,15 @@ def prepare_cache(
         most = f"; the liveliest moves {max(e['motion'] for e in found):.2f} px/frame" if found else ""
         raise UserError(f"no clip is left of {source} (see {out}/dropped.jsonl and skipped.jsonl){most}")
     encoded = _encode(usable, kept, out, geometry, encode_video, workers)
-    data.ensure_text(out, [*(e["caption"] for e in kept), "", *extra_prompts], encode_text)
+    captions = {e["source"]: e["caption"] for e in kept if e["caption"] is not None}
+    data.ensure_text(out, [*captions.values(), "", *extra_prompts], encode_text)
     _write_jsonl(out / "index.jsonl", kept)
     notes = _notes(usable, records, geometry)
-    notes += about_tokens({e["source"]: e["caption"] for e in kept if e["caption"]}, tokens) if tokens else []
+    if bare := [e["id"] for e in kept if e["caption"] is None]:
+        notes.append(
+            f"{len(bare)} clips have no caption (first {bare[0]}): they teach motion alone, with `mogan train --prompts`"
+        )
+    notes += about_tokens(captions, tokens) if tokens else []
     _tell(out, notes)
     return Summary(len(kept), len(dropped), len(skipped), encoded, threshold, tuple(notes))
 

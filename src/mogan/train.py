@@ -42,9 +42,10 @@ from mogan.flow import RaftFlow, flow_of_pieces
 from mogan.held_out import Gain
 from mogan.identity import check_same_parts, made_of, note_parts, refuse_other_folders
 from mogan.journal import Journal
-from mogan.load import FROM_CLIPS, find_models
+from mogan.load import find_models
 from mogan.locks import alone_in
 from mogan.objectives.shift import Shift
+from mogan.observations import drawn
 from mogan.ranges import above, at_least, is_seed
 from mogan.recipes import ablate, find_recipe
 from mogan.rollout import Rollout, animate, normal, roll_out
@@ -87,15 +88,9 @@ def draw_exit(config: Config, where: Position) -> int:
 
 def draw(parts: Assembly, update: Update, where: Position) -> Batch:
     """Our share of the batch of one step: prompts and, where needed, real clips or their observations of one window."""
-    config = parts.config
-    by_gan = "gan" in update.judges or "surrogate" in update.judges
-    in_motion = by_gan and config.gan is not None and config.gan.space == "motion"
-    if update.by in FROM_CLIPS or (update.learns == "discriminator" and not in_motion):
-        want: tuple[str, ...] = ("latent",)
-    elif update.by == "surrogate" and update.learns != "student":
-        want = ("latent", "observation")
-    else:
-        want = ("observation",) if update.learns == "discriminator" else ()
+    config, gan = parts.config, parts.config.gan
+    in_motion = gan is not None and gan.space == "motion" and not {"gan", "surrogate"}.isdisjoint(update.judges)
+    more: dict[str, Any] = {} if parts.observations is None else {"observation": parts.observations.read}
     return draw_batch(
         parts.cache,
         seed=where.seed,
@@ -105,10 +100,17 @@ def draw(parts: Assembly, update: Update, where: Position) -> Batch:
         update=where.update,
         repeat=where.repeat,
         size=update.batch // parts.world.shares,
-        want=want,
-        observations=parts.observations,
-        starts=config.gan.starts if in_motion and config.gan is not None else (),
+        want=config.takes(update),
+        starts=gan.starts if gan is not None and in_motion else (),
+        prompts=None if update.from_clips else parts.prompts,
+        **more,
     )
+
+
+def complete(parts: Assembly, update: Update, batch: Batch) -> Batch:
+    """The batch with the observations that nobody had computed when it was drawn."""
+    wanted = "observation" in parts.config.takes(update)
+    return parts.observations.complete(batch) if wanted and parts.observations is not None else batch
 
 
 def parts_of(size: int, most: int) -> int:
@@ -158,7 +160,7 @@ def step(parts: Assembly, update: Update, where: Position, batch: Batch | None =
     network, optimizer = parts.networks[update.learns], parts.optimizers[update.optimizer_name]
     totals: dict[str, Tensor] = {}
     most = update.batch // update.accumulate  # clips at a time
-    batch = batch or draw(parts, update, where)
+    batch = complete(parts, update, batch or draw(parts, update, where))
     if isinstance(objective, Shift):
         batch = objective.pairs_for(where.iteration, batch, where.generators(2, batch), most)
     pieces = split(batch, parts_of(len(batch.ids), most))
@@ -212,14 +214,17 @@ def run_training(
     batches = one_ahead(lambda where: draw(parts, config.plan[where.update], where), positions(config, start))
     over = world.any(gain is not None and world.main and gain.over)
     todo = range(start, start if over else config.iterations)
+    if world.main and todo and (told := _about_observations(parts, start)):
+        print(told)
     with _graceful_stop() as stop, closing(batches):
         bar = tqdm(todo, initial=start, total=config.iterations, desc=config.recipe, disable=not world.main)
         for iteration in bar:
             shown = {}
             for index, update in enumerate(config.plan):
                 for repeat in range(update.times if update.happens(iteration) else 0):
+                    batch = complete(parts, update, next(batches))  # of a clip once: no part of what a step costs
                     began, spent = time.perf_counter(), time.process_time()
-                    record = step(parts, update, Position(config.seed, iteration, index, repeat), next(batches))
+                    record = step(parts, update, Position(config.seed, iteration, index, repeat), batch)
                     record |= {"seconds": time.perf_counter() - began}
                     if world.device.type == "cpu":  # what others do on the machine does not count
                         record |= {"core_seconds": time.process_time() - spent}
@@ -254,6 +259,15 @@ def run_training(
         print(f"{run} has its {start} iterations already: give --iterations a larger number to go on")
     if gain is not None and world.main and held_out_motions(run):
         print(gain.said())
+
+
+def _about_observations(parts: Assembly, start: int) -> str:
+    config = parts.config
+    if parts.observations is None or config.gan is None:
+        return ""
+    channels, _, height, width = parts.latent_shape
+    size = channels * config.gan.window * height * width * torch.bfloat16.itemsize
+    return parts.observations.announce(drawn(config, len(parts.cache), start), size)
 
 
 def positions(config: Config, start: int) -> Iterator[Position]:
@@ -315,15 +329,16 @@ def sample_sheet(parts: Assembly, run: Path, iteration: int) -> None:
     from mogan.video import contact_sheet, flow_picture, write_video
 
     config = parts.config
-    first = {e["caption"]: e["id"] for e in reversed(parts.cache.entries)}  # of each prompt, its first clip
-    prompts = list(dict.fromkeys(e["caption"] for e in parts.cache.entries))[: config.sample_prompts]
+    texts = parts.cache if config.given else parts.texts
+    first = {e["caption"]: e["id"] for e in reversed(texts.entries)}  # of each prompt, its first clip
+    prompts = list(dict.fromkeys(e["caption"] for e in texts.entries))[: config.sample_prompts]
     latents: list[Tensor] = []
     together = clips_at_once(parts.geometry)
     with parts.averaged_student() as student:
         for begin in range(0, len(prompts), together):
             part = prompts[begin : begin + together]
             seeds = list(range(begin, begin + len(part)))
-            text = stack_text([parts.cache.text(p) for p in part], parts.device)
+            text = stack_text([texts.text(p) for p in part], parts.device)
             if config.given:
                 noise = normal(torch.Size((len(seeds), *parts.latent_shape)), seeded(seeds), parts.device)
                 real = torch.stack([parts.cache.latent(first[p]) for p in part]).to(noise)
@@ -370,6 +385,7 @@ def train(
     *,
     data: Path,
     out: Path,
+    prompts: Path | None = None,
     model: str = "lab",
     student: str | None = None,
     iterations: int | None = None,
@@ -394,6 +410,8 @@ def train(
     Args:
         recipe: a name such as mogan_lab, dmd_lab, flow_matching_lab, shift_lab, mogan_wan_1_3b, or your own module:function.
         data: a cache made by `mogan prepare`.
+        prompts: a second cache (`mogan prepare prompts.txt`), whose prompts the student makes clips of in place of the captions
+            of data: clips then teach motion alone and need no captions.
         out: folder of the run: checkpoints, metrics.jsonl, tensorboard, samples.
         model: base model (teacher, autoencoder, text): lab, a diffusers folder or a hub id.
         student: few-step student to start from, a model or (with lora) a run with adapters; the lab's own for the lab.
@@ -446,8 +464,8 @@ def train(
         with alone_in(out) if world.main else nullcontext():
             refuse_other_folders(out)
             check_same_run(out, config)
-            cache = open_cache(data)
-            of = made_of(*find_models(config, model, student), cache) if world.main else {}
+            cache, words = open_cache(data), open_cache(prompts) if prompts else None
+            of = made_of(*find_models(config, model, student), cache, words) if world.main else {}
             if world.main:
                 check_same_parts(out, of)
 
@@ -455,5 +473,5 @@ def train(
                 write_atomically(out / "config.json", text + "\n")
                 note_parts(out, of)
 
-            parts = assemble(config, cache, model=model, student=student, run=out, world=world)
+            parts = assemble(config, cache, model=model, student=student, prompts=words, run=out, world=world)
             run_training(parts, out, Gain(out, held_out, parts, patience) if held_out else None, begin)

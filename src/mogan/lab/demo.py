@@ -45,7 +45,7 @@ def demo(
     is_seed(seed=seed)
     writable_folder(out)
     render(out=out / "videos", clips=clips, motion="rich", seed=VIDEO_SEED)
-    prepare(out / "videos", out=out / "cache", motion_rich=True, min_motion=0.5, observe_for="mogan_lab")
+    prepare(out / "videos", out=out / "cache", motion_rich=True, min_motion=0.5)
     train("mogan_lab", data=out / "cache", out=out / "run", iterations=iterations, seed=seed)
     if not (out / "export").exists():
         export(out / "run", out=out / "export")

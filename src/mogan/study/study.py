@@ -139,7 +139,7 @@ def shared_jobs(out: Path, held_out: int | None = None) -> list[Job]:
     return [
         Job("captions", ("prepare", str(out / "captions.txt"), "--out", str(out / "captions"))),
         _render(out, "videos", TRAIN_VIDEOS, "rich", TRAIN_SEED),
-        Job("cache", (*cache, "--observe-for", "mogan_lab"), after=("videos",)),
+        Job("cache", cache, after=("videos",)),
         *([_render(out, "held_out", held_out, "rich", PROMPT_SEED)] if held_out else []),
     ]
 
