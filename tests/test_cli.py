@@ -2,12 +2,15 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
+import torch
 
 from mogan.cli import COMMANDS, main
 from mogan.errors import UserError
 from mogan.recipes import ABLATIONS, ablate, dmd2_wan_1_3b, find_recipe, mogan_wan_1_3b
+from mogan.study.columns import one_moments
 from mogan.watch import Watch
 
 
@@ -144,11 +147,33 @@ def test_mogan_has_the_papers_values():
     assert (gan.blocks, gan.taps, gan.window, gan.sigma) == (16, (7, 13, 15), 12, 0.0)
     assert gan.prompt == "a video with good motion"
     assert config.iterations == 800
-    assert {o.lr for o in config.optimizers.values()} == {1e-5}
+    assert config.optimizers["student_motion"].lr == 0.5 * 1e-5  # lambda_1
+    assert {o.lr for name, o in config.optimizers.items() if name != "student_motion"} == {1e-5}
     assert max(gan.starts) + gan.window == 21
     warm = dmd2_wan_1_3b()
     assert warm.sigmas == (1.0, 0.757, 0.522)
     assert warm.dmd.guidance == 3.5 + 1  # CausVid writes cond + w (cond - uncond)
+
+
+@pytest.mark.parametrize("recipe", ["mogan_lab", "mogan_msm_lab", "mogan_surrogate_lab", "mogan_wan_1_3b"])
+def test_motion_updates_have_moments_of_their_own_and_lambda_1_of_the_learning_rate(recipe):
+    config = find_recipe(recipe)
+    used = {u.by: u.optimizer_name for u in config.plan if u.learns == "student"}
+    assert used.pop("dmd") == "student"
+    assert set(used.values()) == {"student_motion"}
+    motion, dmd = config.optimizers["student_motion"], config.optimizers["student"]
+    assert motion == replace(dmd, lr=config.gan.student_weight * dmd.lr)
+
+
+def test_a_learning_rate_is_the_students_and_keeps_its_ratio_to_that_of_the_motion_update(capsys):
+    assert main(["train", "mogan_lab", "--data", "x", "--out", "y", "--lr", "2e-4", "--dry-run"]) == 0
+    optimizers = json.loads(capsys.readouterr().out)["optimizers"]
+    assert {k: o["lr"] for k, o in optimizers.items()} == {
+        "student": 2e-4,
+        "student_motion": 1e-4,
+        "fake_score": 2e-4,
+        "discriminator": 2e-4,
+    }
 
 
 @pytest.mark.parametrize("ablation", ABLATIONS)
@@ -227,7 +252,7 @@ def watched(key, values, update="student<gan"):
 @pytest.mark.parametrize(
     ("key", "values", "update", "word"),
     [
-        ("motion", [1.0] * 5 + [0.5] * 15, "student<gan", "or raise gan.student_weight"),
+        ("motion", [1.0] * 5 + [0.5] * 15, "student<gan", "or raise the motion update's learning rate"),
         ("motion", [1.0] * 5 + [0.5] * 15, "student<shift", "stop here, or raise shift.beta"),
         ("saturation", [0.4] * 5 + [0.55] * 15, "student<gan", "saturating"),
         ("loss", [0.1] * 50 + [0.3] * 5 + [0.5] * 15, "fake_score<dmd", "lags"),
@@ -240,6 +265,38 @@ def test_warnings_come_in_words_and_once(key, values, update, word):
     assert len(said) == 1
     assert word in said[0]
     assert watched(key, [values[0]] * 30, update) == []
+
+
+def step_of_adam(small, large):
+    """How far the 20th small gradient moves a weight, between large ones, where Adam's steps are 1 long."""
+    weight = torch.zeros(1, requires_grad=True)
+    optimizer = torch.optim.AdamW([weight], lr=1.0, betas=(0.0, 0.999), weight_decay=0.0)
+    for gradient in [large, small] * 20:
+        before, weight.grad = weight.item(), torch.full((1,), gradient)
+        optimizer.step()
+    return before - weight.item()
+
+
+@pytest.mark.parametrize(("dmd", "motion", "drowned"), [(0.8, 0.01, "student<gan"), (0.01, 5.0, "student<dmd")])
+def test_an_update_whose_gradient_another_drowns_is_named_once(dmd, motion, drowned):
+    config = one_moments()
+    norms = {"student<dmd": dmd, "student<gan": motion, "discriminator<gan": 1e-6}
+
+    def said_by(watch, norms):
+        lines = [
+            {"iteration": i, "update": u, "loss": 1.0, "grad_norm": n} for i in range(30) for u, n in norms.items()
+        ]
+        return [(line["iteration"], said) for line in lines for said in watch.read(line)]
+
+    (when, said), *more = said_by(Watch(config), norms)
+    assert not more
+    assert when == 20
+    assert said.startswith(f"{drowned} is drowned by student<")
+    percent = float(re.search(r"are ([0-9.]+)% of those", said)[1])
+    assert percent == pytest.approx(100 * step_of_adam(*sorted((dmd, min(motion, 1.0)))), rel=0.02)  # clipped at 1
+    assert "optimizer of its own" in said
+    assert said_by(Watch(config), norms | {"student<dmd": 0.8, "student<gan": 0.1}) == []  # as in the lab's runs
+    assert said_by(Watch(find_recipe("mogan_lab")), norms) == []  # each has its own
 
 
 LAST_WORDS = """

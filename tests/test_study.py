@@ -144,7 +144,8 @@ def test_seconds_of_cores_count_before_those_of_the_clock(tmp_path):
 def test_one_factor_changes_at_a_time():
     whole = vars(mogan_lab())
     expected = {
-        "two_moments": {"plan", "optimizers"},
+        "two_moments": {"optimizers"},
+        "one_moments": {"plan", "optimizers"},
         "judge_first": {"plan"},
         "guidance_5": {"dmd"},
         "no_dmd": {"plan", "dmd", "recipe"},

@@ -7,7 +7,7 @@ from pathlib import Path
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from mogan.config import Update
+from mogan.config import Config, Update
 from mogan.files import write_atomically
 from mogan.watch import Watch
 
@@ -15,8 +15,8 @@ from mogan.watch import Watch
 class Journal:
     """The records of a run, from iteration ``start`` on; of what was written before, later iterations are dropped."""
 
-    def __init__(self, run: Path, start: int):
-        self.run, self.watch = run, Watch()
+    def __init__(self, run: Path, start: int, config: Config):
+        self.run, self.watch = run, Watch(config)
         for record in _keep_before(run / "metrics.jsonl", start):
             self.watch.read(record)
         self.writer = SummaryWriter(str(run / "tensorboard"), purge_step=start)

@@ -33,7 +33,7 @@ from mogan.checkpoint import (
     save_checkpoint,
     stored,
 )
-from mogan.config import Config, Update
+from mogan.config import Config, Optimizer, Update
 from mogan.data import Batch, draw_batch, one_ahead, open_cache
 from mogan.distributed import join, whole
 from mogan.errors import UserError
@@ -230,7 +230,7 @@ def run_training(
                         record |= {"core_seconds": time.process_time() - spent}
                     if world.main and journal is None:
                         begin()
-                        journal = Journal(run, start)
+                        journal = Journal(run, start, config)
                     shown[update.label] = f"{record['loss']:.3f}"
                     if journal is not None:
                         journal.write(iteration, update, repeat, record)
@@ -380,6 +380,13 @@ def _frames_and_flow(parts: Assembly, latent_1CFHW: Tensor) -> tuple[np.ndarray,
     return np.stack(frames), flow
 
 
+def _slower(config: Config, lr: float) -> dict[str, Optimizer]:
+    """The optimisers with ``lr`` as the student's learning rate; of several of the student, as that of its first update."""
+    mine = [u.optimizer_name for u in config.plan if u.learns == "student"]
+    first = config.optimizers[mine[0]].lr
+    return {k: replace(o, lr=o.lr / first * lr) if k in mine else o for k, o in config.optimizers.items()}
+
+
 def train(
     recipe: tyro.conf.Positional[str],
     *,
@@ -418,7 +425,7 @@ def train(
         iterations: how long to train in all.
         seed: of everything random.
         batch: clips per update, in place of the recipe's.
-        lr: learning rate of the student, in place of the recipe's.
+        lr: learning rate of the student, in place of the recipe's; where updates have their own, the others keep their ratio.
         lora: learn adapters of this rank over one frozen base, instead of all weights of student and fake score.
         ablation: leave one part out, as in the paper's Table 2: no-dmd, no-r1r2 or latent-gan.
         precision: auto, bf16 or fp32.
@@ -452,8 +459,7 @@ def train(
     if batch is not None:
         config = replace(config, plan=tuple(with_batch(u, batch) for u in config.plan))
     if lr is not None:
-        slower = {k: replace(o, lr=lr) if k.startswith("student") else o for k, o in config.optimizers.items()}
-        config = replace(config, optimizers=slower)
+        config = replace(config, optimizers=_slower(config, lr))
     text = json.dumps(asdict(config), indent=2, ensure_ascii=False)
     if dry_run:
         print(text)

@@ -2,18 +2,24 @@
 
 from collections import defaultdict, deque
 
+from mogan.config import Config
+
 FIRST, RECENT = 5, 10  # records that make "the start" and "now"
 SETTLED = 50  # iterations a fake score that starts from the teacher needs to find the student at all
+EARLY, DROWNED = 20, 0.05  # iterations in which gradients are compared, and steps that are too short to count
 
 
 class Watch:
-    """Reads the records of a run and says when one of four things goes wrong, each at most once in ``every`` iterations.
+    """Reads the records of a run and says when something goes wrong, each thing at most once in ``every`` iterations.
 
-    The records of a resumed run must be replayed into it, so that "the start" is still the run's start.
+    The records of a resumed run must be replayed into it, so that "the start" is still the run's start. With the run's
+    config, it also says once if one of the updates that share an optimiser is drowned by the others.
     """
 
-    def __init__(self, every: int = 50):
-        self.every = every
+    def __init__(self, config: Config | None = None, every: int = 50):
+        self.config, self.every = config, every
+        self.norms: dict[str, list[float]] = defaultdict(list)  # of the first iterations, by update
+        self.weighed = config is None
         self.start: dict[str, list[float]] = defaultdict(list)
         self.recent: dict[str, deque[float]] = defaultdict(lambda: deque(maxlen=RECENT))
         self.said: dict[str, int] = {}
@@ -27,7 +33,9 @@ class Watch:
         if update.startswith("fake_score") and record["iteration"] >= SETTLED:
             self._note("fake_loss", record["loss"])
         by_shift = update == "student<shift"
-        livelier = "raise shift.beta" if by_shift else "lower the guidance of dmd or raise gan.student_weight"
+        livelier = (
+            "raise shift.beta" if by_shift else "lower the guidance of dmd or raise the motion update's learning rate"
+        )
         checks = (
             ("motion", self._ratio("motion") < 0.7, "the student is stiller than at its start: its clips move {now:.2f} "
              "px/frame, at first {first:.2f}; stop here, or {livelier}"),
@@ -46,7 +54,34 @@ class Watch:
             if wrong and iteration - self.said.get(key, -self.every) >= self.every:
                 self.said[key] = iteration
                 warnings.append(text.format(now=self._now(key), first=self._first(key), livelier=livelier))
-        return warnings
+        return warnings + self._drowned(record)
+
+    def _drowned(self, record: dict) -> list[str]:
+        """After the first iterations: which updates hardly step, by moments that they share with greater gradients.
+
+        Adam divides a gradient by the root of the mean square of all that it was given, so of two updates that share
+        it the one with a 20th of the gradient takes a 14th of the step that it takes alone.
+        """
+        if self.weighed or self.config is None:
+            return []
+        if record["iteration"] < EARLY:
+            self.norms[record["update"]].append(record.get("grad_norm", 0.0))
+            return []
+        self.weighed, said = True, []
+        for name, optimizer in self.config.optimizers.items():
+            sharing = list({u.label for u in self.config.plan if u.optimizer_name == name} & self.norms.keys())
+            norms = {label: [min(n, optimizer.clip) for n in self.norms[label]] for label in sorted(sharing)}
+            whole = _rms([n for of_one in norms.values() for n in of_one])
+            for label, of_one in norms.items():
+                if len(of_one) >= FIRST and _rms(of_one) < DROWNED * whole:
+                    others = " and ".join(other for other in norms if other != label)
+                    said.append(
+                        f"{label} is drowned by {others}: they share an Adam, whose steps for it are "
+                        f"{_rms(of_one) / whole:.1%} of those it would take alone (its gradient norms are about "
+                        f"{_rms(of_one):.2g}, all together {whole:.2g}); give it an optimizer of its own in the plan, or "
+                        "its loss another weight"
+                    )
+        return said
 
     def _note(self, key: str, value: float) -> None:
         if len(self.start[key]) < FIRST:
@@ -67,3 +102,7 @@ class Watch:
 
     def _difference(self, key: str) -> float:
         return self._now(key) - self._first(key) if self._ready(key) else 0.0
+
+
+def _rms(values: list[float]) -> float:
+    return (sum(v * v for v in values) / max(len(values), 1)) ** 0.5

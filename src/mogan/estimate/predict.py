@@ -185,15 +185,23 @@ def _share(config: Config, update: Update) -> float:
 def _networks(config: Config, costs: Costs, gpus: int, lora: int | None) -> tuple[Network, ...]:
     whole, rank = costs.parameters["transformer"], lora or 0
 
+    def optimizers(name: str) -> int:
+        return len({u.optimizer_name for u in config.plan if u.learns == name})
+
     def trained(name: str, parameters: int, averaged: bool = False) -> Network:
         mine = FP32 * parameters / gpus
-        return Network(name, parameters, mine, mine, 2 * mine, mine if averaged else 0.0)
+        return Network(name, parameters, mine, mine, 2 * optimizers(name) * mine, mine if averaged else 0.0)
 
     def adapters(name: str, averaged: bool, own_base: bool) -> Network:
         base = (BF16 * blocks + FP32 * (whole - blocks)) / gpus if own_base else 0.0
         learned = FP32 * rank * costs.parameters["adapters"] / gpus
         return Network(
-            name, rank * costs.parameters["adapters"], base + learned, learned, 2 * learned, averaged * learned
+            name,
+            rank * costs.parameters["adapters"],
+            base + learned,
+            learned,
+            2 * optimizers(name) * learned,
+            averaged * learned,
         )
 
     layers = round((whole - costs.parameters["rest"]) / costs.parameters["block"])

@@ -68,7 +68,8 @@ def table2() -> tuple[Column, ...]:
         ("flow_half", "2 px/frame drawn as 1"),
         ("flow_double", "8 px/frame drawn as 1"),
         ("drawn_levels", "discriminator at drawn noise levels"),
-        ("two_moments", "own optimiser state for the student's motion update"),
+        ("two_moments", "the motion update as strong as DMD's: its learning rate whole"),
+        ("one_moments", "one optimiser state for the student's two updates"),
         ("judge_first", "discriminator learns before the student"),
         ("window_start", "window always at the start of the clip"),
         ("heads_only", "discriminator's trunk frozen"),
@@ -183,10 +184,16 @@ def window_start() -> Config:
 
 
 def two_moments() -> Config:
-    """DMD and motion update keep separate Adam moments."""
+    """The motion update's own Adam has DMD's learning rate."""
     config = mogan_lab()
-    plan = tuple(replace(u, optimizer="student_motion") if _is_motion(u) else u for u in config.plan)
-    return replace(config, plan=plan, optimizers=config.optimizers | {"student_motion": config.optimizers["student"]})
+    return replace(config, optimizers=config.optimizers | {"student_motion": config.optimizers["student"]})
+
+
+def one_moments() -> Config:
+    """DMD and motion update share one Adam, at DMD's learning rate."""
+    config = mogan_lab()
+    plan = tuple(replace(u, optimizer=None) for u in config.plan)
+    return replace(config, plan=plan, optimizers={k: v for k, v in config.optimizers.items() if k != "student_motion"})
 
 
 def judge_first() -> Config:
@@ -266,7 +273,3 @@ def _guided(guidance: float) -> Config:
     config = mogan_lab()
     assert config.dmd is not None
     return replace(config, dmd=replace(config.dmd, guidance=guidance))
-
-
-def _is_motion(update: Update) -> bool:
-    return update.learns == "student" and update.by == "gan"
