@@ -445,6 +445,33 @@ def test_the_number_of_workers_changes_nothing(tmp_path):
     assert contents(tmp_path / "1") == contents(tmp_path / "3")
 
 
+@pytest.mark.parametrize("choice", [{}, {"min_motion": 0.5}, {"motion_quantile": 0.5}])
+def test_shards_share_the_work_and_the_command_without_one_lists_the_clips(tmp_path, monkeypatch, choice):
+    render_folder(tmp_path / "v", 7)
+    (tmp_path / "v/broken.mp4").write_bytes(b"nothing")
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    run(tmp_path / "v", whole, extra_prompts=("extra",), **choice)
+    how = {"extra_prompts": ("extra",), **choice}
+    rounds = 2 if "motion_quantile" in choice else 1
+    notes = [run(tmp_path / "v", parts, shard=f"{i}/3", **how).notes[-1] for _ in range(rounds) for i in range(3)]
+    assert "after all shards, the command without --shard lists them" in notes[-1]
+    if rounds == 2:
+        assert "5 videos of others are not yet: run every shard once more" in notes[0]
+    with pytest.raises(UserError, match="not finished"):
+        open_cache(parts)
+    fails = {name: lambda x: pytest.fail("done again") for name in ("encode_video", "encode_text")}
+    monkeypatch.setattr("mogan.measure.motion_of", lambda *a: pytest.fail("measured again"))
+    assert run(tmp_path / "v", parts, **how, **fails).encoded == 0
+    assert contents(parts) == contents(whole)
+
+
+def test_a_shard_that_is_none_is_one_sentence(tmp_path):
+    render_folder(tmp_path / "v", 2)
+    for shard in ("2/2", "a/2", "1", "-1/2"):
+        with pytest.raises(UserError, match="--shard takes i/n"):
+            run(tmp_path / "v", tmp_path / "c", shard=shard)
+
+
 # ---------------------------------------------------------------------------------------------- the command
 
 
@@ -458,6 +485,8 @@ def test_the_command_prepares_videos_and_prompts_with_real_networks(tmp_path, fa
     assert "4 encoded now" in capsys.readouterr().out
     assert main(command) == 0
     assert "nothing to do" in capsys.readouterr().out
+    assert main([*command, "--shard", "1/2"]) == 0
+    assert "2 clips of shard 1/2 are in" in capsys.readouterr().out
     cache = open_cache(tmp_path / "c")
     cache.require(vae=fingerprint(family / "teacher", "vae"), fps=16, height=32, width=32, frames=13)
     batch = draw_batch(cache, seed=0, iteration=0, update=0, size=2, want=("latent",))

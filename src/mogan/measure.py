@@ -72,13 +72,26 @@ def _read_clips(source: Source, geometry: "Geometry") -> Iterator[Any]:
     yield from clips_of(read_frames(source.path, fps=geometry.fps, size=size), geometry.frames)
 
 
+def known_record(out: Path, source: Source) -> dict | None:
+    """What some process has found out about all of a file, if the file is still the same."""
+    old = _stored(out, source)
+    return old if old is not None and _stamp(source).items() <= old.items() and (old["done"] or old["error"]) else None
+
+
+def _stamp(source: Source) -> dict[str, int]:
+    stat = source.path.stat()
+    return {"bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns}
+
+
+def _stored(out: Path, source: Source) -> dict | None:
+    path = _record_path(out, source.name)
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
 def _record(out: Path, source: Source) -> dict:
     """What an earlier run knows about a file, if the file is still the same; else an empty record."""
-    stat = source.path.stat()
-    stamp = {"bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns}
-    path = _record_path(out, source.name)
-    old = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-    if old is not None and all(old[k] == v for k, v in stamp.items()):
+    stamp, old = _stamp(source), _stored(out, source)
+    if old is not None and stamp.items() <= old.items():
         return old
     sha = file_sha(source.path)
     if old is not None and old["sha"] == sha:

@@ -27,8 +27,9 @@ from mogan.flow import FlowEstimator
 from mogan.listing import Source, scan
 from mogan.lists import SUFFIXES, printable, read_prompts
 from mogan.locks import LOCK, alone_in
-from mogan.measure import Done, in_threads, measure
+from mogan.measure import Done, in_threads, known_record, measure
 from mogan.ranges import at_least, between
+from mogan.shards import share_of
 from mogan.tokens import Tokens, about_tokens, load_tokens
 from mogan.video import read_frames
 
@@ -69,6 +70,7 @@ def prepare(
     width: int | None = None,
     frames: int | None = None,
     extra_prompts: tuple[str, ...] = (DISCRIMINATOR_PROMPT,),
+    shard: str | None = None,
     workers: int = 2,
     device: str = "auto",
 ) -> None:
@@ -100,6 +102,9 @@ def prepare(
         width: instead of the model's, pixels.
         frames: of a clip, 4 k + 1, instead of the model's.
         extra_prompts: prompts to embed besides the captions and the empty prompt.
+        shard: i/n takes every n-th video, starting with the i-th: for many GPUs, into the same folder. When all are done, the
+            command without a shard adds what is missing and lists the clips. With motion-quantile every shard runs twice: how
+            much is enough is known when all are measured.
         workers: videos decoded at a time.
         device: auto, cpu or cuda: where the networks run.
     """
@@ -133,7 +138,7 @@ def prepare(
     if motion_rich and min_motion is None:
         min_motion = 0.0 if motion_quantile is not None else vbench_threshold(geometry)
     writable_folder(out)
-    with alone_in(out):
+    with alone_in(out, shard):
         summary = prepare_cache(
             source,
             out,
@@ -148,8 +153,12 @@ def prepare(
             caption=caption,
             uncaptioned=uncaptioned,
             extra_prompts=extra_prompts,
+            shard=shard,
             workers=workers,
         )
+    if shard is not None:
+        print(summary.notes[-1])
+        return
     done = f"{summary.encoded} encoded now" if summary.encoded else "all were there already, nothing to do"
     moving = "" if summary.threshold is None else f" that move at least {summary.threshold:.2f} px/frame"
     why = f" (see {out / 'skipped.jsonl'})" if summary.skipped else ""
@@ -207,6 +216,7 @@ def prepare_cache(
     caption: str | None = None,
     uncaptioned: bool = False,
     extra_prompts: Sequence[str] = (),
+    shard: str | None = None,
     workers: int = 2,
 ) -> Summary:
     """Fill a cache from a folder of videos; see :func:`prepare` for what the options mean.
@@ -226,6 +236,7 @@ def prepare_cache(
         caption: for videos that have none.
         uncaptioned: keep those that have none; their caption in ``index.jsonl`` is null.
         extra_prompts: embedded besides the captions and "".
+        shard: of many processes that share the work; the clips are listed by the call without one.
         workers: videos decoded at a time; each holds about two clips in memory.
 
     Raises:
@@ -241,6 +252,11 @@ def prepare_cache(
     _claim(out, {"contents": "clips"} | size | fingerprints)
 
     usable = [s for s in sources if s.problem is None]
+    if shard is not None:
+        return _prepare_share(
+            usable, shard, out, geometry, encode_video, encode_text, estimate_flow,
+            min_motion=min_motion, motion_quantile=motion_quantile, extra_prompts=extra_prompts, workers=workers,
+        )  # fmt: skip
     records = measure(usable, out, geometry, estimate_flow, workers)
     skipped = [{"source": s.name, "reason": s.problem} for s in sources if s.problem]
     skipped += [{"source": s.name, "reason": r["error"]} for s, r in zip(usable, records, strict=True) if r["error"]]
@@ -270,6 +286,45 @@ def prepare_cache(
     return Summary(len(kept), len(dropped), len(skipped), encoded, threshold, tuple(notes))
 
 
+def _prepare_share(
+    usable: list[Source],
+    shard: str,
+    out: Path,
+    geometry: "Geometry",
+    encode_video: Callable[[Tensor], Tensor],
+    encode_text: Callable[[list[str]], list[Tensor]],
+    estimate_flow: FlowEstimator,
+    *,
+    min_motion: float | None,
+    motion_quantile: float | None,
+    extra_prompts: Sequence[str],
+    workers: int,
+) -> Summary:
+    """Measure and encode a shard's videos, and embed the captions of which it has the first video."""
+    mine = share_of(usable, shard)
+    found = [
+        e
+        for s, r in zip(mine, measure(mine, out, geometry, estimate_flow, workers), strict=True)
+        for e in _entries(s, r)
+    ]
+    motions = [e["motion"] for e in found]
+    if motion_quantile is not None:
+        everyone = [known_record(out, s) for s in usable]
+        missing = sum(record is None for record in everyone)
+        if missing:
+            note = f"shard {shard} is measured, {missing} videos of others are not yet: run every shard once more after that"
+            return Summary(0, 0, 0, 0, None, (note,))
+        motions = [clip["motion"] for record in everyone if record for clip in record["clips"]]
+    threshold = _threshold(motions, min_motion, motion_quantile)
+    kept = [e for e in found if threshold is None or e["motion"] >= threshold]
+    encoded = _encode(mine, kept, out, geometry, encode_video, workers)
+    first = {s.caption: s.name for s in reversed(usable)}
+    captions = [e["caption"] for e in kept if e["caption"] is not None and first[e["caption"]] == e["source"]]
+    data.ensure_text(out, [*captions, *share_of(["", *extra_prompts], shard)], encode_text, shared=True)
+    note = f"{len(kept)} clips of shard {shard} are in {out}; after all shards, the command without --shard lists them"
+    return Summary(len(kept), 0, 0, encoded, threshold, (note,))
+
+
 def _tell(out: Path, notes: list[str]) -> None:
     """Print what the user should know, and keep it in the cache."""
     for note in notes:
@@ -285,9 +340,9 @@ def _claim(out: Path, facts: dict[str, Any]) -> None:
         if different:
             raise UserError(f"the cache in {out} {different}: use the same options, or another --out")
         return
-    if out.exists() and any(path.name != LOCK for path in out.iterdir()):
+    if out.exists() and any(not path.name.startswith((LOCK, ".tmp-", "cache.json")) for path in out.iterdir()):
         raise UserError(f"{out} is not empty and not a cache: give another --out")
-    with replacing(out / "cache.json") as temporary:
+    with replacing(out / "cache.json", shared=True) as temporary:
         temporary.write_text(json.dumps({"format": data.FORMAT, "version": data.VERSION} | facts, indent=2) + "\n")
 
 
