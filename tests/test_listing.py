@@ -282,6 +282,18 @@ def test_lists_in_folders_below_speak_of_their_own_files(tmp_path):
         scan(tmp_path)
 
 
+def test_lists_that_are_not_read_are_told_of_and_empty_ones_too(tmp_path):
+    touch(tmp_path, "a.mp4", "metadata.parquet")
+    for read in (lambda folder: scan(folder, "d"), lambda folder: read_folder(folder, "x")):
+        with pytest.raises(UserError, match=r"metadata\.parquet is no list that is read here"):
+            read(tmp_path)
+    (tmp_path / "metadata.parquet").unlink()
+    (tmp_path / "metadata.csv").write_text("file_name,caption\n")
+    assert captions(tmp_path, "d") == {"a.mp4": "d"}
+    with pytest.raises(UserError, match="lists no clip"):
+        read_folder(tmp_path, "x")
+
+
 def test_the_evaluation_reads_what_prepare_reads(tmp_path):
     touch(tmp_path, "clips/a.mp4", "b.mp4", "left/c.mp4")
     (tmp_path / "metadata.csv").write_bytes(
@@ -364,6 +376,10 @@ def test_one_bad_file_never_ends_a_preparation(mixed, tmp_path):
     assert {entry["source"] for entry in open_cache(tmp_path / "c").entries} == {"good.mp4", NOT_UTF8}
     again = run(folder, tmp_path / "c")
     assert (again.kept, again.encoded) == (2, 0)
+    for name in ("good.mp4", NOT_UTF8):
+        (folder / name).unlink()
+    with pytest.raises(UserError, match=r"no clip is left .*; first of the skipped: device\.mp4: is a device"):
+        run(folder, tmp_path / "c")
 
 
 def test_one_bad_file_never_ends_an_evaluation(mixed, tmp_path):

@@ -147,6 +147,10 @@ def test_prompts_of_a_table_are_its_captions_and_what_is_left_out_is_told(tmp_pa
         f"{path}: 1 of 4 rows have no caption and are left out",
         f"{path}: 1 of 3 prompts repeat another; each is used once",
     ]
+    (tmp_path / "info").write_text('[{"prompt_en": "a dog"}]')  # a list of JSON, whatever it is called
+    assert [row.caption for row in read_rows(tmp_path / "info")] == ["a dog"]
+    (tmp_path / "p.parquet").write_bytes(b"PAR1")
+    refused(tmp_path / "p.parquet", r"is no list that is read here: save it as \.jsonl", read_prompts)
     (tmp_path / "p.csv").write_text("a red circle falling\na blue square\n")
     refused(tmp_path / "p.csv", r"line 1 needs the columns caption \|", read_prompts)
 

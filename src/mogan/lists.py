@@ -21,7 +21,8 @@ TABLES = (".csv", ".tsv")
 SUFFIXES = (".txt", ".jsonl", ".json", *TABLES)
 FILE_COLUMNS = ("file_name", "file", "video", "video_path", "path")
 CAPTION_COLUMNS = ("caption", "text", "prompt", "prompt_en")
-METADATA = tuple(f"metadata{suffix}" for suffix in (".jsonl", ".json", *TABLES))
+UNREAD = (".parquet", ".xlsx")  # lists of other programs: told of, not passed over
+METADATA = tuple(f"metadata{suffix}" for suffix in (".jsonl", ".json", *TABLES, *UNREAD))
 NOT_THERE = "is not there"
 
 _MARKS = (  # the longest first: UTF-32's begins like UTF-16's
@@ -159,10 +160,13 @@ def _columns(where: str, value: Any) -> dict[str, Any]:
 
 
 def _values(path: Path, needed: Sequence[str]) -> Iterator[tuple[str, Any]]:
-    suffix, text = path.suffix.lower(), read_text(path)
+    suffix = path.suffix.lower()
+    if suffix in UNREAD:
+        raise UserError(f"{path} is no list that is read here: save it as {', '.join(SUFFIXES[1:])}")
+    text = read_text(path)
     if suffix in TABLES:
         yield from _table(path, text, needed)
-    elif suffix == ".json":
+    elif suffix == ".json" or (suffix != ".jsonl" and text.lstrip().startswith("[")):
         value = _json(str(path), text)
         if not isinstance(value, list):
             raise UserError(f"{path} is not a list: write [...] around its rows")
@@ -252,7 +256,7 @@ def read_prompts(path: Path, tell: Callable[[str], None] = print) -> list[str]:
     suffix = path.suffix.lower()
     if problem := unreadable(path):
         raise UserError(f"{path} {problem}: give a .txt file with one prompt per line")
-    if suffix in SUFFIXES[1:]:
+    if suffix in (*SUFFIXES[1:], *UNREAD):
         found = [_prompt(where, value) for where, value in _values(path, CAPTION_COLUMNS)]
     else:
         lines = enumerate(read_text(path).split("\n"), 1)

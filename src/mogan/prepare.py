@@ -271,7 +271,8 @@ def prepare_cache(
 
     if not kept:
         most = f"; the liveliest moves {max(e['motion'] for e in found):.2f} px/frame" if found else ""
-        raise UserError(f"no clip is left of {source} (see {out}/dropped.jsonl and skipped.jsonl){most}")
+        first = f"; first of the skipped: {printable(skipped[0]['source'])}: {skipped[0]['reason']}" if skipped else ""
+        raise UserError(f"no clip is left of {source} (see {out}/dropped.jsonl and skipped.jsonl){most}{first}")
     encoded = _encode(usable, kept, out, geometry, encode_video, workers)
     captions = {e["source"]: e["caption"] for e in kept if e["caption"] is not None}
     data.ensure_text(out, [*captions.values(), "", *extra_prompts], encode_text)

@@ -97,6 +97,8 @@ def read_folder(folder: Path, name: str) -> System:
         clips, naming = _by_texts_and_names(here, files)
         return System(name, folder, clips, naming, unlisted=_left(here, files))
     rows = read_rows(path)
+    if not rows:
+        raise UserError(f"{path} lists no clip: write a row for each, or remove it")
     found = [(here.find(row, here.path), row) for row in rows]
     if path.name != "samples.jsonl":
         refuse_twice(found)
