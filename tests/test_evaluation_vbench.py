@@ -126,7 +126,19 @@ def test_the_true_file_raises_no_note(tmp_path, monkeypatch):
     assert len(set(DIMENSIONS)) == 16
 
 
-@pytest.mark.parametrize("content", ["{", "[1]", '[{"prompt_en": "a"}]', '{"a": {"b": 1}}', "7"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "{",
+        "[1]",
+        "[]",
+        '[{"prompt_en": "a"}]',
+        '{"a": {"b": 1}}',
+        "7",
+        '[{"prompt_en": "a", "dimension": "scene"}]',
+        '[{"prompt_en": 1, "dimension": ["scene"]}]',
+    ],
+)
 def test_another_file_is_refused_in_one_sentence(tmp_path, content):
     (tmp_path / "info.json").write_text(content)
     with pytest.raises(UserError, match=r"is not VBench_full_info\.json") as error:

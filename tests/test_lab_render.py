@@ -45,6 +45,9 @@ def test_a_folder_is_never_mixed_with_something_else(tmp_path):
         render_folder(tmp_path / "a", 2, seed=1)
     with pytest.raises(UserError, match="already holds 2"):
         render_folder(tmp_path / "a", 1)
+    (tmp_path / "a" / "render.json").write_bytes(b'{"wor\xff')
+    with pytest.raises(UserError, match="another world"):
+        render_folder(tmp_path / "a", 2)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("dear")
     with pytest.raises(UserError, match="not empty"):

@@ -16,7 +16,7 @@ from urllib.request import Request, urlopen
 import tyro
 from tqdm import tqdm
 
-from mogan.errors import UserError
+from mogan.errors import UserError, closest
 
 CHUNK = 1 << 20
 SILENCE = 60.0  # seconds without a byte after which a server is given up
@@ -164,8 +164,11 @@ def fetch(
         UserError: unknown name, no network, another digest than expected.
     """
     unknown = [name for name in names if name not in MANIFEST]
-    if unknown or not names:
-        raise UserError(f"no weights are called {', '.join(unknown) or 'nothing'}: known are {', '.join(MANIFEST)}")
+    if not names:
+        raise UserError(f"name the weights to fetch: {', '.join(MANIFEST)}")
+    if unknown:
+        hint = closest(unknown[0], MANIFEST) or f": known are {', '.join(MANIFEST)}"
+        raise UserError(f"no weights are called {', '.join(unknown)}{hint}")
     folder = folder or weights_folder()
     files = []
     for name in names:

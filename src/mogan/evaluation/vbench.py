@@ -62,8 +62,12 @@ def read_info(path: Path) -> Info:
         rows = [row.values for row in read_rows(path)]
         prompts: dict[str, list[str]] = {}
         for row in rows:
+            if not isinstance(row["prompt_en"], str) or not isinstance(row["dimension"], list):
+                raise TypeError("prompt_en is a text and dimension a list of names")
             for name in row["dimension"]:
-                prompts.setdefault(name, []).append(str(row["prompt_en"]))
+                prompts.setdefault(str(name), []).append(row["prompt_en"])
+        if not prompts:
+            raise KeyError("no dimension")
     except (UserError, KeyError, TypeError) as error:
         raise UserError(
             f"{path} is not VBench_full_info.json ({type(error).__name__}: {error}): take vbench/VBench_full_info.json "

@@ -75,8 +75,9 @@ def render_folder(out: str | Path, clips: int, motion: str = "all", seed: int = 
 def _claim(out: Path, settings: dict) -> None:
     path = out / "render.json"
     if path.exists():
-        if json.loads(path.read_text()) != settings:
-            raise UserError(f"{out} holds another world ({path.read_text().strip()}): give another --out")
+        there = path.read_text(encoding="utf-8", errors="replace").strip()
+        if there != json.dumps(settings):
+            raise UserError(f"{out} holds another world ({there[:200]}): give another --out")
     elif out.exists() and any(out.iterdir()):
         raise UserError(f"{out} is not empty and was not rendered here: give another --out")
     else:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import tyro
 
-from mogan.errors import UserError
+from mogan.errors import UserError, closest
 from mogan.files import writable_folder, write_atomically
 from mogan.lab.world import captions
 from mogan.lists import read_prompts
@@ -106,7 +106,8 @@ def chosen(columns: tuple[Column, ...], names: tuple[str, ...]) -> tuple[Column,
     known = {c.name: c for c in columns}
     unknown = [n for n in names if n not in known]
     if unknown:
-        raise UserError(f"no column {unknown[0]!r}: the study has {', '.join(known)}")
+        hint = closest(unknown[0], known) or f": the study has {', '.join(known)}"
+        raise UserError(f"no column {unknown[0]!r}{hint}")
     wanted = set(names or known)
     while more := {n for name in wanted for n in known[name].needs} - wanted:
         wanted |= more
