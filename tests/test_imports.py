@@ -313,6 +313,7 @@ def inf(*shape):
 
 LORAS = {  # changes of one adapter -> what the sentence must say
     "infinite": (lora(Q_lora_A__weight=inf(2, 24)), r"infinite or none \(.*self_attn.q.lora_A.weight\)"),
+    "too large": (lora(Q_lora_A__weight=torch.full((2, 24), 3e38)), "makes blocks.0.attn1.to_q.weight infinite"),
     "nan alpha": (lora(Q_alpha=torch.tensor(float("nan"))), r"infinite or none \(.*q.alpha\)"),
     "two alphas": (lora(Q_alpha=torch.ones(2)), "alpha is not one number"),
     "ranks differ": (lora(Q_lora_A__weight=torch.ones(3, 24)), r"ranks of .*lora_A.weight \(3, 24\) and .* differ"),
@@ -455,6 +456,10 @@ BROKEN = {  # a file that must be refused (from a whole student in the original 
     ),
     "not a number": (
         lambda s, p: tensors(s | {Q0: s[Q0] * float("nan")}, p / "x.safetensors"),
+        rf"infinite or none \({Q0}\)",
+    ),
+    "a number of eight bytes": (
+        lambda s, p: tensors(s | {Q0: s[Q0].double() * 1e300}, p / "x.safetensors"),
         rf"infinite or none \({Q0}\)",
     ),
     "a critic that is none": (

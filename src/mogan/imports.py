@@ -174,6 +174,8 @@ def add_lora(transformer: Any, state: dict[str, Tensor], file: Path, alpha: floa
                     "made from"
                 )
             changes[parameter] = changes.get(parameter, 0) + change.reshape(own[parameter].shape)
+            if not (own[parameter] + changes[parameter]).isfinite().all():
+                raise UserError(f"{file} makes {parameter} infinite ({names[0]}): it is damaged, get it again")
     if not any(change.any() for change in changes.values()):
         raise UserError(f"{file} changes nothing: all its differences are zero")
     for parameter, change in changes.items():

@@ -138,7 +138,7 @@ def check_numbers(tensors: Mapping[str, Tensor], file: Path) -> None:
         if tensor.layout != torch.strided or not tensor.is_floating_point():
             kind = str(tensor.dtype if tensor.layout == torch.strided else tensor.layout).removeprefix("torch.")
             raise UserError(f"{file} holds {kind} where numbers should be ({name}): get the fp32, fp16 or bf16 file")
-        plain = tensor if tensor.element_size() > 1 else tensor.float()  # eight bits have few functions
+        plain = tensor if tensor.element_size() in (2, 4) else tensor.float()  # eight bits have few functions
         if not plain.isfinite().all():
             raise UserError(f"{file} holds numbers that are infinite or none ({name}): it is damaged, get it again")
 
