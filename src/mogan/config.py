@@ -109,6 +109,8 @@ class GANConfig:
 
     Attributes:
         space: ``motion`` (decoded optical flow, MoGAN) or ``latent`` (the ablation).
+        student_weight: lambda_1. Of an update with an optimiser of its own Adam undoes it: there the learning rate weighs.
+        judge_weight: lambda_2, against ``r1`` and ``r2``.
         blocks: first blocks of the transformer that form the trunk; ``taps``: after which of them heads read.
         prompt: what the trunk is told; ``sigma``: the noise level it is told.
         window: latent frames decoded; ``starts``: where a window may begin, one is drawn per update.
