@@ -113,9 +113,9 @@ _CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
 
 # ---------------------------------------------------------------------------------------------- what measures motion
 
-CLASSICAL = "dis"  # half of Farneback's warping error on the published clips, in three quarters of its time
+WITHOUT_WEIGHTS = "dis"  # half of Farneback's warping error on the published clips, in three quarters of its time
 
 
 def usual_flow(*wanted: str) -> str:
     """The estimator for clips of no model that names one: the first of these RAFT weights that is here, else DIS."""
-    return next(filter(is_here, wanted), CLASSICAL)
+    return next(filter(is_here, wanted), WITHOUT_WEIGHTS)

@@ -2,6 +2,7 @@
 config, cache, model and processes go together.
 """
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache as once
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mogan import wan
-from mogan.config import Config
+from mogan.config import Config, GANConfig, ShiftConfig
 from mogan.data import Cache, ensure_text
 from mogan.denoiser import Denoiser
 from mogan.distributed import World, shard, split_tokens
@@ -81,10 +82,20 @@ def load(
     _check_window(config, shape[1])
     _check_clips(config, cache)
     _check_captions(config, cache, prompts)
+    if world.main and wan.defaults(folder).flow != "lab" and "lab" in (_flow(config.gan), _flow(config.shift)):
+        print(
+            f"{config.recipe} sees motion through the lab's flow network, which knows nothing but the lab's world, and "
+            f"{model} is not of the lab: a recipe for this model names RAFT weights, as mogan_wan_1_3b does",
+            file=sys.stderr,
+        )
     dtype = dtype_of(config, world.device)
     vae = wan.load_vae(folder, dtype).to(world.device)
     encode, frozen = _text_encoder(cache, folder, world), _frozen_weights(config, dtype, world)
     return Base(config, world, folder, start, adapters_of, size, shape, dtype, vae, encode, frozen)
+
+
+def _flow(part: GANConfig | ShiftConfig | None) -> str | None:
+    return None if part is None else part.flow
 
 
 def dtype_of(config: Config, device: torch.device) -> torch.dtype:

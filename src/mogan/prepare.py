@@ -8,6 +8,7 @@ its final name, and ``index.jsonl`` is derived from those at the end.
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache as once
@@ -21,6 +22,7 @@ from tqdm import tqdm
 
 from mogan import data
 from mogan.clips import make_clip, to_video
+from mogan.defaults import WITHOUT_WEIGHTS, usual_flow
 from mogan.errors import UserError
 from mogan.files import json_line, replacing, writable_folder, write_atomically
 from mogan.flow import FlowEstimator
@@ -36,6 +38,7 @@ from mogan.video import read_frames
 if TYPE_CHECKING:
     from mogan.wan import Geometry
 
+TRAINS = "raft_large_C_T_SKHT_V2"  # the flow network of the full-size recipes
 DISCRIMINATOR_PROMPT = "a video with good motion"  # MoGAN, section 3.3: what its discriminator is always told
 
 
@@ -64,7 +67,7 @@ def prepare(
     motion_quantile: float | None = None,
     caption: str | None = None,
     uncaptioned: bool = False,
-    flow: str = "lab",
+    flow: str | None = None,
     fps: int | None = None,
     height: int | None = None,
     width: int | None = None,
@@ -96,7 +99,9 @@ def prepare(
             min-motion both must hold.
         caption: for videos that have none.
         uncaptioned: keep videos without a caption too. They teach motion alone: `mogan train --prompts` says what about.
-        flow: "lab", "farneback" (classical, no weights), or the path of RAFT weights.
+        flow: what measures motion: lab, farneback or dis (classical, no weights), a name from `mogan weights list`, or the
+            path of RAFT weights. Default: the model's own (the lab's for the lab), else RAFT weights that were fetched,
+            else dis; an existing cache keeps its own.
         fps: instead of the model's.
         height: instead of the model's, pixels.
         width: instead of the model's, pixels.
@@ -134,7 +139,8 @@ def prepare(
     _check_geometry(geometry)
     wan.latent_shape(folder, geometry)  # some models want larger multiples
     vae = once(lambda: wan.load_vae(folder, wan.fast_dtype(target)).to(target))
-    estimator = once(lambda: wan.load_flow(flow, device=target))
+    measures = _flow_of(flow, out, wan.defaults(folder).flow)
+    estimator = once(lambda: wan.load_flow(measures, device=target))
     if motion_rich and min_motion is None:
         min_motion = 0.0 if motion_quantile is not None else vbench_threshold(geometry)
     writable_folder(out)
@@ -143,7 +149,8 @@ def prepare(
             source,
             out,
             geometry=geometry,
-            fingerprints=text_facts | {"vae": wan.fingerprint(folder, "vae"), "flow": wan.flow_fingerprint(flow)},
+            fingerprints=text_facts
+            | {"vae": wan.fingerprint(folder, "vae"), "flow_name": measures, "flow": wan.flow_fingerprint(measures)},
             encode_video=lambda video: autoencoder.encode_video(vae(), video.to(target)).cpu(),
             encode_text=lambda prompts: text()(prompts),
             tokens=tokens,
@@ -165,6 +172,23 @@ def prepare(
     print(
         f"{summary.kept} clips{moving} in {out} ({done}); {summary.dropped} dropped, {summary.skipped} files skipped{why}"
     )
+
+
+def _flow_of(given: str | None, out: Path, models: str | None) -> str:
+    """The estimator that measures motion; says on stderr what a user may not expect of it."""
+    earlier = (data.read_facts(out) or {}).get("flow_name")
+    name = given or earlier or models or usual_flow(TRAINS, "raft_large_C_T_V1")
+    if name == "lab" and models != "lab":
+        said = "the lab's flow network knows nothing but the lab's world and measures little here: leave --flow out"
+    elif given or earlier or models:
+        return name
+    elif name == WITHOUT_WEIGHTS:
+        said = f"motion is measured by classical flow ({name}), as no RAFT weights are here: `mogan weights fetch {TRAINS}` "
+        said += "gets what the full-size recipes train with; then give another --out"
+    else:
+        said = f"motion is measured by {name}"
+    print(said, file=sys.stderr)
+    return name
 
 
 def vbench_threshold(geometry: "Geometry") -> float:
@@ -225,8 +249,8 @@ def prepare_cache(
         source: folder of videos, or one video.
         out: folder of the cache.
         geometry: frame rate, size and length of a clip.
-        fingerprints: what else decides the contents; kept in ``cache.json`` and compared by later runs (``model`` is a
-            name and is not compared).
+        fingerprints: what else decides the contents; kept in ``cache.json`` and compared by later runs (``model`` and
+            ``flow_name`` are names and are not compared).
         encode_video: ``(1, 3, F, H, W)`` in [-1, 1] to a normalised latent ``(1, C, F', H', W')``.
         encode_text: prompts to embeddings ``(L, D)``.
         estimate_flow: video to flow in pixels per frame.
@@ -337,7 +361,7 @@ def _claim(out: Path, facts: dict[str, Any]) -> None:
     """Write ``cache.json``, or make sure that an earlier run wrote the same."""
     there = data.read_facts(out)
     if there is not None:
-        different = data.differences(there, {k: v for k, v in facts.items() if k != "model"})
+        different = data.differences(there, {k: v for k, v in facts.items() if k not in ("model", "flow_name")})
         if different:
             raise UserError(f"the cache in {out} {different}: use the same options, or another --out")
         return

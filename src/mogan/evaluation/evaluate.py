@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,7 +22,7 @@ from mogan.evaluation.pairs import device_of
 from mogan.evaluation.provenance import how_measured, relative
 from mogan.evaluation.sets import set_metrics
 from mogan.evaluation.statistics import mean_interval
-from mogan.evaluation.tools import Tools, gather_tools
+from mogan.evaluation.tools import Tools, choose_flow, gather_tools
 from mogan.evaluation.vbench import read_info, restrict
 from mogan.files import writable_file, write_atomically
 from mogan.lab.instruments import parse_caption, read_instruments
@@ -35,7 +36,7 @@ def evaluate(
     dirs: Annotated[tuple[Path, ...], tyro.conf.Positional],
     *,
     out: Path = Path("results.json"),
-    flow: str = "lab",
+    flow: str | None = None,
     interpolator: str = "flow-warp",
     networks: Path | None = None,
     reference: Path | None = None,
@@ -56,7 +57,8 @@ def evaluate(
             .json, .csv, .tsv), name.txt beside name.mp4, or names like {prompt}-{k}.mp4.
         out: file to write; values per clip are kept beside it.
         flow: lab, farneback, dis, a name from `mogan weights list` (raft_large_C_T_V1 for VBench's own dynamic degree), or
-            a file of RAFT weights.
+            a file of RAFT weights. By default the lab's network for the lab's clips alone; for others raft_large_C_T_V1 if
+            it was fetched, else dis, which is classical.
         interpolator: flow-warp, blend, or your checkout of AMT with amt-s.pth in it, which makes motion smoothness VBench's.
         networks: folder with your files of VBench's other networks (dino_vitbase16_pretrain.pth, clip-vit-base-patch32,
             ...); what is there is measured.
@@ -88,10 +90,14 @@ def evaluate(
         notes = sorted({note for _, found in checked for note in found})
         about["vbench"] = {"dimensions": list(vbench_dimensions), "notes": notes}
     about["unshared_prompts"] = unshared_prompts(systems)
-    tools = gather_tools(flow, interpolator, networks, device, quick=quick, lab=lab, video=reference is not None)
     real = read_folder(reference, "reference") if reference else None
-    kept = _Kept(out.with_suffix(".clips.jsonl"))
     every = [*systems, *([real] if real else [])]
+    flow, choice = choose_flow(flow, every)
+    if choice:
+        about["flow_choice"] = choice
+        print(choice, file=sys.stderr)
+    tools = gather_tools(flow, interpolator, networks, device, quick=quick, lab=lab, video=reference is not None)
+    kept = _Kept(out.with_suffix(".clips.jsonl"))
     if shard is not None:
         _measure_share(every, shard, tools, kept, out)
         return {}
@@ -127,9 +133,15 @@ def evaluate(
 
 
 def measured(
-    systems: Sequence[System], kept: Sequence[Path], *, flow: str = "lab", interpolator: str = "flow-warp", quick: bool
+    systems: Sequence[System],
+    kept: Sequence[Path],
+    *,
+    flow: str | None = None,
+    interpolator: str = "flow-warp",
+    quick: bool,
 ) -> list[list[Record]]:
     """Records of the clips of systems, ``features`` included, each system with its own file of values kept before."""
+    flow, _ = choose_flow(flow, systems)
     tools = gather_tools(flow, interpolator, None, "auto", quick=quick, lab=True, video=False)
     with tqdm(total=sum(len(s.clips) for s in systems), desc="evaluate", unit="clip") as bar:
         return [_measure_system(s, tools, _Kept(k), bar) for s, k in zip(systems, kept, strict=True)]

@@ -3,26 +3,30 @@
 import hashlib
 import importlib.metadata
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from mogan.defaults import WITHOUT_WEIGHTS, usual_flow
 from mogan.devices import choose_device
 from mogan.errors import UserError
 from mogan.evaluation import cd_fvd
 from mogan.evaluation.backbones import Backbone, find_backbones
-from mogan.evaluation.classical_flow import dis, farneback
-from mogan.evaluation.frames import DECODER
+from mogan.evaluation.clips import System
+from mogan.evaluation.frames import DECODER, Clip
 from mogan.evaluation.interpolators import AMT_LICENCE, amt_s, amt_weights, blend, flow_warp
 from mogan.evaluation.measure import VERSION
 from mogan.evaluation.motion import Interpolator
 from mogan.evaluation.pairs import Remembered
 from mogan.flow import FlowEstimator, RaftFlow
+from mogan.lab.instruments import parse_caption
+from mogan.lab.world import SIZE
 
 ITERATIONS = 20  # of RAFT, as VBench
+VBENCH = "raft_large_C_T_V1"
 
 
 @dataclass(frozen=True)
@@ -60,18 +64,51 @@ def gather_tools(
     return Tools(estimate, interpolate, how, quick, lab, looks, modules.get("cd_fvd"))
 
 
+def choose_flow(given: str | None, systems: Sequence[System]) -> tuple[str, str]:
+    """What estimates flow, and in a sentence what that choice means for the numbers; "" where there is nothing to say.
+
+    The lab's network was trained on nothing but the lab's world: it measures clips of that size with its captions. For
+    others it is VBench's network, if its weights are here.
+    """
+    strangers = [system.name for system in systems if not _of_the_lab(system)]
+    name = given or (usual_flow(VBENCH) if strangers else "lab")
+    if name == "lab" and strangers:
+        return name, (
+            f"{', '.join(strangers)}: not the lab's {SIZE} x {SIZE} clips of its world, all that the lab's flow network "
+            "knows, so the numbers mean little and take long: leave --flow out, or name another"
+        )
+    if given is None and name == WITHOUT_WEIGHTS:
+        return name, (
+            f"optical flow is classical ({name}) as {VBENCH} is not here, so dynamic degree is not VBench's number: run "
+            f"`mogan weights fetch {VBENCH}` and then this command again"
+        )
+    return name, ""
+
+
+def _of_the_lab(system: System) -> bool:
+    """Whether a folder's first clip that opens has the lab's size, and some caption is the lab's."""
+    return _first_size(system) in (None, (SIZE, SIZE)) and any(parse_caption(clip.prompt) for clip in system.clips)
+
+
+def _first_size(system: System) -> tuple[int, int] | None:
+    for entry in system.clips:
+        try:
+            if entry.problem is None:
+                height, width = next(iter(Clip(entry.path))).shape[:2]
+                return height, width
+        except UserError:
+            continue
+    return None
+
+
 def estimator(name: str, device: torch.device) -> tuple[FlowEstimator, dict[str, Any]]:
     """A flow estimator by name, and what to write down about it."""
-    classical: dict[str, FlowEstimator] = {"farneback": farneback, "dis": dis}
-    if name in classical:
-        return classical[name], {
-            "name": name,
-            "version": f"OpenCV {importlib.metadata.version('opencv-python-headless')}",
-        }
-    from mogan.wan import load_flow
+    from mogan import wan
 
-    found = load_flow(name, None if name == "lab" else ITERATIONS, device)
+    found = wan.load_flow(name, None if name == "lab" else ITERATIONS, device)
     how: dict[str, Any] = {"name": name}
+    if name in wan.CLASSICAL:
+        how["version"] = f"OpenCV {importlib.metadata.version('opencv-python-headless')}"
     if isinstance(found, RaftFlow):
         how["iterations"] = found.iterations
         how["weights_sha256"] = hash_weights(found)

@@ -30,6 +30,7 @@ def warnings_about(system: System, clips: list[dict[str, Any]], how: dict[str, A
     if count := how.get("unshared_prompts"):
         found.append(f"{count} prompts are not in every folder: compare clip by clip (mogan report), not these means")
     found += how.get("vbench", {}).get("notes", [])
+    found += [how["flow_choice"]] if "flow_choice" in how else []
     found += _about_tags(how["fps"]) + _about_lengths(how["frames"])
     if len(how["resolution"]) > 1:
         found.append("clips differ in size: thresholds scale with the shorter side, pixels per frame do not")
