@@ -75,7 +75,7 @@ def main() -> None:
     assert isinstance(network, Discriminator)
     assert parts.observations is not None
     ids = [entry["id"] for entry in parts.cache.entries[: options.clips]]
-    real = torch.stack([parts.cache.observation(parts.observations, i, 0) for i in ids]).float()
+    real = torch.stack([parts.observations.get(i, 0) for i in ids]).float()
 
     narrow, exact = torch.Tensor.float, copy.deepcopy(network).double()
     torch.Tensor.float = lambda t: t if t.dtype == torch.float64 else narrow(t)  # type: ignore[method-assign]

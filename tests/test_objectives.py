@@ -13,9 +13,10 @@ from mogan import attention, autoencoder, wan
 from mogan.data import Batch
 from mogan.denoiser import Denoiser, frozen, guided_velocity, recomputed, taps
 from mogan.discriminator import Discriminator, approximate_penalty, discriminator_loss, generator_loss
+from mogan.flow import motion_picture
 from mogan.objectives.dmd import DMD, dmd_direction
 from mogan.objectives.gan import GAN
-from mogan.observation import MotionObservation, motion_amount, saturation
+from mogan.observation import MotionObservation, full_scale, motion_amount, saturation
 from mogan.rollout import Rollout, roll_out
 
 TEXT = torch.zeros(2, 3, 8)
@@ -392,6 +393,30 @@ def test_observation_is_the_chain_it_says_and_gradient_stays_in_the_window(famil
         inside = gradient[:, :, start : start + 2].abs().sum()
         assert inside > 0
         assert gradient[:, :, :start].abs().sum() + gradient[:, :, start + 2 :].abs().sum() == 0
+
+
+def test_slow_motion_survives_the_picture_of_a_bf16_run(family):
+    """A twentieth of a pixel where 40 px/frame are drawn as 1: the magnitude's step from -1 is smaller than bf16's there."""
+    exact, rounded = (wan.load_vae(family / "teacher", dtype) for dtype in (torch.float32, torch.bfloat16))
+    exact.decoder = None  # what only encodes needs none
+
+    def seen(pixels, encoder):
+        flow = lambda video: torch.full_like(video[:, :2, 1:], pixels)  # noqa: E731
+        return MotionObservation(rounded, flow, window=2, max_flow=40.0, encoder=encoder)
+
+    z = torch.zeros(1, 4, 2, 4, 4)
+    want = autoencoder.encode_video(exact, motion_picture(torch.full((1, 2, 4, 32, 32), 0.05), 40.0))
+    still = autoencoder.encode_video(exact, motion_picture(torch.zeros(1, 2, 4, 32, 32), 40.0))
+    assert torch.equal(seen(0.05, exact)(z, 0).latent_BCFHW, want)
+    in_bf16 = seen(0.05, None)(z, 0).latent_BCFHW - seen(0.0, None)(z, 0).latent_BCFHW
+    assert (in_bf16 - (want - still)).norm() > 0.5 * (want - still).norm()  # what it is there for
+
+
+def test_full_scale_is_a_multiple_of_what_three_of_four_clips_stay_below():
+    moving = [0.31, 0.5, 1.0, 2.0, 9.0]
+    assert full_scale(moving) == 3.8
+    assert full_scale([13.7 * m for m in moving]) == 52.0  # larger clips, the same picture; two digits
+    assert full_scale([0.0, 0.0, 0.0, 0.0, 3.0]) == 0.0
 
 
 def test_observation_gradient_matches_finite_differences(family):

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mogan.assemble import assemble
+from mogan.assemble import assemble, with_scale
 from mogan.checkpoint import check_same_run, checkpoints, latest_checkpoint, load_checkpoint, stored
 from mogan.config import LEARN_BY, Optimizer, Update
 from mogan.data import open_cache
@@ -161,6 +161,34 @@ def test_student_made_for_other_levels_is_refused(family, cache):
         build(config, family, cache)
 
 
+def test_the_scale_of_the_picture_is_the_caches_unless_the_recipe_says(family, cache, tmp_path):
+    measured = build(mogan(), family, cache)
+    assert measured.config.gan.max_flow == 3.8  # 1.9 times the clips' 2 px/frame
+    assert measured.observations.key["max_flow"] == 3.8
+    assert measured.objectives["gan"].observe.max_flow == 3.8
+    own = replace(mogan(), gan=replace(mogan().gan, max_flow=7.0))
+    chosen = build(own, family, cache)
+    assert (chosen.config, chosen.objectives["gan"].observe.max_flow) == (own, 7.0)
+    assert chosen.observations.folder != measured.observations.folder
+    assert build(ablate(mogan(), "latent-gan"), family, cache).config.gan.max_flow is None  # it sees no picture
+
+
+@pytest.mark.parametrize(("motion", "why"), [(0.0, "stand still"), (None, "does not say how much")])
+def test_a_cache_without_motion_gives_no_scale(motion, why, family, cache, tmp_path):
+    opened = open_cache(cache)
+    entries = [{k: v for k, v in e.items() if k != "motion"} for e in opened.entries]
+    opened.entries = [e | ({} if motion is None else {"motion": motion}) for e in entries]
+    with pytest.raises(UserError, match=f"{why}.*gan.max_flow"):
+        with_scale(mogan(), opened)
+
+
+def test_the_picture_of_a_bf16_run_is_encoded_in_fp32(family, cache):
+    observe = build(replace(mogan(), precision="bf16"), family, cache).objectives["gan"].observe
+    assert observe.vae.dtype == torch.bfloat16
+    assert {p.dtype for p in observe.encoder.parameters()} == {torch.float32}
+    assert build(mogan(), family, cache).objectives["gan"].observe.encoder is None  # it is fp32 already
+
+
 def run_cli(family, cache, out, *more):
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent), "MOGAN_TEST_RAFT": str(family / "raft")}
     command = [sys.executable, "-W", "ignore", "-m", "mogan", "train", "tiny_recipes:mogan"]
@@ -237,6 +265,12 @@ def test_another_recipe_does_not_resume_a_run(family, cache, uninterrupted):
     process = run_cli(family, cache, uninterrupted, "--lr", "1e-3")
     assert process.wait(120) == 2
     assert "another optimizers" in process.stderr.read()
+
+
+@pytest.mark.slow
+def test_a_run_keeps_the_scale_it_began_with(uninterrupted):
+    for config in (uninterrupted / "config.json", latest_checkpoint(uninterrupted) / "config.json"):
+        assert json.loads(config.read_text())["gan"]["max_flow"] == 3.8
 
 
 def test_only_the_newest_checkpoints_are_kept_and_none_is_half_written(family, cache, tmp_path):

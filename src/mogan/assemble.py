@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -30,7 +30,7 @@ from mogan.objectives.msm import motion_direction
 from mogan.objectives.shift import Shift
 from mogan.objectives.surrogate import Surrogate
 from mogan.objectives.together import Together
-from mogan.observation import MotionObservation, Observed
+from mogan.observation import MotionObservation, Observed, full_scale
 from mogan.observations import Observations
 from mogan.pixel_flux import PixelFlux
 from mogan.rewards import MotionRewards
@@ -142,6 +142,7 @@ def assemble(
         world: the processes of the run, over which every network is sharded; by default this one alone, on ``device``.
     """
     world = world or World(choose_device(device))
+    config = with_scale(config, cache)
     base = load(config, cache, model, student, world, prompts)
     student_network = base.denoiser(base.start, "transformer")
     made = Assembly(config, cache, run, world, base.geometry, base.latent_shape, base.vae, {"student": student_network})
@@ -204,7 +205,7 @@ def _add_gan(made: Assembly, base: Base, g: GANConfig) -> None:
     made.networks["discriminator"] = discriminator
     exact: Callable[[Tensor, int], Observed] | None = None
     if g.space == "motion":
-        exact = observe = _motion_observation(config, g, base.vae, made.device)
+        exact = observe = _motion_observation(config, g, base.vae, base.folder, made.device)
         made.flow = observe.flow
         made.observations = _of_real_clips(made.cache, g, observe, wan.fingerprint(base.folder, "vae"), base.dtype)
         if config.surrogate is not None:
@@ -296,11 +297,42 @@ def _rewards(s: ShiftConfig, cache: Cache, seed: int) -> MotionRewards:
     )
 
 
-def _motion_observation(config: Config, gan: GANConfig, vae: Any, device: torch.device) -> MotionObservation:
+def with_scale(config: Config, cache: Cache) -> Config:
+    """The config with the scale of its motion picture, which a recipe may leave to the cache's clips.
+
+    A run keeps the number in its ``config.json``, and the observations beside theirs.
+
+    Raises:
+        UserError: the cache does not say how much its clips move, or they stand still.
+    """
+    gan = config.gan
+    if gan is None or gan.space != "motion" or gan.max_flow is not None:
+        return config
+    cache.require_clips()
+    motions = [entry["motion"] for entry in cache.entries if "motion" in entry]
+    scale = full_scale(motions) if motions else 0.0
+    if scale <= 0:
+        why = "most of its clips stand still" if motions else "it does not say how much its clips move"
+        raise UserError(
+            f"{cache.path} gives no scale for the picture of motion ({why}): prepare clips that move (--motion-rich), or "
+            "give gan.max_flow in the recipe, pixels per frame"
+        )
+    return replace(config, gan=replace(gan, max_flow=scale))
+
+
+def _motion_observation(
+    config: Config, gan: GANConfig, vae: Any, folder: Path, device: torch.device
+) -> MotionObservation:
     flow = wan.load_flow(gan.flow, gan.flow_iterations, device)
     if isinstance(flow, RaftFlow):
         flow.checkpointing = config.checkpointing
-    return MotionObservation(vae, flow, gan.window, gan.max_flow, config.checkpointing, gan.flow_resolution)
+    encoder = None
+    if vae.dtype != torch.float32:
+        encoder = wan.load_vae(folder, torch.float32)
+        encoder.decoder = None
+        encoder.to(device)
+    assert gan.max_flow is not None
+    return MotionObservation(vae, flow, gan.window, gan.max_flow, config.checkpointing, gan.flow_resolution, encoder)
 
 
 def _of_real_clips(
@@ -316,6 +348,7 @@ def _of_real_clips(
         "flow_iterations": gan.flow_iterations,
         "window": gan.window,
         "max_flow": gan.max_flow,
+        "encoded": "fp32",
     } | ({} if gan.flow_resolution is None else {"flow_resolution": gan.flow_resolution})
     device = next(observe.vae.parameters()).device
     return Observations(cache, key, lambda latent, start: observe(latent.float().to(device), start).latent_BCFHW)

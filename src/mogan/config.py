@@ -114,7 +114,7 @@ class GANConfig:
         blocks: first blocks of the transformer that form the trunk; ``taps``: after which of them heads read.
         prompt: what the trunk is told; ``sigma``: the noise level it is told.
         window: latent frames decoded; ``starts``: where a window may begin, one is drawn per update.
-        max_flow: pixels per frame drawn as 1.
+        max_flow: pixels per frame drawn as 1; ``None``: what the cached clips say (:func:`mogan.observation.full_scale`).
         flow: flow estimator (see :func:`mogan.wan.load_flow`); ``flow_iterations``: its refinement steps;
             ``flow_resolution``: the part of height and width it sees, ``None`` for all.
         drawn_levels: noise the observation to drawn levels and tell them to the trunk, instead of ``sigma`` always.
@@ -134,10 +134,10 @@ class GANConfig:
     normalise: bool
     window: int
     starts: tuple[int, ...] = (0,)
-    max_flow: float
     flow: str
     flow_iterations: int = 12
     flow_resolution: float | None = None
+    max_flow: float | None = None
     drawn_levels: bool = False
     train_trunk: bool = True
 

@@ -21,7 +21,7 @@ import tyro
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from mogan.assemble import Assembly, assemble
+from mogan.assemble import Assembly, assemble, with_scale
 from mogan.attention import stack_text
 from mogan.autoencoder import stream_video
 from mogan.checkpoint import (
@@ -357,8 +357,10 @@ def sample_sheet(parts: Assembly, run: Path, iteration: int) -> None:
         rows.append(frames)
         titles.append(prompt)
         if flow is not None and parts.config.gan is not None:
-            rows.append(flow_picture(flow, parts.config.gan.max_flow))
-            titles.append(f"flow, {parts.config.gan.max_flow:g} px/frame")
+            scale = parts.config.gan.max_flow
+            assert scale is not None
+            rows.append(flow_picture(flow, scale))
+            titles.append(f"flow, {scale:g} px/frame")
     contact_sheet(rows, folder / "sheet.png", titles=titles)
 
 
@@ -460,24 +462,28 @@ def train(
         config = replace(config, plan=tuple(with_batch(u, batch) for u in config.plan))
     if lr is not None:
         config = replace(config, optimizers=_slower(config, lr))
-    text = json.dumps(asdict(config), indent=2, ensure_ascii=False)
     if dry_run:
-        print(text)
+        print(_as_text(config))
         return
     with join(device, hsdp, context_parallel) as world:
         if world.main:
             writable_folder(out)
         with alone_in(out) if world.main else nullcontext():
             refuse_other_folders(out)
-            check_same_run(out, config)
             cache, words = open_cache(data), open_cache(prompts) if prompts else None
-            of = made_of(*find_models(config, model, student), cache, words) if world.main else {}
+            resolved = with_scale(config, cache)
+            check_same_run(out, resolved)
+            of = made_of(*find_models(resolved, model, student), cache, words) if world.main else {}
             if world.main:
                 check_same_parts(out, of)
 
             def begin() -> None:
-                write_atomically(out / "config.json", text + "\n")
+                write_atomically(out / "config.json", _as_text(resolved) + "\n")
                 note_parts(out, of)
 
-            parts = assemble(config, cache, model=model, student=student, prompts=words, run=out, world=world)
+            parts = assemble(resolved, cache, model=model, student=student, prompts=words, run=out, world=world)
             run_training(parts, out, Gain(out, held_out, parts, patience) if held_out else None, begin)
+
+
+def _as_text(config: Config) -> str:
+    return json.dumps(asdict(config), indent=2, ensure_ascii=False)

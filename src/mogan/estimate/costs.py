@@ -76,8 +76,11 @@ def measure_costs(config: Config, shapes: Shapes, say: Callable[[str], None] = l
         if config.gan.space == "motion":
             say("optical flow")
             flow, parameters["flow"] = _flow(config.gan.flow, config.gan.flow_iterations)
-            plain = _observe(codec, flow, config.gan, grad=False, checkpointing=config.checkpointing)
-            stages = _observe(codec, flow, config.gan, grad=True, checkpointing=config.checkpointing)
+            exact = codec if dtype == torch.float32 else Codec(shapes, torch.float32)
+            plain = _observe(codec, exact, flow, config.gan, grad=False, checkpointing=config.checkpointing)
+            stages = _observe(codec, exact, flow, config.gan, grad=True, checkpointing=config.checkpointing)
+            if exact is not codec:
+                parameters["fp32 encoder"] = sizes(exact.vae.encoder)[0]
             costs |= {"stages": stages, "observe": one_after_the_other(plain.values())}
             costs["observe_grad"] = one_after_the_other(stages.values())
         say("discriminator")
@@ -298,17 +301,17 @@ def estimate_flow(flow: RaftFlow | None, shapes: Shapes, frames: int, grad: bool
 
 
 def _observe(
-    codec: Codec, flow: RaftFlow | None, gan: GANConfig, *, grad: bool, checkpointing: bool
+    codec: Codec, exact: Codec, flow: RaftFlow | None, gan: GANConfig, *, grad: bool, checkpointing: bool
 ) -> dict[str, Call]:
-    """The stages of an observation, in order. The window starts at its mean start."""
+    """The stages of an observation, in order; ``exact`` encodes. The window starts at its mean start."""
     frames, size = 4 * gan.window - 3, codec.shapes.size
     start = round(sum(gan.starts) / len(gan.starts))
     fields = torch.empty(1, 2, frames - 1, size.height, size.width, device="meta", requires_grad=grad)
     return {
         "window decode": codec.decode(gan.window, start, grad, checkpointing),
         "flow": estimate_flow(flow, codec.shapes, frames, grad, checkpointing),
-        "picture": trace((), lambda: motion_picture(fields, gan.max_flow), backward=grad),
-        "encode": codec.encode(frames, grad, checkpointing),
+        "picture": trace((), lambda: motion_picture(fields, 1.0), backward=grad),
+        "encode": exact.encode(frames, grad, checkpointing),
     }
 
 

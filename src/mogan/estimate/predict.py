@@ -225,6 +225,8 @@ def _networks(config: Config, costs: Costs, gpus: int, lora: int | None) -> tupl
         found.append(trained("reward", costs.parameters["reward"]))
     precision = FP32 if config.precision == "fp32" else BF16
     found.append(Network("autoencoder", costs.parameters["vae"], precision * costs.parameters["vae"]))
+    if encoder := costs.parameters.get("fp32 encoder"):
+        found.append(Network("fp32 encoder", encoder, FP32 * encoder))
     if costs.parameters.get("flow"):
         found.append(Network("flow network", costs.parameters["flow"], FP32 * costs.parameters["flow"]))
     return tuple(found)

@@ -39,7 +39,6 @@ def mogan_lab() -> Config:
             normalise=True,
             window=3,
             starts=(0, 1, 2),
-            max_flow=4.0,
             flow="lab",
             flow_iterations=4,
         ),
@@ -108,7 +107,6 @@ def mogan_wan_1_3b() -> Config:
             normalise=True,  # as printed the effective weight is 3e-5; see docs/methods/mogan.md
             window=12,  # 5.1; decodes to 45 or 48 frames, 45 are used
             starts=tuple(range(10)),  # every window inside 21 latent frames
-            max_flow=144.0,  # 0.15 of the diagonal of 480 x 832 (VideoJAM's scale)
             flow="raft_large_C_T_SKHT_V2.pth",  # RAFT: section 4; which weights and how many refinements is not given
             flow_iterations=12,
         ),
