@@ -12,6 +12,7 @@ from torch import nn
 from transformers import UMT5Config, UMT5EncoderModel
 
 from conftest import TRANSFORMER, VAE
+from mogan.autoencoder import stream_video
 from mogan.cli import main
 from mogan.config import Optimizer, SurrogateConfig, Update
 from mogan.estimate import machines
@@ -31,6 +32,7 @@ from mogan.estimate.costs import (
 from mogan.estimate.predict import predict
 from mogan.estimate.shapes import PUBLISHED, Shapes, read_shapes, resized
 from mogan.estimate.trace import Call, Work, fake, sizes, trace
+from mogan.observations import drawn
 from mogan.recipes import RECIPES, dmd2_wan_1_3b, find_recipe, mogan_wan_1_3b, shift_wan_1_3b
 from mogan.rewards import MotionRewards
 from mogan.train import with_batch
@@ -145,6 +147,7 @@ MADE_UP = Costs(
     forward=Call(Work({(280e12, 1e9, "bf16"): 1}), 0.1 * GB, 2 * GB),
     train=Call(Work({(1120e12, 4e9, "bf16"): 1}), 4 * GB, 9 * GB, 3 * GB),
     decode=Call(Work(), 0, 0),
+    stream=Call(Work({(600e12, 1e9, "bf16"): 1}), 0.1 * GB, 6 * GB),
     observe=Call(Work({(500e12, 1e9, "bf16"): 1}), 1 * GB, 20 * GB),
     observe_grad=Call(Work({(900e12, 1e9, "bf16"): 1}), 35 * GB, 50 * GB),
     judge=Call(Work({(400e12, 1e9, "bf16"): 1}), 2 * GB, 8 * GB),
@@ -153,6 +156,7 @@ MADE_UP = Costs(
     predict=Call(Work({(1e12, 1e9, "bf16"): 1}), 0.1 * GB, 1 * GB),
     predict_grad=Call(Work({(2e12, 1e9, "bf16"): 1}), 3 * GB, 4 * GB),
     predict_learns=Call(Work({(3e12, 1e9, "bf16"): 1}), 3 * GB, 5 * GB),
+    check=Call(Work({(650e12, 1e9, "bf16"): 1}), 0.1 * GB, 7 * GB),
     pixel_flux=Call(Work({(700e12, 1e9, "bf16"): 1}), 1 * GB, 22 * GB),
     reward=Call(Work({(30e12, 1e9, "bf16"): 1}), 1 * GB, 2 * GB),
     parameters=network_parameters(PUBLISHED["wan2.1-t2v-1.3b"])
@@ -273,6 +277,55 @@ def test_peak_is_what_stays_and_what_comes_and_goes():
     assert found.steps[2].peak == pytest.approx(stays + 4 * p + (4 + 50 + 3) * GB)
     assert found.fits
     assert not price(mogan_wan_1_3b(), gpu="h100").fits
+
+
+def test_observations_are_those_that_the_run_draws_and_none_waits_for_them():
+    config = mogan_wan_1_3b()
+    pairs = len(drawn(config, 15000))
+    for gpus in (1, 16):
+        found = price(config, gpus)
+        observe, sheet, check = found.beside
+        stays = sum(n.weights + n.moments + n.average for n in found.networks)
+        assert observe.times == math.ceil(pairs / gpus)
+        assert observe.peak == stays + 20 * GB
+        assert observe.seconds == MADE_UP.observe.work.seconds(found.machine)
+        # four samples of three steps, the averaged weights in the live ones' place, decoded one by one
+        assert (sheet.times, sheet.name) == (8, "sheet of 4 samples")
+        assert sheet.seconds == pytest.approx(
+            4 * (3 * 280e12 + 650e12) / (found.machine.bf16 * machines.REACHED_COMPUTE)
+        )
+        assert sheet.peak > stays + found.networks[0].average + 2 * GB
+        assert (check.asked, check.times, check.hours) == (True, 16, 0.0)
+        assert check.seconds * gpus == pytest.approx(16 * sheet.seconds)
+        assert found.hours == pytest.approx(
+            (800 * found.iteration_seconds + observe.times * observe.seconds + 8 * sheet.seconds) / 3600
+        )
+        assert found.peak >= max(b.peak for b in found.beside)
+    observed = predict(config, PUBLISHED["wan2.1-t2v-1.3b"], MADE_UP, machines.MACHINES["h200"], 1, clips=0, lora=None)
+    assert observed.beside[0].times == 0
+
+
+def test_sampling_takes_the_text_encoder_or_the_rest_and_a_clip_at_a_time():
+    few, many = price(mogan_wan_1_3b()).sampling
+    p, machine = MADE_UP.parameters, machines.MACHINES["h200"]
+    rest = 4 * p["transformer"] + 2 * p["vae"]
+    assert few.peak == max(2 * p["text_encoder"], rest + max(2, 6) * GB)
+    assert many.peak == max(2 * p["text_encoder"], rest + max(2 * 2, 6) * GB)
+    for row, calls in ((few, 3), (many, 2 * 50)):
+        assert row.seconds == pytest.approx((calls * 280e12 + 600e12) / (machine.bf16 * machines.REACHED_COMPUTE))
+
+
+@pytest.mark.parametrize("frames", [5, 29, 61])
+def test_a_decode_frame_by_frame_takes_the_memory_of_a_few_frames(frames):
+    codec = Codec(replace(TINY, size=replace(TINY.size, frames=frames)), torch.float32)
+    z = torch.empty(1, *codec.shapes.latent, device="meta")
+    traced = trace((), lambda: list(stream_video(codec.vae, z))[-1], backward=False)
+    assert codec.stream().work.flops == pytest.approx(traced.work.flops, rel=1e-6)
+    assert codec.stream().peak <= traced.peak  # which keeps every frame
+    if frames > 30:
+        assert codec.stream().peak == pytest.approx(
+            Codec(replace(TINY, size=replace(TINY.size, frames=29)), torch.float32).stream().peak, rel=0.02
+        )
 
 
 def test_sharding_divides_what_stays_and_the_batch():

@@ -1,5 +1,6 @@
 """Predicted memory against memory really allocated, at sizes a CPU can run."""
 
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from mogan.autoencoder import decode_window, encode_video
+from mogan.autoencoder import decode_window, encode_video, stream_video
 from mogan.denoiser import Denoiser, recomputed
 from mogan.discriminator import Discriminator
 from mogan.estimate.costs import Codec, build_transformer, estimate_flow, judge_call, transformer_calls
@@ -99,6 +100,8 @@ def compare(shapes: Shapes, *, window: int, text_tokens: int = 128) -> Iterator[
     predicted = Codec(shapes, torch.float32).decode(window, start, True, True)
     real = allocated_peak(lambda: _gradient(decode_window(vae, z, start, window), z))
     yield Case(f"decode, window of {window}", predicted.peak, real)
+    real = allocated_peak(lambda: deque(stream_video(vae, latent), maxlen=0))
+    yield Case("decode, frame by frame", Codec(shapes, torch.float32).stream().peak, real)
     frames = 4 * window - 3
     video = torch.randn(1, 3, frames, size.height, size.width, requires_grad=True)
     predicted = Codec(shapes, torch.float32).encode(frames, True, True)

@@ -50,7 +50,8 @@ def estimate(
         frames: of a clip, in place of the model's.
         height: pixels.
         width: pixels.
-        clips: real clips whose observations are computed before the first step (MoGAN: 15000).
+        clips: real clips (MoGAN: 15000). What the discriminator sees of those that the run draws is computed once, on the
+            way; 0 if the cache has it.
         json_output: print JSON.
     """
     if gpu not in MACHINES:
@@ -146,11 +147,19 @@ def as_table(found: Estimate, changes: tuple[Change, ...]) -> str:
     for stage in found.observation:
         cells = f"{stage.held / GB:>9.1f}{stage.peak / GB:>13.1f}{stage.flops / 1e15:>18.2f}{stage.seconds:>9.2f}"
         lines.append(f"{stage.name:<35}{cells}")
-    hours = found.hours
+    lines += ["", f"{'beside the updates':<35}{'times':>9}{'peak GB':>13}{'seconds each':>18}{'hours':>9}"]
+    for b in found.beside:
+        hours = b.times * b.seconds / 3600
+        lines.append(
+            f"{b.name:<35}{b.times:>9g}{b.peak / GB:>13.1f}{b.seconds:>18.2f}{hours:>9.2f}{' if asked' * b.asked}"
+        )
+    lines += ["", f"{'sampling, one GPU':<35}{'peak GB':>22}{'seconds a clip':>18}"]
+    lines += [f"{b.name:<35}{b.peak / GB:>22.1f}{b.seconds:>18.1f}" for b in found.sampling]
+    hours, more = found.hours, sum(b.hours for b in found.beside)
     lines += [
         "",
-        f"iteration {found.iteration_seconds:.1f} s; {found.iterations} iterations and "
-        f"{found.preparation_hours:.1f} h for the real clips' observations: {hours:.1f} h, {hours * found.gpus:.0f} GPU-hours",
+        f"iteration {found.iteration_seconds:.1f} s; {found.iterations} iterations and {more:.1f} h beside the updates: "
+        f"{hours:.1f} h, {hours * found.gpus:.0f} GPU-hours",
         f"memory: {found.peak / GB:.1f} GB of {found.available / GB:.1f} that {found.machine.memory / GB:.0f} GB leave for tensors: "
         + ("it fits" if found.fits else "it does not fit"),
         f"main memory while starting: {found.main_memory / GB:.0f} GB for the text encoder, then none",

@@ -16,7 +16,7 @@ from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from torchvision.models.optical_flow import raft_large
 
 from mogan.attention import set_attention
-from mogan.autoencoder import decode_window, encode_video
+from mogan.autoencoder import decode_window, encode_video, stream_video
 from mogan.config import Config, GANConfig, ShiftConfig, SurrogateConfig
 from mogan.denoiser import Denoiser, recomputed
 from mogan.discriminator import Discriminator
@@ -39,7 +39,7 @@ class Costs:
         judge: the discriminator, forward and backward, its weights learning, in fp32 where it is penalised; ``judge_frozen``:
             only its input's gradient; ``judge_predicted``: learning from a surrogate's predictions, never penalised.
         observe: window decode, flow and encode without gradient; ``observe_grad``: with; ``stages``: of the latter.
-        decode: of a whole clip, for sampling.
+        decode: of a whole clip at once; ``stream``: frame by frame, for sampling; ``check``: so, with its flow.
         predict: the surrogate of an observation without gradient; ``predict_grad``: with its input's; ``predict_learns``: its weights'.
         pixel_flux: a whole clip decoded, its flow there and back; ``reward``: SHIFT's rewards on it, forward and backward.
         parameters: of ``transformer``, ``block`` (one of its blocks), ``rest`` (what is outside them), ``adapters`` (per rank), ``discriminator``, ``vae``,
@@ -49,6 +49,7 @@ class Costs:
     forward: Call
     train: Call
     decode: Call
+    stream: Call
     parameters: Mapping[str, int]
     observe: Call | None = None
     observe_grad: Call | None = None
@@ -61,6 +62,7 @@ class Costs:
     predict_learns: Call | None = None
     pixel_flux: Call | None = None
     reward: Call | None = None
+    check: Call | None = None
 
 
 def measure_costs(config: Config, shapes: Shapes, say: Callable[[str], None] = lambda text: None) -> Costs:
@@ -72,6 +74,7 @@ def measure_costs(config: Config, shapes: Shapes, say: Callable[[str], None] = l
     say("autoencoder")
     codec = Codec(shapes, dtype)
     costs: dict[str, Any] = {"forward": forward, "train": train, "decode": codec.decode(shapes.latent[1])}
+    costs["stream"] = codec.stream()
     if config.gan is not None:
         if config.gan.space == "motion":
             say("optical flow")
@@ -83,6 +86,7 @@ def measure_costs(config: Config, shapes: Shapes, say: Callable[[str], None] = l
                 parameters["fp32 encoder"] = sizes(exact.vae.encoder)[0]
             costs |= {"stages": stages, "observe": one_after_the_other(plain.values())}
             costs["observe_grad"] = one_after_the_other(stages.values())
+            costs["check"] = _check(costs["stream"], flow, shapes)
         say("discriminator")
         gan = config.gan
         seen = gan.window if gan.space == "motion" else shapes.latent[1]
@@ -102,6 +106,7 @@ def measure_costs(config: Config, shapes: Shapes, say: Callable[[str], None] = l
         flow, parameters["flow"] = _flow(config.shift.flow, config.shift.flow_iterations)
         fields = estimate_flow(flow, shapes, shapes.size.frames, False, False)
         costs["pixel_flux"] = one_after_the_other((costs["decode"], fields, fields))
+        costs["check"] = _check(costs["stream"], flow, shapes)
         costs["reward"], parameters["reward"] = reward_call(config.shift, shapes)
     return Costs(parameters=parameters, **costs)
 
@@ -248,6 +253,20 @@ class Codec:
         three, four = (self._encode(n, grad, checkpointing) for n in (9, 13))
         return three.along(four, (frames - 9) / 4)
 
+    def stream(self) -> Call:
+        """Decode of a clip whose frames are given away as they come: from the fourth latent frame on none needs more memory."""
+        channels, frames, height, width = self.shapes.latent
+        z = torch.empty(1, channels, min(frames, 4), height, width, device="meta")
+
+        def last() -> torch.Tensor:
+            piece = torch.empty(0, device="meta")
+            for piece in stream_video(self.vae, z):  # noqa: B007  # what the loop leaves is held, one latent frame's
+                pass
+            return piece
+
+        short = self._once(("stream", 0, 0, False, False), last)
+        return Call(self.decode(frames).work, short.held, short.peak)
+
     def _decode(self, first: int, count: int, grad: bool = False, checkpointing: bool = False) -> Call:
         channels, _, height, width = self.shapes.latent
         z = torch.empty(1, channels, first + count, height, width, device="meta", requires_grad=grad)
@@ -313,6 +332,13 @@ def _observe(
         "picture": trace((), lambda: motion_picture(fields, 1.0), backward=grad),
         "encode": exact.encode(frames, grad, checkpointing),
     }
+
+
+def _check(stream: Call, flow: RaftFlow | None, shapes: Shapes) -> Call:
+    """A clip decoded frame by frame, and the flow of each latent frame's four with the one before them."""
+    pairs = shapes.size.frames - 1
+    piece = estimate_flow(flow, shapes, min(pairs, 4) + 1, False, False)
+    return Call(stream.work + piece.work * (pairs / min(pairs, 4)), 0.0, max(stream.peak, stream.held + piece.peak))
 
 
 def one_after_the_other(stages: Iterable[Call]) -> Call:

@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass, replace
 
 from mogan.config import Config, ShiftConfig, Update
+from mogan.estimate.beside import Beside, beside, sampling, text_encoder_bytes
 from mogan.estimate.costs import Costs
 from mogan.estimate.machines import GPUS_PER_NODE, REACHED_LINK, Machine, usable
 from mogan.estimate.shapes import Shapes
@@ -78,14 +79,15 @@ class Estimate:
     observation: tuple[Stage, ...]
     available: float
     iterations: int
-    preparation_hours: float
+    beside: tuple[Beside, ...]
+    sampling: tuple[Beside, ...]
     main_memory: float
     note: str = ""
 
     @property
     def peak(self) -> float:
-        """Most bytes on one GPU."""
-        return max(step.peak for step in self.steps)
+        """Most bytes on one GPU while the run trains."""
+        return max([step.peak for step in self.steps] + [each.peak for each in self.beside])
 
     @property
     def fits(self) -> bool:
@@ -99,8 +101,8 @@ class Estimate:
 
     @property
     def hours(self) -> float:
-        """The whole run, from start to last checkpoint, without loading and sampling."""
-        return self.preparation_hours + self.iterations * self.iteration_seconds / 3600
+        """The whole run, from start to last checkpoint: updates, observations of real clips, sheets; without loading."""
+        return self.iterations * self.iteration_seconds / 3600 + sum(each.hours for each in self.beside)
 
 
 def predict(
@@ -117,7 +119,7 @@ def predict(
         costs: of :func:`mogan.estimate.costs.measure_costs` for both.
         machine: one GPU of it.
         gpus: how many.
-        clips: real clips whose observations are computed before the first step.
+        clips: real clips, none of which anybody has observed yet; 0 if all are.
         lora: rank of adapters in place of full weights of student and fake score.
     """
     networks = _networks(config, costs, gpus, lora)
@@ -148,8 +150,7 @@ def predict(
         )
     odd = [u.batch for u in config.plan if u.batch % gpus]
     gan = config.gan
-    observations = clips * len(gan.starts) if gan is not None and costs.observe is not None else 0
-    once = costs.observe.work.seconds(machine) * observations / gpus / 3600 if costs.observe is not None else 0.0
+    more = sum(n.average for n in networks) + _gathered(shapes, costs, gpus)
     return Estimate(
         config.recipe,
         shapes.name,
@@ -164,8 +165,9 @@ def predict(
         tuple(Stage(n, c.held, c.peak, c.work.flops, c.work.seconds(machine)) for n, c in costs.stages.items()),
         usable(machine.memory),
         config.iterations,
-        once,
-        FP32 * costs.parameters["text_encoder"],
+        beside(config, shapes, costs, machine, gpus, clips, stays, more),
+        sampling(config, shapes, costs, machine),
+        text_encoder_bytes(shapes, costs),
         f"a batch of {odd[0]} does not split over {gpus} GPUs: give --batch a multiple of {gpus}" if odd else "",
     )
 

@@ -1,0 +1,94 @@
+"""What a run does besides its updates, and sampling afterwards: memory and time of each on one GPU."""
+
+import math
+from dataclasses import dataclass
+
+from mogan.config import Config
+from mogan.defaults import Defaults
+from mogan.estimate.costs import Costs
+from mogan.estimate.machines import Machine
+from mogan.estimate.shapes import Shapes
+from mogan.estimate.trace import Work
+from mogan.held_out import AT_ONCE, CLIPS
+from mogan.observations import drawn
+from mogan.sample import clips_at_once
+
+FP32, BF16 = 4, 2  # bytes
+
+
+@dataclass(frozen=True)
+class Beside:
+    """One thing that a run does besides its updates.
+
+    Attributes:
+        name: what.
+        times: in the whole run, on the GPU that has most of it; 0 for what the run itself does not do.
+        peak: most bytes, with everything that stays.
+        seconds: of one time.
+        asked: only where an option asks for it; not part of the run's hours.
+    """
+
+    name: str
+    times: float
+    peak: float
+    seconds: float
+    asked: bool = False
+
+    @property
+    def hours(self) -> float:
+        """Of a run that nobody asked for more."""
+        return 0.0 if self.asked else self.times * self.seconds / 3600
+
+
+def beside(
+    config: Config, shapes: Shapes, costs: Costs, machine: Machine, gpus: int, clips: int, stays: float, more: float
+) -> tuple[Beside, ...]:
+    """What a run observes, shows and checks. It keeps ``stays`` bytes between updates, and ``more`` while averaged weights are
+    sampled: the live ones beside them, and what is gathered for a forward pass. The rest is as in
+    :func:`mogan.estimate.predict.predict`.
+    """
+    few = costs.forward.work * len(config.sigmas)
+    found = []
+    if costs.observe is not None:
+        share = math.ceil(len(drawn(config, clips)) / gpus) if clips else 0
+        found.append(
+            Beside("observe a real clip", share, stays + costs.observe.peak, costs.observe.work.seconds(machine))
+        )
+    if config.sample_prompts:
+        shown = costs.check if config.gan is not None and costs.check is not None else costs.stream
+        together = min(clips_at_once(shapes.size), config.sample_prompts)
+        peak = stays + more + max(together * costs.forward.peak, shown.peak)
+        times = math.ceil(config.iterations / config.sample_every)
+        seconds = ((few + shown.work) * config.sample_prompts).seconds(machine)
+        found.append(Beside(f"sheet of {config.sample_prompts} samples", times, peak, seconds))
+    if costs.check is not None and not config.given:
+        share = math.ceil(CLIPS / gpus)
+        together = min(clips_at_once(shapes.size, AT_ONCE), share)
+        peak = stays + more + max(together * costs.forward.peak, costs.check.peak)
+        times = math.ceil(config.iterations / config.save_every)
+        seconds = ((few + costs.check.work) * share).seconds(machine)
+        found.append(Beside(f"--held-out, {CLIPS} clips", times, peak, seconds, asked=True))
+    return tuple(found)
+
+
+def sampling(config: Config, shapes: Shapes, costs: Costs, machine: Machine) -> tuple[Beside, ...]:
+    """``mogan sample`` on one GPU, per clip: the student's steps and, where a model is guided, the teacher's."""
+    parameters = costs.parameters
+    weights = FP32 * parameters["transformer"] + costs.forward.copies + BF16 * parameters["vae"]
+    text = text_encoder_bytes(shapes, costs)  # has gone when the others come
+    together = clips_at_once(shapes.size)
+
+    def row(name: str, calls: int, steps: int) -> Beside:
+        peak = weights + max(calls * together * costs.forward.peak, costs.stream.peak)
+        work: Work = costs.forward.work * (steps * calls) + costs.stream.work
+        return Beside(name, 0, max(text, peak), work.seconds(machine), asked=True)
+
+    steps = len(config.sigmas)
+    found = [row(f"mogan sample, {steps} steps", 1, steps)] if steps > 1 else []
+    usual = Defaults().steps
+    return (*found, row(f"mogan sample, {usual} guided steps", 2, usual))
+
+
+def text_encoder_bytes(shapes: Shapes, costs: Costs) -> float:
+    """What :func:`mogan.wan.load_text` holds: Wan's large encoder in bf16."""
+    return (BF16 if shapes.text_encoder["d_model"] >= 4096 else FP32) * costs.parameters["text_encoder"]
