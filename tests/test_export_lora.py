@@ -194,3 +194,15 @@ def test_the_card_carries_the_name_and_the_licence_of_the_base(family, tmp_path)
     assert "base_model: Wan-AI/Wan2.1-T2V-1.3B-Diffusers" in front
     assert "seed 7" in card
     assert model_name(family / "teacher") == "teacher"
+
+
+@pytest.mark.parametrize("file", ["config.json", "run.json"])
+@pytest.mark.parametrize("content", [None, b"{}", b"[]", b"{not", b"\xff"])
+def test_a_run_whose_description_is_damaged_is_named(file, content, full, tmp_path):
+    run = shutil.copytree(full, tmp_path / "run")
+    (run / file).unlink()
+    if content is not None:
+        (run / file).write_bytes(content)
+    with pytest.raises(UserError, match=rf"{file}"):
+        export(run, out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()

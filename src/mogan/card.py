@@ -1,12 +1,12 @@
 """What a stranger must know to use an export: how to call it, where it came from, how it was measured, whose licence holds."""
 
-import json
 import re
 from pathlib import Path
 
 from mogan import wan
 from mogan.checkpoint import student_checkpoint
 from mogan.evaluation.results import read_results
+from mogan.identity import read_config
 
 
 def model_card(title: str, base: Path, sigmas: tuple[float, ...], notes: list[str], load: list[str]) -> str:
@@ -57,7 +57,7 @@ the pipeline does not hand it to the scheduler, which draws new noise at every s
 
 def run_notes(run: Path) -> list[str]:
     """Recipe, seed and length of a training run, and what it was trained on."""
-    config = json.loads((run / "config.json").read_text())
+    config = read_config(run)
     how = f"adapters of rank {config['lora']}" if config.get("lora") else "all weights"
     updates = ", ".join(f"{u['learns']} by {u['by']} (batch {u['batch']})" for u in config["plan"])
     return [

@@ -201,7 +201,7 @@ def check_same_run(run: Path, config: Config) -> None:
         return
     try:
         old, new = settings(json.loads(path.read_text())), settings(json.loads(json.dumps(asdict(config))))
-    except ValueError as error:
+    except (ValueError, AttributeError) as error:
         raise UserError(f"{path} is damaged ({error}): put back a copy, every checkpoint has one") from error
     changed = [k for k in new | old if old.get(k) != new.get(k)]
     if changed:

@@ -78,7 +78,7 @@ def of_cache(cache: Cache) -> str:
 
 def of_run(run: Path) -> str:
     """Of a run whose adapters another starts with: by its settings, since it may train on meanwhile."""
-    return _short(settings(json.loads((run / "config.json").read_text())))
+    return _short(settings(read_config(run)))
 
 
 def made_of(folder: Path, start: Path, adapters_of: Path | None, cache: Cache, prompts: Cache | None = None) -> dict:
@@ -120,13 +120,31 @@ def read_facts(run: Path) -> dict[str, Any]:
     Raises:
         UserError: it is no JSON.
     """
-    path = run / "run.json"
-    if not path.is_file():
-        return {}
+    return _read(run / "run.json") if (run / "run.json").is_file() else {}
+
+
+def read_config(run: Path) -> dict[str, Any]:
+    """``config.json``: the recipe of a run as it was trained.
+
+    Raises:
+        UserError: it is not there, or says no recipe.
+    """
+    config = _read(run / "config.json")
+    if lacks := [name for name in ("recipe", "sigmas", "plan", "seed") if name not in config]:
+        raise UserError(f"{run / 'config.json'} is damaged (no {lacks[0]}): put back a copy, every checkpoint has one")
+    return config
+
+
+def _read(path: Path) -> dict[str, Any]:
     try:
-        return dict(json.loads(path.read_text()))
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): put back a copy of it") from error
     except ValueError as error:
         raise UserError(f"{path} is damaged ({error}): put back a copy of it, or give another --out") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{path} is damaged (it holds a {type(found).__name__}): put back a copy of it")
+    return found
 
 
 def check_same_parts(run: Path, now: dict[str, Any]) -> None:
@@ -183,6 +201,8 @@ def part_of_run(run: Path, name: str) -> Path:
         UserError: it is not there, or holds something else now.
     """
     facts = read_facts(run)
+    if not isinstance(facts.get(name), str):
+        raise UserError(f"{run / 'run.json'} does not say where the {WHAT[name]} lay: put back a copy of it")
     try:
         folder = wan.resolve_model(facts[name])
     except UserError as error:

@@ -4,7 +4,6 @@ A clip depends on its prompt and its seed alone, not on the batch it was made in
 ``torch.manual_seed(k)`` followed by a call of the stock pipeline gives.
 """
 
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -25,7 +24,7 @@ from mogan.errors import UserError
 from mogan.files import writable_folder
 from mogan.first_frames import clip_of_prompts, sample_from_first_frames
 from mogan.flowmo import FLOWMO_STEPS, FlowMo
-from mogan.identity import part_of_run
+from mogan.identity import part_of_run, read_config
 from mogan.lists import read_prompts
 from mogan.locks import alone_in
 from mogan.lora import factors, merge
@@ -424,7 +423,7 @@ def open_generator(name: str) -> Generator:
     run = Path(name)
     if (run / "run.json").is_file():
         folder = part_of_run(run, "student")
-        config = json.loads((run / "config.json").read_text())
+        config = read_config(run)
         if config.get("motion_score"):
             raise UserError(
                 f"{name} is a motion model, not a generator: give it as --motion beside a teacher as --model"
@@ -443,7 +442,7 @@ def open_motion(run: Path, base: Path, frames: int) -> tuple[torch.nn.Module, in
     """
     if not (run / "run.json").is_file():
         raise UserError(f"{run} is not a training run: give --motion the --out of a motion score recipe")
-    config = json.loads((run / "config.json").read_text())
+    config = read_config(run)
     folder = part_of_run(run, "student")
     if not config.get("motion_score"):
         raise UserError(f"{run} trained {config['recipe']}, no motion model: use a recipe such as motion_score_lab")
