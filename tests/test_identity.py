@@ -77,6 +77,20 @@ def test_another_model_or_other_data_do_not_go_on_with_a_run(model, own_cache, f
     assert train(family / "teacher", own_cache, 2)[0] == 0, "a copy with the same contents is the same"
 
 
+def test_prompts_of_their_own_are_part_of_what_a_run_is(model, own_cache, train, tmp_path):
+    words = shutil.copytree(own_cache, tmp_path / "words")
+    assert train(model, own_cache, 1, "--prompts", words, recipe="dmd")[0] == 0
+    assert "begun with prompts" in train(model, own_cache, 2, recipe="dmd")[1]
+    lines = (words / "index.jsonl").read_text().splitlines()
+    (words / "index.jsonl").write_text("\n".join(lines[:-1]) + "\n")
+    assert "begun with another prompts" in train(model, own_cache, 2, "--prompts", words, recipe="dmd")[1]
+
+
+def test_data_that_is_none_makes_no_folder(model, train, tmp_path):
+    assert train(model, tmp_path / "none", 1)[0] == 2
+    assert not (tmp_path / "run").exists()
+
+
 def test_folders_that_moved_are_the_same_and_their_new_place_is_noted(model, own_cache, train, tmp_path):
     assert train(model, own_cache, 1)[0] == 0
     known = json.loads((tmp_path / "run" / "run.json").read_text())

@@ -466,11 +466,11 @@ def train(
         print(_as_text(config))
         return
     with join(device, hsdp, context_parallel) as world:
+        cache, words = open_cache(data), open_cache(prompts) if prompts else None
         if world.main:
             writable_folder(out)
         with alone_in(out) if world.main else nullcontext():
             refuse_other_folders(out)
-            cache, words = open_cache(data), open_cache(prompts) if prompts else None
             resolved = with_scale(config, cache)
             check_same_run(out, resolved)
             of = made_of(*find_models(resolved, model, student), cache, words) if world.main else {}
