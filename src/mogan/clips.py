@@ -3,7 +3,7 @@
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import groupby, pairwise
 
 import cv2
 import numpy as np
@@ -25,7 +25,7 @@ CUT_ISOLATION = 2.0
 
 @dataclass(frozen=True)
 class Clip:
-    """Frames of one shot. ``start`` counts resampled frames; ``repeats`` of them only repeat the one before."""
+    """Frames of one shot. ``start`` counts resampled frames; ``repeats`` of them equal the one before."""
 
     start: int
     start_s: float
@@ -42,14 +42,29 @@ class ShortShot:
     frames: int
 
 
+@dataclass(frozen=True)
+class Held:
+    """A clip's time in which a single frame was held: no video."""
+
+    start: int
+    start_s: float
+
+
 # ---------------------------------------------------------------------------------------------- shots and clips
 
 
-def clips_of(frames: Iterable[Frame], length: int) -> Iterator[Clip | ShortShot]:
-    """Non-overlapping clips of ``length`` frames, none across a shot cut; shots without room for one are reported.
+def clips_of(frames: Iterable[Frame], length: int) -> Iterator[Clip | Held | ShortShot]:
+    """Non-overlapping clips of ``length`` frames, none across a shot cut or a gap in their numbers.
 
-    What remains of a shot after its last full clip is left out.
+    Shots without room for a clip are reported, and clips that are one frame repeated. What remains of a shot after its
+    last full clip is left out.
     """
+    # a stretch without a gap has one difference between number and count
+    for _, stretch in groupby(enumerate(frames), lambda pair: pair[1].number - pair[0]):
+        yield from _clips_of_stretch((frame for _, frame in stretch), length)
+
+
+def _clips_of_stretch(frames: Iterable[Frame], length: int) -> Iterator[Clip | Held | ShortShot]:
     held: list[Frame] = []
     made = 0
     for frame, starts_shot in shots(frames):
@@ -59,7 +74,8 @@ def clips_of(frames: Iterable[Frame], length: int) -> Iterator[Clip | ShortShot]
             held, made = [], 0
         held.append(frame)
         if len(held) == length:
-            yield make_clip(held)
+            one = all(f.image_HWC is held[0].image_HWC for f in held)
+            yield Held(held[0].number, held[0].time_s) if one else make_clip(held)
             held, made = [], made + 1
     if held and not made:
         yield ShortShot(held[0].number, held[0].time_s, len(held))
@@ -67,8 +83,9 @@ def clips_of(frames: Iterable[Frame], length: int) -> Iterator[Clip | ShortShot]
 
 def make_clip(frames: list[Frame]) -> Clip:
     """Stack neighbouring frames."""
-    repeats = sum(a.image_HWC is b.image_HWC for a, b in pairwise(frames))
-    return Clip(frames[0].number, frames[0].time_s, repeats, np.stack([f.image_HWC for f in frames]))
+    images = [frame.image_HWC for frame in frames]
+    repeats = sum(a is b or np.array_equal(a, b) for a, b in pairwise(images))
+    return Clip(frames[0].number, frames[0].time_s, repeats, np.stack(images))
 
 
 def shots(frames: Iterable[Frame]) -> Iterator[tuple[Frame, bool]]:

@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from mogan.clips import ShortShot, clips_of, motion_of
+from mogan.clips import Held, ShortShot, clips_of, motion_of
 from mogan.errors import UserError
 from mogan.files import json_line, replacing
 from mogan.flow import FlowEstimator
 from mogan.listing import Source
+from mogan.lists import printable
 from mogan.video import probe, read_frames
 
 if TYPE_CHECKING:
@@ -25,30 +26,37 @@ if TYPE_CHECKING:
 
 RENEW = 16  # clips of one file after which its unfinished record is written
 
+READER = 2  # raise it when the same file gives other clips: records of another reader are not used
+EMPTY: dict[str, Any] = {"reader": READER, "done": False, "error": None, "clips": [], "short": [], "held": []}
+
 
 def measure(
     sources: list[Source], out: Path, geometry: "Geometry", estimate_flow: FlowEstimator, workers: int
 ) -> list[dict]:
-    """One record per source: its ``clips`` with their motion, its ``short`` shots, or the ``error`` that rules it out.
+    """One record per source: its ``clips`` with their motion, its ``short`` shots, the times at which one frame was ``held`` for as long
+    as a clip, or the ``error`` that rules it out.
 
     Records lie in ``out/sources``; a file that was measured and has not changed is not opened again. The record of a
     long file is renewed while it is being measured, so that a kill costs at most ``RENEW`` clips.
     """
     records = {s.name: _record(out, s) for s in sources}
-    todo = [s for s in sources if not records[s.name]["done"]]
+    todo = [s for s in sources if not records[s.name]["done"] and "bytes" in records[s.name]]
     known = {s.name: {c["start"]: c["motion"] for c in records[s.name]["clips"]} for s in todo}
     for source in todo:
-        records[source.name] |= {"clips": [], "short": [], "error": None}
+        records[source.name] |= EMPTY | {"clips": [], "short": [], "held": []}
     with tqdm(total=len(todo), desc="measure", unit="file", disable=not todo) as bar:
         for source, item in in_threads(todo, lambda s: _read_clips(s, geometry), workers):
             record = records[source.name]
+            bar.set_postfix_str(printable(source.name))
             if isinstance(item, dict):
                 record |= item
             elif isinstance(item, ShortShot):
                 record["short"].append({"start_s": round(item.start_s, 3), "frames": item.frames})
+            elif isinstance(item, Held):
+                record["held"].append(round(item.start_s, 3))
             elif isinstance(item, Done):
                 if item.error is not None:  # `done` stays False: it is tried again next time
-                    record |= {"clips": [], "short": [], "error": item.error}
+                    record |= {"clips": [], "short": [], "held": [], "error": item.error}
                 else:
                     record["done"] = True
                 _write_record(out, record)
@@ -68,35 +76,52 @@ def _read_clips(source: Source, geometry: "Geometry") -> Iterator[Any]:
     """In a worker: facts of the file, then its clips and short shots."""
     found = probe(source.path)
     yield {"source_fps": found.fps, "source_height": found.height, "source_width": found.width}
+    yield {"remarks": list(found.remarks)}
     size = (geometry.height, geometry.width)
     yield from clips_of(read_frames(source.path, fps=geometry.fps, size=size), geometry.frames)
 
 
 def known_record(out: Path, source: Source) -> dict | None:
     """What some process has found out about all of a file, if the file is still the same."""
-    old = _stored(out, source)
-    return old if old is not None and _stamp(source).items() <= old.items() and (old["done"] or old["error"]) else None
+    try:
+        stamp, old = _stamp(source), _stored(out, source)
+    except OSError as error:
+        return _unreadable(source, error)
+    return old if old is not None and stamp.items() <= old.items() and (old["done"] or old["error"]) else None
 
 
 def _stamp(source: Source) -> dict[str, int]:
+    if source.path.exists() and not source.path.is_file():  # a pipe would wait for ever
+        raise OSError("it is no file")
     stat = source.path.stat()
     return {"bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns}
 
 
 def _stored(out: Path, source: Source) -> dict | None:
+    """An earlier record, unless it was made of other pictures or other times."""
     path = _record_path(out, source.name)
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    old = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    return old if old is not None and old.get("reader") == READER else None
+
+
+def _unreadable(source: Source, error: OSError) -> dict:
+    return {"source": source.name, "sha": ""} | EMPTY | {"error": f"cannot be read ({error.strerror or error})"}
 
 
 def _record(out: Path, source: Source) -> dict:
-    """What an earlier run knows about a file, if the file is still the same; else an empty record."""
-    stamp, old = _stamp(source), _stored(out, source)
-    if old is not None and stamp.items() <= old.items():
-        return old
-    sha = file_sha(source.path)
+    """What an earlier run knows about a file, if the file is still the same; else an empty record, without ``bytes`` if
+    the file cannot be read.
+    """
+    try:
+        stamp, old = _stamp(source), _stored(out, source)
+        if old is not None and stamp.items() <= old.items():
+            return old
+        sha = file_sha(source.path)
+    except OSError as error:
+        return _unreadable(source, error)
     if old is not None and old["sha"] == sha:
         return old | stamp
-    return {"source": source.name, "sha": sha} | stamp | {"done": False, "error": None, "clips": [], "short": []}
+    return {"source": source.name, "sha": sha} | stamp | EMPTY
 
 
 def _record_path(out: Path, name: str) -> Path:
@@ -127,8 +152,8 @@ class Done:
 def in_threads(jobs: Iterable, work: Callable[[Any], Iterator], workers: int) -> Iterator[tuple[Any, Any]]:
     """Run ``work(job)`` in threads; yield ``(job, item)`` for each of its items, then ``(job, Done)``.
 
-    FFmpeg works outside Python's lock, so threads are enough. At most ``workers`` items wait at a time. A UserError
-    ends its job; any other exception is raised here.
+    FFmpeg works outside Python's lock, so threads are enough. At most ``workers`` items wait at a time. A UserError,
+    and what the machine refuses, ends its job; any other exception is raised here.
     """
     items: queue.Queue = queue.Queue(maxsize=workers)
     stop = threading.Event()
@@ -148,8 +173,8 @@ def in_threads(jobs: Iterable, work: Callable[[Any], Iterator], workers: int) ->
                 if not put((job, item)):
                     return
             put((job, Done()))
-        except UserError as error:
-            put((job, Done(str(error))))
+        except (UserError, MemoryError, OSError) as error:
+            put((job, Done(str(error) or type(error).__name__)))
         except BaseException as error:
             put((job, error))
 

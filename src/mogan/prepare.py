@@ -405,6 +405,11 @@ def _dropped(sources, records, found, threshold, geometry) -> list[dict]:
         for s, r in zip(sources, records, strict=True)
         for short in r["short"]
     ]
+    rows += [
+        {"source": s.name, "start_s": start_s, "reason": "one frame held for as long as a clip"}
+        for s, r in zip(sources, records, strict=True)
+        for start_s in r["held"]
+    ]
     slow = [e for e in found if threshold is not None and e["motion"] < threshold]
     return rows + [
         {"source": e["source"], "start_s": e["start_s"], "motion": e["motion"]}
@@ -416,7 +421,8 @@ def _dropped(sources, records, found, threshold, geometry) -> list[dict]:
 def _notes(sources: list[Source], records: list[dict], geometry: "Geometry") -> list[str]:
     read = [(s, r) for s, r in zip(sources, records, strict=True) if r["done"]]
     outside = [s.name for s in sources if s.outside]
-    slow = [s.name for s, r in read if r["source_fps"] and r["source_fps"] < 0.75 * geometry.fps]
+    shares = {s.name: _repeated(r, geometry.frames) for s, r in read}
+    slow = [name for name, share in shares.items() if share > 0.25]
     small = [s.name for s, r in read if r["source_height"] < geometry.height or r["source_width"] < geometry.width]
     notes = []
     if outside:
@@ -425,13 +431,23 @@ def _notes(sources: list[Source], records: list[dict], geometry: "Geometry") -> 
         )
     if slow:
         notes.append(
-            f"{len(slow)} videos have far fewer than {geometry.fps} frames per second (first {printable(slow[0])}): frames were "
-            "repeated, see `repeats` in index.jsonl; repeated frames teach stutter"
+            f"{len(slow)} videos repeat more than a quarter of their frames at {geometry.fps} frames per second (first "
+            f"{printable(slow[0])}: {shares[slow[0]]:.0%}): see `repeats` in index.jsonl; repeated frames teach stutter"
         )
     if small:
         size = f"{geometry.height} x {geometry.width}"
         notes.append(f"{len(small)} videos are smaller than {size} (first {printable(small[0])}): they were enlarged")
-    return notes
+    odd: dict[str, list[str]] = {}
+    for source, record in read:
+        for remark in record["remarks"]:
+            odd.setdefault(remark, []).append(printable(source.name))
+    return notes + [f"{len(names)} videos (first {names[0]}) {remark}" for remark, names in odd.items()]
+
+
+def _repeated(record: dict, length: int) -> float:
+    """Share of a file's clips that only repeats the frame before."""
+    clips = record["clips"]
+    return sum(clip["repeats"] for clip in clips) / (length * len(clips)) if clips else 0.0
 
 
 def _draw_motion(path: Path, motions: list[float], threshold: float | None) -> None:

@@ -6,7 +6,6 @@ grow with the file.
 
 import platform
 from collections.abc import Container, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -14,19 +13,19 @@ from typing import Any, NamedTuple
 
 import av
 import numpy as np
-from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
+from av.video.reformatter import ColorRange, Colorspace, VideoReformatter
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from mogan.errors import UserError
 from mogan.files import replacing
+from mogan.stream import declared_duration, decode, opened, picture, remarks_on, resample, timing
 
 SUFFIXES = (".mp4", ".webm", ".mov", ".avi", ".mkv", ".m4v", ".gif")
 
-_AREA = Interpolation.AREA | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
-# Left alone, x264 quantises by assembly chosen by processor (from SSSE3 on) that reads memory nobody wrote, as valgrind
-# shows: other bytes on another machine, and on some from run to run. These are its portable algorithms, in the instructions
-# every 64-bit x86 has; valgrind finds nothing there, and they cost no time that can be measured.
+# Left alone, x264 chooses by processor how it weighs macroblocks over time (mb-tree), and the assembly for that reads memory
+# nobody wrote, as valgrind shows: other bytes on another machine, and on some from run to run. This is its portable
+# algorithm, in the instructions every 64-bit x86 has; valgrind finds nothing there, and it costs no time worth measuring.
 _X264 = "cpu-independent=1" + (":asm=SSE2" if platform.machine().lower() in ("x86_64", "amd64") else "")
 _ENCODER = {"preset": "medium", "x264-params": _X264}
 _BT709 = 1  # the number of BT.709 in FFmpeg's lists of matrices, primaries and transfer curves
@@ -34,13 +33,17 @@ _BT709 = 1  # the number of BT.709 in FFmpeg's lists of matrices, primaries and 
 
 @dataclass(frozen=True)
 class Probe:
-    """What a file says about its video; sizes are as displayed, after rotation, ``frames`` None if it does not say."""
+    """What a file holds: frames per second by its time stamps, size as displayed, after rotation.
+
+    ``frames`` is None if the file does not say. ``remarks`` are sentences without their subject, such as "are HDR: ...".
+    """
 
     fps: float | None
     width: int
     height: int
     frames: int | None
     duration_s: float
+    remarks: tuple[str, ...] = ()
 
 
 class Frame(NamedTuple):
@@ -49,15 +52,6 @@ class Frame(NamedTuple):
     number: int
     time_s: float
     image_HWC: np.ndarray
-
-
-class _Decoded(NamedTuple):
-    """A decoded frame, when it appears and disappears (seconds), how much wider than tall its pixels are."""
-
-    time_s: float
-    end_s: float
-    frame: av.VideoFrame
-    aspect: float
 
 
 # ---------------------------------------------------------------------------------------------- reading
@@ -69,15 +63,18 @@ def probe(path: str | Path) -> Probe:
     Raises:
         UserError: the file is missing, empty, not a video, has no picture, or the first frame cannot be decoded.
     """
-    first = next(read_frames(path))
-    with _opened(Path(path)) as (container, stream):
-        rate = stream.average_rate or stream.guessed_rate
-        declared = _declared_duration(container, stream)
+    path = Path(path)
+    when = timing(path)
+    first = next(decode(path))
+    image = picture(VideoReformatter(), first, None)
+    with opened(path) as (container, stream):
+        declared = declared_duration(container, stream)
         frames = stream.frames or None
-        if declared is None:
-            declared = frames / float(rate) if frames and rate else 0.0
-    height, width = first.image_HWC.shape[:2]
-    return Probe(float(rate) if rate else None, width, height, frames, declared)
+        remarks = (*remarks_on(first, stream), *when.remarks)
+    if declared is None:
+        declared = frames / when.fps if frames and when.fps else 0.0
+    height, width = image.shape[:2]
+    return Probe(when.fps, width, height, frames, declared, remarks)
 
 
 def read_frames(
@@ -87,12 +84,13 @@ def read_frames(
     size: tuple[int, int] | None = None,
     only: Container[int] | None = None,
 ) -> Iterator[Frame]:
-    """Decode a file frame by frame; rotation that the file asks for is applied.
+    """Decode a file frame by frame, as :mod:`mogan.stream` sees it.
 
     Args:
         path: mp4, webm, mov, avi, mkv, gif: whatever FFmpeg decodes.
         fps: resample: frame ``k`` is the source frame nearest to ``k / fps`` seconds. A source slower than that repeats
-            frames; the repeats are the *same array*, so ``a is b`` finds them.
+            frames; the repeats are the *same array*, so ``a is b`` finds them. Numbers that fall into a gap between time
+            stamps are left out.
         size: ``(height, width)``: scale by area averaging until the picture covers it, then cut the centre out.
         only: numbers of the frames wanted; others are neither scaled nor yielded (a ``range`` or a set).
 
@@ -100,113 +98,22 @@ def read_frames(
         UserError: as :func:`probe`, or the file breaks or ends before the length it declares. Frames before the break
             have been yielded by then.
     """
-    decoded = _decode(Path(path))
+    decoded = decode(Path(path))
     reformatter = VideoReformatter()  # keeps its scaler from frame to frame; files are read side by side, so one thread
     last, image = None, np.empty(0)
-    for index, shown in enumerate(decoded) if fps is None else _resample(decoded, fps):
+    for index, shown in enumerate(decoded) if fps is None else resample(decoded, fps):
         if only is None or index in only:
             if shown is not last:
-                last, image = shown, _picture(reformatter, shown, size)
+                last, image = shown, picture(reformatter, shown, size)
             yield Frame(index, shown.time_s, image)
 
 
 def read_video(path: str | Path) -> tuple[np.ndarray, float | None]:
     """A whole file: uint8 ``(F, H, W, 3)`` and its frame rate (None if the file does not say)."""
     frames = [frame.image_HWC for frame in read_frames(path)]
-    with _opened(Path(path)) as (_, stream):
-        rate = stream.average_rate or stream.guessed_rate
-    return np.stack(frames), float(rate) if rate else None
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
-    if not path.is_file():
-        raise UserError(f"{path} is not there")
-    if path.stat().st_size == 0:
-        raise UserError(f"{path} is empty (0 bytes)")
-    try:
-        container = av.open(str(path), metadata_errors="replace")
-    except (av.FFmpegError, OSError, ValueError) as error:
-        raise UserError(f"{path} is not a video that FFmpeg can open ({_reason(error)})") from error
-    with container:
-        cover = av.stream.Disposition.attached_pic
-        streams = [s for s in container.streams.video if not s.disposition & cover]
-        if not streams:
-            kind = "only sound" if container.streams.audio else "no video stream"
-            raise UserError(f"{path} holds {kind}, no pictures")
-        yield container, streams[0]
-
-
-def _reason(error: Exception) -> str:
-    return getattr(error, "strerror", None) or str(error) or type(error).__name__
-
-
-def _declared_duration(container, stream) -> float | None:
-    """Seconds of picture the file says it has. Matroska times streams in a tag, or not at all when cut off."""
-    if stream.duration:
-        return float(stream.duration * stream.time_base)
-    tag = next((v for k, v in stream.metadata.items() if k.upper().startswith("DURATION")), None)
-    if tag:
-        hours, minutes, seconds = (float(part) for part in tag.split(":"))
-        return 3600 * hours + 60 * minutes + seconds
-    if container.duration and len(container.streams) == 1:
-        return container.duration / av.time_base
-    return None
-
-
-def _decode(path: Path) -> Iterator[_Decoded]:
-    """Frames with their times in seconds from the first; times always increase."""
-    with _opened(path) as (container, stream):
-        stream.thread_type = "AUTO"
-        rate = stream.average_rate or stream.guessed_rate
-        step = 1 / float(rate) if rate else 1 / 25
-        aspect = float(stream.sample_aspect_ratio or 1)
-        origin, time_s, end = None, -step, 0.0
-        try:
-            for frame in container.decode(stream):
-                stamp = frame.time
-                if origin is None:
-                    origin = stamp or 0.0
-                # files without time stamps, or with disordered ones, advance by the nominal step
-                in_order = stamp is not None and stamp - origin > time_s
-                time_s = stamp - origin if in_order else time_s + step
-                end = time_s + (float(frame.duration * frame.time_base) if frame.duration else step)
-                yield _Decoded(time_s, end, frame, aspect)
-        except (av.FFmpegError, OSError, ValueError) as error:
-            raise UserError(f"{path} breaks after {max(end, 0):.2f} s ({_reason(error)}): get it again") from error
-        if origin is None:
-            raise UserError(f"{path} holds no frame that can be decoded")
-        declared = _declared_duration(container, stream)
-        if declared is not None and end < declared - max(0.5, 0.05 * declared):
-            raise UserError(f"{path} ends after {end:.2f} s of the {declared:.2f} s it declares: it is truncated")
-
-
-def _resample(decoded: Iterable[_Decoded], fps: float) -> Iterator[tuple[int, _Decoded]]:
-    """``(k, frame nearest to k / fps)`` for every ``k`` until the last frame disappears."""
-    index, held = 0, None
-    for shown in decoded:
-        while held is not None and index / fps <= (held.time_s + shown.time_s) / 2:
-            yield index, held
-            index += 1
-        held = shown
-    while held is not None and index / fps < held.end_s - 1e-3:  # containers round times to a millisecond
-        yield index, held
-        index += 1
-
-
-def _picture(reformatter: VideoReformatter, shown: _Decoded, size: tuple[int, int] | None) -> np.ndarray:
-    frame, aspect = shown.frame, shown.aspect
-    turns = round(frame.rotation / 90) % 4  # quarter turns, counter-clockwise, as np.rot90 counts
-    if size is None:
-        image = reformatter.reformat(frame, format="rgb24", interpolation=_AREA, threads=1).to_ndarray()
-    else:
-        height, width = size if turns % 2 == 0 else size[::-1]
-        scale = max(height / frame.height, width / (frame.width * aspect))
-        tall, wide = max(height, round(frame.height * scale)), max(width, round(frame.width * aspect * scale))
-        image = reformatter.reformat(frame, wide, tall, "rgb24", interpolation=_AREA, threads=1).to_ndarray()
-        top, left = (tall - height) // 2, (wide - width) // 2
-        image = image[top : top + height, left : left + width]
-    return np.ascontiguousarray(np.rot90(image, turns))
+    if len({frame.shape for frame in frames}) > 1:
+        raise UserError(f"{path} changes its size in the middle: write it again at one size")
+    return np.stack(frames), timing(Path(path)).fps
 
 
 # ---------------------------------------------------------------------------------------------- writing

@@ -176,7 +176,6 @@ class _Kept:
 
 
 def _measure_system(system: System, tools: Tools, kept: _Kept, bar: tqdm) -> list[Record]:
-    bar.set_postfix_str(system.name)
     return [_measure_entry(entry, tools, kept, bar) for entry in system.clips]
 
 
@@ -193,6 +192,7 @@ def _measure_share(systems: list[System], shard: str, tools: Tools, kept: _Kept,
 
 
 def _measure_entry(entry: Entry, tools: Tools, kept: _Kept, bar: tqdm) -> Record:
+    bar.set_postfix_str(entry.path.name)
     record: Record = {"prompt": entry.prompt, "index": entry.index, "seed": entry.seed}
     try:
         if entry.problem:
@@ -222,6 +222,7 @@ def _measure_clip(entry: Entry, tools: Tools, kept: _Kept) -> Record:
             "height": found.height,
             "width": found.width,
             "fps": found.fps,
+            "remarks": list(clip.remarks),
             "values": {name: _rounded(value) for name, value in values.items()},
             "pair_scores": [_rounded(score) for score in found.pair_scores],
             "threshold": found.threshold,

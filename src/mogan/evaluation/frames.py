@@ -7,8 +7,8 @@ from pathlib import Path
 
 import av
 import numpy as np
-from av.video.reformatter import VideoReformatter
 
+from mogan import video
 from mogan.errors import UserError
 
 Frames = Iterable[np.ndarray]
@@ -16,30 +16,13 @@ KEPT_BYTES = 128 * 2**20  # a clip that decodes to less than this is kept, a lon
 DECODER = f"PyAV {av.__version__} (rgb24; equal to OpenCV's frames bit for bit on H.264 yuv420p)"
 
 
-def read_fps(path: Path) -> float | None:
-    """The average frame rate in the container's tag; None where there is none."""
-    with _open(path) as container:
-        rate = container.streams.video[0].average_rate
-    return float(rate) if rate else None
-
-
 def read_frames(path: Path) -> Iterator[np.ndarray]:
-    """Every frame of a file as uint8 ``(H, W, 3)``, RGB, without holding more than one.
+    """Every frame of a file as uint8 ``(H, W, 3)``, RGB, as displayed, without holding more than one.
 
     Raises:
-        UserError: the file cannot be opened, holds no picture, or breaks in the middle.
+        UserError: the file cannot be opened, holds no picture, breaks in the middle or is cut short.
     """
-    count = 0
-    reformatter = VideoReformatter()  # a frame's own would be built anew, with threads, for every frame
-    with _open(path) as container:
-        try:
-            for frame in container.decode(video=0):
-                count += 1
-                yield reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray()
-        except av.FFmpegError as error:
-            raise UserError(f"{path} breaks off after {count} frames ({error}): write it again") from error
-    if count == 0:
-        raise UserError(f"{path} holds no frame: write it again")
+    return (frame.image_HWC for frame in video.read_frames(path))
 
 
 class Clip:
@@ -47,7 +30,8 @@ class Clip:
 
     def __init__(self, path: Path):
         self.path = path
-        self.fps = read_fps(path)
+        found = video.probe(path)
+        self.fps, self.remarks = found.fps, found.remarks
         self._kept: list[np.ndarray] | None = None
 
     def __iter__(self) -> Iterator[np.ndarray]:
@@ -78,14 +62,3 @@ class Clip:
         """Hash of the file."""
         with self.path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _open(path: Path) -> "av.container.InputContainer":
-    try:
-        container = av.open(str(path))
-    except (av.FFmpegError, OSError) as error:
-        raise UserError(f"{path} is not a readable video ({error}): write it again or take it out") from error
-    if not container.streams.video:
-        container.close()
-        raise UserError(f"{path} has no video stream: take it out")
-    return container

@@ -31,10 +31,20 @@ def warnings_about(system: System, clips: list[dict[str, Any]], how: dict[str, A
         found.append(f"{count} prompts are not in every folder: compare clip by clip (mogan report), not these means")
     found += how.get("vbench", {}).get("notes", [])
     found += [how["flow_choice"]] if "flow_choice" in how else []
+    found += _about_files(system, clips)
     found += _about_tags(how["fps"]) + _about_lengths(how["frames"])
     if len(how["resolution"]) > 1:
         found.append("clips differ in size: thresholds scale with the shorter side, pixels per frame do not")
     return found + _about_numbers(clips, good)
+
+
+def _about_files(system: System, clips: list[dict[str, Any]]) -> list[str]:
+    """What had to be done to files, or is odd about them: each kind once, with the first that has it."""
+    seen: dict[str, list[str]] = {}
+    for entry, clip in zip(system.clips, clips, strict=True):
+        for remark in clip.get("remarks", ()):
+            seen.setdefault(remark, []).append(printable(entry.path.name))
+    return [f"{len(names)} clips (first {names[0]}) {remark}" for remark, names in seen.items()]
 
 
 def _about_tags(tags: list[float | None]) -> list[str]:

@@ -21,7 +21,7 @@ from mogan.survey import checks
 from mogan.survey.folder import Clip, Item, Survey, write_survey
 from mogan.survey.pairing import Key, named_folders, read_samples, shared_keys
 from mogan.survey.statistics import detectable
-from mogan.video import read_video, write_video
+from mogan.video import Probe, probe, read_video, write_video
 
 INTRO = (
     "You will see pairs of short clips, each made by a computer from a text. For each pair say which moves better, "
@@ -183,6 +183,13 @@ def known_pairs(prompts: dict[str, str], folder: Path) -> tuple[list[Clip], list
     return clips, items
 
 
+def _probed(source: Path) -> Probe:
+    try:
+        return probe(source)
+    except UserError as error:
+        raise Unplayable(str(error)) from error
+
+
 def copy_clip(source: Path, folder: Path) -> Clip:
     """Copy the video stream bit by bit under a random name: no audio, no metadata, no encoder's remarks (SEI).
 
@@ -200,8 +207,8 @@ def copy_clip(source: Path, folder: Path) -> Clip:
                     f"{source} is {codec.name} {codec.pix_fmt}, which phones cannot play: write it as H.264 yuv420p, "
                     "as mogan.video.write_video does."
                 )
-            rate = stream.average_rate or stream.guessed_rate
-            if not rate:
+            about = _probed(source)
+            if not about.fps:
                 raise Unplayable(f"{source} does not say its frame rate: write it again with one.")
             frames = 0
             with av.open(str(folder / name), "w", options={"movflags": "+faststart"}) as taken:
@@ -215,7 +222,7 @@ def copy_clip(source: Path, folder: Path) -> Clip:
                         frames += 1
             if frames < 2:
                 raise Unplayable(f"{source} has fewer than two frames: sample it again.")
-            return Clip(name, float(rate), frames, codec.width, codec.height)
+            return Clip(name, about.fps, frames, about.width, about.height)
     except Unplayable:
         (folder / name).unlink(missing_ok=True)
         raise
