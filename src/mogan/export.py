@@ -229,7 +229,8 @@ def save_student(
         for part, network in (("transformer", transformer), ("fake_score", fake_score)):
             if network is not None:
                 network.register_to_config(_name_or_path="")  # else the folder tells where on this machine it came from
-                network.to(dtype).save_pretrained(temporary / part)
+                nn.Module.to(network, dtype)  # what diffusers says of its own `to` is for inference
+                network.save_pretrained(temporary / part)
         scheduler.save_pretrained(temporary / "scheduler")
         index = json.loads((base / "model_index.json").read_text())
         index["scheduler"] = ["diffusers", "FlowMatchLCMScheduler"]
