@@ -239,7 +239,9 @@ def without_captions(cache):
     (cache / "index.jsonl").write_text("".join(json.dumps(e) + "\n" for e in entries))
 
 
-def test_clips_without_captions_teach_motion_beside_prompts_of_their_own(family, fresh, prompts, tmp_path, monkeypatch):
+def test_clips_without_captions_teach_motion_beside_prompts_of_their_own(
+    family, fresh, prompts, tmp_path, monkeypatch, capsys
+):
     from mogan import train
     from mogan.cli import main
 
@@ -254,6 +256,13 @@ def test_clips_without_captions_teach_motion_beside_prompts_of_their_own(family,
     assert set(heard) == {"a red square bouncing", "a green circle falling", "a white cross"}
     assert json.loads((tmp_path / "run/run.json").read_text())["prompts"] == str(prompts)
     assert kept(fresh).keys() == named(mogan(), fresh)
+    assert main([*words, "--iterations", "4"]) == 2  # captions again
+    other = shutil.copytree(prompts, tmp_path / "other")
+    (other / "index.jsonl").write_text((prompts / "index.jsonl").read_text().splitlines()[0] + "\n")
+    assert main([*words, "--iterations", "4", "--prompts", str(other)]) == 2
+    assert "prompts" in capsys.readouterr().err
+    moved = prompts.rename(tmp_path / "moved")  # the same prompts elsewhere are the same
+    assert main([*words, "--iterations", "4", "--prompts", str(moved)]) == 0
 
 
 @pytest.mark.parametrize(
