@@ -2,6 +2,7 @@
 
 import json
 from fractions import Fraction
+from pathlib import Path
 
 import av
 import numpy as np
@@ -14,6 +15,7 @@ from mogan.clips import Held, ShortShot, clips_of
 from mogan.errors import UserError
 from mogan.evaluation.frames import Clip
 from mogan.listing import Source
+from mogan.survey.build import Unplayable, copy_clip
 from mogan.video import probe, read_frames, read_video, write_video
 from mogan.wan import Geometry
 
@@ -272,6 +274,34 @@ def test_what_is_no_file_or_cut_short_is_an_error_of_that_file_alone(tmp_path):
         with pytest.raises(UserError, match=name):
             Clip(tmp_path / name).shape  # noqa: B018
     json.dumps(records)
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        "ffconcat version 1.0\nfile other.mp4\n",
+        "ffconcat version 1.0\nfile 'sub/other.mp4'\n",
+        "#EXTM3U\n#EXT-X-TARGETDURATION:2\n#EXTINF:1.25,\nother.mp4\n#EXT-X-ENDLIST\n",
+    ],
+)
+def test_a_script_or_playlist_leads_to_no_other_file(script, tmp_path):
+    write_video(tmp_path / "other.mp4", moving(20), 16)
+    write_video(tmp_path / "sub" / "other.mp4", moving(20), 16)
+    (tmp_path / "list.mp4").write_text(script)
+    with pytest.raises(UserError, match=r"list\.mp4 is not a video"):
+        read_video(tmp_path / "list.mp4")
+    with pytest.raises(Unplayable, match=r"list\.mp4 cannot be read as a video"):
+        copy_clip(tmp_path / "list.mp4", tmp_path)
+
+
+def test_a_name_like_an_address_is_a_file(tmp_path, monkeypatch):
+    write_video(tmp_path / "a.mp4", moving(20), 16)
+    for name, count in (("concat:a.mp4", 3), ("http://a.mp4", 4), ("cache:a.mp4", 5)):
+        write_video(tmp_path / name, moving(count), 16)
+        monkeypatch.chdir((tmp_path / name).parent)
+        assert len(read_video(Path(name).name)[0]) == count
+        monkeypatch.chdir(tmp_path)
+        assert len(read_video(name)[0]) == count
 
 
 def test_yadif_is_part_of_the_ffmpeg_that_is_installed():

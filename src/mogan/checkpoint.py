@@ -110,7 +110,10 @@ def student_checkpoint(run: Path) -> Path:
 def held_out_motions(run: Path) -> dict[int, float]:
     """Motion on held-out prompts by iteration, in order, as far as it was measured."""
     path = run / "held_out.json"
-    return {int(k): v for k, v in json.loads(path.read_text()).items()} if path.is_file() else {}
+    try:
+        return {int(k): float(v) for k, v in json.loads(path.read_text()).items()} if path.is_file() else {}
+    except (ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is damaged ({error}): remove it, motion is measured from then on") from error
 
 
 def write_held_out_motions(run: Path, motions: dict[int, float]) -> None:
@@ -150,6 +153,8 @@ def stored(path: Path) -> dict[str, torch.Size]:
 
 
 def _metadata(path: Path) -> Any:
+    if gone := next((name for name in _noted(path) if not (path / name).is_file()), None):
+        raise _unreadable(path, f"{gone} is gone")
     try:
         return HuggingFaceStorageReader(str(path)).read_metadata()
     except Exception as error:  # safetensors' own kinds of error, and the disk's
@@ -170,17 +175,26 @@ def _sums(files: Collection[Path]) -> dict[str, int]:
         return dict(zip([path.name for path in files], pool.map(of, files), strict=True))
 
 
+def _noted(path: Path) -> dict[str, int]:
+    """What ``checksums.json`` says; empty for a checkpoint that is older than it."""
+    if not (path / SUMS).is_file():
+        return {}
+    try:
+        noted = json.loads((path / SUMS).read_text())
+    except ValueError as error:
+        raise _unreadable(path, error) from error
+    if not noted or not isinstance(noted, dict):
+        raise _unreadable(path, f"{SUMS} is damaged")
+    return noted
+
+
 def _check_sums(path: Path, names: Collection[str], world: World) -> None:
     """Read the files of these tensors, each process its share, and hold them against what was noted when they were written.
 
     A checkpoint that is older than the notes passes.
     """
-    if not (path / SUMS).is_file():
+    if not (noted := _noted(path)):
         return
-    try:
-        noted = json.loads((path / SUMS).read_text())
-    except ValueError as error:
-        raise _unreadable(path, error) from error
     holds = {
         Path(about.relative_path).name for index, about in _metadata(path).storage_data.items() if index.fqn in names
     }

@@ -59,14 +59,23 @@ class Cache:
     entries: list[dict]
     has_clips: bool
     _hold: bool = False
-    _held: dict[Path, dict[str, Tensor]] = field(default_factory=dict, repr=False)
+    _held: dict[Path, Tensor] = field(default_factory=dict, repr=False)
+    _shape: torch.Size | None = None
 
     def __len__(self) -> int:
         return len(self.entries)
 
     def latent(self, clip: str) -> Float[Tensor, "c f h w"]:
         """Normalised latent of a clip."""
-        return self._read(self.path / "clips" / f"{clip}.safetensors")["latent"]
+        path = self.path / "clips" / f"{clip}.safetensors"
+        latent = self._read(path, "latent")
+        self._shape = self._shape or latent.shape
+        if latent.shape != self._shape:
+            raise UserError(
+                f"{path} holds a latent of {tuple(latent.shape)} where others have {tuple(self._shape)}: delete the one that "
+                "is wrong and run the same `mogan prepare` command again"
+            )
+        return latent
 
     def text(self, prompt: str | None) -> Float[Tensor, "l d"]:
         """Embedding of a prompt that was cached."""
@@ -77,7 +86,7 @@ class Cache:
             raise UserError(
                 f"{self.path} has no embedding of {prompt!r}: run `mogan prepare` again with it as an extra prompt"
             )
-        return self._read(path)["embedding"]
+        return self._read(path, "embedding")
 
     def require(self, **facts) -> None:
         """Raise UserError unless the cache was made with these facts (``vae=...``, ``fps=...``)."""
@@ -90,17 +99,21 @@ class Cache:
         if not self.has_clips:
             raise UserError(f"{self.path} holds prompts alone; this recipe needs videos: prepare a folder of them")
 
-    def _read(self, path: Path) -> dict[str, Tensor]:
+    def _read(self, path: Path, name: str) -> Tensor:
         if path not in self._held:
             try:
-                tensors = load_file(path)
-            except (SafetensorError, OSError) as error:
+                tensor = load_file(path)[name]
+            except (SafetensorError, OSError, KeyError) as error:
                 raise UserError(
                     f"{path} cannot be read ({error}): delete it and run the same `mogan prepare` command again"
                 ) from error
+            if not tensor.isfinite().all():
+                raise UserError(
+                    f"{path} holds numbers that are infinite or none (NaN): delete it and run the same `mogan prepare` again"
+                )
             if not self._hold:
-                return tensors
-            self._held[path] = tensors
+                return tensor
+            self._held[path] = tensor
         return self._held[path]
 
 
@@ -116,8 +129,7 @@ def open_cache(path: str | Path) -> Cache:
         raise UserError(f"{path} is not a cache: make one with `mogan prepare VIDEOS --model M --out {path}`")
     if not (path / "index.jsonl").is_file():
         raise UserError(f"{path} is not finished: run the same `mogan prepare` command again, it continues")
-    lines = (path / "index.jsonl").read_text(encoding="utf-8").split("\n")  # captions may hold other ends of lines
-    entries = [json.loads(line) for line in lines if line]
+    entries = _read_index(path / "index.jsonl")
     has_clips = facts["contents"] == "clips"
     if not entries:
         raise UserError(f"{path} holds no clip: see its dropped.jsonl and skipped.jsonl for the reasons")
@@ -128,6 +140,25 @@ def open_cache(path: str | Path) -> Cache:
             raise UserError(f"{path} lacks {len(missing)} clips, first {missing[0]}: run `mogan prepare` again")
     size = sum(p.stat().st_size for kind in ("clips", "text") for p in (path / kind).glob("*.safetensors"))
     return Cache(path, facts, entries, has_clips, size < HOLD_BYTES)
+
+
+def _read_index(path: Path) -> list[dict]:
+    """Entries of ``index.jsonl``; captions may hold other ends of lines than a line feed."""
+    found = []
+    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
+        if not line:
+            continue
+        try:
+            entry = json.loads(line)
+            good = isinstance(entry["id"], str) and isinstance(entry["caption"], str | None)
+        except (ValueError, KeyError, TypeError, RecursionError):
+            good = False
+        if not good:
+            raise UserError(
+                f"{path} line {number} is damaged: run the same `mogan prepare` again, it writes the file anew"
+            )
+        found.append(entry)
+    return found
 
 
 def read_facts(path: Path) -> dict | None:
@@ -145,9 +176,13 @@ def read_facts(path: Path) -> dict | None:
         facts = None
     if not isinstance(facts, dict) or facts.get("format") != FORMAT:
         raise UserError(f"{file} was not written by mogan: give another folder")
-    if facts["version"] != VERSION:
+    if facts.get("version") != VERSION:
         raise UserError(
-            f"{path} is a cache of version {facts['version']}, this is {VERSION}: prepare it again elsewhere"
+            f"{path} is a cache of version {facts.get('version')}, this is {VERSION}: prepare it again elsewhere"
+        )
+    if facts.get("contents") not in ("clips", "prompts"):
+        raise UserError(
+            f"{file} is damaged (it does not say what the cache holds): put back a copy, or prepare elsewhere"
         )
     return facts
 
@@ -285,7 +320,16 @@ def clip_path(cache: Path, clip: str) -> Path:
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], facts: dict[str, str], shared: bool = False) -> None:
-    """Write a safetensors file, whole or not at all; ``shared`` if other processes may write it at the same time."""
+    """Write a safetensors file, whole or not at all; ``shared`` if other processes may write it at the same time.
+
+    Raises:
+        UserError: something is no number. A network that is damaged would spoil what is trained on it.
+    """
+    if not all(tensor.isfinite().all() for tensor in tensors.values()):
+        raise UserError(
+            f"{path} would hold numbers that are infinite or none (NaN), and is not written: the model that makes them is "
+            "damaged, get it again"
+        )
     # one key, since safetensors writes several in an order of its own and files would differ between runs
     about = {"about": json.dumps(facts, sort_keys=True)}
     with replacing(path, shared) as temporary:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mogan import wan
-from mogan.checkpoint import settings
+from mogan.checkpoint import checkpoints, settings
 from mogan.data import Cache, open_cache
 from mogan.errors import UserError
 from mogan.files import write_atomically
@@ -118,9 +118,17 @@ def read_facts(run: Path) -> dict[str, Any]:
     """``run.json``: where base model, student and data lie, and their ``fingerprints``; empty if there is none.
 
     Raises:
-        UserError: it is no JSON.
+        UserError: it is no JSON, or does not say that.
     """
-    return _read(run / "run.json") if (run / "run.json").is_file() else {}
+    path = run / "run.json"
+    if not path.is_file():
+        return {}
+    facts = _read(path)
+    known = facts.get("fingerprints", {})
+    said = isinstance(known, dict) and all(isinstance(facts.get(name), str) for name in {"model", "student", *known})
+    if not said:
+        raise UserError(f"{path} does not say what the run was begun with: put back a copy of it")
+    return facts
 
 
 def read_config(run: Path) -> dict[str, Any]:
@@ -161,6 +169,11 @@ def check_same_parts(run: Path, now: dict[str, Any]) -> None:
         UserError: something differs; the message says what, from where to where.
     """
     then = read_facts(run)
+    if not then and checkpoints(run):
+        raise UserError(
+            f"{run} has checkpoints, but its run.json, which says what it was begun with, is gone: put back a copy, or give "
+            "another --out"
+        )
     for name, fingerprint in now["fingerprints"].items() if then else ():
         old = then.get("fingerprints", {}).get(name) or _of_place(name, then)
         if old is not None and old != fingerprint:

@@ -46,9 +46,10 @@ def _keep_before(path: Path, iteration: int) -> list[dict]:
     if not path.is_file():
         return []
     records = []
-    for line in path.read_text().splitlines():
-        with suppress(json.JSONDecodeError):  # a kill can cut the last line short
-            records.append(json.loads(line))
-    records = [r for r in records if r["iteration"] < iteration]
+    for line in path.read_bytes().split(b"\n"):
+        with suppress(ValueError, TypeError, KeyError):  # a kill can cut the last line short
+            record = json.loads(line)
+            if record["iteration"] < iteration:
+                records.append(record)
     write_atomically(path, "".join(json.dumps(r) + "\n" for r in records))
     return records

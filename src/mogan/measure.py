@@ -98,10 +98,14 @@ def _stamp(source: Source) -> dict[str, int]:
 
 
 def _stored(out: Path, source: Source) -> dict | None:
-    """An earlier record, unless it was made of other pictures or other times."""
+    """An earlier record, unless it was made of other pictures or other times, or is damaged: the file is measured again."""
     path = _record_path(out, source.name)
-    old = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-    return old if old is not None and old.get("reader") == READER else None
+    try:
+        old = json.loads(path.read_bytes()) if path.is_file() else None
+    except ValueError:
+        return None
+    whole = isinstance(old, dict) and {"source", "sha", *EMPTY} <= old.keys()
+    return old if whole and old["reader"] == READER else None
 
 
 def _unreadable(source: Source, error: OSError) -> dict:

@@ -27,7 +27,7 @@ from mogan.errors import UserError
 from mogan.files import json_line, replacing, writable_folder, write_atomically
 from mogan.flow import FlowEstimator
 from mogan.listing import Source, scan
-from mogan.lists import SUFFIXES, printable, read_prompts
+from mogan.lists import SUFFIXES, printable, read_prompts, whole
 from mogan.locks import LOCK, alone_in
 from mogan.measure import Done, in_threads, known_record, measure
 from mogan.ranges import at_least, between
@@ -117,6 +117,8 @@ def prepare(
     from mogan.devices import choose_device
 
     at_least(1, fps=fps, height=height, width=width, frames=frames, workers=workers)
+    for option, words in (("--caption", [caption or ""]), ("--extra-prompts", extra_prompts)):
+        whole(" ".join(words), option)
     at_least(0, min_motion=min_motion)
     between(0, 1, motion_quantile=motion_quantile)
     if not motion_rich and (min_motion is not None or motion_quantile is not None):

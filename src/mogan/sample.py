@@ -25,7 +25,7 @@ from mogan.files import writable_folder
 from mogan.first_frames import clip_of_prompts, sample_from_first_frames
 from mogan.flowmo import FLOWMO_STEPS, FlowMo
 from mogan.identity import part_of_run, read_config
-from mogan.lists import read_prompts
+from mogan.lists import read_prompts, whole
 from mogan.locks import alone_in
 from mogan.lora import factors, merge
 from mogan.motion_score import steer
@@ -188,7 +188,10 @@ def sample(
         print(f"prompts: {told}")
     jobs = share_of(jobs_of(lines[:limit], seeds, first_seed), shard)
     source = open_generator(model)
-    for note in about_tokens({job.prompt: job.prompt for job in jobs}, load_tokens(source.folder)):
+    texts = {job.prompt: job.prompt for job in jobs}
+    if negative_prompt is not None:
+        texts["--negative-prompt"] = whole(negative_prompt, "--negative-prompt")
+    for note in about_tokens(texts, load_tokens(source.folder)):
         print(f"prompts: {note}")
     few_steps = source.sigmas is not None if mode == "auto" else mode == "student"
     _refuse_what_does_not_go_together(model, source, few_steps, flowmo, motion, first_frames)
@@ -225,7 +228,7 @@ def _fill(out: Path, jobs: list[Job], about_all: dict, batch: int, maker: Callab
     # a kill between a clip and its line leaves a clip that no list names
     append_samples(out, [record(job) for job in jobs if job in there and job.file not in listed])
     if not todo:
-        print(f"{out}: all {len(jobs)} clips are there")
+        print(f"{out}: all {len(jobs)} clips are there" if jobs else f"{out}: this shard has no clip to make")
         return
     make = maker([job.prompt for job in todo])
     with tqdm(total=len(jobs), initial=len(jobs) - len(todo), desc=f"sample {out.name}", unit="clip") as bar:
@@ -332,7 +335,7 @@ def _maker(
                 guidance=guided.guidance, shift=guided.shift, solver=teacher.solver, flowmo=teacher.flowmo,
                 change=change and partial(change, text_BLD=text),
             )  # fmt: skip
-            return [pictures(vae, latent) for latent in latents.split(1)]
+            return clips_of(vae, latents)
         assert source.sigmas is not None
         if starts is None:
             latents = sample_student(denoiser, text, shape, source.sigmas, numbers)
@@ -342,7 +345,7 @@ def _maker(
                 denoiser, vae, first, text, shape, source.sigmas, seeded(numbers), source.geometry,
                 null_1LD=stacked([guided.negative_prompt]), guidance=guided.guidance,
             )  # fmt: skip
-        return [pictures(vae, latent) for latent in latents.split(1)]
+        return clips_of(vae, latents)
 
     return make
 
@@ -352,6 +355,20 @@ def encode_each(prompts: list[str], model: Path, device: torch.device) -> dict[s
     encode = wan.load_text(model, device)
     bar = tqdm(dict.fromkeys(prompts), desc="text", unit="prompt")
     return {prompt: encode([prompt])[0] for prompt in bar}
+
+
+def clips_of(vae: Any, latents_BCFHW: Tensor) -> list[Iterator[np.ndarray]]:
+    """Each clip as a stream of frames.
+
+    Raises:
+        UserError: one is not made of numbers; it would be shown as black.
+    """
+    if not latents_BCFHW.isfinite().all():
+        raise UserError(
+            "sampling ended in numbers that are infinite or none (NaN): take a guidance and a shift nearer to the model's own, or "
+            "--precision fp32; if it samples so by itself, its weights are damaged"
+        )
+    return [pictures(vae, latent) for latent in latents_BCFHW.split(1)]
 
 
 def pictures(vae: Any, latent_1CFHW: Tensor) -> Iterator[np.ndarray]:

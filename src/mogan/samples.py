@@ -63,7 +63,7 @@ def refuse_others(folder: Path, listed: dict[str, Record], wanted: Iterable[Reco
         for key in WAY:
             before, now = (one.get(key, UNSAID.get(key)) for one in (there, record))
             if before != now:
-                raise UserError(f"{folder} lists {record['file'][:60]} with {key} {before}, not {now}: {change}")
+                raise UserError(f"{folder} lists {record['file'][:60]} with {key} {before!r}, not {now!r}: {change}")
         if there.get("weights", record.get("weights")) != record.get("weights"):
             raise UserError(f"{folder} lists {record['file'][:60]}, made by a model with other weights: {change}")
 

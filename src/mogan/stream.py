@@ -32,6 +32,10 @@ TAG = "have a frame rate tag that their time stamps contradict: the time stamps 
 UNEVEN = "have a variable frame rate: motion per frame is not motion per time"
 GAP = f"have pauses of more than {HELD_S:g} s between time stamps: a picture is held so long, then the video is cut"
 
+_ALONE = {  # what a file may be, and where it may lead
+    "format_whitelist": "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,gif,mpegts,mpeg,mpegvideo,flv,asf,ogg,nut,mxf,rm,ivf,h264,hevc",
+    "protocol_whitelist": "file",
+}
 _AREA = Interpolation.AREA | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
 _HDR_CURVES = (ColorTrc.SMPTE2084, ColorTrc.ARIB_STD_B67)
 
@@ -58,6 +62,19 @@ class Timing:
     remarks: tuple[str, ...]
 
 
+def open_file(path: Path) -> Any:
+    """The container that a file is. FFmpeg would also open a script or a playlist, and then whatever files and addresses that
+    names, and take ``concat:a|b`` for two files.
+
+    Raises:
+        ValueError: it is no container of video.
+    """
+    try:
+        return av.open(f"file:{path}", options=_ALONE, metadata_errors="replace")
+    except av.ArgumentError as error:
+        raise ValueError("a picture, a list of files or a script, and no container of video") from error
+
+
 @contextmanager
 def opened(path: Path) -> Iterator[tuple[Any, Any]]:
     """Container and video stream of a file.
@@ -70,7 +87,7 @@ def opened(path: Path) -> Iterator[tuple[Any, Any]]:
             raise UserError(f"{path} is {'not a file' if path.exists() else 'not there'}")
         if path.stat().st_size == 0:
             raise UserError(f"{path} is empty (0 bytes)")
-        container = av.open(str(path), metadata_errors="replace")
+        container = open_file(path)
     except (av.FFmpegError, OSError, ValueError) as error:
         raise UserError(f"{path} is not a video that FFmpeg can open ({_reason(error)})") from error
     with container:

@@ -150,18 +150,22 @@ def measured(
 # ---------------------------------------------------------------------------------------------- clip by clip
 
 
+NEEDED = {"sha256", "frames", "height", "width", "fps", "values", "pair_scores", "threshold", "features"}
+
+
 class _Kept:
-    """Values measured before, one JSON line each, by any number of processes; a line torn by a kill is not used."""
+    """Values measured before, one JSON line each, by any number of processes; a torn or damaged line is not used."""
 
     def __init__(self, path: Path):
         self._path = path
         self._found: dict[str, Record] = {}
         if path.is_file():
-            for line in path.read_text().split("\n"):
+            for line in path.read_bytes().split(b"\n"):
                 try:
                     row = json.loads(line)
-                    self._found[row["key"]] = row["record"]
-                except (ValueError, KeyError, TypeError):
+                    if NEEDED <= row["record"].keys():
+                        self._found[row["key"]] = row["record"]
+                except (ValueError, KeyError, TypeError, AttributeError):
                     continue
 
     def get(self, key: str) -> Record | None:

@@ -14,6 +14,7 @@ from mogan.evaluation.names import METRICS
 from mogan.evaluation.sets import paired
 from mogan.evaluation.statistics import mean_interval
 from mogan.files import replacing, writable_file, writable_folder
+from mogan.lists import whole
 from mogan.ranges import at_least
 from mogan.report.figures import COLOURS, curve_figure, interval_figure, spread_figure, to_svg
 from mogan.report.footage import Footage, gather
@@ -85,6 +86,7 @@ def report(
     if not inputs:
         raise UserError("name at least one results.json or folder of a run: mogan report results.json RUN")
     at_least(1, clips=clips)
+    whole(title, "--title")
     writable_file(out)
     if figures:
         writable_folder(figures, "--figures")

@@ -16,7 +16,9 @@ from av.bitstream import BitStreamFilterContext
 from mogan.errors import UserError
 from mogan.evaluation.clips import Entry
 from mogan.files import new_folder, refusal, writable_folder
+from mogan.lists import whole
 from mogan.ranges import at_least
+from mogan.stream import open_file
 from mogan.survey import checks
 from mogan.survey.folder import Clip, Item, Survey, write_survey
 from mogan.survey.pairing import Key, named_folders, read_samples, shared_keys
@@ -67,6 +69,7 @@ def build(
         completion_code: What raters get at the end (Prolific's code). Without it every rater gets a code of their own.
     """
     at_least(1, raters=raters, per_rater=per_rater)
+    whole(title, "--title")
     if completion_code and not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", completion_code):
         raise UserError("--completion-code may hold only letters, digits, - and _ (at most 64).")
     if out.exists():
@@ -197,7 +200,7 @@ def copy_clip(source: Path, folder: Path) -> Clip:
     """
     name = f"{secrets.token_hex(16)}.mp4"
     try:
-        with av.open(str(source)) as given:
+        with open_file(source) as given:
             if not given.streams.video:
                 raise Unplayable(f"{source} holds no video: remove it or write it again.")
             stream = given.streams.video[0]

@@ -1,0 +1,221 @@
+"""What a folder remembers of itself may be damaged: that is one sentence with the file's name, or work done again, never a
+traceback, and never taken for something else."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from mogan.checkpoint import SUMS, checkpoints
+from mogan.cli import main
+from mogan.data import open_cache, save_latent
+from mogan.errors import UserError
+from mogan.evaluation.evaluate import evaluate
+from mogan.identity import check_same_parts
+from mogan.sample import clips_of
+from mogan.video import write_video
+
+GARBAGE = (b"", b"[]", b"null", b"5", b"{}", b'{"x": 1}', b"\xff\xfe{", b'{"id": "clip0"')
+
+
+@pytest.fixture(scope="module")
+def trained(family, cache, tmp_path_factory):
+    """A run of two iterations."""
+    run = tmp_path_factory.mktemp("trained") / "run"
+    command = ["train", "tiny_recipes:flow_matching", "--model", family / "teacher", "--data", cache, "--out", run]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MOGAN_TEST_RAFT", str(family / "raft"))
+        assert main([str(a) for a in [*command, "--device", "cpu", "--iterations", "2"]]) == 0
+    return run
+
+
+@pytest.fixture
+def run(trained, tmp_path):
+    return shutil.copytree(trained, tmp_path / "run")
+
+
+@pytest.fixture
+def command(family, cache, run, tmp_path, monkeypatch, capfd):
+    """Commands on that run; what they said must be one sentence."""
+    monkeypatch.setenv("MOGAN_TEST_RAFT", str(family / "raft"))
+    (tmp_path / "p.txt").write_text("a red circle\n")
+    train = ["train", "tiny_recipes:flow_matching", "--model", family / "teacher", "--data", cache, "--out", run]
+    commands = {
+        "train": [*train, "--iterations", "3", "--device", "cpu"],
+        "sample": [
+            "sample",
+            "--model",
+            run,
+            "--prompts",
+            tmp_path / "p.txt",
+            "--out",
+            tmp_path / "s",
+            "--device",
+            "cpu",
+        ],
+        "export": ["export", run, "--out", tmp_path / "export"],
+    }
+
+    def give(name):
+        code = main([str(a) for a in commands[name]])
+        return code, capfd.readouterr().err
+
+    return give
+
+
+# ---------------------------------------------------------------------------------------------- a cache
+
+
+@pytest.mark.parametrize("garbage", GARBAGE[1:])
+def test_a_damaged_line_of_the_index_is_named(garbage, cache, tmp_path):
+    own = shutil.copytree(cache, tmp_path / "cache")
+    with (own / "index.jsonl").open("ab") as file:
+        file.write(garbage)
+    with pytest.raises(UserError, match=r"index\.jsonl line 9 is damaged: run the same `mogan prepare` again"):
+        open_cache(own)
+
+
+@pytest.mark.parametrize("facts", [{}, {"version": 1}, {"version": 1, "contents": ["clips"]}])
+def test_a_cache_that_does_not_say_what_it_holds_is_named(facts, cache, tmp_path):
+    own = shutil.copytree(cache, tmp_path / "cache")
+    (own / "cache.json").write_text(json.dumps({"format": "mogan-cache"} | facts))
+    with pytest.raises(UserError, match="cache"):
+        open_cache(own)
+
+
+def test_a_clip_that_holds_something_else_is_named(cache, tmp_path):
+    own = shutil.copytree(cache, tmp_path / "cache")
+    save_file({"other": torch.zeros(1)}, own / "clips/clip0.safetensors")
+    save_file({"latent": torch.zeros(1, 2, 3, 4)}, own / "clips/clip2.safetensors")
+    opened = open_cache(own)
+    with pytest.raises(UserError, match=r"clip0\.safetensors cannot be read"):
+        opened.latent("clip0")
+    opened.latent("clip1")
+    with pytest.raises(UserError, match=r"clip2\.safetensors holds a latent of \(1, 2, 3, 4\) where others have"):
+        opened.latent("clip2")
+
+
+def test_what_is_no_number_is_neither_kept_nor_trained_on(cache, tmp_path):
+    own = shutil.copytree(cache, tmp_path / "cache")
+    latent = torch.zeros(open_cache(cache).latent("clip0").shape)
+    latent[0, 0, 0, 0] = torch.nan
+    with pytest.raises(UserError, match="is not written"):
+        save_latent(own, "other", latent, {})
+    assert not (own / "clips/other.safetensors").exists()
+    save_file({"latent": latent}, own / "clips/clip0.safetensors")
+    with pytest.raises(UserError, match=r"clip0\.safetensors holds numbers that are infinite or none"):
+        open_cache(own).latent("clip0")
+
+
+# ---------------------------------------------------------------------------------------------- a run
+
+
+@pytest.mark.parametrize(
+    "garbage", [*GARBAGE, b'{"model": 5, "student": "x"}', b'{"model": "a", "student": "b", "fingerprints": [1]}']
+)
+def test_a_damaged_run_json_ends_every_command(garbage, run, command):
+    (run / "run.json").write_bytes(garbage)
+    for name in ("train", "sample", "export"):
+        code, said = command(name)
+        assert code == 2, (name, garbage)
+        assert "run.json" in said
+    assert (run / "run.json").read_bytes() == garbage
+
+
+def test_a_run_that_lost_its_run_json_does_not_go_on_as_another(run):
+    (run / "run.json").unlink()
+    with pytest.raises(UserError, match="what it was begun with, is gone"):
+        check_same_parts(run, {"model": "other", "fingerprints": {"model": "1"}})
+
+
+@pytest.mark.parametrize("garbage", GARBAGE)
+def test_damaged_checksums_blame_the_checkpoint(garbage, run, command):
+    (checkpoints(run)[-1] / SUMS).write_bytes(garbage)
+    for name in ("train", "export"):
+        code, said = command(name)
+        assert code == 2, (name, garbage)
+        assert "000002 cannot be read" in said
+
+
+def test_a_checkpoint_that_lost_a_file_is_named_by_every_command(run, command):
+    lost = min(checkpoints(run)[-1].glob("*.safetensors"))
+    lost.unlink()
+    for name in ("train", "sample", "export"):
+        code, said = command(name)
+        assert code == 2, name
+        assert f"{lost.name} is gone" in said
+    assert checkpoints(run)
+
+
+@pytest.mark.parametrize("garbage", [g for g in GARBAGE if g != b"{}"])
+def test_damaged_motion_on_held_out_prompts_is_named(garbage, run, command):
+    (run / "held_out.json").write_bytes(garbage)
+    code, said = command("export")
+    assert code == 2
+    assert "held_out.json is damaged" in said
+
+
+@pytest.mark.parametrize("garbage", GARBAGE)
+def test_a_damaged_line_of_the_metrics_does_not_end_a_run(garbage, run, command):
+    before = (run / "metrics.jsonl").read_bytes()
+    (run / "metrics.jsonl").write_bytes(before + garbage)
+    assert command("train")[0] == 0
+    assert (run / "metrics.jsonl").read_bytes().startswith(before)
+
+
+# ---------------------------------------------------------------------------------------------- what was measured
+
+
+@pytest.mark.parametrize("garbage", [*GARBAGE, b'{"key": "a", "record": 5}', b'{"key": "a", "record": {}}'])
+def test_a_damaged_value_is_measured_again(garbage, tmp_path):
+    frames = np.random.default_rng(0).integers(0, 255, (4, 32, 32, 3), np.uint8)
+    write_video(tmp_path / "v" / "a.mp4", frames, 8)
+    out, kept = tmp_path / "r.json", tmp_path / "r.clips.jsonl"
+    first = evaluate((tmp_path / "v",), out=out, flow="farneback", quick=True)
+    row = json.loads(kept.read_text())
+    kept.write_bytes(garbage.replace(b'"a"', json.dumps(row["key"]).encode()))
+    assert evaluate((tmp_path / "v",), out=out, flow="farneback", quick=True)["systems"] == first["systems"]
+    assert json.loads(kept.read_bytes().split(b"\n")[-1]) == row
+
+
+@pytest.mark.parametrize("garbage", GARBAGE)
+def test_a_damaged_record_of_a_video_is_measured_again(garbage, family, tmp_path):
+    frames = np.random.default_rng(0).integers(0, 255, (13, 32, 32, 3), np.uint8)
+    write_video(tmp_path / "v" / "a.mp4", frames, 16)
+    command = ["prepare", tmp_path / "v", "--model", family / "teacher", "--out", tmp_path / "c"]
+    command += ["--caption", "x", "--flow", "farneback", "--device", "cpu"]
+    assert main([str(a) for a in command]) == 0
+    index, (record,) = (tmp_path / "c/index.jsonl").read_bytes(), (tmp_path / "c/sources").glob("*.json")
+    whole = record.read_bytes()
+    record.write_bytes(garbage)
+    assert main([str(a) for a in command]) == 0
+    assert record.read_bytes() == whole
+    assert (tmp_path / "c/index.jsonl").read_bytes() == index
+
+
+# ---------------------------------------------------------------------------------------------- what is sampled
+
+
+def test_a_clip_that_is_no_numbers_is_not_written_as_a_black_one():
+    latents = torch.zeros(2, 4, 1, 4, 4)
+    latents[1, 0, 0, 0, 0] = torch.nan
+    with pytest.raises(UserError, match="infinite or none"):
+        clips_of(None, latents)
+
+
+def test_half_a_character_in_an_option_is_refused(family, tmp_path, capsys):
+    (tmp_path / "p.txt").write_text("a red circle\n")
+    common = ["--prompts", str(tmp_path / "p.txt"), "--out", str(tmp_path / "s"), "--model", str(family / "teacher")]
+    assert main(["sample", *common, "--negative-prompt", "still \udcff"]) == 2
+    assert "--negative-prompt holds half a character" in capsys.readouterr().err
+    assert not (tmp_path / "s").exists()
+
+
+def test_a_negative_prompt_that_is_cut_is_told(family, tmp_path, capsys):
+    (tmp_path / "p.txt").write_text("a red circle\n")
+    common = ["--prompts", str(tmp_path / "p.txt"), "--out", str(tmp_path / "s"), "--model", str(family / "teacher")]
+    assert main(["sample", *common, "--steps", "1", "--device", "cpu", "--negative-prompt", "red " * 600]) == 0
+    assert "(first --negative-prompt, " in capsys.readouterr().out
