@@ -219,3 +219,45 @@ def test_a_negative_prompt_that_is_cut_is_told(family, tmp_path, capsys):
     common = ["--prompts", str(tmp_path / "p.txt"), "--out", str(tmp_path / "s"), "--model", str(family / "teacher")]
     assert main(["sample", *common, "--steps", "1", "--device", "cpu", "--negative-prompt", "red " * 600]) == 0
     assert "(first --negative-prompt, " in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------------------------------------- words that are no places
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["sample", "--prompts", "p.txt", "--out", ""], "an empty word stands after --out"),
+        (["sample", "--prompts", "", "--out", "s"], "an empty word stands after --prompts"),
+        (["prepare", "", "--out", "c"], "an empty word stands first"),
+        (["evaluate", "v", ""], "an empty word stands after v"),
+        (
+            ["sample", "--prompts", "p.txt", "--out", "s", "--model", "a b/c d"],
+            "a b/c d is neither a folder nor a name",
+        ),
+    ],
+)
+def test_what_names_no_place_is_not_taken_for_one(words, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "p.txt").write_text("a red circle\n")
+    assert main(words) == 2
+    assert said in capsys.readouterr().err
+    assert [p.name for p in tmp_path.iterdir()] == ["p.txt"]
+
+
+def test_a_folder_for_weights_that_cannot_be_is_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.delenv("MOGAN_OFFLINE", raising=False)
+    (tmp_path / "file").write_text("")
+    assert main(["weights", "fetch", "dino_vitb16", "--folder", str(tmp_path / "file")]) == 2
+    assert "is a file, not a folder: give another --folder" in capsys.readouterr().err
+
+
+def test_a_preparation_that_could_not_begin_claims_no_folder(family, tmp_path, capsys):
+    write_video(tmp_path / "v" / "a.mp4", np.random.default_rng(0).integers(0, 255, (13, 32, 32, 3), np.uint8), 16)
+    (tmp_path / "weights.pth").write_bytes(b"no weights")
+    command = ["prepare", tmp_path / "v", "--model", family / "teacher", "--out", tmp_path / "c"]
+    command = [str(a) for a in [*command, "--caption", "x", "--device", "cpu", "--flow"]]
+    assert main([*command, str(tmp_path / "weights.pth")]) == 2
+    assert "does not hold the weights" in capsys.readouterr().err
+    assert main([*command, "farneback"]) == 0

@@ -9,8 +9,9 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from inspect import signature
+from pathlib import Path
 from threading import current_thread, main_thread
-from typing import NoReturn
+from typing import NoReturn, get_args
 
 from mogan.errors import UserError, closest
 from mogan.files import refusal
@@ -138,10 +139,22 @@ def _check_options(command: Callable[..., None], words: list[str]) -> None:
         renamed = [m.name for m in getattr(parameter.annotation, "__metadata__", ()) if getattr(m, "name", None)]
         option = (renamed or [name.replace("_", "-")])[0]
         known |= {f"--{option}", f"--no-{option}"}
-    for word in words:
+    for before, word in zip(["", *words], words, strict=False):
+        if not word and not _takes_text(before, command):
+            raise UserError(
+                f"an empty word stands {f'after {before}' if before else 'first'}, where a file or folder should be"
+            )
         option = word.partition("=")[0].replace("_", "-")
         if option.startswith("--") and option not in known and (hint := closest(option, sorted(known))):
             raise UserError(f"no option {option}{hint}")
+
+
+def _takes_text(word: str, command: Callable[..., None]) -> bool:
+    """Whether a word is an option whose value may be empty: an empty path would be the current folder."""
+    found = (
+        signature(command).parameters.get(word.removeprefix("--").replace("-", "_")) if word.startswith("--") else None
+    )
+    return found is not None and Path not in (found.annotation, *get_args(found.annotation))
 
 
 def run() -> NoReturn:

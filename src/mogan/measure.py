@@ -104,8 +104,9 @@ def _stored(out: Path, source: Source) -> dict | None:
         old = json.loads(path.read_bytes()) if path.is_file() else None
     except ValueError:
         return None
-    whole = isinstance(old, dict) and {"source", "sha", *EMPTY} <= old.keys()
-    return old if whole and old["reader"] == READER else None
+    if not isinstance(old, dict) or not {"source", "sha", *EMPTY} <= old.keys():
+        return None
+    return old if old["reader"] == READER else None
 
 
 def _unreadable(source: Source, error: OSError) -> dict:

@@ -10,6 +10,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache as once
 from pathlib import Path
@@ -146,7 +147,7 @@ def prepare(
     if motion_rich and min_motion is None:
         min_motion = 0.0 if motion_quantile is not None else vbench_threshold(geometry)
     writable_folder(out)
-    with alone_in(out, shard):
+    with alone_in(out, shard), _claimed_by_work_alone(out, shard):
         summary = prepare_cache(
             source,
             out,
@@ -371,6 +372,20 @@ def _claim(out: Path, facts: dict[str, Any]) -> None:
         raise UserError(f"{out} is not empty and not a cache: give another --out")
     with replacing(out / "cache.json", shared=True) as temporary:
         temporary.write_text(json.dumps({"format": data.FORMAT, "version": data.VERSION} | facts, indent=2) + "\n")
+
+
+@contextmanager
+def _claimed_by_work_alone(out: Path, shard: str | None) -> Iterator[None]:
+    """Take a new ``cache.json`` away again if nothing was made: a failed start, as with damaged weights, ties the folder to
+    nothing. Other shards may be at work under what one of them wrote.
+    """
+    new = shard is None and data.read_facts(out) is None
+    try:
+        yield
+    except BaseException:
+        if new and all(path.name.startswith((LOCK, ".tmp-", "cache.json")) for path in out.iterdir()):
+            (out / "cache.json").unlink(missing_ok=True)
+        raise
 
 
 def _write_jsonl(path: Path, rows: list[dict]) -> None:

@@ -52,10 +52,14 @@ def resolve_model(name: str | Path) -> Path:
             "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
         )
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         folder = Path(snapshot_download(str(name), ignore_patterns=["*.msgpack", "assets/*"]))
+    except HFValidationError as error:
+        raise UserError(
+            f"{name} is neither a folder nor a name that the hub can have: give a diffusers folder"
+        ) from error
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise UserError(f"could not get {name} from the hub ({type(error).__name__}): give a local folder") from error
     check_parts(folder)

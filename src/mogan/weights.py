@@ -17,6 +17,7 @@ import tyro
 from tqdm import tqdm
 
 from mogan.errors import UserError, closest
+from mogan.files import writable_folder
 
 CHUNK = 1 << 20
 SILENCE = 60.0  # seconds without a byte after which a server is given up
@@ -176,6 +177,7 @@ def fetch(
         print(f"{name}: {_licence(one)}; {one.use}")
         if not path.is_file():
             _allow_network(name, path, offline)
+            writable_folder(folder, "--folder")
             download(one.url, path, one.sha256)
         elif not digest(path).startswith(one.sha256 or ""):
             raise UserError(f"{path} is damaged (its sha256 is {digest(path)[:16]}...): remove it and fetch it again")
