@@ -17,6 +17,7 @@ from mogan.evaluation.evaluate import evaluate
 from mogan.identity import check_same_parts
 from mogan.sample import clips_of
 from mogan.video import write_video
+from mogan.wan import Geometry, fit_latents
 
 GARBAGE = (b"", b"[]", b"null", b"5", b"{}", b'{"x": 1}', b"\xff\xfe{", b'{"id": "clip0"')
 
@@ -261,3 +262,46 @@ def test_a_preparation_that_could_not_begin_claims_no_folder(family, tmp_path, c
     assert main([*command, str(tmp_path / "weights.pth")]) == 2
     assert "does not hold the weights" in capsys.readouterr().err
     assert main([*command, "farneback"]) == 0
+
+
+# ---------------------------------------------------------------------------------------------- files of others
+
+
+@pytest.mark.parametrize("name", ["metadata.jsonl", "a.mp4", "notes.txt"])
+def test_a_file_of_another_kind_is_not_written_over(name, tmp_path, capsys):
+    write_video(tmp_path / "a.mp4", np.random.default_rng(0).integers(0, 255, (4, 32, 32, 3), np.uint8), 8)
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.mp4", "caption": "x"}\n')
+    (tmp_path / "notes.txt").write_text("mine\n")
+    results = tmp_path / "r.json"
+    for _ in range(2):  # its own it does replace
+        assert main(["evaluate", str(tmp_path), "--out", str(results), "--quick", "--flow", "farneback"]) == 0
+    for command in (["evaluate", str(tmp_path), "--quick", "--flow", "farneback"], ["report", str(results)]):
+        for place in (tmp_path / name, *([results] if command[0] == "report" else [])):
+            before = place.read_bytes()
+            capsys.readouterr()
+            assert main([*command, "--out", str(place)]) == 2
+            assert "is there and not what this command writes" in capsys.readouterr().err
+            assert place.read_bytes() == before
+
+
+def test_a_report_of_clips_without_a_number_is_a_page(tmp_path):
+    write_video(tmp_path / "v" / "a.mp4", np.random.default_rng(0).integers(0, 255, (4, 32, 32, 3), np.uint8), 8)
+    evaluate((tmp_path / "v",), out=tmp_path / "r.json", flow="farneback", quick=True)
+    results = json.loads((tmp_path / "r.json").read_text())
+    for clip in results["systems"]["v"]["clips"]:
+        clip["values"] = {}
+    (tmp_path / "r.json").write_text(json.dumps(results))
+    for _ in range(2):
+        assert main(["report", str(tmp_path / "r.json"), "--out", str(tmp_path / "r.html")]) == 0
+
+
+def test_a_clip_longer_than_the_model_counts_is_refused():
+    with pytest.raises(UserError, match="counts 32 places a side"):
+        fit_latents({}, {"rope_max_seq_len": 32}, Geometry(16, 480, 480, 133))
+    assert fit_latents({}, {"rope_max_seq_len": 32}, Geometry(16, 480, 480, 125)) == (16, 32, 60, 60)
+
+
+def test_half_a_character_in_a_list_of_vbench_is_told(tmp_path, capsys):
+    (tmp_path / "info.json").write_text('[{"prompt_en": "a \\ud800", "dimension": ["scene"]}]')
+    assert main(["vbench", str(tmp_path), "--info", str(tmp_path / "info.json")]) == 2
+    assert "half a character" in capsys.readouterr().err

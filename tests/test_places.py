@@ -88,7 +88,7 @@ def test_a_file_where_a_folder_should_be_and_the_other_way_round_are_told_apart(
     with pytest.raises(UserError, match="is a file, not a folder: give another --figures"):
         writable_folder(tmp_path / "file", "--figures")
     with pytest.raises(UserError, match="is a folder: give a file to write"):
-        writable_file(tmp_path)
+        writable_file(tmp_path, rb"")
     writable_folder(tmp_path / "a" / "b")
     assert list((tmp_path / "a" / "b").iterdir()) == []
 

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import shutil
 import socket
 from collections.abc import Iterator
@@ -117,11 +118,16 @@ def writable_folder(path: Path, option: str = "--out") -> None:
         raise UserError(f"{option} {path} cannot be written to ({error.strerror}): give another {option}") from error
 
 
-def writable_file(path: Path, option: str = "--out") -> None:
+def writable_file(path: Path, ours: bytes, option: str = "--out") -> None:
     """Make sure before the work that a file can be written; its folder is made.
 
+    Args:
+        path: the file.
+        ours: how a file begins that may be replaced, a regular expression.
+        option: that names it.
+
     Raises:
-        UserError: a folder lies there, or its own folder cannot be written to.
+        UserError: a folder lies there, or a file of another kind, or its own folder cannot be written to.
     """
     path = Path(path)
     if path.is_dir():
@@ -130,3 +136,14 @@ def writable_file(path: Path, option: str = "--out") -> None:
         writable_folder(path.parent, option)
     except UserError as error:
         raise UserError(f"{option} {path}: {error}") from error
+    if not path.is_file():  # new, or a device: a pipe would be waited for
+        return
+    try:
+        with path.open("rb") as file:
+            begins = file.read(256)
+    except OSError as error:
+        raise UserError(f"{option} {path} cannot be read ({error.strerror}): give another {option}") from error
+    if begins and not re.match(ours, begins):
+        raise UserError(
+            f"{option} {path} is there and not what this command writes: remove it, or give another {option}"
+        )

@@ -177,7 +177,14 @@ def fit_latents(vae: dict, transformer: dict, size: Geometry) -> tuple[int, int,
             f"a clip of {size.frames} x {size.height} x {size.width} does not fit this model: frames must be "
             f"{time} k + 1, height and width multiples of {multiple}"
         )
-    return vae.get("z_dim", 16), 1 + (size.frames - 1) // time, size.height // space, size.width // space
+    latent = 1 + (size.frames - 1) // time, size.height // space, size.width // space
+    longest = transformer.get("rope_max_seq_len", 1024)
+    if max(side // step for side, step in zip(latent, patch, strict=True)) > longest:
+        raise UserError(
+            f"a clip of {size.frames} x {size.height} x {size.width} is too large for this model, which counts {longest} places "
+            "a side: make it shorter or smaller"
+        )
+    return vae.get("z_dim", 16), *latent
 
 
 def fast_dtype(device: str | torch.device = "cpu") -> torch.dtype:

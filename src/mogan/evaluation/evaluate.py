@@ -78,7 +78,7 @@ def evaluate(
     Raises:
         UserError: nothing to measure, or folders that cannot be compared.
     """
-    writable_file(out)
+    writable_file(out, ours=rb'\s*\{\s*"systems"')
     systems = find_systems(dirs)
     if compare_vbench:
         official.check(compare_vbench)

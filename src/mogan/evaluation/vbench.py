@@ -15,7 +15,7 @@ import tyro
 
 from mogan.errors import UserError
 from mogan.evaluation.clips import Entry, System
-from mogan.lists import read_rows
+from mogan.lists import read_rows, whole
 from mogan.prompts import about
 from mogan.video import SUFFIXES
 
@@ -64,6 +64,7 @@ def read_info(path: Path) -> Info:
         for row in rows:
             if not isinstance(row["prompt_en"], str) or not isinstance(row["dimension"], list):
                 raise TypeError("prompt_en is a text and dimension a list of names")
+            whole(row["prompt_en"], "a prompt")
             for name in row["dimension"]:
                 prompts.setdefault(str(name), []).append(row["prompt_en"])
         if not prompts:

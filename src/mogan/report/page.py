@@ -87,7 +87,7 @@ def report(
         raise UserError("name at least one results.json or folder of a run: mogan report results.json RUN")
     at_least(1, clips=clips)
     whole(title, "--title")
-    writable_file(out)
+    writable_file(out, ours=rb"(?i)\s*<!doctype html")
     if figures:
         writable_folder(figures, "--figures")
     results, curves = read_sources(inputs)
@@ -187,6 +187,8 @@ def _prompts(results: list[Result]) -> dict[str, Any]:
     if not results:
         return {}
     measured = [n for n in METRICS if any(c["values"].get(n) is not None for r in results for c in r.good)]
+    if not measured:
+        return {}
     names = [n for n in FIRST if n in measured] + [n for n in measured if n not in FIRST]
     rows = []
     for prompt in sorted({c["prompt"] for r in results for c in r.good}):
