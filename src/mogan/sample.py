@@ -4,6 +4,7 @@ A clip depends on its prompt and its seed alone, not on the batch it was made in
 ``torch.manual_seed(k)`` followed by a call of the stock pipeline gives.
 """
 
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -220,13 +221,16 @@ def _fill(out: Path, jobs: list[Job], about_all: dict, batch: int, maker: Callab
     listed = listed_samples(out)
 
     def record(job: Job) -> dict:
-        return {"file": job.file, **vars(job), **about_all}
+        return json.loads(json.dumps({"file": job.file, **vars(job), **about_all}))  # as it is read again
 
-    refuse_others(out, listed, map(record, jobs))
     there = {job for job in jobs if (out / job.file).is_file()}
+    if strange := [job.file for job in jobs if job in there and job.file not in listed]:
+        raise UserError(
+            f"{out} holds {len(strange)} of these clips in no line of samples.jsonl, first {strange[0][:60]}, so nobody knows "
+            "what made them: move them away, or give another --out"
+        )
+    refuse_others(out, listed, [record(job) for job in jobs if job in there])
     todo = [job for job in jobs if job not in there]
-    # a kill between a clip and its line leaves a clip that no list names
-    append_samples(out, [record(job) for job in jobs if job in there and job.file not in listed])
     if not todo:
         print(f"{out}: all {len(jobs)} clips are there" if jobs else f"{out}: this shard has no clip to make")
         return
@@ -235,9 +239,9 @@ def _fill(out: Path, jobs: list[Job], about_all: dict, batch: int, maker: Callab
         for first in range(0, len(todo), batch):
             part = todo[first : first + batch]
             for job, frames in zip(part, make(part), strict=True):
-                write_video(out / job.file, frames, about_all["fps"])
-                if job.file not in listed:
+                if listed.get(job.file) != record(job):  # before the clip: a kill leaves no clip that no line names
                     append_samples(out, [record(job)])
+                write_video(out / job.file, frames, about_all["fps"])
                 bar.update()
 
 
