@@ -74,7 +74,7 @@ def random_cache(folder: Path, model: Path, clip: tuple[int, int, int]) -> Path:
     ensure_text(folder, ["", DISCRIMINATOR_PROMPT, *captions], load_text(model))
     facts = {"format": "mogan-cache", "version": 1, "contents": "clips", "vae": fingerprint(model, "vae")}
     facts |= {"fps": size.fps, "frames": size.frames, "height": size.height, "width": size.width}
-    entries = [{"id": f"clip{number}", "caption": caption} for number, caption in enumerate(captions)]
+    entries = [{"id": f"clip{number}", "caption": caption, "motion": 15.0} for number, caption in enumerate(captions)]
     assert all(text_path(folder, c).exists() for c in captions)
     write_atomically(folder / "index.jsonl", "".join(json.dumps(e) + "\n" for e in entries))
     write_atomically(folder / "cache.json", json.dumps(facts))
