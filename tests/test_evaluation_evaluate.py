@@ -13,7 +13,7 @@ import torch
 
 from mogan.errors import UserError
 from mogan.evaluation.clips import find_systems, read_folder
-from mogan.evaluation.evaluate import _Kept, evaluate, table
+from mogan.evaluation.evaluate import NEEDED, _Kept, evaluate, table
 from mogan.evaluation.frames import Clip, read_frames
 from mogan.evaluation.measure import measure
 from mogan.evaluation.sets import appearance_distance
@@ -139,21 +139,21 @@ def test_shards_share_the_work_and_the_command_without_one_finishes_it(results, 
 WRITER = """
 import sys
 from pathlib import Path
-from mogan.evaluation.evaluate import _Kept
+from mogan.evaluation.evaluate import NEEDED, _Kept
 kept = _Kept(Path(sys.argv[1]))
 for number in range(40):
-    kept.put(f"{sys.argv[2]}-{number}", {"values": [number] * 5000})
+    kept.put(f"{sys.argv[2]}-{number}", dict.fromkeys(NEEDED) | {"values": [number] * 5000})
 """
 
 
 def test_values_kept_by_many_processes_at_once_are_all_there(tmp_path):
     path = tmp_path / "kept.jsonl"
-    path.write_text('{"key": "old", "record": {}}\n{"key": "torn by a ki')
+    path.write_text(json.dumps({"key": "old", "record": dict.fromkeys(NEEDED)}) + '\n{"key": "torn by a ki')
     writers = [subprocess.Popen([sys.executable, "-c", WRITER, str(path), str(name)]) for name in range(3)]
     assert [writer.wait(120) for writer in writers] == [0, 0, 0]
     kept = _Kept(path)
-    assert kept.get("old") == {}
-    assert all(kept.get(f"{n}-{i}") == {"values": [i] * 5000} for n in range(3) for i in range(40))
+    assert kept.get("old") == dict.fromkeys(NEEDED)
+    assert all(kept.get(f"{n}-{i}")["values"] == [i] * 5000 for n in range(3) for i in range(40))
 
 
 def test_a_corrupt_clip_is_named_and_the_others_are_unaffected(results, folders, tmp_path):

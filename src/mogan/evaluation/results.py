@@ -68,7 +68,7 @@ def _wrong(systems: Any, clips_have: tuple[str, ...]) -> Iterator[str]:
 def _wrong_about(how: dict[str, Any]) -> Iterator[str]:
     """Entries of ``how`` that are used by name."""
     wanted = (("flow", "name"), ("prompts", "sha256"))
-    yield from (k for k, inside in wanted if k in how and not isinstance(how[k][inside], str))
+    yield from (k for k, inside in wanted if k in how and not (inside in how[k] and isinstance(how[k][inside], str)))
     if any(not isinstance(text, str) for text in how.get("warnings", [])):
         yield "warnings"
     if any(not isinstance(f, dict) or not {"file", "reason"} <= f.keys() for f in how.get("failed", [])):
