@@ -1,5 +1,6 @@
 import json
 import re
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -91,7 +92,11 @@ cli.run()
     ],
 )
 def test_ctrl_c_is_130_and_a_sentence_while_modules_are_imported_and_afterwards(module, words):
-    done = subprocess.run([sys.executable, "-c", CTRL_C, module, *words], capture_output=True, text=True)
+    def heed() -> None:  # a shell's background jobs, and what they start, are deaf to Ctrl-C
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    words_of = [sys.executable, "-c", CTRL_C, module, *words]
+    done = subprocess.run(words_of, capture_output=True, text=True, preexec_fn=heed)
     assert (done.returncode, done.stdout) == (130, "")
     assert done.stderr == f"mogan {words[0]}: interrupted; give the same command again to finish\n"
 

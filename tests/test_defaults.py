@@ -198,7 +198,7 @@ def test_a_folder_of_another_negative_prompt_is_refused_and_an_old_list_means_no
     assert row.pop("negative_prompt") == UNSAID["negative_prompt"]
     listing.write_text(json.dumps(row) + "\n")
     sample(**common, out=tmp_path / "s")
-    with pytest.raises(UserError, match="negative_prompt , not blurred"):
+    with pytest.raises(UserError, match=r"negative_prompt '', not 'blurred'"):
         sample(**common, out=tmp_path / "s", negative_prompt="blurred")
 
 
