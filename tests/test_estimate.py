@@ -401,8 +401,9 @@ def test_another_batch_keeps_the_size_of_its_parts(batch, parts):
 def test_predicted_memory_is_what_is_allocated():
     shapes = replace(small(PUBLISHED["wan2.1-t2v-1.3b"], 3, 12), size=Geometry(16, 128, 128, 21))
     for case in compare(shapes, window=3):
-        if case.name.startswith(("decode", "encode")):
-            assert -0.35 < case.error < 0.05, case  # a CPU's convolutions unfold their input, which no trace sees
+        if case.name.startswith(("decode", "encode")):  # a CPU's convolutions unfold their input, which no trace sees
+            unfolded = 0.6 if case.name.endswith("frame by frame") else 0.35  # most of a step that holds little else
+            assert -unfolded < case.error < 0.05, case
         else:
             assert abs(case.error) < 0.15, case
 

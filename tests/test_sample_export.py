@@ -171,7 +171,8 @@ torch.save({"seen": seen, "frames": torch.from_numpy(frames)}, sys.argv[3])
     np.testing.assert_allclose(ours, stock["frames"], atol=2e-4)
     frames, fps = read_video(sampled / f"{CAPTIONS[0]}-0.mp4")
     assert fps == 16
-    assert np.abs(frames / 255 - ours).mean() < 0.1  # H.264 of noise
+    alike, apart = (np.corrcoef(f.ravel(), ours.ravel())[0, 1] for f in (frames, frames[::-1]))
+    assert alike > apart + 0.2, (alike, apart)  # H.264 of noise keeps no more
 
 
 def test_export_does_not_tell_where_its_parts_lay(exported):

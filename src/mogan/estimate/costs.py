@@ -238,8 +238,10 @@ class Codec:
         from the fourth on none needs more memory than the one before.
         """
         if not grad:
-            whole = start + length
-            return self._decode(0, 3).along(self._decode(0, 4), whole - 3) if whole > 4 else self._decode(start, length)
+            if start + length <= 4:
+                return self._decode(start, length)
+            line = self._decode(0, 3).along(self._decode(0, 4), start + length - 3)
+            return Call(line.work, line.held, max(line.peak, 2 * line.held))  # the frames, and the clip put together
         if start + length <= 4 or length <= 2:
             return self._decode(start, length, True, checkpointing)
         window = self._decode(2, 2, True, checkpointing).along(self._decode(2, 3, True, checkpointing), length - 2)
