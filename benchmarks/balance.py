@@ -14,14 +14,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mogan.assemble import Assembly, assemble
-from mogan.attention import stack_text
-from mogan.checkpoint import checkpoints, load_checkpoint
 from mogan.config import Update
-from mogan.data import open_cache
+from mogan.data.cache import open_cache
+from mogan.models.attention import stack_text
 from mogan.recipes import find_recipe
-from mogan.rollout import normal, roll_out
-from mogan.train import Position, draw
+from mogan.runs.checkpoint import checkpoints, load_checkpoint
+from mogan.sampling.rollout import normal, roll_out
+from mogan.training.assemble import Assembly, assemble
+from mogan.training.train import Position, draw
 
 SIZES = ((5, 64, 3), (5, 128, 3), (9, 64, 5), (9, 128, 5))  # latent frames, pixels of a side, latent frames observed
 

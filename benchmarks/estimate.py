@@ -11,7 +11,7 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
 from mogan.estimate.check import compare, small
 from mogan.estimate.shapes import read_shapes
-from mogan.wan import Geometry
+from mogan.models.wan import Geometry
 
 
 def main() -> None:

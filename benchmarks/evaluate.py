@@ -19,15 +19,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from mogan.evaluation.classical_flow import farneback
+from mogan.data.video import write_video
 from mogan.evaluation.frames import Clip
 from mogan.evaluation.interpolators import blend
 from mogan.evaluation.measure import measure as measure_clip
 from mogan.evaluation.motion import dynamic_degree, interval, top_magnitude
 from mogan.evaluation.pairs import to_video
-from mogan.flow import RaftConfig, RaftFlow
-from mogan.lab.world import make_scene, render
-from mogan.video import write_video
+from mogan.motion.classical_flow import farneback
+from mogan.motion.flow import RaftConfig, RaftFlow
+from mogan.world.scenes import make_scene, render
 
 
 def main() -> None:

@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from mogan import autoencoder, wan
-from mogan.flow import RaftFlow, load_raft
 from mogan.lab.stages import HELD_OUT_SEED, rendered_clips, to_video
-from mogan.lab.world import exact_flow, make_scene
+from mogan.models import autoencoder, wan
+from mogan.motion.flow import RaftFlow, load_raft
+from mogan.world.scenes import exact_flow, make_scene
 
 
 def main() -> None:

@@ -20,20 +20,20 @@ from pathlib import Path
 
 import torch
 
-from mogan.assemble import Assembly, assemble
-from mogan.attention import stack_text
 from mogan.config import Config
-from mogan.data import ensure_text, open_cache, save_latent, text_path
+from mogan.data.cache import ensure_text, open_cache, save_latent, text_path
+from mogan.data.prepare import DISCRIMINATOR_PROMPT
+from mogan.disk.files import write_atomically
 from mogan.estimate.command import pricing
 from mogan.estimate.machines import MACHINES
 from mogan.estimate.random_wan import random_wan
-from mogan.files import write_atomically
-from mogan.flow import RaftConfig, save_raft
-from mogan.prepare import DISCRIMINATOR_PROMPT
+from mogan.models.attention import stack_text
+from mogan.models.wan import fingerprint, geometry, latent_shape, load_text
+from mogan.motion.flow import RaftConfig, save_raft
 from mogan.recipes import find_recipe
-from mogan.rollout import roll_out
-from mogan.train import Position, step
-from mogan.wan import fingerprint, geometry, latent_shape, load_text
+from mogan.sampling.rollout import roll_out
+from mogan.training.assemble import Assembly, assemble
+from mogan.training.train import Position, step
 
 SIZES = ((81, 480, 832), (81, 320, 576), (49, 320, 576), (49, 256, 448))  # the next one where the last did not fit
 DRY = (49, 64, 64)

@@ -13,16 +13,17 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from mogan import wan
-from mogan.attention import stack_text
-from mogan.autoencoder import encode_video
-from mogan.clips import to_video
-from mogan.denoiser import Denoiser
+from mogan.data.clips import to_video
+from mogan.data.video import read_frames
 from mogan.evaluation.clips import read_folder
 from mogan.evaluation.likelihood import motion_log_likelihood
-from mogan.observation import motion_amount
-from mogan.sample import open_motion
-from mogan.video import read_frames
+from mogan.models import wan
+from mogan.models.attention import stack_text
+from mogan.models.autoencoder import encode_video
+from mogan.models.denoiser import Denoiser
+from mogan.motion import estimators
+from mogan.motion.observation import motion_amount
+from mogan.sampling.sample import open_motion
 
 
 def main() -> None:
@@ -37,7 +38,7 @@ def main() -> None:
     parser.add_argument("--probes", type=int, default=2)
     a = parser.parse_args()
     base = wan.resolve_model(a.model)
-    vae, encode, flow = wan.load_vae(base, torch.float32), wan.load_text(base), wan.load_flow(a.flow, 4)
+    vae, encode, flow = wan.load_vae(base, torch.float32), wan.load_text(base), estimators.load_flow(a.flow, 4)
     frames = wan.latent_shape(base, wan.geometry(base))[1]
     transformer, given = open_motion(a.run, base, frames)
     motion = Denoiser(transformer.eval().requires_grad_(False))

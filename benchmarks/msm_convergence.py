@@ -17,12 +17,12 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor, nn
 
-from mogan.data import Batch
-from mogan.denoiser import Denoiser
-from mogan.motion_score import differences, differences_adjoint
+from mogan.data.cache import Batch
+from mogan.models.denoiser import Denoiser
 from mogan.objectives.dmd import DMD, dmd_direction
 from mogan.objectives.msm import motion_direction
-from mogan.rollout import Rollout
+from mogan.sampling.motion_score import differences, differences_adjoint
+from mogan.sampling.rollout import Rollout
 
 LEVELS = torch.linspace(0.02, 0.98, 25).tolist()
 

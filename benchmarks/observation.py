@@ -22,8 +22,8 @@ def measure(width: int, latents: int, window: int, checkpointed: bool, side: int
     """One forward and backward of the chain in this process: seconds and peak memory above what the models take."""
     from diffusers import AutoencoderKLWan
 
-    from mogan.flow import RaftConfig, RaftFlow, motion_picture, refinements
-    from mogan.observation import MotionObservation
+    from mogan.motion.flow import RaftConfig, RaftFlow, motion_picture, refinements
+    from mogan.motion.observation import MotionObservation
 
     torch.manual_seed(0)
     vae = AutoencoderKLWan(base_dim=width).eval().requires_grad_(False)

@@ -43,7 +43,7 @@ def main() -> None:
     arguments = parser.parse_args()
     from diffusers import AutoencoderKLWan
 
-    from mogan import autoencoder, wan
+    from mogan.models import autoencoder, wan
 
     if arguments.part == "text":
         encode = timed("load", lambda: wan.load_text(arguments.folder))

@@ -19,13 +19,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-from mogan import attention
-from mogan.assemble import assemble
-from mogan.data import open_cache
-from mogan.discriminator import Discriminator
+from mogan.data.cache import open_cache
+from mogan.models import attention
+from mogan.models.discriminator import Discriminator
 from mogan.objectives.gan import GAN
 from mogan.recipes import find_recipe
-from mogan.train import resume
+from mogan.training.assemble import assemble
+from mogan.training.train import resume
 
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "convolution", "convolution_backward")
 

@@ -17,8 +17,8 @@ import av
 import cv2
 import numpy as np
 
-from mogan.clips import clips_of
-from mogan.video import read_frames, write_video
+from mogan.data.clips import clips_of
+from mogan.data.video import read_frames, write_video
 
 SIZES = {"lab, 64 x 64, 16 fps": (64, 64), "Wan, 480 x 832, 16 fps": (480, 832)}
 

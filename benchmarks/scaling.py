@@ -8,10 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from mogan.config import Config
+from mogan.disk.files import write_atomically
 from mogan.estimate.command import pricing
-from mogan.files import write_atomically
 from mogan.recipes import find_recipe
-from mogan.train import with_batch
+from mogan.training.train import with_batch
 
 GPUS = ("4090", "l40s", "h100", "h200")  # 24, 48, 80, 141 GB
 NUMBERS = (1, 8, 16, 64)

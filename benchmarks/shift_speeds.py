@@ -19,14 +19,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from mogan.data import Batch
-from mogan.denoiser import Denoiser
-from mogan.files import replacing
+from mogan.data.cache import Batch
+from mogan.disk.files import replacing
+from mogan.models.denoiser import Denoiser
+from mogan.motion.pixel_flux import Flux, state_size
 from mogan.objectives.flow_matching import velocity_error
+from mogan.objectives.rewards import MotionRewards
 from mogan.objectives.shift import Shift
-from mogan.pixel_flux import Flux, state_size
-from mogan.rewards import MotionRewards
-from mogan.rollout import animate
+from mogan.sampling.rollout import animate
 from mogan.schedule import draw_sigma, shifted_levels
 
 FRAMES, BATCH, SHARE = 5, 128, 0.5  # share of real clips that are fast

@@ -13,15 +13,15 @@ from pathlib import Path
 
 import torch
 
-from mogan.assemble import Assembly, assemble
-from mogan.attention import stack_text
 from mogan.config import Update
-from mogan.data import open_cache
-from mogan.denoiser import frozen
+from mogan.data.cache import open_cache
+from mogan.models.attention import stack_text
+from mogan.models.denoiser import frozen
 from mogan.recipes import find_recipe
-from mogan.rollout import normal
+from mogan.sampling.rollout import normal
 from mogan.schedule import add_noise
-from mogan.train import Position, draw, draw_exit, step
+from mogan.training.assemble import Assembly, assemble
+from mogan.training.train import Position, draw, draw_exit, step
 
 
 def bare(parts: Assembly, update: Update, where: Position) -> None:

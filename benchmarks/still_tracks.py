@@ -11,7 +11,7 @@ import argparse
 import numpy as np
 
 from mogan.evaluation.distribution import TapVid, tap_vid
-from mogan.lab.world import Scene, make_scene, owner, track
+from mogan.world.scenes import Scene, make_scene, owner, track
 
 SPEEDS = ((0.0, 1e-6), (1e-6, 0.15), (0.15, 0.7), (0.7, np.inf))  # px/frame
 

@@ -15,10 +15,10 @@ from pathlib import Path
 
 import torch
 
-from mogan.assemble import assemble
-from mogan.data import open_cache
+from mogan.data.cache import open_cache
 from mogan.recipes import find_recipe
-from mogan.train import Position, step
+from mogan.training.assemble import assemble
+from mogan.training.train import Position, step
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 

@@ -21,9 +21,9 @@ from pathlib import Path
 
 import numpy as np
 
+from mogan.data.video import write_video
 from mogan.survey.build import build
 from mogan.survey.guard import DEVICE, WATCH
-from mogan.video import write_video
 
 SERVE = "import sys, pathlib; from mogan.survey.serve import serve; serve(pathlib.Path(sys.argv[1]), port=0)"
 

@@ -7,12 +7,12 @@ import pytest
 import torch
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
 
-from mogan.autoencoder import encode_video
-from mogan.data import ensure_text, save_latent
-from mogan.export import save_student
-from mogan.flow import RaftConfig, save_raft
+from mogan.data.cache import ensure_text, save_latent
+from mogan.exchange.export import save_student
 from mogan.lab.stages import build_text_encoder, build_tokenizer
-from mogan.wan import fingerprint, load_text, load_transformer, load_vae
+from mogan.models.autoencoder import encode_video
+from mogan.models.wan import fingerprint, load_text, load_transformer, load_vae
+from mogan.motion.flow import RaftConfig, save_raft
 
 torch.set_num_threads(1)
 

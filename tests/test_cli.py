@@ -11,8 +11,8 @@ import torch
 from mogan.cli import COMMANDS, main
 from mogan.errors import UserError
 from mogan.recipes import ABLATIONS, ablate, dmd2_wan_1_3b, find_recipe, mogan_wan_1_3b
+from mogan.runs.watch import Watch
 from mogan.study.columns import one_moments
-from mogan.watch import Watch
 
 
 def test_without_arguments_it_lists_its_commands(capsys):

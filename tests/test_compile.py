@@ -7,12 +7,12 @@ from dataclasses import asdict, replace
 import pytest
 import torch
 
-from mogan.checkpoint import check_same_run, latest_checkpoint, stored
-from mogan.denoiser import compile_blocks
 from mogan.distributed import World
 from mogan.errors import UserError
-from mogan.load import check_processes
-from mogan.train import resume, run_training
+from mogan.models.denoiser import compile_blocks
+from mogan.runs.checkpoint import check_same_run, latest_checkpoint, stored
+from mogan.training.load import check_processes
+from mogan.training.train import resume, run_training
 from test_distributed import assert_same_trajectory, train_alone, train_together
 from test_train import build
 from tiny_recipes import dmd, mogan

@@ -9,15 +9,15 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from mogan.checkpoint import SUMS, checkpoints
 from mogan.cli import main
-from mogan.data import open_cache, save_latent
+from mogan.data.cache import open_cache, save_latent
+from mogan.data.video import write_video
 from mogan.errors import UserError
 from mogan.evaluation.evaluate import evaluate
-from mogan.identity import check_same_parts
-from mogan.sample import clips_of
-from mogan.video import write_video
-from mogan.wan import Geometry, fit_latents
+from mogan.models.wan import Geometry, fit_latents
+from mogan.runs.checkpoint import SUMS, checkpoints
+from mogan.runs.identity import check_same_parts
+from mogan.sampling.sample import clips_of
 
 GARBAGE = (b"", b"[]", b"null", b"5", b"{}", b'{"x": 1}', b"\xff\xfe{", b'{"id": "clip0"')
 

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mogan.data import clip_at, draw_batch, ensure_text, open_cache, save_latent
+from mogan.data.cache import clip_at, draw_batch, ensure_text, open_cache, save_latent
 from mogan.errors import UserError
 
 FACTS = {"format": "mogan-cache", "version": 1, "contents": "clips", "fps": 16, "vae": "abc"}

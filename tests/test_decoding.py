@@ -9,15 +9,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mogan import autoencoder, wan
-from mogan.autoencoder import decode_video, stream_video
 from mogan.cli import main
 from mogan.estimate.check import allocated_peak
-from mogan.flow import RaftFlow, flow_of_pieces, load_raft
-from mogan.held_out import net_motion
-from mogan.sample import CLIPS_AT_ONCE, PIXELS_AT_ONCE, clips_at_once, pictures, to_frames
-from mogan.train import run_training
-from mogan.wan import Geometry, load_vae
+from mogan.models import autoencoder, wan
+from mogan.models.autoencoder import decode_video, stream_video
+from mogan.models.wan import Geometry, load_vae
+from mogan.motion.flow import RaftFlow, flow_of_pieces, load_raft
+from mogan.sampling.sample import CLIPS_AT_ONCE, PIXELS_AT_ONCE, clips_at_once, pictures, to_frames
+from mogan.training.held_out import net_motion
+from mogan.training.train import run_training
 from test_held_out import held_out, parts_of  # noqa: F401  # fixtures
 from tiny_recipes import mogan
 
@@ -106,7 +106,7 @@ def test_sampling_decodes_frame_by_frame_whatever_the_batch(family, tmp_path, de
 
 
 def test_held_out_checks_and_sheets_decode_frame_by_frame(parts_of, held_out, tmp_path, decoded):  # noqa: F811
-    from mogan.held_out import Gain
+    from mogan.training.held_out import Gain
 
     parts = parts_of(tmp_path / "run")
     decoded.clear()

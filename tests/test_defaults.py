@@ -12,25 +12,26 @@ from torchvision.models.optical_flow import raft_large
 
 import tiny_recipes
 from conftest import CAPTIONS
-from mogan import wan
 from mogan.cli import main
-from mogan.data import open_cache
-from mogan.defaults import WAN_NEGATIVE_PROMPT, Geometry
+from mogan.data.cache import open_cache
+from mogan.data.prepare import prepare
+from mogan.data.video import write_video
 from mogan.distributed import World
 from mogan.errors import UserError
 from mogan.estimate.random_wan import random_wan
-from mogan.evaluation.classical_flow import dis, farneback
 from mogan.evaluation.clips import read_folder
 from mogan.evaluation.evaluate import evaluate
-from mogan.export import save_student
-from mogan.load import load
-from mogan.prepare import prepare
+from mogan.exchange.export import save_student
+from mogan.models import wan
+from mogan.models.defaults import WAN_NEGATIVE_PROMPT, Geometry
+from mogan.models.weights import MANIFEST
+from mogan.motion import estimators
+from mogan.motion.classical_flow import dis, farneback
 from mogan.recipes import RECIPES
 from mogan.report.page import report
-from mogan.sample import encode_each, sample
-from mogan.samples import UNSAID
-from mogan.video import write_video
-from mogan.weights import MANIFEST
+from mogan.sampling.sample import encode_each, sample
+from mogan.sampling.samples import UNSAID
+from mogan.training.load import load
 
 NARROW = {
     "transformer": {"num_attention_heads": 2, "attention_head_dim": 32, "ffn_dim": 128, "text_dim": 64, "freq_dim": 64},
@@ -138,7 +139,7 @@ def asked(monkeypatch):
         calls.append({"null": null, **options})
         return torch.zeros(len(seeds), *shape)
 
-    monkeypatch.setattr("mogan.sample.sample_teacher", told)
+    monkeypatch.setattr("mogan.sampling.sample.sample_teacher", told)
     return calls
 
 
@@ -213,7 +214,7 @@ def test_each_prompt_is_encoded_once_by_itself_and_on_the_device_asked_for(famil
         return lambda prompts: asked.append(prompts) or encode(prompts)
 
     monkeypatch.setattr(wan, "load_text", load)
-    monkeypatch.setattr("mogan.sample.choose_device", lambda name: here)
+    monkeypatch.setattr("mogan.sampling.sample.choose_device", lambda name: here)
     (tmp_path / "p.txt").write_text("\n".join(CAPTIONS[:2]))
     options = {"steps": 2, "negative_prompt": CAPTIONS[1]} if model == "teacher" else {}
     sample(prompts=tmp_path / "p.txt", out=tmp_path / "s", model=str(family / model), seeds=3, batch=4, **options)
@@ -287,7 +288,7 @@ def test_evaluate_measures_with_what_fits_the_clips_and_says_what_is_lacking(
     for name in here:
         (nothing_fetched / MANIFEST[name].file).touch()
     loaded = []
-    monkeypatch.setattr(wan, "load_flow", lambda name, *rest: loaded.append(name) or farneback)
+    monkeypatch.setattr(estimators, "load_flow", lambda name, *rest: loaded.append(name) or farneback)
     found = evaluate((clips_of(tmp_path / "s", size, prompt),), out=tmp_path / "r.json", quick=True)["systems"]["s"]
     assert loaded == [expected]
     assert found["how"]["flow"]["name"] == expected
@@ -339,7 +340,7 @@ def test_prepare_measures_with_what_fits_the_model(
     for name in here:
         (nothing_fetched / MANIFEST[name].file).touch()
     loaded = []
-    monkeypatch.setattr(wan, "load_flow", lambda name, **rest: loaded.append(name) or farneback)
+    monkeypatch.setattr(estimators, "load_flow", lambda name, **rest: loaded.append(name) or farneback)
     clips = clips_of(tmp_path / "v", (64, 64), OURS)
     (clips / "samples.jsonl").unlink()
     size = {"frames": 5}

@@ -10,7 +10,7 @@ import pytest
 import torch
 from diffusers import WanPipeline
 
-from mogan.video import read_video
+from mogan.data.video import read_video
 
 
 @pytest.fixture(scope="module")

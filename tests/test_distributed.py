@@ -20,13 +20,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from conftest import TRANSFORMER
-from mogan.assemble import assemble
-from mogan.checkpoint import held_out_motions, latest_checkpoint, load_checkpoint, save_checkpoint, stored
-from mogan.data import ensure_text, one_ahead, open_cache
+from mogan.data.cache import ensure_text, one_ahead, open_cache
 from mogan.distributed import World, join, whole
 from mogan.errors import UserError
-from mogan.train import Position, _graceful_stop, draw, parts_of, run_training, step
-from mogan.wan import load_text
+from mogan.models.wan import load_text
+from mogan.runs.checkpoint import held_out_motions, latest_checkpoint, load_checkpoint, save_checkpoint, stored
+from mogan.training.assemble import assemble
+from mogan.training.train import Position, _graceful_stop, draw, parts_of, run_training, step
 from tiny_recipes import dmd, flow_matching, mogan, shift
 
 HERE = Path(__file__).parent

@@ -12,9 +12,9 @@ from torch import nn
 from transformers import UMT5Config, UMT5EncoderModel
 
 from conftest import TRANSFORMER, VAE
-from mogan.autoencoder import stream_video
 from mogan.cli import main
 from mogan.config import Optimizer, SurrogateConfig, Update
+from mogan.data.observations import drawn
 from mogan.estimate import machines
 from mogan.estimate.advice import advise
 from mogan.estimate.check import compare, small
@@ -32,11 +32,11 @@ from mogan.estimate.costs import (
 from mogan.estimate.predict import predict
 from mogan.estimate.shapes import PUBLISHED, Shapes, read_shapes, resized
 from mogan.estimate.trace import Call, Work, fake, sizes, trace
-from mogan.observations import drawn
+from mogan.models.autoencoder import stream_video
+from mogan.models.wan import Geometry
+from mogan.objectives.rewards import MotionRewards
 from mogan.recipes import RECIPES, dmd2_wan_1_3b, find_recipe, mogan_wan_1_3b, shift_wan_1_3b
-from mogan.rewards import MotionRewards
-from mogan.train import with_batch
-from mogan.wan import Geometry
+from mogan.training.train import with_batch
 
 TEXT = {"vocab_size": 100, "d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_heads": 4}
 TINY = Shapes("tiny", TRANSFORMER | {"num_layers": 4}, VAE, TEXT, Geometry(16, 128, 128, 29))
@@ -440,7 +440,7 @@ def test_a_penalised_discriminator_is_counted_in_fp32():
 def test_judge_parameters_follow_the_line(family):
     call, count = judge_call(TINY, 3, 2, 4, True, torch.float32, learns=False)
     with torch.device("meta"):
-        from mogan.discriminator import Discriminator
+        from mogan.models.discriminator import Discriminator
 
         real = sizes(Discriminator(build_transformer(TINY), torch.empty(1, 4, 64), blocks=3, tap_at=(0, 2)))[0]
     assert count == real

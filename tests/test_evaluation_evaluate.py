@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 import torch
 
+from mogan.data.video import write_video
 from mogan.errors import UserError
 from mogan.evaluation.clips import find_systems, read_folder
 from mogan.evaluation.evaluate import NEEDED, _Kept, evaluate, table
 from mogan.evaluation.frames import Clip, read_frames
 from mogan.evaluation.measure import measure
 from mogan.evaluation.sets import appearance_distance
-from mogan.lab.world import make_scene, render
-from mogan.video import write_video
+from mogan.world.scenes import make_scene, render
 
 
 def write_clips(folder, seed, *, motion="rich", prompts=2, count=2, fps=16):
@@ -85,9 +85,9 @@ def test_results_say_how_they_were_made(results, folders):
 
 
 def test_numbers_of_a_clip_are_those_of_the_pure_functions(results, folders):
-    from mogan.evaluation.classical_flow import farneback
     from mogan.evaluation.interpolators import flow_warp
     from mogan.evaluation.motion import dynamic_degree, static_filter, temporal_flickering
+    from mogan.motion.classical_flow import farneback
 
     record = json.loads(results.read_text())["systems"]["teacher"]["clips"][0]
     clip = Clip(results.parent / record["file"])

@@ -329,7 +329,7 @@ def test_the_sum_follows_the_reference_bit_for_bit():
 
 
 def test_classical_estimators_find_a_roll_of_the_picture():
-    from mogan.evaluation.classical_flow import dis, farneback
+    from mogan.motion.classical_flow import dis, farneback
 
     rng = np.random.default_rng(0)
     texture = cv2.GaussianBlur(rng.normal(0, 1, (96, 96)), (0, 0), 2.5)

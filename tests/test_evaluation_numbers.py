@@ -39,7 +39,7 @@ from mogan.evaluation.flow_statistics import (
     warping_error,
 )
 from mogan.evaluation.statistics import RESAMPLES, joint_draws, mean_interval, wasserstein, wasserstein_interval
-from mogan.lab.world import exact_flow, make_scene
+from mogan.world.scenes import exact_flow, make_scene
 
 # ---------------------------------------------------------------- warping error, W1 to W4
 

@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 import torch
 
+from mogan.data.video import write_video
 from mogan.errors import UserError
 from mogan.evaluation.cd_fvd import cd_fvd
 from mogan.evaluation.evaluate import evaluate
 from mogan.evaluation.official import check
 from mogan.evaluation.sets import set_metrics
 from mogan.evaluation.tools import gather_tools
-from mogan.video import write_video
 from test_evaluation_backbones import dino_state, random_blocks  # noqa: F401
 
 VBENCH = """

@@ -10,7 +10,7 @@ from mogan.errors import UserError
 from mogan.evaluation.interpolators import flow_warp
 from mogan.evaluation.motion import dynamic_degree, motion_smoothness
 from mogan.evaluation.pairs import Remembered, device_of, flow_of_pairs, neighbours
-from mogan.flow import RaftConfig, RaftFlow
+from mogan.motion.flow import RaftConfig, RaftFlow
 
 FRAMES = np.random.default_rng(0).integers(0, 256, (40, 64, 64, 3), dtype=np.uint8)  # more than fit at once
 

@@ -6,12 +6,12 @@ import shutil
 import pytest
 
 from mogan.cli import main
+from mogan.data.video import write_video
 from mogan.errors import UserError
 from mogan.evaluation import vbench as checker
 from mogan.evaluation.evaluate import evaluate
 from mogan.evaluation.vbench import DIMENSIONS, check_folder, read_info
-from mogan.lab.world import make_scene, render
-from mogan.video import write_video
+from mogan.world.scenes import make_scene, render
 
 MOTION = ["a person is running very fast over a wide field", "a dog"]
 ROWS = [

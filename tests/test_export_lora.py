@@ -10,17 +10,17 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from conftest import SIGMAS
-from mogan import wan
-from mogan.assemble import assemble
-from mogan.card import licence_of, model_card, model_name
-from mogan.data import open_cache
+from mogan.data.cache import open_cache
 from mogan.errors import UserError
-from mogan.export import export, low_rank_difference
-from mogan.imports import import_student
-from mogan.layouts import original_module, split_leaf
-from mogan.sample import open_generator
-from mogan.train import run_training
-from mogan.wan import load_transformer
+from mogan.exchange.card import licence_of, model_card, model_name
+from mogan.exchange.export import export, low_rank_difference
+from mogan.exchange.imports import import_student
+from mogan.exchange.layouts import original_module, split_leaf
+from mogan.models import wan
+from mogan.models.wan import load_transformer
+from mogan.sampling.sample import open_generator
+from mogan.training.assemble import assemble
+from mogan.training.train import run_training
 from tiny_recipes import dmd, flow_matching
 
 

@@ -6,7 +6,7 @@ import torch
 from torchvision.models.optical_flow import raft_large
 
 from mogan.errors import UserError
-from mogan.flow import RaftConfig, RaftFlow, load_raft, motion_picture, refinements, save_raft, warp
+from mogan.motion.flow import RaftConfig, RaftFlow, load_raft, motion_picture, refinements, save_raft, warp
 
 SMALL = RaftConfig((8, 8, 8, 8, 16), (8, 8, 8, 8, 16), 8, 2, 2, 16, stride=8)  # the stride that torchvision knows
 

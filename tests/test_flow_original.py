@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from mogan.flow import RaftFlow, load_raft
+from mogan.motion.flow import RaftFlow, load_raft
 
 
 class Block(nn.Module):

@@ -8,14 +8,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mogan.assemble import assemble
-from mogan.checkpoint import checkpoints, held_out_motions, student_checkpoint, write_held_out_motions
-from mogan.data import ensure_text, open_cache
+from mogan.data.cache import ensure_text, open_cache
 from mogan.errors import UserError
-from mogan.held_out import Gain, net_motion
-from mogan.sample import open_generator
-from mogan.train import run_training
-from mogan.wan import load_text
+from mogan.models.wan import load_text
+from mogan.runs.checkpoint import checkpoints, held_out_motions, student_checkpoint, write_held_out_motions
+from mogan.sampling.sample import open_generator
+from mogan.training.assemble import assemble
+from mogan.training.held_out import Gain, net_motion
+from mogan.training.train import run_training
 from tiny_recipes import flow_matching, mogan
 
 
@@ -86,7 +86,7 @@ def over(motions, patience):
     gain = object.__new__(Gain)
     gain.patience = patience
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("mogan.held_out.held_out_motions", lambda run: dict(enumerate(motions)))
+        patch.setattr("mogan.training.held_out.held_out_motions", lambda run: dict(enumerate(motions)))
         gain.run = None
         return gain.over
 

@@ -8,11 +8,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mogan.checkpoint import SUMS, checkpoints, latest_checkpoint, load_part
 from mogan.cli import main
+from mogan.disk.locks import alone_in
 from mogan.errors import UserError
-from mogan.identity import STRIDE, WHOLE, of_file, of_model, refuse_other_folders
-from mogan.locks import alone_in
+from mogan.runs.checkpoint import SUMS, checkpoints, latest_checkpoint, load_part
+from mogan.runs.identity import STRIDE, WHOLE, of_file, of_model, refuse_other_folders
 
 
 @pytest.fixture(autouse=True)
@@ -184,7 +184,7 @@ def test_a_start_that_fails_claims_nothing(model, own_cache, train, tmp_path, mo
         raise UserError("the first step fails")
 
     with monkeypatch.context() as patch:
-        patch.setattr("mogan.train.step", broken)
+        patch.setattr("mogan.training.train.step", broken)
         assert train(model, own_cache, 1, "--seed", 1)[0] == 2
     assert list((tmp_path / "run").iterdir()) == []
     assert train(model, own_cache, 1, "--seed", 2)[0] == 0

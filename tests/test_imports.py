@@ -12,15 +12,15 @@ from peft import LoraConfig
 from safetensors.torch import save_file
 
 from conftest import CAPTIONS, SIGMAS
-from mogan.assemble import assemble
 from mogan.cli import main
-from mogan.data import open_cache
+from mogan.data.cache import open_cache
 from mogan.errors import UserError
-from mogan.imports import import_student
-from mogan.layouts import diffusers_name, original_module, split_leaf
-from mogan.lora import TARGETS
-from mogan.sample import open_generator, sample
-from mogan.wan import load_transformer
+from mogan.exchange.imports import import_student
+from mogan.exchange.layouts import diffusers_name, original_module, split_leaf
+from mogan.models.lora import TARGETS
+from mogan.models.wan import load_transformer
+from mogan.sampling.sample import open_generator, sample
+from mogan.training.assemble import assemble
 from tiny_recipes import mogan
 
 FASTVIDEO = [  # its own table, diffusers -> FastVideo (fastvideo/configs/models/dits/wanvideo.py)

@@ -4,7 +4,7 @@ import cv2
 import numpy as np
 import pytest
 
-from mogan.lab.instruments import (
+from mogan.world.instruments import (
     Caption,
     chord_speed,
     cover,
@@ -14,7 +14,7 @@ from mogan.lab.instruments import (
     read_instruments,
     track,
 )
-from mogan.lab.world import COLOURS, KINDS, make_scene, render
+from mogan.world.scenes import COLOURS, KINDS, make_scene, render
 
 CLIPS = 60
 

@@ -3,10 +3,10 @@ import json
 import numpy as np
 import pytest
 
+from mogan.data.video import read_video
 from mogan.errors import UserError
-from mogan.lab import world
-from mogan.lab.render import render, render_folder
-from mogan.video import read_video
+from mogan.world import scenes as world
+from mogan.world.render import render, render_folder
 
 
 def test_a_folder_holds_clips_captions_and_truth(tmp_path):

@@ -5,8 +5,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mogan.errors import UserError
-from mogan.flow import warp
-from mogan.lab.world import COLOURS, KINDS, SHAPES, captions, exact_flow, make_scene, render
+from mogan.motion.flow import warp
+from mogan.world.scenes import COLOURS, KINDS, SHAPES, captions, exact_flow, make_scene, render
 
 scenes = st.builds(make_scene, st.integers(0, 3), st.integers(0, 500), motion=st.sampled_from(["all", "rich"]))
 few = settings(max_examples=15, deadline=None)
@@ -148,7 +148,7 @@ def test_captions_are_different_and_in_the_scenes_order():
 
 
 def test_more_captions_than_there_are_is_one_sentence(monkeypatch):
-    monkeypatch.setattr("mogan.lab.world.make_scene", lambda *_, **__: make_scene(0, 0))
+    monkeypatch.setattr("mogan.world.scenes.make_scene", lambda *_, **__: make_scene(0, 0))
     assert captions(0, 1) == ([make_scene(0, 0).caption], 1)
     with pytest.raises(UserError, match="fewer than 2 captions"):
         captions(0, 2)

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from mogan.data import open_cache
+from mogan.data.cache import open_cache
+from mogan.data.listing import scan
+from mogan.data.lists import read_prompts
+from mogan.data.video import read_frames, write_video
 from mogan.errors import UserError
 from mogan.evaluation.clips import read_folder
 from mogan.evaluation.evaluate import evaluate
-from mogan.first_frames import clip_of_prompts
-from mogan.listing import scan
-from mogan.lists import read_prompts
-from mogan.video import read_frames, write_video
+from mogan.sampling.first_frames import clip_of_prompts
 from test_prepare import lines, run, textured
 from test_video import numbered
 

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from mogan.data.lists import CAPTION_COLUMNS, SUFFIXES, read_prompts, read_rows, read_text
 from mogan.errors import UserError
-from mogan.lists import CAPTION_COLUMNS, SUFFIXES, read_prompts, read_rows, read_text
 
 ODD = "a dog\u2028runs\u0085then\x0bsleeps\x0cand\x1cdreams"  # str.splitlines would cut it in six
 CAPTIONS = st.lists(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0")), min_size=1, max_size=5)

@@ -9,13 +9,13 @@ import time
 
 import pytest
 
+from mogan.disk.locks import alone_at, alone_in
 from mogan.errors import UserError
-from mogan.locks import alone_at, alone_in
 
 HOLDER = """
 import sys, time
 from pathlib import Path
-from mogan.locks import alone_in
+from mogan.disk.locks import alone_in
 with alone_in(Path(sys.argv[1])):
     print("here", flush=True)
     time.sleep(600)
@@ -68,7 +68,7 @@ def test_of_many_that_start_at_once_one_at_a_time_is_in(tmp_path):
 import os, sys, time
 from pathlib import Path
 from mogan.errors import UserError
-from mogan.locks import alone_in
+from mogan.disk.locks import alone_in
 folder, end, entered = Path(sys.argv[1]), time.monotonic() + 1.5, 0
 while time.monotonic() < end:
     try:
@@ -90,7 +90,7 @@ def test_a_file_system_without_locks_is_told_and_does_not_stop_the_work(tmp_path
     def none(*_):
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
-    monkeypatch.setattr("mogan.locks.fcntl.flock", none)
+    monkeypatch.setattr("mogan.disk.locks.fcntl.flock", none)
     began = time.monotonic()
     with alone_in(tmp_path):
         pass

@@ -8,15 +8,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import UMT5EncoderModel
 
-from mogan.assemble import assemble
-from mogan.checkpoint import latest_checkpoint, load_part
-from mogan.data import open_cache
-from mogan.denoiser import Denoiser
+from mogan.data.cache import open_cache
 from mogan.errors import UserError
-from mogan.lora import TARGETS, adapted, decompose, factors, hold_in, learned_state, load_learned, merge
-from mogan.sample import open_generator
-from mogan.train import Position, run_training, step
-from mogan.wan import load_transformer
+from mogan.models.denoiser import Denoiser
+from mogan.models.lora import TARGETS, adapted, decompose, factors, hold_in, learned_state, load_learned, merge
+from mogan.models.wan import load_transformer
+from mogan.runs.checkpoint import latest_checkpoint, load_part
+from mogan.sampling.sample import open_generator
+from mogan.training.assemble import assemble
+from mogan.training.train import Position, run_training, step
 from test_train import assert_same
 from tiny_recipes import dmd, flow_matching, mogan, shift
 

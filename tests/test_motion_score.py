@@ -12,18 +12,18 @@ import torch
 from torch import nn
 
 from conftest import CAPTIONS
-from mogan import sample as sampling
-from mogan.assemble import assemble
-from mogan.data import Batch, open_cache
-from mogan.denoiser import Denoiser
+from mogan.data.cache import Batch, open_cache
+from mogan.disk.files import write_atomically
 from mogan.errors import UserError
 from mogan.evaluation.likelihood import log_likelihood, motion_log_likelihood, noise_log_density
-from mogan.files import write_atomically
-from mogan.motion_score import centred_path, continue_clip, differences, euler, fuse, motion_velocity, steer
+from mogan.models.denoiser import Denoiser
 from mogan.objectives.motion_score import MotionScore
-from mogan.rollout import normal
-from mogan.sample import open_generator, open_motion, sample_teacher, seeded
-from mogan.train import run_training
+from mogan.sampling import sample as sampling
+from mogan.sampling.motion_score import centred_path, continue_clip, differences, euler, fuse, motion_velocity, steer
+from mogan.sampling.rollout import normal
+from mogan.sampling.sample import open_generator, open_motion, sample_teacher, seeded
+from mogan.training.assemble import assemble
+from mogan.training.train import run_training
 from tiny_recipes import dmd, motion_score
 
 TEXT = torch.zeros(2, 3, 8)

@@ -10,14 +10,14 @@ from hypothesis import given, settings
 from torch import nn
 
 from mogan import recipes
-from mogan.assemble import assemble
-from mogan.data import Batch, open_cache
-from mogan.denoiser import Denoiser
+from mogan.data.cache import Batch, open_cache
 from mogan.errors import UserError
-from mogan.motion_score import centred_path, differences, differences_adjoint
+from mogan.models.denoiser import Denoiser
 from mogan.objectives.dmd import DMD, dmd_direction
 from mogan.objectives.msm import motion_direction
-from mogan.rollout import Rollout
+from mogan.sampling.motion_score import centred_path, differences, differences_adjoint
+from mogan.sampling.rollout import Rollout
+from mogan.training.assemble import assemble
 from tiny_recipes import dmd, msm
 
 SIGMA = torch.tensor([0.3, 0.8])

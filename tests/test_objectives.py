@@ -9,15 +9,16 @@ import torch
 from hypothesis import given, settings
 from torch import nn
 
-from mogan import attention, autoencoder, wan
-from mogan.data import Batch
-from mogan.denoiser import Denoiser, frozen, guided_velocity, recomputed, taps
-from mogan.discriminator import Discriminator, approximate_penalty, discriminator_loss, generator_loss
-from mogan.flow import motion_picture
+from mogan.data.cache import Batch
+from mogan.models import attention, autoencoder, wan
+from mogan.models.denoiser import Denoiser, frozen, guided_velocity, recomputed, taps
+from mogan.models.discriminator import Discriminator, approximate_penalty, discriminator_loss, generator_loss
+from mogan.motion import estimators
+from mogan.motion.flow import motion_picture
+from mogan.motion.observation import MotionObservation, full_scale, motion_amount, saturation
 from mogan.objectives.dmd import DMD, dmd_direction
 from mogan.objectives.gan import GAN
-from mogan.observation import MotionObservation, full_scale, motion_amount, saturation
-from mogan.rollout import Rollout, roll_out
+from mogan.sampling.rollout import Rollout, roll_out
 
 TEXT = torch.zeros(2, 3, 8)
 BATCH = Batch([], [], [])
@@ -377,7 +378,7 @@ def test_frozen_restores_what_was_trainable(discriminator):
 
 
 def test_observation_is_the_chain_it_says_and_gradient_stays_in_the_window(family):
-    vae, flow = wan.load_vae(family / "teacher", torch.float32), wan.load_flow(str(family / "raft"), 2)
+    vae, flow = wan.load_vae(family / "teacher", torch.float32), estimators.load_flow(str(family / "raft"), 2)
     observe = MotionObservation(vae, flow, window=2, max_flow=4.0)
     z = torch.randn(1, 4, 4, 4, 4, requires_grad=True)
     for start in (0, 1, 2):

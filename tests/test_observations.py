@@ -11,15 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from mogan import observations as module
-from mogan.assemble import assemble
 from mogan.config import Config
-from mogan.data import draw_batch, open_cache
+from mogan.data import observations as module
+from mogan.data.cache import draw_batch, open_cache
+from mogan.data.observations import Observations, drawn
+from mogan.disk.files import replacing
 from mogan.errors import UserError
-from mogan.files import replacing
-from mogan.observations import Observations, drawn
 from mogan.recipes import mogan_lab, mogan_surrogate_lab, mogan_wan_1_3b
-from mogan.train import Position, positions, run_training, step
+from mogan.training.assemble import assemble
+from mogan.training.train import Position, positions, run_training, step
 from test_data import folder  # noqa: F401  # a fixture
 from test_distributed import train_together
 from tiny_recipes import mogan, surrogate
@@ -135,7 +135,7 @@ def test_a_full_disk_later_on_is_a_sentence(folder, tmp_path, monkeypatch):  # n
     def full(*rest, **more):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("mogan.data.save_file", full)
+    monkeypatch.setattr("mogan.data.cache.save_file", full)
     with pytest.raises(UserError, match="disk is full"):
         Observations(open_cache(tmp_path / "cache"), {}, lambda latent, start: latent).get("c0", 0)
 
@@ -225,8 +225,8 @@ def test_several_processes_may_write_one_shared_file(tmp_path):
 @pytest.fixture
 def prompts(family, cache, tmp_path):
     """A cache of prompts that no clip has as its caption."""
-    from mogan.prepare import prepare_prompts
-    from mogan.wan import load_text
+    from mogan.data.prepare import prepare_prompts
+    from mogan.models.wan import load_text
 
     (tmp_path / "p.txt").write_text("a red square bouncing\na green circle falling\na white cross\n")
     facts = {k: v for k, v in json.loads((cache / "cache.json").read_text()).items() if k.startswith("t")}
@@ -242,8 +242,8 @@ def without_captions(cache):
 def test_clips_without_captions_teach_motion_beside_prompts_of_their_own(
     family, fresh, prompts, tmp_path, monkeypatch, capsys
 ):
-    from mogan import train
     from mogan.cli import main
+    from mogan.training import train
 
     without_captions(fresh)
     words = ["train", "tests.tiny_recipes:mogan", "--model", str(family / "teacher"), "--data", str(fresh)]

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from mogan.cli import COMMANDS, main
+from mogan.disk.files import new_folder, refusal, replacing, writable_file, writable_folder, write_atomically
 from mogan.errors import UserError
-from mogan.files import new_folder, refusal, replacing, writable_file, writable_folder, write_atomically
 from test_train import build
 from tiny_recipes import flow_matching
 
@@ -155,7 +155,11 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing_half_written(
     assert "Traceback" not in done.stderr
     assert "the disk is full" in done.stderr or "free some disk space" in done.stderr
     left = [p for p in (tmp_path / "out").rglob("*") if p.is_file()] if (tmp_path / "out").exists() else []
-    whole = {"metrics.jsonl", "results.clips.jsonl", "samples.jsonl"}  # grow line by line; whoever reads them leaves a torn line out
+    whole = {
+        "metrics.jsonl",
+        "results.clips.jsonl",
+        "samples.jsonl",
+    }  # grow line by line; whoever reads them leaves a torn line out
     assert [p for p in left if p.name not in whole and "tfevents" not in p.name and p.stat().st_size >= 100] == []
     assert [p for p in left if p.name.startswith(".")] == []
     again = [name, *map(str, given), "--out", str(out)]
@@ -163,12 +167,12 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing_half_written(
 
 
 def test_a_checkpoint_that_does_not_fit_keeps_the_one_before(family, cache, tmp_path, monkeypatch):
-    from mogan.checkpoint import checkpoints
-    from mogan.train import run_training
+    from mogan.runs.checkpoint import checkpoints
+    from mogan.training.train import run_training
 
     monkeypatch.setenv("MOGAN_TEST_RAFT", str(family / "raft"))
     run_training(build(flow_matching().with_budget(1), family, cache, tmp_path), tmp_path)
-    monkeypatch.setattr("mogan.checkpoint.write_atomically", full)
+    monkeypatch.setattr("mogan.runs.checkpoint.write_atomically", full)
     with pytest.raises((UserError, OSError), match=r"No space|disk"):
         run_training(build(flow_matching().with_budget(2), family, cache, tmp_path), tmp_path)
     assert [p.name for p in checkpoints(tmp_path)] == ["000001"]

@@ -18,21 +18,21 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from mogan import prepare as module
 from mogan.cli import main
-from mogan.clips import clips_of, motion_of, shots
-from mogan.data import draw_batch, open_cache
+from mogan.data import prepare as module
+from mogan.data.cache import draw_batch, open_cache
+from mogan.data.clips import clips_of, motion_of, shots
+from mogan.data.listing import scan
+from mogan.data.prepare import prepare_cache, prepare_prompts
+from mogan.data.video import Frame, write_video
 from mogan.errors import UserError
-from mogan.lab import world
-from mogan.lab.render import render_folder
-from mogan.listing import scan
-from mogan.prepare import prepare_cache, prepare_prompts
-from mogan.video import Frame, write_video
+from mogan.world import scenes as world
+from mogan.world.render import render_folder
 from test_video import broken, numbered
 
 
 class Geometry(NamedTuple):
-    """As ``mogan.wan.Geometry``, without what that module imports: the processes that are killed start sooner."""
+    """As ``mogan.models.wan.Geometry``, without what that module imports: the processes that are killed start sooner."""
 
     fps: int
     height: int
@@ -312,7 +312,7 @@ def test_a_file_that_was_broken_is_tried_again_and_the_rest_is_not(tmp_path, mon
     measured = []
     again = run(folder, tmp_path / "c", estimate_flow=lambda v: (measured.append(1), difference_flow(v))[1])
     assert (again.kept, again.skipped, again.encoded, len(measured)) == (2, 0, 1, 1)
-    monkeypatch.setattr("mogan.measure.read_frames", None)  # nothing is opened a third time
+    monkeypatch.setattr("mogan.data.measure.read_frames", None)  # nothing is opened a third time
     monkeypatch.setattr(module, "read_frames", None)
     third = run(folder, tmp_path / "c", encode_video=None, encode_text=None, estimate_flow=None)
     assert (third.kept, third.encoded) == (2, 0)
@@ -460,7 +460,7 @@ def test_shards_share_the_work_and_the_command_without_one_lists_the_clips(tmp_p
     with pytest.raises(UserError, match="not finished"):
         open_cache(parts)
     fails = {name: lambda x: pytest.fail("done again") for name in ("encode_video", "encode_text")}
-    monkeypatch.setattr("mogan.measure.motion_of", lambda *a: pytest.fail("measured again"))
+    monkeypatch.setattr("mogan.data.measure.motion_of", lambda *a: pytest.fail("measured again"))
     assert run(tmp_path / "v", parts, **how, **fails).encoded == 0
     assert contents(parts) == contents(whole)
 
@@ -476,7 +476,7 @@ def test_a_shard_that_is_none_is_one_sentence(tmp_path):
 
 
 def test_the_command_prepares_videos_and_prompts_with_real_networks(tmp_path, family, capsys):
-    from mogan.wan import fingerprint
+    from mogan.models.wan import fingerprint
 
     render_folder(tmp_path / "v", 4, "rich")
     model, flow = ["--model", str(family / "teacher")], ["--flow", str(family / "raft")]
@@ -555,7 +555,7 @@ def killed_when(source, out, ready):
 
 
 def test_killed_twice_and_run_again_equals_a_run_that_was_left_alone(tmp_path, monkeypatch):
-    monkeypatch.setattr("mogan.measure.RENEW", 1)
+    monkeypatch.setattr("mogan.data.measure.RENEW", 1)
     render_folder(tmp_path / "v", 8, "rich")
     write_video(tmp_path / "v/long.mp4", textured(0, 9 * 24, step=0.5), 16)  # 24 clips in one file
     whole, parts = tmp_path / "whole", tmp_path / "parts"

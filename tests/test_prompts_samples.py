@@ -10,13 +10,13 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from conftest import CAPTIONS
-from mogan import prompts as prompts_module
+from mogan.data import prompts as prompts_module
+from mogan.data.lists import read_prompts
+from mogan.data.prompts import KNOWN, about, fingerprint, warn_if_changed
 from mogan.errors import UserError
 from mogan.evaluation.evaluate import evaluate
-from mogan.lists import read_prompts
-from mogan.prompts import KNOWN, about, fingerprint, warn_if_changed
-from mogan.sample import jobs_of, sample
-from mogan.samples import append_samples, listed_samples, refuse_others
+from mogan.sampling.sample import jobs_of, sample
+from mogan.sampling.samples import append_samples, listed_samples, refuse_others
 
 
 @pytest.mark.parametrize(

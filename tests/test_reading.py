@@ -9,15 +9,15 @@ import numpy as np
 import pytest
 from av.filter import Graph
 
-from mogan import measure as first_pass
-from mogan import stream
-from mogan.clips import Held, ShortShot, clips_of
+from mogan.data import measure as first_pass
+from mogan.data import stream
+from mogan.data.clips import Held, ShortShot, clips_of
+from mogan.data.listing import Source
+from mogan.data.video import probe, read_frames, read_video, write_video
 from mogan.errors import UserError
 from mogan.evaluation.frames import Clip
-from mogan.listing import Source
+from mogan.models.wan import Geometry
 from mogan.survey.build import Unplayable, copy_clip
-from mogan.video import probe, read_frames, read_video, write_video
-from mogan.wan import Geometry
 
 SIZE = (48, 64)
 

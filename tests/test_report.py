@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 
+from mogan.data.video import write_video
 from mogan.errors import UserError
 from mogan.evaluation.evaluate import evaluate
-from mogan.lab.world import make_scene, render
 from mogan.report import report
 from mogan.report.figures import curve_figure
 from mogan.report.footage import choose
 from mogan.report.sources import Curves, Result, distinct_names, read_sources
-from mogan.video import write_video
+from mogan.world.scenes import make_scene, render
 
 
 @pytest.fixture(scope="module")

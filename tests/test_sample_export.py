@@ -13,20 +13,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conftest import CAPTIONS, SIGMAS
-from mogan import attention, autoencoder, wan
-from mogan.assemble import assemble
-from mogan.card import model_card
-from mogan.data import open_cache
-from mogan.denoiser import Denoiser
+from mogan.data.cache import open_cache
+from mogan.data.video import read_frames, read_video, write_video
+from mogan.disk.files import write_atomically
+from mogan.disk.shards import share_of
 from mogan.errors import UserError
-from mogan.export import FOLDER_USAGE, export, save_student, scheduler_for
-from mogan.files import write_atomically
-from mogan.first_frames import sample_from_first_frames
-from mogan.sample import Job, safe_name, sample, sample_student, sample_teacher
+from mogan.exchange.card import model_card
+from mogan.exchange.export import FOLDER_USAGE, export, save_student, scheduler_for
+from mogan.models import attention, autoencoder, wan
+from mogan.models.denoiser import Denoiser
+from mogan.sampling.first_frames import sample_from_first_frames
+from mogan.sampling.sample import Job, safe_name, sample, sample_student, sample_teacher
 from mogan.schedule import shifted_levels
-from mogan.shards import share_of
-from mogan.train import run_training
-from mogan.video import read_frames, read_video, write_video
+from mogan.training.assemble import assemble
+from mogan.training.train import run_training
 from tiny_recipes import mogan
 
 
@@ -239,7 +239,7 @@ def test_first_frames_are_those_of_the_clips_with_the_prompts_as_captions(export
         made.append((vae, clips, sample_from_first_frames(student, vae, clips, *rest, **guided)))
         return made[-1][2]
 
-    monkeypatch.setattr("mogan.sample.sample_from_first_frames", kept)
+    monkeypatch.setattr("mogan.sampling.sample.sample_from_first_frames", kept)
     (tmp_path / "p.txt").write_text("\n".join(CAPTIONS[1::-1]))
     common = {"model": str(exported / "export"), "precision": "fp32"}
     sample(prompts=tmp_path / "p.txt", out=tmp_path / "s", first_frames=videos, **common)

@@ -9,16 +9,16 @@ import torch
 from diffusers import AutoencoderKLWan, WanPipeline
 
 import tiny_recipes
-from mogan import attention, autoencoder, wan
-from mogan.assemble import assemble
 from mogan.cli import main
-from mogan.data import open_cache
+from mogan.data.cache import open_cache
+from mogan.data.video import write_video
 from mogan.estimate.costs import build_transformer, transformer_calls
 from mogan.estimate.random_wan import random_text_encoder, random_wan
 from mogan.estimate.shapes import PUBLISHED, VAE_22, read_shapes, resized
 from mogan.estimate.trace import fake
-from mogan.flow import RaftConfig, save_raft
-from mogan.video import write_video
+from mogan.models import attention, autoencoder, wan
+from mogan.motion.flow import RaftConfig, save_raft
+from mogan.training.assemble import assemble
 
 NARROW = {
     "transformer": {"num_attention_heads": 2, "attention_head_dim": 32, "ffn_dim": 128, "text_dim": 64, "freq_dim": 64},

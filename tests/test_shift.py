@@ -15,17 +15,12 @@ from hypothesis import given, settings
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from mogan.assemble import assemble
-from mogan.checkpoint import latest_checkpoint, load_part
 from mogan.config import Update
-from mogan.data import Batch, open_cache
-from mogan.denoiser import Denoiser
+from mogan.data.cache import Batch, open_cache
 from mogan.errors import UserError
-from mogan.flow import RaftFlow
-from mogan.lab.world import exact_flow, make_scene, owner
-from mogan.objectives.flow_matching import velocity_error
-from mogan.objectives.shift import Pairs, Shift, advantages, pair_weights
-from mogan.pixel_flux import (
+from mogan.models.denoiser import Denoiser
+from mogan.motion.flow import RaftFlow
+from mogan.motion.pixel_flux import (
     Flux,
     PixelFlux,
     Tracks,
@@ -36,11 +31,16 @@ from mogan.pixel_flux import (
     state_size,
     track_states,
 )
+from mogan.objectives.flow_matching import velocity_error
+from mogan.objectives.rewards import MotionRewards
+from mogan.objectives.shift import Pairs, Shift, advantages, pair_weights
 from mogan.recipes import shift_wan_1_3b
-from mogan.rewards import MotionRewards
-from mogan.rollout import animate
+from mogan.runs.checkpoint import latest_checkpoint, load_part
+from mogan.sampling.rollout import animate
 from mogan.schedule import draw_sigma
-from mogan.train import Position, draw, run_training, split, step
+from mogan.training.assemble import assemble
+from mogan.training.train import Position, draw, run_training, split, step
+from mogan.world.scenes import exact_flow, make_scene, owner
 from tiny_recipes import shift
 
 TEXT = torch.zeros(1, 2, 8)
@@ -163,7 +163,8 @@ def test_another_tracker_is_one_callable(family):
         still = queries[:, None].expand(-1, video.shape[2], -1, -1)
         return Tracks(still, torch.ones(still.shape[:3]), torch.ones(still.shape[:3]))
 
-    from mogan.wan import load_flow, load_vae
+    from mogan.models.wan import load_vae
+    from mogan.motion.estimators import load_flow
 
     flow = load_flow(str(family / "raft"), 1)
     see = PixelFlux(load_vae(family / "teacher", torch.float32), flow, tracker)
@@ -533,7 +534,7 @@ SIZES = {
 def test_full_size_models_take_a_level_per_frame(name):
     from diffusers import WanTransformer3DModel
 
-    from mogan.attention import set_attention
+    from mogan.models.attention import set_attention
 
     changes, shape = SIZES[name]
     with FakeTensorMode():

@@ -14,9 +14,8 @@ import torch
 from mogan.cli import main
 from mogan.errors import UserError
 from mogan.evaluation.statistics import mean_interval
-from mogan.flowmo import FlowMo, temporal_variance
-from mogan.lab.world import make_scene
 from mogan.recipes import find_recipe, mogan_lab
+from mogan.sampling.flowmo import FlowMo, temporal_variance
 from mogan.study import columns
 from mogan.study.collect import bars, combine, markdown, minus
 from mogan.study.cost import Training, from_teacher, iterations_that_fit, read_training, training
@@ -33,6 +32,7 @@ from mogan.study.study import (
     shared_jobs,
     write_prompts,
 )
+from mogan.world.scenes import make_scene
 
 STUDIES = [columns.table1, columns.table2, columns.methods]
 

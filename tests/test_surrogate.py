@@ -8,23 +8,24 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mogan import wan
-from mogan.assemble import assemble
-from mogan.checkpoint import latest_checkpoint, load_checkpoint, stored
 from mogan.config import Update
-from mogan.data import Batch, open_cache
-from mogan.discriminator import Discriminator
+from mogan.data.cache import Batch, open_cache
 from mogan.distributed import World
 from mogan.errors import UserError
+from mogan.models import wan
+from mogan.models.discriminator import Discriminator
+from mogan.motion import estimators
+from mogan.motion.observation import MotionObservation
 from mogan.objectives.gan import GAN
 from mogan.objectives.surrogate import Surrogate
+from mogan.objectives.surrogate_network import MotionSurrogate, Remembered, relative_error, spread, window_of
 from mogan.objectives.together import Together
-from mogan.observation import MotionObservation
 from mogan.recipes import ablate, mogan_lab, mogan_surrogate_lab
-from mogan.rollout import Rollout
+from mogan.runs.checkpoint import latest_checkpoint, load_checkpoint, stored
+from mogan.sampling.rollout import Rollout
 from mogan.study import columns
-from mogan.surrogate import MotionSurrogate, Remembered, relative_error, spread, window_of
-from mogan.train import Position, draw, run_training, step
+from mogan.training.assemble import assemble
+from mogan.training.train import Position, draw, run_training, step
 from tiny_recipes import shrink, surrogate
 
 TEXT = torch.zeros(2, 3, 8)
@@ -51,7 +52,7 @@ def judged(family):
     discriminator = Discriminator(
         wan.load_transformer(family / "teacher"), torch.randn(1, 4, 64), blocks=3, tap_at=(0, 1, 2)
     )
-    vae, flow = wan.load_vae(family / "teacher", torch.float32), wan.load_flow(str(family / "raft"), 2)
+    vae, flow = wan.load_vae(family / "teacher", torch.float32), estimators.load_flow(str(family / "raft"), 2)
     observe = MotionObservation(vae, flow, window=2, max_flow=4.0)
     real = Batch([], [], [], seeded(3, 2, 4, 4, 4, 4), seeded(4, 2, 4, 2, 4, 4), window_start=1)
     return discriminator, observe, real

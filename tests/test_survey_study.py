@@ -11,12 +11,12 @@ pytest.importorskip("starlette", reason="needs the extra `survey`")
 
 from starlette.testclient import TestClient
 
+from mogan.data.video import write_video
 from mogan.survey.analyze import analyze
 from mogan.survey.app import make_app
 from mogan.survey.build import build
 from mogan.survey.folder import read_survey
 from mogan.survey.store import Store
-from mogan.video import write_video
 
 NAMES = ("zebrafish", "quagga")
 PROMPTS = ("a red ball bounces", "snow falls over mountains", "two dogs run along the beach")

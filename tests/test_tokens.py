@@ -4,13 +4,13 @@ import json
 
 import pytest
 
-from mogan import wan
-from mogan.attention import TEXT_LENGTH
-from mogan.data import open_cache
-from mogan.prepare import prepare, prepare_cache, prepare_prompts
-from mogan.sample import sample
-from mogan.tokens import about_tokens, load_tokens
-from mogan.video import write_video
+from mogan.data.cache import open_cache
+from mogan.data.prepare import prepare, prepare_cache, prepare_prompts
+from mogan.data.tokens import about_tokens, load_tokens
+from mogan.data.video import write_video
+from mogan.models import wan
+from mogan.models.attention import TEXT_LENGTH
+from mogan.sampling.sample import sample
 from test_prepare import FACTS, GEOMETRY, difference_flow, encode_text, encode_video, textured
 
 LONG = " ".join(["circle"] * 600)

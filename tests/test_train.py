@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from mogan.assemble import assemble, with_scale
-from mogan.checkpoint import check_same_run, checkpoints, latest_checkpoint, load_checkpoint, stored
 from mogan.config import LEARN_BY, Optimizer, Update
-from mogan.data import open_cache
+from mogan.data.cache import open_cache
 from mogan.errors import UserError
 from mogan.recipes import ABLATIONS, ablate
-from mogan.train import Position, run_training, step
+from mogan.runs.checkpoint import check_same_run, checkpoints, latest_checkpoint, load_checkpoint, stored
+from mogan.training.assemble import assemble, with_scale
+from mogan.training.train import Position, run_training, step
 from tiny_recipes import dmd, flow_matching, mogan, motion_score, msm, sft_i2v, shift, surrogate
 
 RECIPES = {
@@ -121,7 +121,7 @@ def test_a_plan_with_numbers_or_optimisers_that_mean_nothing_is_refused(wrong, s
 def test_accumulation_gives_the_same_gradient_as_one_batch_when_the_draws_agree(family, cache):
     config = flow_matching()
     whole = build(config, family, cache)
-    from mogan.train import draw, split
+    from mogan.training.train import draw, split
 
     update = replace(config.plan[0], batch=4)
     batch = draw(whole, update, Position(0, 0, 0, 0))

@@ -13,11 +13,11 @@ import pytest
 import torch
 
 import tiny_recipes
-from mogan.assemble import assemble
 from mogan.config import Config
-from mogan.data import open_cache
+from mogan.data.cache import open_cache
 from mogan.recipes import ABLATIONS, ablate
-from mogan.train import run_training
+from mogan.training.assemble import assemble
+from mogan.training.train import run_training
 
 RECORDED = Path(__file__).parent / "trajectories.json"
 # vector widths alone change these numbers by up to 4e-3: the second step divides by the first gradient

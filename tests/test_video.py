@@ -11,9 +11,9 @@ import torch
 from PIL import Image
 from torchvision.utils import flow_to_image
 
-from mogan import video
+from mogan.data import video
+from mogan.data.video import contact_sheet, flow_picture, probe, read_frames, read_video, write_video
 from mogan.errors import UserError
-from mogan.video import contact_sheet, flow_picture, probe, read_frames, read_video, write_video
 
 
 def numbered(count: int, height: int = 48, width: int = 64) -> np.ndarray:
@@ -83,7 +83,7 @@ WRITE = """
 import hashlib, sys
 from pathlib import Path
 import numpy as np
-from mogan.video import write_video
+from mogan.data.video import write_video
 for size, count in (((64, 64), 49), ((34, 98), 20), ((48, 80), 45), ((480, 832), 3)):
     blocks = np.random.default_rng(0).integers(0, 255, (size[0] // 8 + 1, size[1] // 8 + 1, 3)).astype(np.uint8)
     image = np.kron(blocks, np.ones((8, 8, 1), np.uint8))[: size[0], : size[1]]

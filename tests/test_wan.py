@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
 
 from conftest import VAE
-from mogan import attention, autoencoder, wan
 from mogan.errors import UserError
+from mogan.models import attention, autoencoder, wan
 
 WAN21 = {
     "base_dim": 8,

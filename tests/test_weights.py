@@ -8,12 +8,12 @@ import pytest
 import torch
 from torchvision.models.optical_flow import Raft_Large_Weights, raft_large
 
-from mogan import weights
 from mogan.cli import main
 from mogan.errors import UserError
 from mogan.evaluation.tools import estimator
-from mogan.wan import load_flow
-from mogan.weights import MANIFEST, Weights, download, fetch, find_weights
+from mogan.models import weights
+from mogan.models.weights import MANIFEST, Weights, download, fetch, find_weights
+from mogan.motion.estimators import load_flow
 
 BODY = bytes(range(256)) * 40
 SHA = hashlib.sha256(BODY).hexdigest()

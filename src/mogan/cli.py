@@ -13,21 +13,21 @@ from pathlib import Path
 from threading import current_thread, main_thread
 from typing import NoReturn, get_args
 
+from mogan.disk.files import refusal
 from mogan.errors import UserError, closest
-from mogan.files import refusal
 
 INTERRUPTED = 130  # as a shell counts a process that Ctrl-C ended
 
 COMMANDS = {
     "demo": ("mogan.lab.demo:demo", "post-train the lab's student, evaluate it, write a report"),
-    "prepare": ("mogan.prepare:prepare", "video files or prompts -> a cache to train on"),
-    "train": ("mogan.train:train", "train a recipe on a cache; the same command resumes"),
-    "sample": ("mogan.sample:sample", "prompts and seeds -> folders of mp4"),
+    "prepare": ("mogan.data.prepare:prepare", "video files or prompts -> a cache to train on"),
+    "train": ("mogan.training.train:train", "train a recipe on a cache; the same command resumes"),
+    "sample": ("mogan.sampling.sample:sample", "prompts and seeds -> folders of mp4"),
     "evaluate": ("mogan.evaluation.evaluate:evaluate", "folders of clips -> results.json"),
     "vbench": ("mogan.evaluation.vbench:vbench", "check that a folder holds every clip VBench wants, by name"),
     "report": ("mogan.report.page:report", "results and runs -> one HTML page"),
-    "export": ("mogan.export:export", "a run's student -> a diffusers folder or a LoRA file"),
-    "import": ("mogan.imports:import_student", "a student or LoRA made elsewhere -> a diffusers folder"),
+    "export": ("mogan.exchange.export:export", "a run's student -> a diffusers folder or a LoRA file"),
+    "import": ("mogan.exchange.imports:import_student", "a student or LoRA made elsewhere -> a diffusers folder"),
     "estimate": ("mogan.estimate.command:estimate", "memory, time and cost of a recipe on a machine, without one"),
     "study": (
         "mogan.study.study:study",
@@ -36,9 +36,9 @@ COMMANDS = {
     "survey build": ("mogan.survey.build:build", "pair the clips of two or more systems for human voting"),
     "survey serve": ("mogan.survey.serve:serve", "serve a survey on this machine"),
     "survey analyze": ("mogan.survey.analyze:analyze", "votes -> win / tie / lose with intervals"),
-    "weights list": ("mogan.weights:show", "third-party weights: licence, purpose, whether they are here"),
-    "weights fetch": ("mogan.weights:fetch", "download third-party weights, checked"),
-    "lab render": ("mogan.lab.render:render", "render captioned clips of the laboratory's world"),
+    "weights list": ("mogan.models.weights:show", "third-party weights: licence, purpose, whether they are here"),
+    "weights fetch": ("mogan.models.weights:fetch", "download third-party weights, checked"),
+    "lab render": ("mogan.world.render:render", "render captioned clips of the laboratory's world"),
     "lab build": ("mogan.lab.build:build", "train the laboratory's tiny family from nothing"),
 }
 

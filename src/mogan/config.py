@@ -114,8 +114,8 @@ class GANConfig:
         blocks: first blocks of the transformer that form the trunk; ``taps``: after which of them heads read.
         prompt: what the trunk is told; ``sigma``: the noise level it is told.
         window: latent frames decoded; ``starts``: where a window may begin, one is drawn per update.
-        max_flow: pixels per frame drawn as 1; ``None``: what the cached clips say (:func:`mogan.observation.full_scale`).
-        flow: flow estimator (see :func:`mogan.wan.load_flow`); ``flow_iterations``: its refinement steps;
+        max_flow: pixels per frame drawn as 1; ``None``: what the cached clips say (:func:`mogan.motion.observation.full_scale`).
+        flow: flow estimator (see :func:`mogan.motion.estimators.load_flow`); ``flow_iterations``: its refinement steps;
             ``flow_resolution``: the part of height and width it sees, ``None`` for all.
         drawn_levels: noise the observation to drawn levels and tell them to the trunk, instead of ``sigma`` always.
         train_trunk: the trunk learns too; otherwise only tokens and heads.
@@ -144,7 +144,7 @@ class GANConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SurrogateConfig:
-    """A network that predicts ``gan``'s observation; see :class:`mogan.surrogate.MotionSurrogate`.
+    """A network that predicts ``gan``'s observation; see :class:`mogan.objectives.surrogate_network.MotionSurrogate`.
 
     Attributes:
         width: channels inside, a multiple of 8; ``blocks``: how many residual blocks.
@@ -187,7 +187,7 @@ class ShiftConfig:
         points: query points per clip.
         patch: frames, height and width of a patch of the flux maps.
         width, depth, heads: of each reward's transformer.
-        flow: flow estimator (see :func:`mogan.wan.load_flow`); ``flow_iterations``: its refinement steps.
+        flow: flow estimator (see :func:`mogan.motion.estimators.load_flow`); ``flow_iterations``: its refinement steps.
     """
 
     guidance: float

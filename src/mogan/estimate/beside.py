@@ -4,14 +4,14 @@ import math
 from dataclasses import dataclass
 
 from mogan.config import Config
-from mogan.defaults import Defaults
+from mogan.data.observations import drawn
 from mogan.estimate.costs import Costs
 from mogan.estimate.machines import Machine
 from mogan.estimate.shapes import Shapes
 from mogan.estimate.trace import Work
-from mogan.held_out import AT_ONCE, CLIPS
-from mogan.observations import drawn
-from mogan.sample import clips_at_once
+from mogan.models.defaults import Defaults
+from mogan.sampling.sample import clips_at_once
+from mogan.training.held_out import AT_ONCE, CLIPS
 
 FP32, BF16 = 4, 2  # bytes
 
@@ -90,5 +90,5 @@ def sampling(config: Config, shapes: Shapes, costs: Costs, machine: Machine) -> 
 
 
 def text_encoder_bytes(shapes: Shapes, costs: Costs) -> float:
-    """What :func:`mogan.wan.load_text` holds: Wan's large encoder in bf16."""
+    """What :func:`mogan.models.wan.load_text` holds: Wan's large encoder in bf16."""
     return (BF16 if shapes.text_encoder["d_model"] >= 4096 else FP32) * costs.parameters["text_encoder"]

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from mogan.autoencoder import decode_window, encode_video, stream_video
-from mogan.denoiser import Denoiser, recomputed
-from mogan.discriminator import Discriminator
 from mogan.estimate.costs import Codec, build_transformer, estimate_flow, judge_call, transformer_calls
 from mogan.estimate.shapes import Shapes
-from mogan.flow import RaftConfig, RaftFlow
+from mogan.models.autoencoder import decode_window, encode_video, stream_video
+from mogan.models.denoiser import Denoiser, recomputed
+from mogan.models.discriminator import Discriminator
+from mogan.motion.flow import RaftConfig, RaftFlow
 
 
 @dataclass(frozen=True)

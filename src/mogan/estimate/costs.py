@@ -15,17 +15,17 @@ import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from torchvision.models.optical_flow import raft_large
 
-from mogan.attention import set_attention
-from mogan.autoencoder import decode_window, encode_video, stream_video
 from mogan.config import Config, GANConfig, ShiftConfig, SurrogateConfig
-from mogan.denoiser import Denoiser, recomputed
-from mogan.discriminator import Discriminator
 from mogan.estimate.shapes import Shapes
 from mogan.estimate.trace import Call, Work, fake, sizes, trace
-from mogan.flow import RaftConfig, RaftFlow, motion_picture, read_raft_config
-from mogan.pixel_flux import state_size
-from mogan.rewards import MotionRewards
-from mogan.surrogate import MotionSurrogate
+from mogan.models.attention import set_attention
+from mogan.models.autoencoder import decode_window, encode_video, stream_video
+from mogan.models.denoiser import Denoiser, recomputed
+from mogan.models.discriminator import Discriminator
+from mogan.motion.flow import RaftConfig, RaftFlow, motion_picture, read_raft_config
+from mogan.motion.pixel_flux import state_size
+from mogan.objectives.rewards import MotionRewards
+from mogan.objectives.surrogate_network import MotionSurrogate
 
 TEXT_TOKENS = 128  # a long caption; cross-attention to the padding is folded into one token
 

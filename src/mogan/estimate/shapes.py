@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mogan.errors import UserError, closest
-from mogan.wan import WAN_22, Geometry, fit_latents, geometry, lab_folder
+from mogan.models.wan import WAN_22, Geometry, fit_latents, geometry, lab_folder
 
 
 @dataclass(frozen=True)

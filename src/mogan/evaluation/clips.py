@@ -6,11 +6,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from mogan.data.listing import File, Folder, refuse_twice
+from mogan.data.lists import Row, printable, read_rows
+from mogan.data.video import SUFFIXES
 from mogan.errors import UserError
-from mogan.listing import File, Folder, refuse_twice
-from mogan.lists import Row, printable, read_rows
-from mogan.samples import HOW
-from mogan.video import SUFFIXES
+from mogan.sampling.samples import HOW
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,9 @@ from typing import Annotated, Any
 import tyro
 from tqdm import tqdm
 
+from mogan.disk.files import writable_file, write_atomically
+from mogan.disk.locks import alone_at, locked
+from mogan.disk.shards import share_of
 from mogan.errors import UserError
 from mogan.evaluation import cd_fvd, official
 from mogan.evaluation.clips import Entry, System, find_systems, read_folder, unshared_prompts
@@ -24,10 +27,7 @@ from mogan.evaluation.sets import set_metrics
 from mogan.evaluation.statistics import mean_interval
 from mogan.evaluation.tools import Tools, choose_flow, gather_tools
 from mogan.evaluation.vbench import read_info, restrict
-from mogan.files import writable_file, write_atomically
-from mogan.lab.instruments import parse_caption, read_instruments
-from mogan.locks import alone_at, locked
-from mogan.shards import share_of
+from mogan.world.instruments import parse_caption, read_instruments
 
 Record = dict[str, Any]
 

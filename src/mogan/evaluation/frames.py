@@ -8,7 +8,7 @@ from pathlib import Path
 import av
 import numpy as np
 
-from mogan import video
+from mogan.data import video
 from mogan.errors import UserError
 
 Frames = Iterable[np.ndarray]

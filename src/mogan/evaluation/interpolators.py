@@ -16,7 +16,7 @@ from mogan.errors import UserError
 from mogan.evaluation.backbones import read_state
 from mogan.evaluation.motion import Interpolator
 from mogan.evaluation.pairs import device_of
-from mogan.flow import FlowEstimator, warp
+from mogan.motion.flow import FlowEstimator, warp
 
 
 def blend(first_BCHW: Tensor, second_BCHW: Tensor) -> Tensor:

@@ -12,8 +12,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mogan.denoiser import Denoiser
-from mogan.motion_score import centred_path, differences, motion_velocity
+from mogan.models.denoiser import Denoiser
+from mogan.sampling.motion_score import centred_path, differences, motion_velocity
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from mogan.evaluation.flow_statistics import (
 )
 from mogan.evaluation.frames import Clip
 from mogan.evaluation.pairs import flow_of_pairs, neighbours
-from mogan.flow import FlowEstimator
+from mogan.motion.flow import FlowEstimator
 
 VERSION = 2  # raise it when a number changes its meaning: cached values of another version are not used
 

@@ -15,7 +15,7 @@ import torch
 
 from mogan.evaluation.frames import Frames
 from mogan.evaluation.pairs import Pair, flow_of_pairs, neighbours, pairs_at_once
-from mogan.flow import FlowEstimator
+from mogan.motion.flow import FlowEstimator
 
 Interpolator = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # two (B, 3, H, W) in [0, 1] -> the middle one
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mogan.errors import UserError
 from mogan.evaluation.frames import KEPT_BYTES, Frames
-from mogan.flow import FlowEstimator
+from mogan.motion.flow import FlowEstimator
 
 PIXELS_AT_ONCE = 2_000_000  # about five pairs at 832 x 480, where RAFT's correlation takes 0.2 GB a pair
 

@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
+from mogan.data.lists import printable
+from mogan.data.prompts import KNOWN, about
 from mogan.evaluation.clips import System
 from mogan.evaluation.statistics import RESAMPLES, SEED
 from mogan.evaluation.warnings import warnings_about
-from mogan.lists import printable
-from mogan.prompts import KNOWN, about
 
 
 def how_measured(

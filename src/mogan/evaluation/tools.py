@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-from mogan.defaults import WITHOUT_WEIGHTS, usual_flow
 from mogan.devices import choose_device
 from mogan.errors import UserError
 from mogan.evaluation import cd_fvd
@@ -21,9 +20,11 @@ from mogan.evaluation.interpolators import AMT_LICENCE, amt_s, amt_weights, blen
 from mogan.evaluation.measure import VERSION
 from mogan.evaluation.motion import Interpolator
 from mogan.evaluation.pairs import Remembered
-from mogan.flow import FlowEstimator, RaftFlow
-from mogan.lab.instruments import parse_caption
-from mogan.lab.world import SIZE
+from mogan.models.defaults import WITHOUT_WEIGHTS, usual_flow
+from mogan.motion import estimators
+from mogan.motion.flow import FlowEstimator, RaftFlow
+from mogan.world.instruments import parse_caption
+from mogan.world.scenes import SIZE
 
 ITERATIONS = 20  # of RAFT, as VBench
 VBENCH = "raft_large_C_T_V1"
@@ -103,11 +104,9 @@ def _first_size(system: System) -> tuple[int, int] | None:
 
 def estimator(name: str, device: torch.device) -> tuple[FlowEstimator, dict[str, Any]]:
     """A flow estimator by name, and what to write down about it."""
-    from mogan import wan
-
-    found = wan.load_flow(name, None if name == "lab" else ITERATIONS, device)
+    found = estimators.load_flow(name, None if name == "lab" else ITERATIONS, device)
     how: dict[str, Any] = {"name": name}
-    if name in wan.CLASSICAL:
+    if name in estimators.CLASSICAL:
         how["version"] = f"OpenCV {importlib.metadata.version('opencv-python-headless')}"
     if isinstance(found, RaftFlow):
         how["iterations"] = found.iterations

@@ -13,11 +13,11 @@ from typing import Annotated
 
 import tyro
 
+from mogan.data.lists import read_rows, whole
+from mogan.data.prompts import about
+from mogan.data.video import SUFFIXES
 from mogan.errors import UserError
 from mogan.evaluation.clips import Entry, System
-from mogan.lists import read_rows, whole
-from mogan.prompts import about
-from mogan.video import SUFFIXES
 
 DIMENSIONS = (
     "subject_consistency", "background_consistency", "temporal_flickering", "motion_smoothness", "dynamic_degree",

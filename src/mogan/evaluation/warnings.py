@@ -2,8 +2,8 @@
 
 from typing import Any
 
+from mogan.data.lists import printable
 from mogan.evaluation.clips import System
-from mogan.lists import printable
 
 
 def warnings_about(system: System, clips: list[dict[str, Any]], how: dict[str, Any]) -> list[str]:

@@ -8,22 +8,22 @@ import torch
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline
 from transformers import PreTrainedTokenizerFast
 
-from mogan import attention, autoencoder, wan
-from mogan.assemble import assemble
-from mogan.data import open_cache
-from mogan.defaults import LAB
-from mogan.denoiser import Denoiser
-from mogan.export import save_student
-from mogan.files import writable_folder, write_atomically
-from mogan.flow import RaftFlow, load_raft
+from mogan.data.cache import open_cache
+from mogan.data.prepare import prepare_prompts
+from mogan.data.video import contact_sheet, flow_picture
+from mogan.disk.files import writable_folder, write_atomically
+from mogan.exchange.export import save_student
 from mogan.lab import stages
-from mogan.lab.world import FPS, FRAMES, SIZE, exact_flow, make_scene
-from mogan.prepare import prepare_prompts
+from mogan.models import attention, autoencoder, wan
+from mogan.models.defaults import LAB
+from mogan.models.denoiser import Denoiser
+from mogan.motion.flow import RaftFlow, load_raft
 from mogan.ranges import at_least
 from mogan.recipes import find_recipe
-from mogan.sample import sample_student, sample_teacher, to_frames
-from mogan.train import resume, run_training
-from mogan.video import contact_sheet, flow_picture
+from mogan.sampling.sample import sample_student, sample_teacher, to_frames
+from mogan.training.assemble import assemble
+from mogan.training.train import resume, run_training
+from mogan.world.scenes import FPS, FRAMES, SIZE, exact_flow, make_scene
 
 
 def build(

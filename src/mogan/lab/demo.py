@@ -3,16 +3,16 @@
 import time
 from pathlib import Path
 
+from mogan.data.prepare import prepare
+from mogan.disk.files import writable_folder, write_atomically
 from mogan.evaluation.evaluate import evaluate
-from mogan.export import export
-from mogan.files import writable_folder, write_atomically
-from mogan.lab.render import render
-from mogan.lab.world import captions
-from mogan.prepare import prepare
+from mogan.exchange.export import export
 from mogan.ranges import at_least, is_seed
 from mogan.report.page import report
-from mogan.sample import sample
-from mogan.train import train
+from mogan.sampling.sample import sample
+from mogan.training.train import train
+from mogan.world.render import render
+from mogan.world.scenes import captions
 
 VIDEO_SEED, PROMPT_SEED = 11, 12
 

@@ -7,7 +7,7 @@ minutes what AdamW does not in ten. Used to train the lab's family from nothing,
 import torch
 from torch import Tensor, nn
 
-from mogan.wan import fast_dtype
+from mogan.models.wan import fast_dtype
 
 
 def _orthogonalise(matrix: Tensor, steps: int = 5) -> Tensor:

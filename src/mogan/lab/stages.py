@@ -21,15 +21,15 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
-from mogan.attention import set_attention
-from mogan.autoencoder import encode_video
-from mogan.denoiser import Denoiser
-from mogan.files import replacing
-from mogan.flow import RaftConfig, refinements, save_raft
+from mogan.disk.files import replacing
 from mogan.lab.muon import muon_and_adamw
-from mogan.lab.world import COLOURS, DIRECTIONS, FRAMES, SHAPES, Scene, exact_flow, make_scene, render
+from mogan.models.attention import set_attention
+from mogan.models.autoencoder import encode_video
+from mogan.models.denoiser import Denoiser
+from mogan.models.wan import fast_dtype
+from mogan.motion.flow import RaftConfig, refinements, save_raft
 from mogan.schedule import add_noise, shift
-from mogan.wan import fast_dtype
+from mogan.world.scenes import COLOURS, DIRECTIONS, FRAMES, SHAPES, Scene, exact_flow, make_scene, render
 
 TRAIN_SEED, HELD_OUT_SEED = 1, 2
 

@@ -10,10 +10,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from mogan.data import Batch
+from mogan.data.cache import Batch
 
 Loss = tuple[Tensor, dict[str, Tensor]]
-Randomness = torch.Generator | list[torch.Generator]  # in training one per sample; see mogan.rollout.normal
+Randomness = torch.Generator | list[torch.Generator]  # in training one per sample; see mogan.sampling.rollout.normal
 
 
 class Objective(Protocol):

@@ -9,10 +9,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from mogan.data import Batch
-from mogan.denoiser import Denoiser, guided_velocity
+from mogan.data.cache import Batch
+from mogan.models.denoiser import Denoiser, guided_velocity
 from mogan.objectives import Loss, Randomness
-from mogan.rollout import Rollout, normal
+from mogan.sampling.rollout import Rollout, normal
 from mogan.schedule import add_noise, draw_sigma, velocity_to_x0
 
 Direction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]

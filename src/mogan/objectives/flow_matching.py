@@ -4,11 +4,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mogan.attention import stack_text
-from mogan.data import Batch
-from mogan.denoiser import Denoiser
+from mogan.data.cache import Batch
+from mogan.models.attention import stack_text
+from mogan.models.denoiser import Denoiser
 from mogan.objectives import Loss, Randomness
-from mogan.rollout import Rollout, normal
+from mogan.sampling.rollout import Rollout, normal
 from mogan.schedule import add_noise, draw_sigma, uniform
 
 

@@ -8,12 +8,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from mogan.data import Batch
-from mogan.denoiser import frozen
-from mogan.discriminator import Discriminator, approximate_penalty, discriminator_loss, generator_loss
+from mogan.data.cache import Batch
+from mogan.models.denoiser import frozen
+from mogan.models.discriminator import Discriminator, approximate_penalty, discriminator_loss, generator_loss
+from mogan.motion.observation import Observed, motion_amount, saturation
 from mogan.objectives import Loss, Randomness
-from mogan.observation import Observed, motion_amount, saturation
-from mogan.rollout import Rollout, normal
+from mogan.sampling.rollout import Rollout, normal
 from mogan.schedule import add_noise, uniform
 
 
@@ -22,11 +22,11 @@ class GAN:
 
     Args:
         discriminator: real-or-generated network.
-        observe: what it is shown of a latent (see :class:`mogan.observation.MotionObservation`); ``None`` shows the latent itself (the paper's "video-space" ablation).
+        observe: what it is shown of a latent (see :class:`mogan.motion.observation.MotionObservation`); ``None`` shows the latent itself (the paper's "video-space" ablation).
         student_weight: lambda_1; judge_weight: lambda_2.
         r1, r2: weights of the penalties on real and on generated observations; 0 leaves the extra inputs out.
         noise: sigma of the penalties, in units of the discriminator's (normalised) input.
-        normalise: divide the penalties by ``noise`` squared; see :func:`mogan.discriminator.approximate_penalty`.
+        normalise: divide the penalties by ``noise`` squared; see :func:`mogan.models.discriminator.approximate_penalty`.
         drawn_levels: show observations noised to levels drawn uniformly, and tell the trunk; the paper's level is
             always 0.
     """

@@ -3,13 +3,13 @@
 import torch
 from torch import Tensor
 
-from mogan.data import Batch
-from mogan.denoiser import Denoiser
+from mogan.data.cache import Batch
 from mogan.errors import UserError
-from mogan.motion_score import differences, motion_velocity
+from mogan.models.denoiser import Denoiser
 from mogan.objectives import Loss, Randomness
 from mogan.objectives.flow_matching import stack_some
-from mogan.rollout import Rollout, normal
+from mogan.sampling.motion_score import differences, motion_velocity
+from mogan.sampling.rollout import Rollout, normal
 from mogan.schedule import add_noise, draw_sigma, uniform
 
 
@@ -17,7 +17,7 @@ class MotionScore:
     """``E ||u(D x_t, t, given frames, text) - D (noise - x0)||^2`` on windows of the batch's clips.
 
     Args:
-        student: the network being trained; see :mod:`mogan.motion_score` for what it reads.
+        student: the network being trained; see :mod:`mogan.sampling.motion_score` for what it reads.
         null: embedding ``(L, D)`` of the empty prompt.
         windows: pairs of given clean frames and differences to predict; one pair is drawn per batch, or part of it. ``(0, F - 1)`` is
             eq. 15, ``(1, F - 1)`` eq. 16, ``(k, l)`` eq. 17.

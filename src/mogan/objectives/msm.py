@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from mogan.errors import UserError
-from mogan.motion_score import differences, differences_adjoint
 from mogan.objectives.dmd import Direction, dmd_direction, dmd_scale
+from mogan.sampling.motion_score import differences, differences_adjoint
 
 
 def motion_direction(weight: float, features: Callable[[Tensor], Tensor] | None = None) -> Direction:

@@ -12,16 +12,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mogan.attention import stack_text
-from mogan.data import Batch
-from mogan.denoiser import Denoiser
-from mogan.discriminator import discriminator_loss
+from mogan.data.cache import Batch
+from mogan.models.attention import stack_text
+from mogan.models.denoiser import Denoiser
+from mogan.models.discriminator import discriminator_loss
+from mogan.motion.observation import motion_amount
+from mogan.motion.pixel_flux import PixelFlux
 from mogan.objectives import Loss, Randomness
 from mogan.objectives.flow_matching import velocity_error
-from mogan.observation import motion_amount
-from mogan.pixel_flux import PixelFlux
-from mogan.rewards import MotionRewards
-from mogan.rollout import animate, normal
+from mogan.objectives.rewards import MotionRewards
+from mogan.sampling.rollout import animate, normal
 from mogan.schedule import draw_sigma, uniform
 
 FLOOR = -1.0  # least weight of the linear form

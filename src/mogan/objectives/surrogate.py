@@ -3,12 +3,12 @@
 import torch
 from torch import Tensor
 
-from mogan.data import Batch
-from mogan.denoiser import frozen
+from mogan.data.cache import Batch
+from mogan.models.denoiser import frozen
 from mogan.objectives import Loss, Randomness
 from mogan.objectives.gan import GAN
-from mogan.rollout import Rollout
-from mogan.surrogate import MotionSurrogate, relative_error, window_of
+from mogan.objectives.surrogate_network import MotionSurrogate, relative_error, window_of
+from mogan.sampling.rollout import Rollout
 
 
 class Surrogate:
@@ -22,7 +22,7 @@ class Surrogate:
     Args:
         network: the surrogate.
         gan: the objective whose discriminator judges, and whose exact observations the surrogate remembers.
-        limit: of :meth:`mogan.surrogate.MotionSurrogate.error`; above it every update is ``gan``'s. ``None``: no limit.
+        limit: of :meth:`mogan.objectives.surrogate_network.MotionSurrogate.error`; above it every update is ``gan``'s. ``None``: no limit.
     """
 
     needs_rollout = True

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mogan.data import Batch
+from mogan.data.cache import Batch
 from mogan.objectives import Loss, Objective, Randomness
-from mogan.rollout import Rollout
+from mogan.sampling.rollout import Rollout
 
 
 class Together:

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from mogan.config import Config, DMDConfig, Optimizer, Update
-from mogan.defaults import WAN_NEGATIVE_PROMPT
+from mogan.models.defaults import WAN_NEGATIVE_PROMPT
 from mogan.schedule import shifted_levels
 
 

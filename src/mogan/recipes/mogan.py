@@ -3,8 +3,8 @@
 from dataclasses import replace
 
 from mogan.config import Config, DMDConfig, GANConfig, Optimizer, SurrogateConfig, Update
-from mogan.defaults import WAN_NEGATIVE_PROMPT
 from mogan.errors import UserError
+from mogan.models.defaults import WAN_NEGATIVE_PROMPT
 from mogan.schedule import shifted_levels
 
 ABLATIONS = ("no-dmd", "no-r1r2", "latent-gan")

@@ -1,7 +1,7 @@
 """SHIFT (arXiv 2603.17426): motion rewards on an image-conditioned student."""
 
 from mogan.config import Config, Optimizer, ShiftConfig, Update
-from mogan.defaults import WAN_NEGATIVE_PROMPT
+from mogan.models.defaults import WAN_NEGATIVE_PROMPT
 from mogan.schedule import shifted_levels
 
 

@@ -12,14 +12,14 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
+from mogan.data.video import flow_picture, write_video
 from mogan.devices import choose_device
 from mogan.errors import UserError
 from mogan.evaluation.frames import Clip
 from mogan.evaluation.pairs import flow_of_pairs, neighbours
 from mogan.evaluation.tools import estimator
-from mogan.flow import FlowEstimator
+from mogan.motion.flow import FlowEstimator
 from mogan.report.sources import Result
-from mogan.video import flow_picture, write_video
 
 FLOW_SIDE = 256  # flow pictures of larger clips are made at this shorter side
 BUDGET = 48 * 2**20  # bytes of video in one page

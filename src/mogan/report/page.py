@@ -9,18 +9,18 @@ import tyro
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from mogan import __version__
+from mogan.data.lists import whole
+from mogan.data.video import contact_sheet
+from mogan.disk.files import replacing, writable_file, writable_folder
 from mogan.errors import UserError
 from mogan.evaluation.names import METRICS
 from mogan.evaluation.sets import paired
 from mogan.evaluation.statistics import mean_interval
-from mogan.files import replacing, writable_file, writable_folder
-from mogan.lists import whole
 from mogan.ranges import at_least
 from mogan.report.figures import COLOURS, curve_figure, interval_figure, spread_figure, to_svg
 from mogan.report.footage import Footage, gather
 from mogan.report.sources import Curves, Result, read_sources
 from mogan.report.verdict import FACTORS, signed, threshold_table, verdicts
-from mogan.video import contact_sheet
 
 GROUPS = {
     "Motion by VBench's rules": (

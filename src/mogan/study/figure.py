@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+from mogan.disk.files import replacing
 from mogan.evaluation.names import METRICS
-from mogan.files import replacing
 
 PANELS = ("dynamic_degree", "lab_net", "lab_wobble")
 

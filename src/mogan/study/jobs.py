@@ -17,8 +17,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from mogan.disk.files import write_atomically
 from mogan.errors import UserError
-from mogan.files import write_atomically
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from mogan.disk.files import replacing
 from mogan.errors import UserError
 from mogan.evaluation.clips import read_folder
-from mogan.files import replacing
 from mogan.study.cost import Training, read_training
 from mogan.study.jobs import Job, core_seconds
 

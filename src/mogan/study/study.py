@@ -9,10 +9,9 @@ from typing import Any, Literal
 
 import tyro
 
+from mogan.data.lists import read_prompts
+from mogan.disk.files import writable_folder, write_atomically
 from mogan.errors import UserError, closest
-from mogan.files import writable_folder, write_atomically
-from mogan.lab.world import captions
-from mogan.lists import read_prompts
 from mogan.ranges import SEEDS, at_least, between
 from mogan.report.page import report
 from mogan.study.collect import bars, combine, markdown, minus
@@ -21,6 +20,7 @@ from mogan.study.cost import Cell, Trained, iterations_that_fit, training
 from mogan.study.figure import draw
 from mogan.study.jobs import Job, core_seconds, run_jobs
 from mogan.study.measured import Measured, keep_measured, path_of, read_measured, records
+from mogan.world.scenes import captions
 
 STUDIES = {"table1": table1, "table2": table2, "methods": methods}
 TRAIN_SEED, PROMPT_SEED, RICH_SEED, WORLD_SEED = 21, 22, 23, 24  # worlds: no training sees the last three

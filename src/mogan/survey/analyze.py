@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import tyro
 
 from mogan import __version__
-from mogan.files import replacing, writable_folder
+from mogan.disk.files import replacing, writable_folder
 from mogan.ranges import is_seed
 from mogan.survey.ballots import Rater, Vote, read_votes
 from mogan.survey.figure import draw

@@ -13,17 +13,17 @@ import av
 import tyro
 from av.bitstream import BitStreamFilterContext
 
+from mogan.data.lists import whole
+from mogan.data.stream import open_file
+from mogan.data.video import Probe, probe, read_video, write_video
+from mogan.disk.files import new_folder, refusal, writable_folder
 from mogan.errors import UserError
 from mogan.evaluation.clips import Entry
-from mogan.files import new_folder, refusal, writable_folder
-from mogan.lists import whole
 from mogan.ranges import at_least
-from mogan.stream import open_file
 from mogan.survey import checks
 from mogan.survey.folder import Clip, Item, Survey, write_survey
 from mogan.survey.pairing import Key, named_folders, read_samples, shared_keys
 from mogan.survey.statistics import detectable
-from mogan.video import Probe, probe, read_video, write_video
 
 INTRO = (
     "You will see pairs of short clips, each made by a computer from a text. For each pair say which moves better, "
@@ -208,7 +208,7 @@ def copy_clip(source: Path, folder: Path) -> Clip:
             if codec.name != "h264" or codec.pix_fmt not in ("yuv420p", "yuvj420p"):
                 raise Unplayable(
                     f"{source} is {codec.name} {codec.pix_fmt}, which phones cannot play: write it as H.264 yuv420p, "
-                    "as mogan.video.write_video does."
+                    "as mogan.data.video.write_video does."
                 )
             about = _probed(source)
             if not about.fps:

@@ -4,9 +4,9 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from mogan.data.lists import printable
 from mogan.errors import UserError
 from mogan.evaluation.clips import Entry, read_folder
-from mogan.lists import printable
 
 Key = tuple[str, int]
 

@@ -1,0 +1,1 @@
+"""Students go out and come in: export, import, and what other programs call things."""

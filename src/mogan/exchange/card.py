@@ -1,0 +1,104 @@
+"""What a stranger must know to use an export: how to call it, where it came from, how it was measured, whose licence holds."""
+
+import re
+from pathlib import Path
+
+from mogan.evaluation.results import read_results
+from mogan.models import wan
+from mogan.runs.checkpoint import student_checkpoint
+from mogan.runs.identity import read_config
+
+
+def model_card(title: str, base: Path, sigmas: tuple[float, ...], notes: list[str], load: list[str]) -> str:
+    """The card as Markdown with the front matter that the Hugging Face Hub reads.
+
+    Args:
+        title: heading.
+        base: folder of the base model, for its name, its licence and its geometry.
+        sigmas: levels the student samples at.
+        notes: list entries and tables about where it came from; see :func:`run_notes` and :func:`metrics_table`.
+        load: lines of Python that make ``pipe``.
+    """
+    size, name, licence = wan.geometry(base), model_name(base), licence_of(base)
+    front = ["library_name: diffusers", "pipeline_tag: text-to-video", "tags: [text-to-video, distillation, mogan]"]
+    front += [f"license: {licence}"] if licence else []
+    front += [f"base_model: {name}"] if "/" in name else []
+    head, code, steps = "\n".join(front), "\n".join(load), len(sigmas)
+    said = f" ({licence})" if licence else "; its folder does not say which that is"
+    entries = [
+        *notes,
+        f"- base: `{name}`; its licence holds for these weights{said}",
+        f"- frames: {size.frames} at {size.fps} fps, {size.height} x {size.width}",
+    ]
+    facts = "\n".join(sorted(entries, key=lambda line: line.startswith("\n")))  # tables after the list
+    return f"""---
+{head}
+---
+
+# {title}
+
+```python
+import torch
+{code}
+torch.manual_seed(0)  # the clip's seed
+video = pipe("a prompt", height={size.height}, width={size.width}, num_frames={size.frames},
+             num_inference_steps={steps}, guidance_scale=1.0).frames[0]
+```
+
+It samples at noise levels {", ".join(f"{s:.4g}" for s in sigmas)}; this scheduler visits exactly these with
+`num_inference_steps={steps}`. Use no guidance.
+
+To get a clip again, call `torch.manual_seed` before it. `pipe(generator=...)` is not enough: it gives the first noise, but
+the pipeline does not hand it to the scheduler, which draws new noise at every step from torch's global generator.
+
+{facts}
+"""
+
+
+def run_notes(run: Path) -> list[str]:
+    """Recipe, seed and length of a training run, and what it was trained on."""
+    config = read_config(run)
+    how = f"adapters of rank {config['lora']}" if config.get("lora") else "all weights"
+    updates = ", ".join(f"{u['learns']} by {u['by']} (batch {u['batch']})" for u in config["plan"])
+    return [
+        f"- recipe: `{config['recipe']}`, seed {config['seed']}, iteration {int(student_checkpoint(run).name)}; {how}",
+        f"- each iteration: {updates}",
+    ]
+
+
+def metrics_table(results: Path | None) -> list[str]:
+    """The metrics of a ``results.json``, systems as columns, with 95 % intervals; nothing without a file."""
+    if results is None:
+        return []
+    systems = read_results(results)
+    rows = {metric: None for system in systems.values() for metric in system["metrics"]}
+    lines = ["| metric | " + " | ".join(map(_cell, systems)) + " |", "|---" * (1 + len(systems)) + "|"]
+    for metric in rows:
+        found = [system["metrics"].get(metric) for system in systems.values()]
+        lines.append(f"| {_cell(metric)} | " + " | ".join(_value(m) for m in found) + " |")
+    return ["\nMeasured with `mogan evaluate` (mean, 95 % interval):\n\n" + "\n".join(lines)]
+
+
+def _value(metric: dict | None) -> str:
+    if not metric:
+        return "-"
+    low, high = metric.get("ci95") or (None, None)
+    return f"{metric['mean']:.3g}" + (f" [{low:.3g}, {high:.3g}]" if low is not None else "")
+
+
+def _cell(text: str) -> str:
+    """A name as a cell of a table in Markdown takes it."""
+    return " ".join(text.replace("|", "\\|").split())
+
+
+def model_name(folder: Path) -> str:
+    """A hub id where the folder is a hub snapshot (``.../models--A--B/snapshots/hash``), else the folder's name."""
+    found = re.search(r"models--([^/]+?)--([^/]+)/snapshots/", f"{folder}/")
+    return f"{found[1]}/{found[2]}" if found else folder.resolve().name
+
+
+def licence_of(folder: Path) -> str | None:
+    """The licence that a model's own card names in its front matter."""
+    card = folder / "README.md"
+    found = re.search(r"^license:\s*(\S+)\s*$", card.read_text(errors="replace"), re.M) if card.is_file() else None
+    return found[1] if found else None

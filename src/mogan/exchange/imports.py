@@ -1,0 +1,235 @@
+"""In from elsewhere: students and LoRAs made by other programs -> a diffusers folder that every command here reads."""
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import tyro
+from torch import Tensor
+
+from mogan.disk.files import writable_folder
+from mogan.errors import UserError
+from mogan.exchange.card import model_card
+from mogan.exchange.export import DTYPES, FOLDER_USAGE, save_student, scheduler_for
+from mogan.exchange.layouts import IMAGE, QUANTISED, UNMERGED, adapters_in, diffusers_name, is_lora, parts_of_lora
+from mogan.exchange.tensors import check_numbers, declared_alpha, files_of, read_tensors, some
+from mogan.models import wan
+
+GENERATORS = (
+    "generator_ema",
+    "generator",
+    "ema",
+    "model",
+    "module",
+    "state_dict",
+)  # of a training checkpoint, best first
+CRITICS = ("critic", "fake_score")
+
+
+def import_student(
+    file: tyro.conf.Positional[Path],
+    *,
+    base: str,
+    out: Path,
+    sigmas: tuple[float, ...],
+    dtype: Literal["fp32", "fp16", "bf16"] = "fp32",
+) -> None:
+    """Make a diffusers folder of a few-step student that another program trained.
+
+    Reads weights (Self-Forcing, CausVid, FastVideo, the original Wan code, ComfyUI, diffusers) and LoRA files (diffusers,
+    peft, ComfyUI, kohya), which are merged into the base. Nothing in a file is executed, and every number is looked at.
+
+    Args:
+        file: .safetensors, .sft, .pt, .pth, .ckpt or .bin, or a folder with the .safetensors of one model.
+        base: the model it was made from: a diffusers folder or a hub id; everything but the transformer is taken from it.
+        out: the folder to write; must not exist yet.
+        sigmas: noise levels it samples at, from 1 downwards, final 0 left out (timesteps divided by 1000).
+        dtype: precision of the saved transformer.
+    """
+    if out.exists():
+        raise UserError(f"{out} exists already: give another --out or remove it")
+    writable_folder(out.parent)
+    if sigmas[:1] != (1.0,) or any(not 0 < low < high for high, low in pairwise(sigmas)):
+        raise UserError(f"--sigmas fall from 1 to above 0 (a timestep of 757 is 0.757), not {list(sigmas)}")
+    scheduler_for(sigmas)  # refuse before reading gigabytes
+    files, folder = files_of(file), wan.resolve_model(base)
+    state, critic, part = read_student(files)
+    refuse_unread(state, file)
+    transformer = wan.load_transformer(folder)
+    if is_lora(state):
+        changed = add_lora(transformer, state, file, declared_alpha(files[0]))
+        what = f"LoRA merged into {changed} tensors"
+    else:
+        set_weights(transformer, state, file)
+        what = f"weights ({part})" if part else "weights"
+    fake_score = None
+    if critic is not None:
+        fake_score = wan.load_transformer(folder)
+        set_weights(fake_score, critic, file)
+    note = f"- made from `{file.resolve().name}` ({what}) by `mogan import`; the licence of that file holds too"
+    card = model_card("Few-step Wan student", folder, sigmas, [note], FOLDER_USAGE)
+    save_student(transformer, folder, out, sigmas, DTYPES[dtype], card, fake_score)
+    also = " and its critic as the fake score" if critic is not None else ""
+    print(f"imported {what}{also} to {out}; try: mogan sample --model {out} --prompts prompts.txt --out clips")
+
+
+def read_student(files: list[Path]) -> tuple[dict[str, Tensor], dict[str, Tensor] | None, str | None]:
+    """The student's tensors, its critic's if the file holds one, and under which entry the student was found."""
+    whole = read_tensors(files)
+    part = next((name for name in GENERATORS if isinstance(whole.get(name), dict)), None)
+    critic = next((whole[name] for name in CRITICS if isinstance(whole.get(name), dict)), None)
+    state = whole if part is None else whole[part]
+    tensors = {k: v for k, v in state.items() if isinstance(v, Tensor) and isinstance(k, str)}
+    if not tensors:
+        holds = f"nothing but {', '.join(map(str, list(whole)[:5]))}" if whole else "nothing"
+        raise UserError(f"{files[0]} holds no tensors, {holds}; give a file of weights")
+    return tensors, critic, part
+
+
+def refuse_unread(names: Iterable[str], file: Path) -> None:
+    """Say what a file is that looks like weights or a LoRA and is read by nothing here."""
+    for name in names:
+        kind = next((what for pattern, what in UNMERGED.items() if re.search(pattern, name)), None)
+        if kind:
+            raise UserError(
+                f"{file} is {kind} ({name}); LoRA and whole differences are merged here: merge it where it was made, and "
+                "import the weights"
+            )
+        if QUANTISED.search(name):
+            raise UserError(f"{file} holds quantised or scaled weights ({name}): get the fp32, fp16 or bf16 file")
+
+
+def set_weights(transformer: Any, state: dict[str, Tensor], file: Path) -> None:
+    """Fill a transformer with a file's weights, all of them or none."""
+    named: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        if diffusers_name(name) in named:
+            raise UserError(f"{file} holds two networks in one list ({name}): save the student's alone")
+        named[diffusers_name(name)] = tensor
+    own = transformer.state_dict()
+    lacks, more = own.keys() - named.keys(), named.keys() - own.keys()
+    misfits = {k for k in own.keys() & named.keys() if own[k].shape != named[k].shape}
+    if lacks == own.keys():
+        raise UserError(f"{file} holds no Wan transformer but {some(more)}: name the file of the transformer")
+    _refuse_image(more, file)
+    wrong = [f"lacks {some(lacks)}"] if lacks else []
+    wrong += [f"has {some(more)} too many"] if more else []
+    wrong += [f"has another shape for {some(misfits)}"] if misfits else []
+    if wrong:
+        sizes = [_size({k: v.shape for k, v in weights.items()}) for weights in (named, own)]
+        raise UserError(
+            f"{file} does not fit this base: it {', and it '.join(wrong)}; "
+            + (
+                f"it has {sizes[0]}, the base {sizes[1]}: give the --base it was made from"
+                if sizes[0] != sizes[1]
+                else "it is damaged, or of another kind of model than the base"
+            )
+        )
+    check_numbers(state, file)
+    transformer.load_state_dict(named)
+
+
+@torch.no_grad()
+def add_lora(transformer: Any, state: dict[str, Tensor], file: Path, alpha: float | None) -> int:
+    """Add the changes that a LoRA file of any layout describes, all of them or none; returns how many tensors change.
+
+    The change of a weight is ``alpha / rank B A``, and ``B A`` where no alpha is given. ``diff``, ``diff_b`` and ``diff_m``
+    are changes of the weight, of the bias and of the modulation themselves.
+
+    Args:
+        transformer: of the base.
+        state: the file's tensors.
+        file: its name.
+        alpha: of every adapter, where it is kept outside of the tensors.
+    """
+    own = dict(transformer.named_parameters())
+    modules = {n.removesuffix(".weight").removesuffix(".bias") for n in own}
+    if len(several := adapters_in(state)) > 1:
+        raise UserError(f"{file} holds several adapters ({', '.join(sorted(several))}): save the one to import alone")
+    parts, lost = parts_of_lora(state, modules)
+    _refuse_image(lost, file)
+    if lost:
+        blocks = {int(m[1]) for name in lost if (m := re.search(r"\bblocks[._](\d+)[._]", name))}
+        deeper = blocks and min(blocks) >= len(transformer.blocks)
+        raise UserError(
+            f"{file} changes {some(set(lost))} that this base lacks; "
+            + (
+                f"it has a block {max(blocks)}, the base {len(transformer.blocks)} blocks: give the --base it was made from"
+                if deeper
+                else "it is no LoRA of a Wan transformer alone"
+            )
+        )
+    check_numbers({k: v for k, v in state.items() if not k.endswith(".alpha") or v.is_floating_point()}, file)
+    changes: dict[str, Tensor] = {}
+    for module, found in parts.items():
+        weight = module if module in own else f"{module}.weight"
+        for parameter, names, change in _changes(module, weight, found, state, file, alpha):
+            if parameter not in own or not _fits(change, own[parameter]):
+                has = f"as {tuple(own[parameter].shape)}" if parameter in own else "not at all"
+                raise UserError(
+                    f"{file} changes {names[0]} as {tuple(change.shape)}, which this base has {has}; give the --base it was "
+                    "made from"
+                )
+            changes[parameter] = changes.get(parameter, 0) + change.reshape(own[parameter].shape)
+            if not (own[parameter] + changes[parameter]).isfinite().all():
+                raise UserError(f"{file} makes {parameter} infinite ({names[0]}): it is damaged, get it again")
+    if not any(change.any() for change in changes.values()):
+        raise UserError(f"{file} changes nothing: all its differences are zero")
+    for parameter, change in changes.items():
+        own[parameter] += change
+    return len(changes)
+
+
+def _changes(
+    module: str, weight: str, found: dict[str, list[str]], state: dict[str, Tensor], file: Path, alpha: float | None
+) -> Iterator[tuple[str, list[str], Tensor]]:
+    """What a file changes in one module: the parameter's name, the file's names, the change."""
+    if twice := next((names for names in found.values() if len(names) > 1), None):
+        raise UserError(f"{file} says twice what it changes ({', '.join(twice)}): save one of them alone")
+    one = {kind: state[names[0]] for kind, names in found.items()}
+    if odd := one.keys() - {"A", "B", "alpha", "diff", "diff_b"}:
+        name = found[min(odd)][0]
+        raise UserError(f"{file} holds {name} beside changes: only LoRA and whole differences are merged here")
+    if ("A" in one) != ("B" in one):
+        (name,) = found["A" if "A" in one else "B"]
+        raise UserError(f"{file} holds {name} without its other factor: it was saved in part, get it again")
+    if "A" in one:
+        a, b = one["A"].float(), one["B"].float()
+        if min(a.ndim, b.ndim) < 2 or a.shape[0] != b.flatten(1).shape[1]:
+            raise UserError(
+                f"{file}: the ranks of {found['A'][0]} {tuple(a.shape)} and {found['B'][0]} {tuple(b.shape)} differ: it is "
+                "damaged, get it again"
+            )
+        if "alpha" in one and one["alpha"].numel() != 1:
+            raise UserError(f"{file}: {found['alpha'][0]} is not one number: it is damaged, get it again")
+        strength = float(one["alpha"]) if "alpha" in one else alpha
+        scale = 1.0 if strength is None else strength / a.shape[0]
+        yield weight, found["A"], scale * (b.flatten(1) @ a.flatten(1))
+    for kind, parameter in (("diff", weight), ("diff_b", f"{module}.bias")):
+        if kind in one:
+            yield parameter, found[kind], one[kind].float()
+
+
+def _fits(change: Tensor, parameter: Tensor) -> bool:
+    """Whether a change is of a parameter's shape; sides of length 1 and a convolution's flattened kernel do not count."""
+    sides = [n for n in change.shape if n != 1]
+    return sides in (
+        [n for n in shape if n != 1]
+        for shape in (parameter.shape, parameter.flatten(1).shape if parameter.ndim > 1 else ())
+    )
+
+
+def _refuse_image(names: Iterable[str], file: Path) -> None:
+    seen = {name for name in names if IMAGE.search(name)}
+    if seen:
+        raise UserError(f"{file} is of an image-conditioned Wan ({min(seen)}): only text-to-video models are read here")
+
+
+def _size(shapes: Mapping[str, torch.Size]) -> str:
+    """Depth and width of a Wan transformer, in words."""
+    blocks = {int(m[1]) for name in shapes if (m := re.match(r"blocks\.(\d+)\.", name))}
+    shape = next((s for name, s in shapes.items() if name.endswith("attn1.to_q.weight") and s), None)
+    return f"{len(blocks)} blocks" + (f" of width {shape[0]}" if shape else "")

@@ -1,0 +1,1 @@
+"""Wan and its parts: transformer, autoencoder, text, discriminator, adapters; how a folder of them is read."""

@@ -1,0 +1,286 @@
+"""A folder of Wan: what it was made for, whether its parts belong together, and loading them.
+
+The stock diffusers classes are used as they are.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.resources import files
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import AutoTokenizer, UMT5EncoderModel
+
+from mogan.errors import UserError
+from mogan.models.attention import TEXT_LENGTH, set_attention
+from mogan.models.defaults import WAN_22, Defaults, Geometry, read_defaults
+
+TextEncoder = Callable[[list[str]], list[Tensor]]
+
+
+# ---------------------------------------------------------------------------------------------- where a model lies
+
+
+def lab_folder() -> Path:
+    """The packaged family: ``teacher/``, ``student/``, ``raft/``."""
+    return Path(str(files("mogan.lab") / "family"))
+
+
+def resolve_model(name: str | Path) -> Path:
+    """Folder of a model: ``lab`` (the packaged student), ``lab-teacher``, a local diffusers folder, or a hub id."""
+    if str(name) in ("lab", "lab-student", "lab-teacher"):
+        folder = lab_folder() / ("teacher" if str(name) == "lab-teacher" else "student")
+        if not folder.is_dir():
+            raise UserError(f"the lab's family is not in this installation ({folder}); build it with `mogan lab build`")
+        return folder
+    folder = Path(name)
+    if (folder / "model_index.json").is_file():
+        check_parts(folder)
+        return folder
+    if folder.exists() or str(name).count("/") != 1 or str(name).startswith((".", "/", "~")):
+        raise UserError(
+            f"{name} is not a diffusers folder (no model_index.json) nor a hub id such as "
+            "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
+        )
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        folder = Path(snapshot_download(str(name), ignore_patterns=["*.msgpack", "assets/*"]))
+    except HFValidationError as error:
+        raise UserError(
+            f"{name} is neither a folder nor a name that the hub can have: give a diffusers folder"
+        ) from error
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise UserError(f"could not get {name} from the hub ({type(error).__name__}): give a local folder") from error
+    check_parts(folder)
+    return folder
+
+
+def check_parts(model: Path) -> None:
+    """Read the configs of a folder and raise a UserError if its parts cannot belong together or cannot be trained here."""
+    index = _json(model / "model_index.json")
+    if any(index.get("transformer_2") or ()):  # a stock folder of one transformer says [null, null]
+        raise UserError(
+            f"{model} holds two transformers, one for high and one for low noise (Wan2.2 A14B); models with one are what can be trained here"
+        )
+    transformer, vae, text = (_config(model, part) for part in ("transformer", "vae", "text_encoder"))
+    if transformer is not None and not _from_text_alone(transformer):
+        raise UserError(f"{model} is image-conditioned; text-to-video transformers are what can be trained here")
+    for part, config, kind in (("transformer", transformer, WanTransformer3DModel), ("vae", vae, AutoencoderKLWan)):
+        if config is not None:
+            _check_class(model, part, config, kind)
+    if vae is not None:
+        channels = vae.get("z_dim", 16)
+        if transformer is not None and transformer.get("out_channels", 16) != channels:
+            raise UserError(
+                f"{model}: the autoencoder has {channels} channels and the transformer {transformer['out_channels']}: they "
+                "belong to different models, take both from one"
+            )
+        mean, deviation = (vae.get(key, [1.0] * 16) for key in ("latents_mean", "latents_std"))  # 16: diffusers' own
+        numbers = len(mean) == len(deviation) == channels and all(map(math.isfinite, [*mean, *deviation]))
+        if not numbers or min(deviation) <= 0:
+            raise UserError(
+                f"{model}/vae/config.json needs {channels} numbers in latents_mean and {channels} positive ones in latents_std: "
+                "latents would be scaled wrongly, get the file again"
+            )
+    if transformer is not None and text is not None and transformer.get("text_dim", 4096) != text.get("d_model"):
+        raise UserError(
+            f"{model}: the text encoder gives {text.get('d_model')} numbers per token and the transformer reads "
+            f"{transformer.get('text_dim', 4096)}: they belong to different models, take both from one"
+        )
+
+
+def _config(model: Path, part: str) -> dict | None:
+    path = model / part / "config.json"
+    return _json(path) if path.is_file() else None
+
+
+def _json(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path} is no JSON ({error}): it was cut short, get it again") from error
+
+
+def _check_class(model: Path, part: str, config: dict, kind: type) -> None:
+    found = config.get("_class_name")
+    if found != kind.__name__:
+        raise UserError(f"{model}/{part} holds a {found}, not a {kind.__name__}: only the Wan family is supported")
+
+
+def _from_text_alone(transformer: dict) -> bool:
+    """False for transformers that read an image: through attention (Wan2.1 I2V) or more channels (I2V, VACE)."""
+    extra = transformer.get("image_dim") or transformer.get("added_kv_proj_dim")
+    return not extra and transformer.get("in_channels", 16) == transformer.get("out_channels", 16)
+
+
+def model_facts(model: Path) -> dict:
+    """What ``mogan.json`` beside ``model_index.json`` says; empty for a stock folder."""
+    path = model / "mogan.json"
+    return _json(path) if path.is_file() else {}
+
+
+def defaults(model: Path) -> Defaults:
+    """What a model is sampled and measured with; where its folder does not say, as Wan 2.1 or 2.2's TI2V-5B."""
+    vae = _config(model, "vae") or {}
+    usual = WAN_22 if vae.get("z_dim") == 48 else Geometry()
+    return read_defaults(model_facts(model), usual, model / "mogan.json")
+
+
+def geometry(model: Path) -> Geometry:
+    """Frame rate and size of a model's clips; see :func:`defaults`."""
+    return defaults(model).size
+
+
+def fingerprint(model: Path, part: str) -> str:
+    """Sixteen hex digits that change when the config or the weights of ``part`` change.
+
+    Of large files only the size and both ends are read: enough to tell files apart, in milliseconds.
+    """
+    digest = hashlib.sha256()
+    if not (model / part).is_dir():
+        raise UserError(f"{model} has no {part}: is it a complete diffusers folder of a Wan model?")
+    for path in sorted((model / part).iterdir()):
+        if path.suffix in (".json", ".safetensors", ".bin", ".model"):
+            digest.update(f"{path.name} {path.stat().st_size}".encode())
+            with path.open("rb") as file:
+                digest.update(file.read(1 << 20))
+                if path.stat().st_size > 1 << 21:
+                    file.seek(-(1 << 20), 2)
+                    digest.update(file.read())
+    return digest.hexdigest()[:16]
+
+
+def latent_shape(model: Path, size: Geometry) -> tuple[int, int, int, int]:
+    """``(C, F, H, W)`` of the latents of a clip of this geometry; the clip must fit the autoencoder and the patches."""
+    vae, transformer = (_config(model, part) or {} for part in ("vae", "transformer"))  # without one: Wan 2.1's
+    return fit_latents(vae, transformer, size)
+
+
+def fit_latents(vae: dict, transformer: dict, size: Geometry) -> tuple[int, int, int, int]:
+    """:func:`latent_shape` from the two configs."""
+    patch = transformer.get("patch_size", (1, 2, 2))
+    space, time = vae.get("scale_factor_spatial", 8), vae.get("scale_factor_temporal", 4)
+    multiple = space * max(patch[1:])
+    if size.frames % time != 1 or size.height % multiple or size.width % multiple:
+        raise UserError(
+            f"a clip of {size.frames} x {size.height} x {size.width} does not fit this model: frames must be "
+            f"{time} k + 1, height and width multiples of {multiple}"
+        )
+    latent = 1 + (size.frames - 1) // time, size.height // space, size.width // space
+    longest = transformer.get("rope_max_seq_len", 1024)
+    if max(side // step for side, step in zip(latent, patch, strict=True)) > longest:
+        raise UserError(
+            f"a clip of {size.frames} x {size.height} x {size.width} is too large for this model, which counts {longest} places "
+            "a side: make it shorter or smaller"
+        )
+    return vae.get("z_dim", 16), *latent
+
+
+def fast_dtype(device: str | torch.device = "cpu") -> torch.dtype:
+    """bf16 where the hardware multiplies it faster than fp32, else fp32."""
+    if torch.device(device).type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return torch.bfloat16 if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else torch.float32
+
+
+# ---------------------------------------------------------------------------------------------- loading parts
+
+
+def load_vae(model: Path, dtype: torch.dtype | None = None) -> AutoencoderKLWan:
+    """The frozen autoencoder, convolution weights in the layout CPUs convolve fastest."""
+    vae = _from_pretrained(AutoencoderKLWan, model, "vae", dtype or fast_dtype())
+    for module in vae.modules():
+        if isinstance(module, nn.Conv3d):
+            module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last_3d)
+    return vae.eval().requires_grad_(False)
+
+
+def load_transformer(model: Path, part: str = "transformer") -> WanTransformer3DModel:
+    """A transformer in fp32 whose cross-attention folds the text padding (see :class:`FoldedPadding`)."""
+    transformer = _from_pretrained(WanTransformer3DModel, model, part, torch.float32)
+    if not _from_text_alone(transformer.config):
+        raise UserError(f"{model} is image-conditioned; text-to-video transformers are what can be trained here")
+    return set_attention(transformer)
+
+
+def _from_pretrained(kind, model: Path, part: str, dtype: torch.dtype):
+    config = _config(model, part)
+    if config is None:
+        raise UserError(f"{model} has no {part}/config.json: is it a complete diffusers folder of a Wan model?")
+    _check_class(model, part, config, kind)
+    with _readable(model / part):
+        loaded, info = kind.from_pretrained(
+            model / part, torch_dtype=dtype, output_loading_info=True, local_files_only=True
+        )
+    wrong = [*info["missing_keys"], *info["unexpected_keys"], *info.get("mismatched_keys", [])]
+    if wrong:
+        raise UserError(f"{model}/{part}: {len(wrong)} tensors do not fit its config, first {wrong[0]}; get it again")
+    return loaded
+
+
+@contextmanager
+def _readable(part: Path) -> Iterator[None]:
+    """What diffusers and transformers say of a file that is missing or cut short, each in its own way, as one sentence."""
+    try:
+        yield
+    except (OSError, ValueError, SafetensorError) as error:
+        why = " ".join(str(error).split())
+        raise UserError(
+            f"{part} cannot be read ({type(error).__name__}: {why[:200]}): a file is missing or was cut short, get it again"
+        ) from error
+
+
+def load_tokenizer(model: Path):
+    """The tokenizer, which is read in a moment where the text encoder is not."""
+    with _readable(model / "tokenizer"):
+        return AutoTokenizer.from_pretrained(model / "tokenizer", local_files_only=True)
+
+
+def load_text(model: Path, device: str | torch.device = "cpu") -> TextEncoder:
+    """Text encoder as ``prompts -> embeddings (L, D)``, each trimmed to its tokens; cleaned as in ``WanPipeline``.
+
+    The full-size encoder is held in bf16, as Wan's own code has it (``t5_dtype``), whatever the files hold: half of 23 GB.
+    """
+    from diffusers.pipelines.wan.pipeline_wan import prompt_clean
+
+    tokenizer = load_tokenizer(model)
+    width = (_config(model, "text_encoder") or {}).get("d_model", 0)
+    dtype: torch.dtype | str = torch.bfloat16 if width >= 4096 else "auto"  # Wan's is UMT5-XXL, 5.7 billion weights
+    with _readable(model / "text_encoder"):
+        encoder, info = UMT5EncoderModel.from_pretrained(
+            model / "text_encoder", local_files_only=True, output_loading_info=True, dtype=dtype
+        )
+    lacking = [k for k in info["missing_keys"] if "embed_tokens" not in k]  # tied to the shared embedding
+    if lacking:
+        raise UserError(f"{model}/text_encoder lacks {len(lacking)} tensors, first {lacking[0]}; get it again")
+    if len(tokenizer) > encoder.config.vocab_size:
+        raise UserError(
+            f"{model}: the tokenizer knows {len(tokenizer)} tokens and the text encoder {encoder.config.vocab_size}: they "
+            "belong to different models, take both from one"
+        )
+    encoder = encoder.to(device).eval()
+
+    @torch.no_grad()
+    def encode(prompts: list[str]) -> list[Tensor]:
+        tokens = tokenizer(
+            [prompt_clean(p) for p in prompts],
+            padding="longest",
+            max_length=TEXT_LENGTH,
+            truncation=True,
+            return_attention_mask=True,
+            return_tensors="pt",
+        ).to(device)
+        hidden = encoder(tokens.input_ids, tokens.attention_mask).last_hidden_state
+        lengths = tokens.attention_mask.sum(1).tolist()
+        return [h[:n].float().cpu() for h, n in zip(hidden, lengths, strict=True)]
+
+    return encode

@@ -1,0 +1,237 @@
+"""Saving and resuming a run: atomic, everything needed to go on bit for bit, nothing unpickled.
+
+A checkpoint is a folder of safetensors files written by ``torch.distributed.checkpoint``: every process writes its own
+part of every sharded tensor and reads back whatever part it needs, so a run saved by any number of processes resumes on
+any other number. torch's own format of the same name keeps its index as a pickle; the safetensors one keeps it in the
+files' headers. A run of one process writes the same format.
+"""
+
+import json
+import shutil
+import warnings
+import zlib
+from collections.abc import Collection
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.api import CheckpointException
+
+from mogan.config import Config
+from mogan.disk.files import write_atomically
+from mogan.distributed import ONE, World
+from mogan.errors import UserError
+
+SUMS = "checksums.json"  # beside the files: CRC-32 of each
+
+
+def save_checkpoint(run: Path, iteration: int, state: dict[str, Tensor], config: Config, world: World = ONE) -> Path:
+    """Write ``checkpoints/<iteration>`` whole or not at all, then drop all but the newest ``config.keep`` and the one
+    that :func:`student_checkpoint` names.
+
+    All processes call this; the folder must be one that all of them see. ``state`` names tensors ``part.name...``; each
+    part goes into a file of its own, which bounds the memory that writing takes.
+    """
+    final = run / "checkpoints" / f"{iteration:06d}"
+    temporary = final.with_name(f".{final.name}.new")
+    if world.main:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    world.barrier()
+    parts = sorted({key.split(".")[0] for key in state})
+    files = {key: 1 + parts.index(key.split(".")[0]) for key in state}
+    writer = HuggingFaceStorageWriter(str(temporary), files, save_distributed=True)
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            dcp.save(state, storage_writer=writer, no_dist=world.mesh is None)
+    except CheckpointException as error:  # raised by all processes together
+        shutil.rmtree(temporary, ignore_errors=True)
+        kept = latest_checkpoint(run)
+        raise UserError(
+            f"could not save iteration {iteration} ({_reason(error)}); free some disk space and run the same command again"
+            + (f": it resumes from {kept}" if kept else "")
+        ) from error
+    sums = world.gather(_sums(sorted(temporary.glob("*.safetensors"))[world.rank :: world.ranks]))
+    if world.main:
+        whole = {name: value for part in sums for name, value in part.items()}
+        write_atomically(temporary / SUMS, json.dumps(whole, indent=2) + "\n")
+        write_atomically(temporary / "config.json", json.dumps(asdict(config), indent=2) + "\n")
+        if final.exists():
+            shutil.rmtree(final)
+        temporary.rename(final)
+        best = student_checkpoint(run)
+        for old in checkpoints(run)[: -config.keep]:
+            if old != best:
+                shutil.rmtree(old)
+    world.barrier()  # nobody leaves, and so ends the others, before the checkpoint is in its place
+    return final
+
+
+def _reason(error: CheckpointException) -> BaseException:
+    return next(iter(error.failures.values()))[0]
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """Complete checkpoints of a run, oldest first."""
+    return sorted(p for p in (run / "checkpoints").glob("[0-9]*") if (p / "config.json").is_file())
+
+
+def latest_checkpoint(run: Path) -> Path | None:
+    """The newest complete checkpoint, if any."""
+    found = checkpoints(run)
+    return found[-1] if found else None
+
+
+def broken_checkpoints(run: Path) -> list[Path]:
+    """Folders newer than :func:`latest_checkpoint` that something has been taken from: checkpoints appear whole."""
+    newest, folders = latest_checkpoint(run), sorted((run / "checkpoints").glob("[0-9]*"))
+    return [path for path in folders if newest is None or path.name > newest.name]
+
+
+def student_checkpoint(run: Path) -> Path:
+    """The checkpoint whose student is sampled, exported and trained on: of most motion on held-out prompts, if the run
+    was told to look (:mod:`mogan.training.held_out`); else the newest.
+
+    Raises:
+        UserError: there is none yet.
+    """
+    motions, there = held_out_motions(run), checkpoints(run)
+    if not there:
+        raise UserError(f"{run} has no checkpoint yet: let it train until it has saved one")
+    judged = [path for path in there if int(path.name) in motions]
+    return max(judged, key=lambda path: motions[int(path.name)]) if judged else there[-1]
+
+
+def held_out_motions(run: Path) -> dict[int, float]:
+    """Motion on held-out prompts by iteration, in order, as far as it was measured."""
+    path = run / "held_out.json"
+    try:
+        return {int(k): float(v) for k, v in json.loads(path.read_text()).items()} if path.is_file() else {}
+    except (ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is damaged ({error}): remove it, motion is measured from then on") from error
+
+
+def write_held_out_motions(run: Path, motions: dict[int, float]) -> None:
+    """What :func:`held_out_motions` reads."""
+    write_atomically(run / "held_out.json", json.dumps(dict(sorted(motions.items())), indent=2) + "\n")
+
+
+def load_checkpoint(path: Path, state: dict[str, Tensor], world: World = ONE) -> None:
+    """Fill the tensors of ``state``, in place, with those that :func:`save_checkpoint` wrote under their names.
+
+    They may be sharded in any way, or be some of those that were saved.
+
+    Raises:
+        UserError: a file of theirs is not what was written; the message names it.
+    """
+    _check_sums(path, state, world)
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            dcp.load(state, storage_reader=HuggingFaceStorageReader(str(path)), no_dist=world.mesh is None)
+    except CheckpointException as error:
+        raise _unreadable(path, _reason(error)) from error
+
+
+def load_part(path: Path, part: str) -> dict[str, Tensor]:
+    """Every tensor of a checkpoint whose name begins with ``part.``, by the rest of its name; fp32, none if it has none."""
+    shapes = {name: shape for name, shape in stored(path).items() if name.startswith(f"{part}.")}
+    state = {name: torch.zeros(shape) for name, shape in shapes.items()}
+    if state:
+        load_checkpoint(path, state)
+    return {name.removeprefix(f"{part}."): value for name, value in state.items()}
+
+
+def stored(path: Path) -> dict[str, torch.Size]:
+    """Names and shapes of the tensors in a checkpoint."""
+    found = _metadata(path).state_dict_metadata
+    return {name: torch.Size(about.size) for name, about in found.items() if hasattr(about, "size")}
+
+
+def _metadata(path: Path) -> Any:
+    if gone := next((name for name in _noted(path) if not (path / name).is_file()), None):
+        raise _unreadable(path, f"{gone} is gone")
+    try:
+        return HuggingFaceStorageReader(str(path)).read_metadata()
+    except Exception as error:  # safetensors' own kinds of error, and the disk's
+        raise _unreadable(path, error) from error
+
+
+def _sums(files: Collection[Path]) -> dict[str, int]:
+    """CRC-32 of files by name, several read side by side: computing it is slower than disks."""
+
+    def of(path: Path) -> int:
+        found = 0
+        with path.open("rb") as file:
+            while block := file.read(1 << 24):
+                found = zlib.crc32(block, found)
+        return found
+
+    with ThreadPoolExecutor(8) as pool:
+        return dict(zip([path.name for path in files], pool.map(of, files), strict=True))
+
+
+def _noted(path: Path) -> dict[str, int]:
+    """What ``checksums.json`` says; empty for a checkpoint that is older than it."""
+    if not (path / SUMS).is_file():
+        return {}
+    try:
+        noted = json.loads((path / SUMS).read_text())
+    except ValueError as error:
+        raise _unreadable(path, error) from error
+    if not noted or not isinstance(noted, dict):
+        raise _unreadable(path, f"{SUMS} is damaged")
+    return noted
+
+
+def _check_sums(path: Path, names: Collection[str], world: World) -> None:
+    """Read the files of these tensors, each process its share, and hold them against what was noted when they were written.
+
+    A checkpoint that is older than the notes passes.
+    """
+    if not (noted := _noted(path)):
+        return
+    holds = {
+        Path(about.relative_path).name for index, about in _metadata(path).storage_data.items() if index.fqn in names
+    }
+    for name, found in _sums([path / name for name in sorted(holds)[world.rank :: world.ranks]]).items():
+        if noted.get(name) != found:
+            raise _unreadable(path, f"{name} is not what was written: its checksum differs")
+
+
+def _unreadable(path: Path, error: BaseException | str) -> UserError:
+    return UserError(f"{path} cannot be read ({error}); delete that folder to resume from the one before")
+
+
+def check_same_run(run: Path, config: Config) -> None:
+    """Refuse to resume a run made by another recipe; the budget, the cadence of saving and compilation may change."""
+    newest = latest_checkpoint(run)
+    path = run / "config.json" if newest is None or (run / "config.json").is_file() else newest / "config.json"
+    if not path.is_file():
+        return
+    try:
+        old, new = settings(json.loads(path.read_text())), settings(json.loads(json.dumps(asdict(config))))
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"{path} is damaged ({error}): put back a copy, every checkpoint has one") from error
+    changed = [k for k in new | old if old.get(k) != new.get(k)]
+    if changed:
+        raise UserError(
+            f"{run} was made with another {changed[0]} ({old.get(changed[0])}); give another --out, or the same settings"
+        )
+
+
+def settings(config: dict[str, Any]) -> dict[str, Any]:
+    """Of a config as JSON what makes a run the run it is: without budget, cadence of saving and compilation."""
+    free = {"iterations", "save_every", "sample_every", "keep", "sample_prompts", "compile"}
+    return _stated({name: value for name, value in config.items() if name not in free})
+
+
+def _stated(value: Any) -> Any:
+    """A config without what is None: an option that is newer than a run is None where it is not used."""
+    if isinstance(value, dict):
+        return {k: _stated(v) for k, v in value.items() if v is not None}
+    return [_stated(v) for v in value] if isinstance(value, list) else value

@@ -1,0 +1,1 @@
+"""Students and teachers make clips."""

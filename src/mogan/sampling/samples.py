@@ -1,0 +1,78 @@
+"""``samples.jsonl``: one line for each clip in a folder, written by any number of processes at once."""
+
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import IO, Any
+
+from mogan.disk.locks import locked
+from mogan.errors import UserError
+
+NAME = "samples.jsonl"
+Record = dict[str, Any]
+HOW = (
+    "first_frames", "sigmas", "steps", "guidance", "shift", "negative_prompt", "solver", "flowmo", "motion", "motion_ratio",
+)  # fmt: skip
+WAY = ("prompt", "index", "seed", "fps", *HOW)
+UNSAID = {"negative_prompt": ""}  # what lists mean that were written before it was noted
+
+
+def append_samples(folder: Path, records: Iterable[Record]) -> None:
+    """Add lines. Each process locks the file, so no line is lost or mixed with another's, on NFS too.
+
+    A line torn by a kill is taken away first: its clip is still there, and who makes that clip lists it again.
+    """
+    lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    if not lines:
+        return
+    with (folder / NAME).open("a+b") as file, locked(file.fileno()):
+        _drop_torn_end(file)
+        file.write(lines.encode())
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def listed_samples(folder: Path) -> dict[str, Record]:
+    """Records by file name; a torn last line is left out.
+
+    Raises:
+        UserError: another line is no record.
+    """
+    path = folder / NAME
+    if not path.is_file():
+        return {}
+    found = {}
+    whole, _, _ = path.read_bytes().rpartition(b"\n")
+    for number, line in enumerate(whole.decode(errors="replace").split("\n"), 1):
+        try:
+            if line.strip():
+                found[str(json.loads(line)["file"])] = json.loads(line)
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path} line {number} is no record of a clip: remove that line, or the file") from error
+    return found
+
+
+def refuse_others(folder: Path, listed: dict[str, Record], wanted: Iterable[Record]) -> None:
+    """Raise if a folder lists clips of the same names that were made otherwise: one folder is one way of sampling."""
+    for record in wanted:
+        there = listed.get(record["file"])
+        if there is None:
+            continue
+        change = f"give another --out, or remove {NAME} and the clips"
+        for key in WAY:
+            before, now = (one.get(key, UNSAID.get(key)) for one in (there, record))
+            if before != now:
+                raise UserError(f"{folder} lists {record['file'][:60]} with {key} {before!r}, not {now!r}: {change}")
+        if there.get("weights", record.get("weights")) != record.get("weights"):
+            raise UserError(f"{folder} lists {record['file'][:60]}, made by a model with other weights: {change}")
+
+
+def _drop_torn_end(file: IO[bytes]) -> None:
+    end = file.seek(0, os.SEEK_END)
+    if not end:
+        return
+    file.seek(end - 1)
+    if file.read(1) != b"\n":
+        file.seek(0)
+        file.truncate(file.read().rfind(b"\n") + 1)

@@ -1,0 +1,1 @@
+"""A config becomes live networks, and they are trained."""

@@ -1,0 +1,121 @@
+"""When the gain ends: motion on prompts that no update sees, and the checkpoint at which there was most of it.
+
+Longer is not better: a discriminator that has won teaches nothing more, and distribution matching pulls the student back to
+its stiller teacher. The losses do not show it; the student's clips do.
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from mogan.data.cache import open_cache
+from mogan.errors import UserError
+from mogan.models.attention import stack_text
+from mogan.models.autoencoder import stream_video
+from mogan.motion.flow import flow_of_pieces
+from mogan.motion.pixel_flux import sample_at
+from mogan.runs.checkpoint import held_out_motions, write_held_out_motions
+from mogan.sampling.sample import clips_at_once, sample_student
+from mogan.training.assemble import Assembly
+
+CLIPS, AT_ONCE = 64, 8  # judged, so that one clip more or less does not decide; sampled together at most
+POINTS, FASTEST = 16, 0.1  # points along each side of the picture; share of them that is averaged
+
+
+def net_motion(fields_BCFHW: Iterable[Float[Tensor, "b 2 g h w"]]) -> Float[Tensor, " b"]:
+    """How far the fastest tenth of the points gets from the first frame to the last, px/frame.
+
+    Points on a grid are carried along by the flow of pair after pair, which comes a few pairs at a time. What shimmers in place moves to and fro and gets
+    nowhere, while the mean of the flow itself would count it.
+    """
+    start, points, pairs = None, torch.empty(0), 0
+    for field in (field for fields in fields_BCFHW for field in fields.unbind(2)):
+        if start is None:
+            start = points = _grid(field)
+        points, pairs = points + sample_at(field, points), pairs + 1
+    assert start is not None, "a clip of one frame does not move"
+    gone = (points - start).norm(dim=-1) / pairs
+    return gone.topk(round(FASTEST * POINTS**2), -1).values.mean(-1)
+
+
+def _grid(field_BCHW: Tensor) -> Float[Tensor, "b n 2"]:
+    height, width = field_BCHW.shape[-2:]
+    x, y = torch.meshgrid(torch.linspace(0, width - 1, POINTS), torch.linspace(0, height - 1, POINTS), indexing="xy")
+    return torch.stack([x, y], -1).flatten(0, 1).to(field_BCHW).expand(len(field_BCHW), -1, -1)
+
+
+class Gain:
+    """Measures the averaged student on held-out prompts, always with the same noise; knows when motion no longer rises.
+
+    Args:
+        run: folder of the run; what was measured is kept there in ``held_out.json``.
+        cache: cache whose prompts are used, those that are also trained on left out.
+        parts: the run.
+        patience: checks without a new highest motion after which the gain is over.
+
+    Raises:
+        UserError: the cache has no prompt of its own, or texts of another encoder; or the run has no flow network.
+    """
+
+    def __init__(self, run: Path, cache: Path, parts: Assembly, patience: int):
+        if patience < 1:
+            raise UserError(f"--patience takes a number of checks, at least 1, not {patience}")
+        if parts.flow is None or parts.config.given:
+            raise UserError(
+                f"--held-out is for recipes with a flow network and a student that makes clips from text alone, which "
+                f"{parts.config.recipe} is not: leave it out"
+            )
+        self.run, self.patience, self.cache = run, patience, open_cache(cache)
+        self.cache.require(**{k: parts.cache.facts[k] for k in ("text_encoder", "tokenizer") if k in parts.cache.facts})
+        trained = {entry["caption"] for entry in parts.texts.entries}
+        captions = dict.fromkeys(entry["caption"] for entry in self.cache.entries)
+        self.prompts = [caption for caption in captions if caption and caption not in trained][:CLIPS]
+        if not self.prompts:
+            raise UserError(f"{cache} has no prompt that {parts.texts.path} lacks: hold some back from training")
+
+    def measure(self, parts: Assembly) -> float:
+        """Mean of :func:`net_motion` over the held-out prompts, px/frame; all processes call it."""
+        numbers, world = list(range(len(self.prompts))), parts.world
+        if len(numbers) >= world.shares:  # each its own, and as many as the others: a forward pass takes all processes
+            numbers = numbers[: len(numbers) // world.shares * world.shares][world.share :: world.shares]
+        found, together = [], clips_at_once(parts.geometry, AT_ONCE)
+        with torch.no_grad(), parts.averaged_student() as student:
+            for first in range(0, len(numbers), together):
+                part = numbers[first : first + together]
+                text = stack_text([self.cache.text(self.prompts[number]) for number in part], parts.device)
+                latents = sample_student(student, text, parts.latent_shape, parts.config.sigmas, part)
+                assert parts.flow is not None
+                for latent in latents.split(1):
+                    found.append(net_motion(flow_of_pieces(stream_video(parts.vae, latent), parts.flow)))
+        return world.mean({"motion": torch.cat(found).mean()})["motion"]
+
+    def check(self, parts: Assembly, iteration: int) -> float:
+        """Measure after so many iterations, and note it."""
+        motion = self.measure(parts)
+        if parts.world.main:
+            write_held_out_motions(self.run, held_out_motions(self.run) | {iteration: motion})
+        return motion
+
+    def forget_after(self, iteration: int) -> None:
+        """What was measured of iterations that will be done again."""
+        write_held_out_motions(self.run, {k: v for k, v in held_out_motions(self.run).items() if k <= iteration})
+
+    @property
+    def over(self) -> bool:
+        """Whether the last ``patience`` checks brought no new highest motion."""
+        motions = list(held_out_motions(self.run).values())
+        return bool(motions) and len(motions) - 1 - motions.index(max(motions)) >= self.patience
+
+    def said(self) -> str:
+        """Where motion was highest, for the user."""
+        motions = held_out_motions(self.run)
+        peak = max(motions, key=lambda k: motions[k])
+        last = max(motions)
+        now = f", after {last} {motions[last]:.3f}" if last != peak else ""
+        return (
+            f"motion on {len(self.prompts)} held-out prompts was highest after iteration {peak}: {motions[peak]:.3f} "
+            f"px/frame{now}; `mogan export` and `mogan sample` take that checkpoint"
+        )

@@ -1,0 +1,222 @@
+"""What a run starts from: folders, geometry, precision, and networks loaded as its config wants them; and the checks that
+config, cache, model and processes go together.
+"""
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache as once
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mogan.config import Config, GANConfig, ShiftConfig
+from mogan.data.cache import Cache, ensure_text
+from mogan.distributed import World, shard, split_tokens
+from mogan.errors import UserError
+from mogan.models import wan
+from mogan.models.denoiser import Denoiser
+from mogan.models.lora import adapted, hold_in
+from mogan.sampling.sample import open_generator
+
+
+@dataclass(frozen=True)
+class Base:
+    """The base model of a run and how its parts are loaded.
+
+    Attributes:
+        config: of the run; ``world``: its processes.
+        folder: of the base model; ``start``: where the student starts; ``adapters_of``: the run whose adapters it goes on
+            with, if any.
+        geometry: of clips; ``latent_shape``: of their latents ``(C, F, H, W)``.
+        dtype: networks compute in it.
+        vae: frozen, on the device.
+        encode: prompts to text, through the cache.
+        frozen: a frozen transformer by folder and part, each loaded once.
+    """
+
+    config: Config
+    world: World
+    folder: Path
+    start: Path
+    adapters_of: Path | None
+    geometry: wan.Geometry
+    latent_shape: tuple[int, int, int, int]
+    dtype: torch.dtype
+    vae: Any
+    encode: wan.TextEncoder
+    frozen: Callable[[Path, str], Any]
+
+    def denoiser(self, folder: Path, part: str) -> Denoiser:
+        """A transformer that learns: all its weights, or adapters over the frozen one."""
+        config = self.config
+        if config.lora is None:
+            transformer = wan.load_transformer(folder, part).train()
+        else:
+            transformer = adapted(self.frozen(folder, part), config.lora, config.seed).train()
+        if config.checkpointing:
+            transformer.enable_gradient_checkpointing()
+        return Denoiser(_spread(transformer, self.world, self.dtype), self.dtype)
+
+
+def load(
+    config: Config, cache: Cache, model: str, student: str | None, world: World, prompts: Cache | None = None
+) -> Base:
+    """Find and check everything a run needs; the arguments are :func:`mogan.training.assemble.assemble`'s.
+
+    Raises:
+        UserError: config, cache, model and processes do not go together.
+    """
+    check_processes(config, world)
+    folder, start, adapters_of = find_models(config, model, student)
+    size = wan.geometry(folder)
+    for texts in filter(None, (cache, prompts)):
+        read_by = [part for part in ("text_encoder", "tokenizer") if part in texts.facts and (folder / part).is_dir()]
+        texts.require(**{part: wan.fingerprint(folder, part) for part in read_by})
+    if cache.has_clips:
+        cache.require(vae=wan.fingerprint(folder, "vae"))
+        size = wan.Geometry(**{k: cache.facts[k] for k in ("fps", "height", "width", "frames")})
+    shape = wan.latent_shape(folder, size)
+    _check_window(config, shape[1])
+    _check_clips(config, cache)
+    _check_captions(config, cache, prompts)
+    if world.main and wan.defaults(folder).flow != "lab" and "lab" in (_flow(config.gan), _flow(config.shift)):
+        print(
+            f"{config.recipe} sees motion through the lab's flow network, which knows nothing but the lab's world, and "
+            f"{model} is not of the lab: a recipe for this model names RAFT weights, as mogan_wan_1_3b does",
+            file=sys.stderr,
+        )
+    dtype = dtype_of(config, world.device)
+    vae = wan.load_vae(folder, dtype).to(world.device)
+    encode, frozen = _text_encoder(cache, folder, world), _frozen_weights(config, dtype, world)
+    return Base(config, world, folder, start, adapters_of, size, shape, dtype, vae, encode, frozen)
+
+
+def _flow(part: GANConfig | ShiftConfig | None) -> str | None:
+    return None if part is None else part.flow
+
+
+def dtype_of(config: Config, device: torch.device) -> torch.dtype:
+    """Networks compute in it: bf16 where the hardware is fast at it, unless the config says."""
+    return {"auto": wan.fast_dtype(device), "bf16": torch.bfloat16, "fp32": torch.float32}[config.precision]
+
+
+def find_models(config: Config, model: str, student: str | None) -> tuple[Path, Path, Path | None]:
+    """Folders of the base model and of the student's start, and the run whose adapters it starts with, if any."""
+    base = wan.resolve_model("lab-teacher" if model == "lab" else model)
+    post_trains = config.gan is not None
+    if student is None and post_trains and model != "lab":
+        raise UserError(f"{config.recipe} post-trains a few-step student: name it with --student (a DMD run's export)")
+    if student is None and not post_trains:
+        return base, base, None
+    source = open_generator(student or "lab")
+    if source.run is not None and (config.lora is None or source.lora != config.lora):
+        raise UserError(
+            f"{student} is a run with "
+            + (f"adapters of rank {source.lora}: give --lora {source.lora}, or" if source.lora else "full weights:")
+            + " export it with `mogan export` and name the export with --student"
+        )
+    if post_trains and source.sigmas and not _agree(source.sigmas, config.sigmas):
+        raise UserError(
+            f"{student or 'the student of the lab'} samples at levels {list(source.sigmas)}, the recipe {config.recipe} at "
+            f"{list(config.sigmas)}; they must agree: name a student that fits with --student, or another recipe"
+        )
+    return base, source.folder, source.run
+
+
+def _agree(sigmas: tuple[float, ...], others: tuple[float, ...]) -> bool:
+    return len(sigmas) == len(others) and all(abs(a - b) < 1e-4 for a, b in zip(sigmas, others, strict=True))
+
+
+def _frozen_weights(config: Config, dtype: torch.dtype, world: World) -> Callable[[Path, str], Any]:
+    """Load frozen transformers, each once: with adapters, networks of the same start share them."""
+
+    @once
+    def load(folder: Path, part: str) -> Any:
+        transformer = hold_in(wan.load_transformer(folder, part), dtype if config.lora else torch.float32)
+        return _spread(transformer, world, dtype)
+
+    return load
+
+
+def _spread(transformer: Any, world: World, dtype: torch.dtype) -> Any:
+    """Over the processes, then to the device: a GPU never holds a whole network."""
+    split_tokens(transformer, world)
+    return shard(transformer, transformer.blocks, world, dtype, partial=True).to(world.device)
+
+
+def _check_window(config: Config, frames: int) -> None:
+    gan = config.gan
+    if config.surrogate is not None and (gan is None or gan.space != "motion"):
+        raise UserError(f"{config.recipe} has a motion surrogate and looks at no optical flow: give gan.space motion")
+    if gan is not None and gan.space == "motion" and max(gan.starts) + gan.window > frames:
+        raise UserError(
+            f"{config.recipe} looks at latent frames up to {max(gan.starts) + gan.window} and clips have {frames}: prepare "
+            "longer clips, or give the recipe a shorter window and fewer starts"
+        )
+
+
+def _check_clips(config: Config, cache: Cache) -> None:
+    """A batch of real clips takes each once, and one of SHIFT's more than one."""
+    for update in config.plan:
+        if update.by == "shift" and update.batch < 2:
+            raise UserError("SHIFT's baseline is the mean over the generated clips: give --batch 2 or more")
+        if not config.takes(update):
+            continue
+        cache.require_clips()
+        if update.batch > len(cache):
+            raise UserError(
+                f"{update.label} takes {update.batch} clips at a time and {cache.path} holds {len(cache)}: prepare more, or "
+                f"give --batch {len(cache)}"
+            )
+
+
+def _check_captions(config: Config, cache: Cache, prompts: Cache | None) -> None:
+    """Every update has words: clips may lack a caption where nobody reads it."""
+    if prompts is not None and all(update.from_clips for update in config.plan):
+        raise UserError(f"{config.recipe} learns from clips and their own captions alone: leave out --prompts")
+    for update in config.plan:
+        texts = cache if prompts is None or update.from_clips else prompts
+        bare = [entry["id"] for entry in texts.entries if entry["caption"] is None]
+        if bare:
+            instead = (
+                "" if update.from_clips else ", or give --prompts a cache of prompts (`mogan prepare prompts.txt`)"
+            )
+            raise UserError(
+                f"{len(bare)} clips of {texts.path} have no caption (first {bare[0]}), and {update.label} reads it: prepare "
+                f"them with captions{instead}"
+            )
+
+
+def check_processes(config: Config, world: World) -> None:
+    """Refuse what cannot be spread over these processes."""
+    if config.compile and world.sequence is not None:
+        raise UserError(
+            "--compile does not go with --context-parallel, whose hooks lie inside the blocks: leave one out"
+        )
+    if config.surrogate is not None and world.ranks > 1:
+        raise UserError("a motion surrogate remembers the clips of one process: start one, or train without it")
+    if config.lora is not None and world.ranks > 1:
+        raise UserError("--lora trains in one process: start one, or leave --lora out")
+    for update in config.plan:
+        if update.batch % world.shares:
+            raise UserError(
+                f"{update.label}: a batch of {update.batch} does not split over {world.shares} processes; give --batch a "
+                f"multiple of {world.shares}, start fewer processes, or let several share a sample (--context-parallel)"
+            )
+
+
+def _text_encoder(cache: Cache, base: Path, world: World) -> wan.TextEncoder:
+    """Encode through the cache, on the first process for all.
+
+    The text encoder, Wan's largest part, is loaded only for a prompt that is not in the cache.
+    """
+    encoder = once(lambda: wan.load_text(base))
+
+    def encode(prompts: list[str]) -> list[Tensor]:
+        ensure_text(cache.path, prompts, lambda missing: encoder()(missing), shared=True)
+        return [cache.text(p) for p in prompts]
+
+    return lambda prompts: world.from_main(lambda: encode(prompts))

@@ -1,0 +1,98 @@
+"""Clips of the rendered world as ordinary mp4 files with captions, and their truth beside them on request."""
+
+import json
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from tqdm import tqdm
+
+from mogan.data.video import write_video
+from mogan.disk.files import replacing, writable_folder
+from mogan.errors import UserError
+from mogan.ranges import at_least, is_seed
+from mogan.world import scenes as world
+
+
+def render(
+    out: Path,
+    clips: int = 256,
+    motion: Literal["all", "rich"] = "all",
+    seed: int = 0,
+    truth: bool = False,
+) -> None:
+    """Render captioned clips of moving sprites: a folder that `mogan prepare` reads like any other.
+
+    Every clip is 64 x 64 pixels, 17 frames, 16 frames per second. The caption names shape, colour and kind of motion,
+    never its speed. The same seed always gives the same clips, and clip number k does not depend on how many are made.
+    Running the command again continues where it stopped; a larger number of clips adds to those that are there.
+
+    Args:
+        out: folder for the mp4 files and `metadata.jsonl`.
+        clips: how many.
+        motion: "all" has many still and slow clips, as the web has; in "rich" every clip moves.
+        seed: of the world.
+        truth: also write `truth/<name>.npz` with the exact optical flow, where it is visible, and every sprite's path.
+    """
+    made = render_folder(out, clips, motion, seed, truth)
+    print(f"{clips} clips in {out} ({made} new, {clips - made} were there)")
+
+
+def render_folder(out: str | Path, clips: int, motion: str = "all", seed: int = 0, truth: bool = False) -> int:
+    """What :func:`render` does, silently but for the progress bar; returns the number of clips that were not there yet.
+
+    ``truth/<name>.npz`` holds ``flow`` (F-1 2 H W, float16, pixels per frame), ``visible`` (F-1 H W), ``centres``
+    (sprites F 2), ``angles`` (sprites F) and ``kind``.
+
+    Raises:
+        UserError: the folder holds clips of another world, or more clips than asked for.
+    """
+    out = Path(out)
+    at_least(1, clips=clips)
+    is_seed(seed=seed)
+    writable_folder(out)
+    _claim(out, {"world": {"motion": motion, "seed": seed}})
+    there = len(list(out.glob("[0-9]*.mp4")))
+    if there > clips:
+        raise UserError(f"{out} already holds {there} clips: ask for --clips {there} or more, or give another --out")
+    made, rows = 0, []
+    for index in tqdm(range(clips), desc="render", unit="clip"):
+        scene = world.make_scene(seed, index, motion=motion)
+        name = f"{index:05d}"
+        video, facts = out / f"{name}.mp4", out / "truth" / f"{name}.npz"
+        if truth and not facts.exists():
+            _write_truth(facts, scene)
+        if not video.exists():
+            write_video(video, world.render(scene), world.FPS)
+            made += 1
+        row = {"file_name": video.name, "caption": scene.caption, "motion_kind": scene.kind}
+        rows.append(row | {"speed": round(scene.speed, 4), "seed": seed, "index": index})
+    with replacing(out / "metadata.jsonl") as temporary:
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return made
+
+
+def _claim(out: Path, settings: dict) -> None:
+    path = out / "render.json"
+    if path.exists():
+        there = path.read_text(encoding="utf-8", errors="replace").strip()
+        if there != json.dumps(settings):
+            raise UserError(f"{out} holds another world ({there[:200]}): give another --out")
+    elif out.exists() and any(out.iterdir()):
+        raise UserError(f"{out} is not empty and was not rendered here: give another --out")
+    else:
+        with replacing(path) as temporary:
+            temporary.write_text(json.dumps(settings) + "\n")
+
+
+def _write_truth(path: Path, scene: world.Scene) -> None:
+    flow, visible = world.exact_flow(scene)
+    with replacing(path) as temporary:
+        np.savez_compressed(
+            temporary,
+            flow=flow.astype(np.float16),
+            visible=visible,
+            centres=np.stack([s.centres_F2 for s in scene.sprites]),
+            angles=np.stack([s.angles_F for s in scene.sprites]),
+            kind=np.array(scene.kind),
+        )
