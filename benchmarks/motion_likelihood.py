@@ -23,7 +23,7 @@ from mogan.models.autoencoder import encode_video
 from mogan.models.denoiser import Denoiser
 from mogan.motion import estimators
 from mogan.motion.observation import motion_amount
-from mogan.sampling.sample import open_motion
+from mogan.runs.generator import open_motion
 
 
 def main() -> None:

@@ -17,7 +17,7 @@ from mogan.evaluation.evaluate import evaluate
 from mogan.models.wan import Geometry, fit_latents
 from mogan.runs.checkpoint import SUMS, checkpoints
 from mogan.runs.identity import check_same_parts
-from mogan.sampling.sample import clips_of
+from mogan.sampling.samplers import clips_of
 
 GARBAGE = (b"", b"[]", b"null", b"5", b"{}", b'{"x": 1}', b"\xff\xfe{", b'{"id": "clip0"')
 

@@ -18,7 +18,7 @@ from mogan.exchange.imports import import_student
 from mogan.exchange.layouts import original_module, split_leaf
 from mogan.models import wan
 from mogan.models.wan import load_transformer
-from mogan.sampling.sample import open_generator
+from mogan.runs.generator import open_generator
 from mogan.training.assemble import assemble
 from mogan.training.train import run_training
 from tiny_recipes import dmd, flow_matching

@@ -12,7 +12,7 @@ from mogan.data.cache import ensure_text, open_cache
 from mogan.errors import UserError
 from mogan.models.wan import load_text
 from mogan.runs.checkpoint import checkpoints, held_out_motions, student_checkpoint, write_held_out_motions
-from mogan.sampling.sample import open_generator
+from mogan.runs.generator import open_generator
 from mogan.training.assemble import assemble
 from mogan.training.held_out import Gain, net_motion
 from mogan.training.train import run_training

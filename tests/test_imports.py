@@ -19,7 +19,8 @@ from mogan.exchange.imports import import_student
 from mogan.exchange.layouts import diffusers_name, original_module, split_leaf
 from mogan.models.lora import TARGETS
 from mogan.models.wan import load_transformer
-from mogan.sampling.sample import open_generator, sample
+from mogan.runs.generator import open_generator
+from mogan.sampling.sample import sample
 from mogan.training.assemble import assemble
 from tiny_recipes import mogan
 

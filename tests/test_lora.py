@@ -14,7 +14,7 @@ from mogan.models.denoiser import Denoiser
 from mogan.models.lora import TARGETS, adapted, decompose, factors, hold_in, learned_state, load_learned, merge
 from mogan.models.wan import load_transformer
 from mogan.runs.checkpoint import latest_checkpoint, load_part
-from mogan.sampling.sample import open_generator
+from mogan.runs.generator import open_generator
 from mogan.training.assemble import assemble
 from mogan.training.train import Position, run_training, step
 from test_train import assert_same

@@ -18,10 +18,11 @@ from mogan.errors import UserError
 from mogan.evaluation.likelihood import log_likelihood, motion_log_likelihood, noise_log_density
 from mogan.models.denoiser import Denoiser
 from mogan.objectives.motion_score import MotionScore
-from mogan.sampling import sample as sampling
+from mogan.runs.generator import open_generator, open_motion
 from mogan.sampling.motion_score import centred_path, continue_clip, differences, euler, fuse, motion_velocity, steer
 from mogan.sampling.rollout import normal
-from mogan.sampling.sample import open_generator, open_motion, sample_teacher, seeded
+from mogan.sampling.sample import sample
+from mogan.sampling.samplers import sample_teacher, seeded
 from mogan.training.assemble import assemble
 from mogan.training.train import run_training
 from tiny_recipes import dmd, motion_score
@@ -311,13 +312,15 @@ def runs(family, cache, tmp_path_factory):
 
 def test_a_trained_motion_model_steers_mogan_sample(runs, family, tmp_path, monkeypatch):
     written = {}
-    monkeypatch.setattr(
-        sampling, "write_video", lambda path, frames, fps: written.__setitem__(path.parent.name, np.stack(list(frames)))
-    )
+
+    def write(path, frames, fps):
+        written[path.parent.name] = np.stack(list(frames))
+
+    monkeypatch.setattr("mogan.sampling.folder.write_video", write)
     common = {"prompts": runs / "prompts.txt", "model": str(family / "teacher"), "steps": 2, "precision": "fp32"}
-    sampling.sample(out=tmp_path / "plain", **common)
-    sampling.sample(out=tmp_path / "none", motion=runs / "motion", motion_ratio=0.0, **common)
-    sampling.sample(out=tmp_path / "mixed", motion=runs / "motion", motion_ratio=1.0, **common)
+    sample(out=tmp_path / "plain", **common)
+    sample(out=tmp_path / "none", motion=runs / "motion", motion_ratio=0.0, **common)
+    sample(out=tmp_path / "mixed", motion=runs / "motion", motion_ratio=1.0, **common)
     assert np.abs(written["plain"].astype(int) - written["none"]).max() <= 1
     assert np.abs(written["plain"].astype(int) - written["mixed"]).max() > 1
     record = json.loads((tmp_path / "mixed" / "samples.jsonl").read_text())
@@ -335,9 +338,7 @@ def test_motion_models_and_generators_are_not_taken_for_each_other(runs, family)
         open_motion(runs / "motion", family / "teacher", 9)
     assert open_motion(runs / "motion", family / "teacher", 4)[1] == 1
     with pytest.raises(UserError, match="teacher's steps"):
-        sampling.sample(
-            prompts=runs / "prompts.txt", out=runs / "x", model=str(family / "student"), motion=runs / "motion"
-        )
+        sample(prompts=runs / "prompts.txt", out=runs / "x", model=str(family / "student"), motion=runs / "motion")
 
 
 def test_paths_of_a_clip_come_back_from_its_differences():

@@ -15,7 +15,8 @@ from mogan.data.lists import read_prompts
 from mogan.data.prompts import KNOWN, about, fingerprint, warn_if_changed
 from mogan.errors import UserError
 from mogan.evaluation.evaluate import evaluate
-from mogan.sampling.sample import jobs_of, sample
+from mogan.sampling.folder import jobs_of
+from mogan.sampling.sample import sample
 from mogan.sampling.samples import append_samples, listed_samples, refuse_others
 
 

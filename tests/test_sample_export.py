@@ -23,7 +23,9 @@ from mogan.exchange.export import FOLDER_USAGE, export, save_student, scheduler_
 from mogan.models import attention, autoencoder, wan
 from mogan.models.denoiser import Denoiser
 from mogan.sampling.first_frames import sample_from_first_frames
-from mogan.sampling.sample import Job, safe_name, sample, sample_student, sample_teacher
+from mogan.sampling.folder import Job, safe_name
+from mogan.sampling.sample import sample
+from mogan.sampling.samplers import sample_student, sample_teacher
 from mogan.schedule import shifted_levels
 from mogan.training.assemble import assemble
 from mogan.training.train import run_training

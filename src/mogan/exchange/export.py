@@ -24,8 +24,8 @@ from mogan.models import wan
 from mogan.models.lora import decompose, factors, merge
 from mogan.ranges import at_least
 from mogan.runs.checkpoint import load_part, student_checkpoint
+from mogan.runs.generator import Generator, open_generator
 from mogan.runs.identity import part_of_run
-from mogan.sampling.sample import Generator, open_generator
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 TOLERANCE = 1e-4  # largest error of a level, in sigma

@@ -20,7 +20,7 @@ from mogan.models.denoiser import Denoiser
 from mogan.motion.flow import RaftFlow, load_raft
 from mogan.ranges import at_least
 from mogan.recipes import find_recipe
-from mogan.sampling.sample import sample_student, sample_teacher, to_frames
+from mogan.sampling.samplers import sample_student, sample_teacher, to_frames
 from mogan.training.assemble import assemble
 from mogan.training.train import resume, run_training
 from mogan.world.scenes import FPS, FRAMES, SIZE, exact_flow, make_scene

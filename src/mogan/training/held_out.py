@@ -18,7 +18,7 @@ from mogan.models.autoencoder import stream_video
 from mogan.motion.flow import flow_of_pieces
 from mogan.motion.pixel_flux import sample_at
 from mogan.runs.checkpoint import held_out_motions, write_held_out_motions
-from mogan.sampling.sample import clips_at_once, sample_student
+from mogan.sampling.samplers import clips_at_once, sample_student
 from mogan.training.assemble import Assembly
 
 CLIPS, AT_ONCE = 64, 8  # judged, so that one clip more or less does not decide; sampled together at most

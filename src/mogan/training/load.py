@@ -19,7 +19,7 @@ from mogan.errors import UserError
 from mogan.models import wan
 from mogan.models.denoiser import Denoiser
 from mogan.models.lora import adapted, hold_in
-from mogan.sampling.sample import open_generator
+from mogan.runs.generator import open_generator
 
 
 @dataclass(frozen=True)

@@ -46,7 +46,7 @@ from mogan.runs.checkpoint import (
 from mogan.runs.identity import check_same_parts, made_of, note_parts, refuse_other_folders
 from mogan.runs.journal import Journal
 from mogan.sampling.rollout import Rollout, animate, normal, roll_out
-from mogan.sampling.sample import clips_at_once, sample_student, seeded, to_frames
+from mogan.sampling.samplers import clips_at_once, sample_student, seeded, to_frames
 from mogan.training.assemble import Assembly, assemble, with_scale
 from mogan.training.held_out import Gain
 from mogan.training.load import find_models

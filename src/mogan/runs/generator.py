@@ -1,0 +1,85 @@
+"""What can be sampled: a folder of a model, or a training run on top of one; and the motion model of a run."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mogan.errors import UserError
+from mogan.models import wan
+from mogan.models.lora import factors, merge
+from mogan.runs.checkpoint import load_part, student_checkpoint
+from mogan.runs.identity import part_of_run, read_config
+
+
+@dataclass(frozen=True)
+class Generator:
+    """Where a generator's parts lie: a diffusers folder, or a training run on top of one."""
+
+    folder: Path
+    sigmas: tuple[float, ...] | None
+    geometry: wan.Geometry
+    run: Path | None = None
+    lora: int | None = None
+
+    def load(self) -> torch.nn.Module:
+        """The transformer; of a run, with the averaged weights or adapters of its newest checkpoint, the latter merged."""
+        transformer = wan.load_transformer(self.folder)
+        if self.lora is not None:
+            merge(transformer, factors(self.average()))
+        elif self.run is not None:
+            transformer.load_state_dict(self.average())
+        return transformer
+
+    def average(self) -> dict[str, Tensor]:
+        """What a run's student learned, averaged: its weights or its adapters."""
+        return load_part(self._checkpoint(), "ema")
+
+    def mark(self) -> str:
+        """Sixteen hex digits that change with the weights that are sampled."""
+        if self.run is None:
+            return wan.fingerprint(self.folder, "transformer")
+        checkpoint = self._checkpoint()
+        return wan.fingerprint(checkpoint.parent, checkpoint.name)
+
+    def _checkpoint(self) -> Path:
+        assert self.run is not None
+        return student_checkpoint(self.run)
+
+
+def open_generator(name: str) -> Generator:
+    """Find a generator by model name, diffusers folder, hub id or training run."""
+    run = Path(name)
+    if (run / "run.json").is_file():
+        folder = part_of_run(run, "student")
+        config = read_config(run)
+        if config.get("motion_score"):
+            raise UserError(
+                f"{name} is a motion model, not a generator: give it as --motion beside a teacher as --model"
+            )
+        return Generator(folder, tuple(config["sigmas"]), wan.geometry(folder), run, config.get("lora"))
+    folder = wan.resolve_model(name)
+    levels = wan.model_facts(folder).get("sigmas")
+    return Generator(folder, tuple(levels) if levels else None, wan.geometry(folder))
+
+
+def open_motion(run: Path, base: Path, frames: int) -> tuple[torch.nn.Module, int]:
+    """The transformer of a motion model's run that saw whole clips of ``frames`` latents, and how many it was given.
+
+    Raises:
+        UserError: the run is none, was trained on other latents or text than ``base``'s, or on shorter windows.
+    """
+    if not (run / "run.json").is_file():
+        raise UserError(f"{run} is not a training run: give --motion the --out of a motion score recipe")
+    config = read_config(run)
+    folder = part_of_run(run, "student")
+    if not config.get("motion_score"):
+        raise UserError(f"{run} trained {config['recipe']}, no motion model: use a recipe such as motion_score_lab")
+    if any(wan.fingerprint(folder, part) != wan.fingerprint(base, part) for part in ("vae", "text_encoder")):
+        raise UserError(f"{run} was trained on latents or text of another model than {base}: train it from that one")
+    windows = config["motion_score"]["windows"]
+    given = next((k for k in (1, 0) if [k, frames - 1] in windows), None)
+    if given is None:
+        raise UserError(f"{run} never saw a whole clip of {frames} latents (windows {windows}): add (1, {frames - 1})")
+    return Generator(folder, None, wan.geometry(folder), run).load(), given

@@ -1,0 +1,75 @@
+"""A folder of clips: how they are called, which of them it lacks, and filling it."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+from mogan.data.video import write_video
+from mogan.errors import UserError
+from mogan.sampling.samples import append_samples, listed_samples, refuse_others
+
+
+@dataclass(frozen=True)
+class Job:
+    """One clip to make: ``index`` counts the seeds of a prompt from 0."""
+
+    prompt: str
+    index: int
+    seed: int
+
+    @property
+    def file(self) -> str:
+        """VBench's name, ``{prompt}-{index}.mp4``."""
+        return f"{safe_name(self.prompt)}-{self.index}.mp4"
+
+
+def safe_name(prompt: str) -> str:
+    """A prompt as a file name: the prompt itself, path separators replaced, cut to what file systems take."""
+    name = prompt.replace("/", "_").replace("\0", "").strip() or "empty"
+    return name.encode()[:240].decode(errors="ignore")
+
+
+def jobs_of(prompts: list[str], seeds: int, first_seed: int) -> list[Job]:
+    """Clips of every prompt and seed, in order.
+
+    Raises:
+        UserError: two prompts would have clips of one name.
+    """
+    jobs = [Job(prompt, k, first_seed + k) for prompt in prompts for k in range(seeds)]
+    prompt_of: dict[str, str] = {}
+    for job in jobs:
+        if prompt_of.setdefault(job.file, job.prompt) != job.prompt:
+            raise UserError(f"two prompts would both be called {job.file[:60]}...: sample them into different folders")
+    return jobs
+
+
+def fill(out: Path, jobs: list[Job], about_all: dict, batch: int, maker: Callable[[list[str]], Callable]) -> None:
+    """Make the clips that a folder lacks; ``maker`` loads what makes them of these prompts."""
+    listed = listed_samples(out)
+
+    def record(job: Job) -> dict:
+        return json.loads(json.dumps({"file": job.file, **vars(job), **about_all}))  # as it is read again
+
+    there = {job for job in jobs if (out / job.file).is_file()}
+    if strange := [job.file for job in jobs if job in there and job.file not in listed]:
+        raise UserError(
+            f"{out} holds {len(strange)} of these clips in no line of samples.jsonl, first {strange[0][:60]}, so nobody knows "
+            "what made them: move them away, or give another --out"
+        )
+    refuse_others(out, listed, [record(job) for job in jobs if job in there])
+    todo = [job for job in jobs if job not in there]
+    if not todo:
+        print(f"{out}: all {len(jobs)} clips are there" if jobs else f"{out}: this shard has no clip to make")
+        return
+    make = maker([job.prompt for job in todo])
+    with tqdm(total=len(jobs), initial=len(jobs) - len(todo), desc=f"sample {out.name}", unit="clip") as bar:
+        for first in range(0, len(todo), batch):
+            part = todo[first : first + batch]
+            for job, frames in zip(part, make(part), strict=True):
+                if listed.get(job.file) != record(job):  # before the clip: a kill leaves no clip that no line names
+                    append_samples(out, [record(job)])
+                write_video(out / job.file, frames, about_all["fps"])
+                bar.update()

@@ -1,0 +1,111 @@
+"""Samplers: a student by its own levels, a teacher by many guided steps; latents to the frames of clips.
+
+A clip depends on its prompt and its seed alone, not on the batch it was made in: seed ``k`` gives what
+``torch.manual_seed(k)`` followed by a call of the stock pipeline gives.
+"""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import UniPCMultistepScheduler
+from torch import Tensor
+
+from mogan.errors import UserError
+from mogan.models import autoencoder
+from mogan.models.denoiser import Denoiser, guided_velocity
+from mogan.models.wan import Geometry
+from mogan.sampling.flowmo import FLOWMO_STEPS, FlowMo
+from mogan.sampling.rollout import normal, roll_out
+
+PIXELS_AT_ONCE = 81 * 480 * 832  # of the clips that are made together: a clip of Wan's size keeps a GPU busy alone
+CLIPS_AT_ONCE = 16  # of clips however small: a run that is stopped loses no more
+
+
+def clips_at_once(size: Geometry, most: int = CLIPS_AT_ONCE) -> int:
+    """How many clips of a size are made together: as many as ``PIXELS_AT_ONCE`` holds, at least one."""
+    return max(1, min(most, PIXELS_AT_ONCE // (size.frames * size.height * size.width)))
+
+
+def seeded(seeds: list[int]) -> list[torch.Generator]:
+    """One generator per clip."""
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+@torch.no_grad()
+def sample_student(
+    student: Denoiser, text_BLD: Tensor, shape: tuple[int, ...], sigmas: tuple[float, ...], seeds: list[int]
+) -> Tensor:
+    """Latents of one clip per seed, by the student's own steps."""
+    generators = seeded(seeds)
+    noise = normal(torch.Size((len(seeds), *shape)), generators, text_BLD.device)
+    return roll_out(student, noise, text_BLD, sigmas, generators).x0_BCFHW
+
+
+@torch.no_grad()
+def sample_teacher(
+    teacher: Denoiser,
+    text_BLD: Tensor,
+    null_1LD: Tensor,
+    shape: tuple[int, ...],
+    seeds: list[int],
+    *,
+    steps: int,
+    guidance: float,
+    shift: float,
+    solver: str = "unipc",
+    flowmo: bool = False,
+    change: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
+) -> Tensor:
+    """Latents of one clip per seed, by ``steps`` guided steps of UniPC (Wan's own solver) or Euler.
+
+    With ``flowmo`` the first 12 steps are guided towards latents whose temporal variance is low. ``change`` maps
+    ``(velocity, x, sigma)`` to the velocity that is followed; see :func:`mogan.sampling.motion_score.steer`.
+    """
+    x = normal(torch.Size((len(seeds), *shape)), seeded(seeds), text_BLD.device)
+    scheduler = UniPCMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift, solver_order=2
+    )
+    scheduler.set_timesteps(steps, device=x.device)
+    levels = scheduler.sigmas.to(x.device)
+    smoother = FlowMo() if flowmo else None
+    for i, timestep in enumerate(scheduler.timesteps):
+        told = (timestep / 1000).expand(len(x)).float()  # UniPC rounds timesteps; the network is told what Wan tells it
+        predict = partial(guided_velocity, teacher, sigma=told, text_BLD=text_BLD, null_BLD=null_1LD, guidance=guidance)
+        if smoother is not None and i < FLOWMO_STEPS:
+            x = smoother(x, predict, levels[i])
+        velocity = predict(x)
+        if change is not None:
+            velocity = change(velocity, x, told)
+        if solver == "euler":
+            x = x + (levels[i + 1] - levels[i]) * velocity
+        else:
+            x = scheduler.step(velocity, timestep, x, return_dict=False)[0]
+    return x
+
+
+def clips_of(vae: Any, latents_BCFHW: Tensor) -> list[Iterator[np.ndarray]]:
+    """Each clip as a stream of frames.
+
+    Raises:
+        UserError: one is not made of numbers; it would be shown as black.
+    """
+    if not latents_BCFHW.isfinite().all():
+        raise UserError(
+            "sampling ended in numbers that are infinite or none (NaN): take a guidance and a shift nearer to the model's own, or "
+            "--precision fp32; if it samples so by itself, its weights are damaged"
+        )
+    return [pictures(vae, latent) for latent in latents_BCFHW.split(1)]
+
+
+def pictures(vae: Any, latent_1CFHW: Tensor) -> Iterator[np.ndarray]:
+    """Frames of one clip, uint8 ``(H, W, 3)``, as they are decoded."""
+    for piece in autoencoder.stream_video(vae, latent_1CFHW):
+        yield from to_frames(piece)[0]
+
+
+def to_frames(video_BCFHW: Tensor) -> np.ndarray:
+    """Video in [-1, 1] to uint8 arrays ``(B, F, H, W, 3)``."""
+    return ((video_BCFHW + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 4, 1).cpu().numpy()
