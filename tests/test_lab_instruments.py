@@ -4,17 +4,11 @@ import cv2
 import numpy as np
 import pytest
 
-from mogan.world.instruments import (
-    Caption,
-    chord_speed,
-    cover,
-    lawful_path,
-    parse_caption,
-    physics_residual,
-    read_instruments,
-    track,
-)
+from mogan.world.captions import Caption, parse_caption
+from mogan.world.instruments import read_instruments
+from mogan.world.laws import chord_speed, lawful_path, physics_residual
 from mogan.world.scenes import COLOURS, KINDS, make_scene, render
+from mogan.world.tracking import cover, track
 
 CLIPS = 60
 

@@ -27,7 +27,8 @@ from mogan.evaluation.sets import set_metrics
 from mogan.evaluation.statistics import mean_interval
 from mogan.evaluation.tools import Tools, choose_flow, gather_tools
 from mogan.evaluation.vbench import read_info, restrict
-from mogan.world.instruments import parse_caption, read_instruments
+from mogan.world.captions import parse_caption
+from mogan.world.instruments import read_instruments
 
 Record = dict[str, Any]
 

@@ -23,7 +23,7 @@ from mogan.evaluation.pairs import Remembered
 from mogan.models.defaults import WITHOUT_WEIGHTS, usual_flow
 from mogan.motion import estimators
 from mogan.motion.flow import FlowEstimator, RaftFlow
-from mogan.world.instruments import parse_caption
+from mogan.world.captions import parse_caption
 from mogan.world.scenes import SIZE
 
 ITERATIONS = 20  # of RAFT, as VBench
