@@ -19,11 +19,13 @@ import torch.nn.functional as F
 from PIL import Image
 
 from mogan.cli import main
-from mogan.data import prepare as module
 from mogan.data.cache import draw_batch, open_cache
+from mogan.data.choice import vbench_threshold
 from mogan.data.clips import clips_of, motion_of, shots
 from mogan.data.listing import scan
-from mogan.data.prepare import prepare_cache, prepare_prompts
+from mogan.data.prepare import DISCRIMINATOR_PROMPT
+from mogan.data.prepare_clips import prepare_clips
+from mogan.data.prepare_prompts import prepare_prompts
 from mogan.data.video import Frame, write_video
 from mogan.errors import UserError
 from mogan.world import scenes as world
@@ -69,7 +71,7 @@ def run(source, out, **how):
         "estimate_flow": difference_flow,
         "caption": "default",
     } | how
-    return prepare_cache(source, out, **how)
+    return prepare_clips(source, out, **how)
 
 
 def lines(path):
@@ -313,7 +315,7 @@ def test_a_file_that_was_broken_is_tried_again_and_the_rest_is_not(tmp_path, mon
     again = run(folder, tmp_path / "c", estimate_flow=lambda v: (measured.append(1), difference_flow(v))[1])
     assert (again.kept, again.skipped, again.encoded, len(measured)) == (2, 0, 1, 1)
     monkeypatch.setattr("mogan.data.measure.read_frames", None)  # nothing is opened a third time
-    monkeypatch.setattr(module, "read_frames", None)
+    monkeypatch.setattr("mogan.data.encode.read_frames", None)
     third = run(folder, tmp_path / "c", encode_video=None, encode_text=None, estimate_flow=None)
     assert (third.kept, third.encoded) == (2, 0)
 
@@ -492,7 +494,7 @@ def test_the_command_prepares_videos_and_prompts_with_real_networks(tmp_path, fa
     batch = draw_batch(cache, seed=0, iteration=0, update=0, size=2, want=("latent",))
     assert batch.latent_BCFHW.shape == (2, 4, 4, 4, 4)
     assert batch.text[0].shape[1] == 64
-    cache.text(module.DISCRIMINATOR_PROMPT)
+    cache.text(DISCRIMINATOR_PROMPT)
 
     assert main([*command[:-1], "nowhere"]) == 2
     assert "no flow network at" in capsys.readouterr().err
@@ -525,9 +527,9 @@ def test_videos_without_captions_are_kept_where_they_are_asked_for(tmp_path, cap
 
 
 def test_the_default_threshold_is_vbenchs():
-    assert module.vbench_threshold(Geometry(8, 256, 256, 9)) == 6.0  # where VBench states it
-    assert module.vbench_threshold(Geometry(16, 64, 64, 17)) == 0.75
-    assert module.vbench_threshold(Geometry(16, 480, 832, 81)) == pytest.approx(5.625)
+    assert vbench_threshold(Geometry(8, 256, 256, 9)) == 6.0  # where VBench states it
+    assert vbench_threshold(Geometry(16, 64, 64, 17)) == 0.75
+    assert vbench_threshold(Geometry(16, 480, 832, 81)) == pytest.approx(5.625)
 
 
 # ---------------------------------------------------------------------------------------------- killed

@@ -5,7 +5,9 @@ import json
 import pytest
 
 from mogan.data.cache import open_cache
-from mogan.data.prepare import prepare, prepare_cache, prepare_prompts
+from mogan.data.prepare import prepare
+from mogan.data.prepare_clips import prepare_clips
+from mogan.data.prepare_prompts import prepare_prompts
 from mogan.data.tokens import about_tokens, load_tokens
 from mogan.data.video import write_video
 from mogan.models import wan
@@ -51,7 +53,7 @@ def test_a_cache_keeps_what_was_said(tmp_path, capsys):
         (tmp_path / f"v/{name}.txt").write_text(f"{LONG} {name}")
     how = {"geometry": GEOMETRY, "fingerprints": FACTS, "encode_video": encode_video, "encode_text": encode_text}
     count = lambda prompts: [[1] * len(prompt.split()) for prompt in prompts]  # noqa: E731
-    found = prepare_cache(tmp_path / "v", tmp_path / "c", estimate_flow=difference_flow, tokens=count, **how)
+    found = prepare_clips(tmp_path / "v", tmp_path / "c", estimate_flow=difference_flow, tokens=count, **how)
     said = capsys.readouterr().out
     assert "2 captions have more than 512 tokens (first a.mp4, 601)" in said
     assert (tmp_path / "c/warnings.log").read_text() == "".join(f"{note}\n" for note in found.notes)

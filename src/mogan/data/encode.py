@@ -1,0 +1,52 @@
+"""The second pass over videos: encode the clips that are kept and not there yet."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from mogan.data import cache as data
+from mogan.data.clips import make_clip, to_video
+from mogan.data.listing import Source
+from mogan.data.measure import Done, in_threads
+from mogan.data.video import read_frames
+from mogan.errors import UserError
+from mogan.models.defaults import Geometry
+
+
+def encode(
+    sources: list[Source], kept: list[dict], out: Path, geometry: Geometry, encode_video: Callable, workers: int
+) -> int:
+    """Store the latents of kept clips that are not there yet; returns how many."""
+    missing: dict[str, list[dict]] = {}
+    for entry in kept:
+        if not data.clip_path(out, entry["id"]).exists():
+            missing.setdefault(entry["source"], []).append(entry)
+    jobs = [s for s in sources if s.name in missing]
+    total = sum(map(len, missing.values()))
+    size = (geometry.height, geometry.width)
+
+    def read(source: Source) -> Iterator[tuple[dict, np.ndarray]]:
+        entries = {e["start"]: e for e in missing[source.name]}
+        only = {start + i for start in entries for i in range(geometry.frames)}
+        held = []
+        for frame in read_frames(source.path, fps=geometry.fps, size=size, only=only):
+            held.append(frame)
+            if len(held) == geometry.frames:
+                yield entries[held[0].number], make_clip(held).frames_FHWC
+                held = []
+
+    with tqdm(total=total, desc="encode", unit="clip", disable=not total) as bar:
+        for source, item in in_threads(jobs, read, workers):
+            if isinstance(item, Done):
+                if item.error:
+                    raise UserError(
+                        f"{source.path} changed while it was read ({item.error}): run the same command again"
+                    )
+                continue
+            entry, frames_FHWC = item
+            latent = encode_video(to_video(frames_FHWC))[0]
+            data.save_latent(out, entry["id"], latent, {"source": source.name, "sha": entry["sha"]})
+            bar.update()
+    return total

@@ -1,0 +1,53 @@
+"""A cache's folder while it is filled: whose it is, its lists, what there is to say about it."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from mogan.data import cache as data
+from mogan.disk.files import json_line, replacing, write_atomically
+from mogan.disk.locks import LOCK
+from mogan.errors import UserError
+
+
+def claim(out: Path, facts: dict[str, Any]) -> None:
+    """Write ``cache.json``, or make sure that an earlier run wrote the same."""
+    there = data.read_facts(out)
+    if there is not None:
+        different = data.differences(there, {k: v for k, v in facts.items() if k not in ("model", "flow_name")})
+        if different:
+            raise UserError(f"the cache in {out} {different}: use the same options, or another --out")
+        return
+    if out.exists() and any(not path.name.startswith((LOCK, ".tmp-", "cache.json")) for path in out.iterdir()):
+        raise UserError(f"{out} is not empty and not a cache: give another --out")
+    with replacing(out / "cache.json", shared=True) as temporary:
+        temporary.write_text(json.dumps({"format": data.FORMAT, "version": data.VERSION} | facts, indent=2) + "\n")
+
+
+@contextmanager
+def claimed_by_work_alone(out: Path, shard: str | None) -> Iterator[None]:
+    """Take a new ``cache.json`` away again if nothing was made: a failed start, as with damaged weights, ties the folder to
+    nothing. Other shards may be at work under what one of them wrote.
+    """
+    new = shard is None and data.read_facts(out) is None
+    try:
+        yield
+    except BaseException:
+        if new and all(path.name.startswith((LOCK, ".tmp-", "cache.json")) for path in out.iterdir()):
+            (out / "cache.json").unlink(missing_ok=True)
+        raise
+
+
+def write_lines(path: Path, rows: list[dict]) -> None:
+    """One JSON line per row."""
+    with replacing(path) as temporary:
+        temporary.write_bytes(b"".join(map(json_line, rows)))
+
+
+def tell(out: Path, notes: list[str]) -> None:
+    """Print what the user should know, and keep it in the cache."""
+    for note in notes:
+        print(note)
+    write_atomically(out / "warnings.log", "".join(f"{note}\n" for note in notes))
