@@ -14,10 +14,12 @@ import torch
 from mogan.data.video import write_video
 from mogan.errors import UserError
 from mogan.evaluation.clips import find_systems, read_folder
-from mogan.evaluation.evaluate import NEEDED, _Kept, evaluate, table
+from mogan.evaluation.evaluate import evaluate
 from mogan.evaluation.frames import Clip, read_frames
+from mogan.evaluation.kept import NEEDED, Kept
 from mogan.evaluation.measure import measure
 from mogan.evaluation.sets import appearance_distance
+from mogan.evaluation.table import table
 from mogan.world.scenes import make_scene, render
 
 
@@ -112,7 +114,7 @@ def test_a_stopped_evaluation_goes_on_where_it_was(results, folders, tmp_path, m
     def forbidden(*_, **__):
         raise AssertionError("measured again")
 
-    monkeypatch.setattr("mogan.evaluation.evaluate.measure", forbidden)
+    monkeypatch.setattr("mogan.evaluation.records.measure", forbidden)
     again = evaluate(folders, out=out, flow="farneback", reference=folders[0])
     before = json.loads(results.read_text())
     for name, system in before["systems"].items():
@@ -128,7 +130,7 @@ def test_shards_share_the_work_and_the_command_without_one_finishes_it(results, 
         evaluate(folders, shard=shard, **words)
         assert not out.exists()
     assert "after all shards, the command without --shard writes" in capsys.readouterr().out
-    monkeypatch.setattr("mogan.evaluation.evaluate.measure", lambda *a, **k: pytest.fail("measured again"))
+    monkeypatch.setattr("mogan.evaluation.records.measure", lambda *a, **k: pytest.fail("measured again"))
     evaluate(folders, **words)
     ours, theirs = (json.loads(path.read_text())["systems"] for path in (out, results))
     assert {name: s["metrics"] for name, s in ours.items()} == {name: s["metrics"] for name, s in theirs.items()}
@@ -139,8 +141,8 @@ def test_shards_share_the_work_and_the_command_without_one_finishes_it(results, 
 WRITER = """
 import sys
 from pathlib import Path
-from mogan.evaluation.evaluate import NEEDED, _Kept
-kept = _Kept(Path(sys.argv[1]))
+from mogan.evaluation.kept import NEEDED, Kept
+kept = Kept(Path(sys.argv[1]))
 for number in range(40):
     kept.put(f"{sys.argv[2]}-{number}", dict.fromkeys(NEEDED) | {"values": [number] * 5000})
 """
@@ -151,7 +153,7 @@ def test_values_kept_by_many_processes_at_once_are_all_there(tmp_path):
     path.write_text(json.dumps({"key": "old", "record": dict.fromkeys(NEEDED)}) + '\n{"key": "torn by a ki')
     writers = [subprocess.Popen([sys.executable, "-c", WRITER, str(path), str(name)]) for name in range(3)]
     assert [writer.wait(120) for writer in writers] == [0, 0, 0]
-    kept = _Kept(path)
+    kept = Kept(path)
     assert kept.get("old") == dict.fromkeys(NEEDED)
     assert all(kept.get(f"{n}-{i}")["values"] == [i] * 5000 for n in range(3) for i in range(40))
 

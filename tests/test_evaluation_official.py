@@ -100,7 +100,7 @@ def test_vbench_is_asked_about_the_same_clips_and_the_differences_are_kept(tmp_p
 
 
 def test_a_python_without_vbench_is_refused_before_anything_is_measured(tmp_path, python, monkeypatch):
-    monkeypatch.setattr("mogan.evaluation.evaluate.measure", lambda *_, **__: pytest.fail("measured"))
+    monkeypatch.setattr("mogan.evaluation.records.measure", lambda *_, **__: pytest.fail("measured"))
     clips = write_clips(tmp_path / "still", count=1)
     with pytest.raises(UserError, match=r"cannot import vbench \(ModuleNotFoundError.*pip install vbench"):
         evaluate((clips,), out=tmp_path / "r.json", flow="farneback", compare_vbench=sys.executable)

@@ -75,7 +75,7 @@ def keep_measured(path: Path, home: Path, out: Path, jobs: list[Job]) -> Measure
 
 def records(folder: Path, results: Path) -> list[Record]:
     """Values and features of a folder's clips, from the file that the evaluation kept."""
-    from mogan.evaluation.evaluate import measured
+    from mogan.evaluation.records import measured
 
     found = measured([read_folder(folder, folder.name)], [results.with_suffix(".clips.jsonl")], quick=True)[0]
     if broken := [record["error"] for record in found if "error" in record]:

@@ -1,0 +1,39 @@
+"""Values of clips that were measured before, beside the results."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from mogan.disk.locks import locked
+
+Record = dict[str, Any]
+NEEDED = {"sha256", "frames", "height", "width", "fps", "values", "pair_scores", "threshold", "features"}
+
+
+class Kept:
+    """Values measured before, one JSON line each, by any number of processes; a torn or damaged line is not used."""
+
+    def __init__(self, path: Path):
+        self._path = path
+        self._found: dict[str, Record] = {}
+        if path.is_file():
+            for line in path.read_bytes().split(b"\n"):
+                try:
+                    row = json.loads(line)
+                    if NEEDED <= row["record"].keys():
+                        self._found[row["key"]] = row["record"]
+                except (ValueError, KeyError, TypeError, AttributeError):
+                    continue
+
+    def get(self, key: str) -> Record | None:
+        """What is known under a key."""
+        return self._found.get(key)
+
+    def put(self, key: str, record: Record) -> None:
+        """Remember, on disk too."""
+        self._found[key] = record
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        with self._path.open("a") as file, locked(file.fileno()):
+            file.write("\n" * (file.seek(0, os.SEEK_END) > 0) + json.dumps({"key": key, "record": record}))
+            file.flush()

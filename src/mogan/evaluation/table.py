@@ -1,0 +1,26 @@
+"""Results as text."""
+
+from typing import Any
+
+from mogan.evaluation.names import METRICS
+
+
+def table(results: dict[str, Any]) -> str:
+    """Metrics by systems as text, each as mean and interval."""
+    systems = results["systems"]
+    names = [name for name in METRICS if any(name in s["metrics"] for s in systems.values())]
+    rows = [["", *systems]]
+    for name in names:
+        unit = f" ({METRICS[name].unit})" if METRICS[name].unit else ""
+        rows.append([METRICS[name].label + unit, *(_cell(s["metrics"].get(name)) for s in systems.values())])
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    )
+
+
+def _cell(metric: dict[str, Any] | None) -> str:
+    if metric is None:
+        return "-"
+    interval = f" [{metric['ci95'][0]:.3g}, {metric['ci95'][1]:.3g}]" if metric["ci95"] else ""
+    return f"{metric['mean']:.3g}{interval}"
