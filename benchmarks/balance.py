@@ -21,21 +21,21 @@ from mogan.recipes import find_recipe
 from mogan.runs.checkpoint import checkpoints, load_checkpoint
 from mogan.sampling.rollout import normal, roll_out
 from mogan.training.assemble import Assembly, assemble
-from mogan.training.train import Position, draw
+from mogan.training.steps import Position, draw
 
 SIZES = ((5, 64, 3), (5, 128, 3), (9, 64, 5), (9, 128, 5))  # latent frames, pixels of a side, latent frames observed
 
 
 def norms(parts: Assembly, update: Update, where: Position, exit_step: int) -> tuple[float, float]:
     """Of one loss's gradient: with respect to a sample (root mean square over clips), and to the student's parameters."""
-    batch = draw(parts, update, where)
+    batch = draw(parts, where)
     seeds = where.generators(2, batch)
     noise = normal(torch.Size((len(seeds), *parts.latent_shape)), seeds, parts.device)
     text = stack_text(batch.text, parts.device)
     rollout = roll_out(parts.student, noise, text, parts.config.sigmas, seeds, exit_step=exit_step, grad=True)
-    loss, _ = parts.objectives[update.by].student_loss(rollout, batch, where.generators(3, batch))
+    loss, _ = parts.objectives[update.by].losses["student"](rollout, batch, where.generators(3, batch))
     learned = [p for p in parts.student.parameters() if p.requires_grad]
-    found = torch.autograd.grad(loss, [rollout.x0_BCFHW, *learned], allow_unused=True)
+    found = torch.autograd.grad(loss, [rollout.sample_BCFHW, *learned], allow_unused=True)
     sample, *parameters = (g for g in found if g is not None)
     of_clips = len(sample) * sample.flatten(1).norm(dim=1)  # the loss is a mean over clips
     return of_clips.square().mean().sqrt().item(), torch.stack([g.norm() for g in parameters]).norm().item()
@@ -47,7 +47,7 @@ def resize(parts: Assembly, frames: int, side: int, window: int) -> None:
     of_latents = height * side // parts.geometry.height
     parts.latent_shape = (channels, frames, of_latents, of_latents)
     parts.geometry = dataclasses.replace(parts.geometry, height=side, width=side)
-    parts.objectives["gan"].observe = dataclasses.replace(parts.objectives["gan"].observe, window=window)
+    parts.objectives["gan"].judge.observe = dataclasses.replace(parts.objectives["gan"].judge.observe, window=window)
 
 
 def rms(values: list[float]) -> float:
@@ -64,8 +64,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     arguments = parser.parse_args()
     config = dataclasses.replace(find_recipe("mogan_lab"), precision="fp32")
-    assert config.gan is not None
-    config = dataclasses.replace(config, gan=dataclasses.replace(config.gan, starts=(0,)))
+    config = config.changed("gan", starts=(0,))
     parts = assemble(config, open_cache(arguments.data), model="lab", run=None, device="cpu")
     print(f"seed {arguments.seed}, batch {arguments.batch}, fp32\n")
     print(

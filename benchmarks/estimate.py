@@ -9,8 +9,8 @@ from dataclasses import replace
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
+from mogan.costs.shapes import read_shapes
 from mogan.estimate.check import compare, small
-from mogan.estimate.shapes import read_shapes
 from mogan.models.wan import Geometry
 
 

@@ -21,11 +21,11 @@ from pathlib import Path
 import torch
 
 from mogan.config import Config
+from mogan.costs.machines import MACHINES
 from mogan.data.cache import ensure_text, open_cache, save_latent, text_path
 from mogan.data.prepare import DISCRIMINATOR_PROMPT
 from mogan.disk.files import write_atomically
 from mogan.estimate.command import pricing
-from mogan.estimate.machines import MACHINES
 from mogan.estimate.random_wan import random_wan
 from mogan.models.attention import stack_text
 from mogan.models.wan import fingerprint, geometry, latent_shape, load_text
@@ -33,7 +33,7 @@ from mogan.motion.flow import RaftConfig, save_raft
 from mogan.recipes import find_recipe
 from mogan.sampling.rollout import roll_out
 from mogan.training.assemble import Assembly, assemble
-from mogan.training.train import Position, step
+from mogan.training.steps import Position, step
 
 SIZES = ((81, 480, 832), (81, 320, 576), (49, 320, 576), (49, 256, 448))  # the next one where the last did not fit
 DRY = (49, 64, 64)
@@ -47,10 +47,9 @@ BEGIN, END = "<!-- make gpu writes below -->", "<!-- make gpu wrote above -->"
 
 def one_clip(config: Config, frames: int) -> Config:
     """The recipe at batch 1, each update once, one window in the middle, RAFT with random weights."""
-    assert config.gan is not None
     plan = tuple(replace(u, batch=1, accumulate=1, times=1) for u in config.plan)
-    middle = (1 + (frames - 1) // 4 - config.gan.window) // 2
-    return replace(config, plan=plan, gan=replace(config.gan, starts=(middle,)), sample_prompts=0)
+    middle = (1 + (frames - 1) // 4 - config.objectives["gan"].window) // 2
+    return replace(config.changed("gan", starts=(middle,)), plan=plan, sample_prompts=0)
 
 
 def random_raft(path: Path) -> Path:
@@ -101,7 +100,7 @@ def run_iteration(parts: Assembly) -> list[tuple[str, float, float, float]]:
                 torch.cuda.reset_peak_memory_stats()
             record: dict[str, float] = {}
             where = Position(0, iteration, index, 0)
-            seconds = timed(lambda r=record, u=update, w=where: r.update(step(parts, u, w)), parts.device)
+            seconds = timed(lambda r=record, w=where: r.update(step(parts, w)), parts.device)
         peak = torch.cuda.max_memory_allocated() if parts.device.type == "cuda" else math.nan
         assert math.isfinite(record["loss"]), f"{update.label}: the loss is {record['loss']}"
         rows.append((update.label, record["loss"], seconds, float(peak)))
@@ -135,13 +134,13 @@ def measure(work: Path, clip: tuple[int, int, int], device: str, narrow: bool) -
         changes = NARROW if narrow else None
         random_wan(model, layers=16 if narrow else None, text_layers=1, clip=clip, changes=changes)
     config = one_clip(find_recipe("mogan_wan_1_3b"), clip[0])
-    config = replace(config, gan=replace(config.gan, flow=str(raft)))
+    config = config.changed("gan", flow=str(raft))
     cache = work / f"cache-{'narrow-' if narrow else ''}{'x'.join(map(str, clip))}"
     if not cache.exists():
         random_cache(cache, model, clip)
     if narrow:  # raft_large needs 128 pixels, a small one reads 64
         save_raft(RaftConfig().build(), RaftConfig(), work / "raft")
-        config = replace(config, gan=replace(config.gan, flow=str(work / "raft"), flow_iterations=2))
+        config = config.changed("gan", flow=str(work / "raft"), flow_iterations=2)
     parts = assemble(config, open_cache(cache), model=str(model), student=str(model), run=None, device=device)
     rows = run_iteration(parts)
     few, many = sampling_seconds(parts)

@@ -24,8 +24,9 @@ from mogan.models import attention
 from mogan.models.discriminator import Discriminator
 from mogan.objectives.gan import GAN
 from mogan.recipes import find_recipe
+from mogan.recipes.mogan import gan_of
 from mogan.training.assemble import assemble
-from mogan.training.train import resume
+from mogan.training.loop import resume
 
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "convolution", "convolution_backward")
 
@@ -47,9 +48,8 @@ def _ten_bits(x: Tensor) -> Tensor:
 
 def penalty(weights: Discriminator, network: Any, real: Tensor, sigma: float = 0.01) -> tuple[float, Tensor, float]:
     """R1, its gradient with respect to ``weights`` as one fp64 vector, seconds; ``network`` is how they are called."""
-    gan = GAN(
-        network, None, student_weight=0.0, judge_weight=0.0, r1=1.0, r2=0.0, noise=sigma, normalise=True
-    )  # the logistic loss weighs nothing
+    lab = gan_of(find_recipe("mogan_lab"))  # the logistic loss weighs nothing
+    gan = GAN(network, None, replace(lab, judge_weight=0.0, r1=1.0, r2=0.0, noise=sigma))
     weights.zero_grad(set_to_none=False)
     began = time.perf_counter()
     loss, _ = gan.tell_apart(real, real, torch.Generator().manual_seed(3))

@@ -11,7 +11,7 @@ from mogan.config import Config
 from mogan.disk.files import write_atomically
 from mogan.estimate.command import pricing
 from mogan.recipes import find_recipe
-from mogan.training.train import with_batch
+from mogan.training.steps import with_batch
 
 GPUS = ("4090", "l40s", "h100", "h200")  # 24, 48, 80, 141 GB
 NUMBERS = (1, 8, 16, 64)

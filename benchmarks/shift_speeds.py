@@ -135,8 +135,9 @@ def run(method: str, start: Denoiser, updates: int, seed: int) -> list[dict[str,
     student, sigmas, options = Denoiser(Line()), shifted_levels(10, 3.0), METHODS[method]
     student.load_state_dict(start.state_dict())
     rewards = MotionRewards((FRAMES, 1, 1), patch=(FRAMES - 1, 1, 1), width=32, depth=1, heads=2, clip=(-4.0, 4.0))
-    numbers = {"guidance": 1.0, "sigmas": sigmas, "given": 1, "points": 1, "shift": 3.0, "beta": 1.0}
-    shift = Shift(student, rewards, see, TEXT, weight=options["weight"], **numbers)
+    lab = shift_lab().objectives["shift"]
+    settings = replace(lab, guidance=1.0, points=1, shift=3.0, beta=1.0, weight=options["weight"])
+    shift = Shift(student, rewards, see, TEXT, settings, sigmas=sigmas, given=1)
     learner = torch.optim.AdamW(student.parameters(), 3e-4)
     judge = torch.optim.AdamW(rewards.parameters(), 1e-3, weight_decay=0.01)
 
@@ -149,7 +150,8 @@ def run(method: str, start: Denoiser, updates: int, seed: int) -> list[dict[str,
     for iteration in range(updates // TIMES):
         batch = pairs()
         if options["fixed"]:
-            batch = replace(batch, pairs=replace(batch.pairs, advantage_B2=torch.tensor([[0.0, 1.0]] * BATCH)))
+            pair = replace(batch.more["pairs"], advantage_B2=torch.tensor([[0.0, 1.0]] * BATCH))
+            batch = replace(batch, more={"pairs": pair})
         for _ in range(TIMES):
             optimise(learner, shift.student_loss(None, batch, generator)[0], student)
             if options["refresh"]:

@@ -21,18 +21,18 @@ from mogan.recipes import find_recipe
 from mogan.sampling.rollout import normal
 from mogan.schedule import add_noise
 from mogan.training.assemble import Assembly, assemble
-from mogan.training.train import Position, draw, draw_exit, step
+from mogan.training.steps import Position, draw, step
 
 
 def bare(parts: Assembly, update: Update, where: Position) -> None:
     """The network calls of one update and their backward pass, nothing else."""
     config, student = parts.config, parts.student
-    batch = draw(parts, update, where)
+    batch = draw(parts, where)
     text = stack_text(batch.text)
     generator = where.generator(9)
     x = normal(torch.Size((update.batch, *parts.latent_shape)), generator, "cpu")
     trains_student = update.learns == "student"
-    exit_step = draw_exit(config, where)
+    exit_step = parts.rollout.draw(config.sigmas, where.generator(0))
     for i in range(exit_step + 1):
         sigma = torch.full((update.batch,), config.sigmas[i])
         with torch.set_grad_enabled(trains_student and i == exit_step):
@@ -41,7 +41,7 @@ def bare(parts: Assembly, update: Update, where: Position) -> None:
             x = add_noise(x0, normal(x0.shape, generator, "cpu"), torch.full((update.batch,), config.sigmas[i + 1]))
     sigma = torch.rand(update.batch, generator=generator)
     if update.by == "dmd":
-        dmd = parts.objectives["dmd"]
+        dmd = parts.objectives["dmd"].judge
         if trains_student:
             with torch.no_grad():
                 dmd.teacher.velocity(torch.cat([x0, x0]), torch.cat([sigma, sigma]), torch.cat([text, text]))
@@ -50,7 +50,7 @@ def bare(parts: Assembly, update: Update, where: Position) -> None:
         else:
             dmd.fake_score.velocity(x0, sigma, text).square().mean().backward()
         return
-    gan = parts.objectives["gan"]
+    gan = parts.objectives["gan"].judge
     with torch.set_grad_enabled(trains_student):
         seen = gan.observe(x0, batch.window_start).latent_BCFHW
     if trains_student:

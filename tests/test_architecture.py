@@ -7,7 +7,20 @@ import pytest
 
 SOURCE = Path(__file__).parent.parent / "src" / "mogan"
 ORDER = [  # a room may use those before it
-    *("errors", "schedule", "ranges", "config", "disk", "devices", "distributed", "models", "motion", "data", "runs"),
+    *(
+        "errors",
+        "schedule",
+        "ranges",
+        "config",
+        "disk",
+        "devices",
+        "distributed",
+        "models",
+        "motion",
+        "costs",
+        "data",
+        "runs",
+    ),
     *("sampling", "objectives", "recipes", "training", "world", "evaluation", "estimate", "exchange", "report", "lab"),
     *("survey", "study", "cli"),
 ]

@@ -10,7 +10,7 @@ from mogan.data.cache import open_cache
 from mogan.disk.files import replacing
 from mogan.errors import UserError
 from mogan.models.wan import Geometry, fingerprint, latent_shape, load_text, load_transformer, resolve_model
-from mogan.training.train import run_training
+from mogan.training.loop import run_training
 from test_train import build
 from tiny_recipes import flow_matching
 

@@ -12,7 +12,7 @@ from mogan.errors import UserError
 from mogan.models.denoiser import compile_blocks
 from mogan.runs.checkpoint import check_same_run, latest_checkpoint, stored
 from mogan.training.load import check_processes
-from mogan.training.train import resume, run_training
+from mogan.training.loop import resume, run_training
 from test_distributed import assert_same_trajectory, train_alone, train_together
 from test_train import build
 from tiny_recipes import dmd, mogan

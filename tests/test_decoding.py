@@ -17,7 +17,7 @@ from mogan.models.wan import Geometry, load_vae
 from mogan.motion.flow import RaftFlow, flow_of_pieces, load_raft
 from mogan.sampling.samplers import CLIPS_AT_ONCE, PIXELS_AT_ONCE, clips_at_once, pictures, to_frames
 from mogan.training.held_out import net_motion
-from mogan.training.train import run_training
+from mogan.training.loop import run_training
 from test_held_out import held_out, parts_of  # noqa: F401  # fixtures
 from tiny_recipes import mogan
 

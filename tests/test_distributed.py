@@ -19,6 +19,7 @@ from diffusers import WanTransformer3DModel
 from hypothesis import given
 from hypothesis import strategies as st
 
+import tiny_recipes
 from conftest import TRANSFORMER
 from mogan.data.cache import ensure_text, one_ahead, open_cache
 from mogan.distributed import World, join, whole
@@ -26,7 +27,8 @@ from mogan.errors import UserError
 from mogan.models.wan import load_text
 from mogan.runs.checkpoint import held_out_motions, latest_checkpoint, load_checkpoint, save_checkpoint, stored
 from mogan.training.assemble import assemble
-from mogan.training.train import Position, _graceful_stop, draw, parts_of, run_training, step
+from mogan.training.loop import _graceful_stop, run_training
+from mogan.training.steps import Position, draw, parts_of, step
 from tiny_recipes import dmd, flow_matching, mogan, shift
 
 HERE = Path(__file__).parent
@@ -77,7 +79,7 @@ def command(recipe, family, cache, out, *more):
 
 def train_alone(config, family, cache, out):
     out.mkdir(exist_ok=True)
-    student = str(family / "student") if config.gan else None
+    student = tiny_recipes.start(config, family)
     parts = assemble(config, open_cache(cache), model=str(family / "teacher"), student=student, run=out, device="cpu")
     before = {name: tensor.clone() for name, tensor in parts.state().items()}
     run_training(parts, out)
@@ -218,8 +220,10 @@ def gradients(config, family, student, cache, world=None):
         world=world,
     )
     if world is None:  # the blocks' weights as sharding gathers them: of a penalised discriminator as they are
-        rounded = [n for name, n in parts.networks.items() if name != "discriminator" or not config.gan.r1]
-        called = [*rounded, parts.objectives["dmd"].teacher]
+        rounded = [
+            n for name, n in parts.networks.items() if name != "discriminator" or not config.objectives["gan"].r1
+        ]
+        called = [*rounded, parts.objectives["dmd"].judge.teacher]
         for p in (p for network in called for p in network.transformer.blocks.parameters()):
             p.data = p.data.bfloat16().float()
     learnable = {n: [p.requires_grad for p in network.parameters()] for n, network in parts.networks.items()}
@@ -234,7 +238,7 @@ def gradients(config, family, student, cache, world=None):
         optimizer.step = lambda network=network, handed=handed: handed.update(
             {name: whole(p.grad).clone() for name, p in network.named_parameters() if p.grad is not None}
         )
-        logs = step(parts, update, Position(0, 0, index, 0))
+        logs = step(parts, Position(0, 0, index, 0))
         found[update.label] = logs, handed
         for name, other in parts.networks.items():  # what judged is frozen no longer, and was handed nothing
             assert [p.requires_grad for p in other.parameters()] == learnable[name]
@@ -258,7 +262,7 @@ def test_sharded_blocks_in_bf16_give_the_gradients_of_one_process(
     """Of DMD's updates and the motion loss's, through taps, frozen networks, recomputed blocks and accumulation."""
     plan = tuple(replace(u, batch=4, accumulate=2, times=1) for u in mogan().plan)
     config = replace(mogan(), plan=plan, precision="bf16", checkpointing=checkpointing)
-    config = replace(config, gan=replace(config.gan, r1=penalty, r2=penalty))
+    config = config.changed("gan", r1=penalty, r2=penalty)
     one, port, out = gradients(config, family, apart, cache), free_port(), tmp_path / "gradients"
     arguments = (port, context, out, config, family, apart, cache)
     processes = [get_context("fork").Process(target=gradients_of_one_process, args=(r, *arguments)) for r in range(2)]
@@ -297,21 +301,23 @@ def test_a_share_is_cut_into_the_fewest_equal_parts_that_fit(size, most):
 @pytest.mark.parametrize("recipe", [flow_matching, mogan])
 def test_neither_accumulation_nor_sharing_changes_what_a_sample_sees(recipe, family, cache):
     config = recipe()
-    student = str(family / "student") if config.gan else None
-    build = lambda: assemble(  # noqa: E731
-        config, open_cache(cache), model=str(family / "teacher"), student=student, run=None, device="cpu"
-    )
-    whole, parted = build(), build()
-    where, update = Position(3, 1, 0, 0), replace(config.plan[0], batch=4)
-    one = step(whole, update, where)
-    two = step(parted, replace(update, accumulate=2), where)
+    student, update = tiny_recipes.start(config, family), replace(config.plan[0], batch=4)
+
+    def build(update):
+        changed = replace(config, plan=(update, *config.plan[1:]))
+        return assemble(
+            changed, open_cache(cache), model=str(family / "teacher"), student=student, run=None, device="cpu"
+        )
+
+    whole, parted, where = build(update), build(replace(update, accumulate=2)), Position(3, 1, 0, 0)
+    one, two = step(whole, where), step(parted, where)
     assert two["loss"] == pytest.approx(one["loss"], rel=1e-4)
     assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-3)
     shares = []
     for rank in range(2):
         parted.world = World(torch.device("cpu"), rank, 2)
-        shares.append(draw(parted, update, where))
-    batch = draw(whole, update, where)
+        shares.append(draw(parted, where))
+    batch = draw(whole, where)
     assert [i for s in shares for i in s.ids] == batch.ids
     drawn = [torch.rand(3, generator=g).tolist() for s in shares for g in where.generators(2, s)]
     assert drawn == [torch.rand(3, generator=g).tolist() for g in where.generators(2, batch)]

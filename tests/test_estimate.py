@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,30 +14,22 @@ from transformers import UMT5Config, UMT5EncoderModel
 
 from conftest import TRANSFORMER, VAE
 from mogan.cli import main
-from mogan.config import Optimizer, SurrogateConfig, Update
+from mogan.config import Optimizer, Update
+from mogan.costs import machines
+from mogan.costs.calls import Codec, Tracer, build_transformer, judge_call, network_parameters, transformer_calls
+from mogan.costs.shapes import PUBLISHED, Shapes, read_shapes, resized
+from mogan.costs.trace import Call, Work, fake, sizes, trace
 from mogan.data.observations import drawn
-from mogan.estimate import machines
 from mogan.estimate.advice import advise
 from mogan.estimate.check import compare, small
-from mogan.estimate.costs import (
-    Codec,
-    Costs,
-    build_transformer,
-    judge_call,
-    measure_costs,
-    network_parameters,
-    reward_call,
-    surrogate_calls,
-    transformer_calls,
-)
 from mogan.estimate.predict import predict
-from mogan.estimate.shapes import PUBLISHED, Shapes, read_shapes, resized
-from mogan.estimate.trace import Call, Work, fake, sizes, trace
 from mogan.models.autoencoder import stream_video
 from mogan.models.wan import Geometry
 from mogan.objectives.rewards import MotionRewards
+from mogan.objectives.shift import reward_call
+from mogan.objectives.surrogate import SurrogateConfig, surrogate_calls
 from mogan.recipes import RECIPES, dmd2_wan_1_3b, find_recipe, mogan_wan_1_3b, shift_wan_1_3b
-from mogan.training.train import with_batch
+from mogan.training.steps import with_batch
 
 TEXT = {"vocab_size": 100, "d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_heads": 4}
 TINY = Shapes("tiny", TRANSFORMER | {"num_layers": 4}, VAE, TEXT, Geometry(16, 128, 128, 29))
@@ -143,10 +136,9 @@ def test_latents_of_published_models():
 
 
 GB = 1e9
-MADE_UP = Costs(
+MADE_UP = SimpleNamespace(
     forward=Call(Work({(280e12, 1e9, "bf16"): 1}), 0.1 * GB, 2 * GB),
     train=Call(Work({(1120e12, 4e9, "bf16"): 1}), 4 * GB, 9 * GB, 3 * GB),
-    decode=Call(Work(), 0, 0),
     stream=Call(Work({(600e12, 1e9, "bf16"): 1}), 0.1 * GB, 6 * GB),
     observe=Call(Work({(500e12, 1e9, "bf16"): 1}), 1 * GB, 20 * GB),
     observe_grad=Call(Work({(900e12, 1e9, "bf16"): 1}), 35 * GB, 50 * GB),
@@ -171,9 +163,39 @@ def optimizers_for(plan):
     return {u.learns: Optimizer(lr=1e-4) for u in plan} | {"fake_score": Optimizer(lr=1e-4)}
 
 
-def price(config, gpus=1, lora=None, gpu="h200"):
-    machine = machines.MACHINES[gpu]
-    return predict(config, PUBLISHED["wan2.1-t2v-1.3b"], MADE_UP, machine, gpus, clips=15000, lora=lora)
+NOTHING = Call(Work(), 0.0, 0.0)
+
+
+class MadeUp(Tracer):
+    """Numbers that can be added up by hand, in the place of what is traced."""
+
+    stream, decode = MADE_UP.stream, MADE_UP.pixel_flux
+
+    def once(self, key, call):
+        kind, *rest = key
+        if kind == "judge":
+            *_, dtype, learns = rest
+            judge = MADE_UP.judge if dtype == torch.float32 else MADE_UP.judge_predicted
+            return judge if learns else MADE_UP.judge_frozen, MADE_UP.parameters["discriminator"]
+        return {
+            "transformer": (MADE_UP.forward, MADE_UP.train),
+            "parameters": MADE_UP.parameters,
+            "observe": {"all": MADE_UP.observe_grad if rest and rest[-1] else MADE_UP.observe},
+            "surrogate": ((MADE_UP.predict, MADE_UP.predict_grad, MADE_UP.predict_learns), 1000, 500),
+            "reward": (MADE_UP.reward, MADE_UP.parameters["reward"]),
+            "optical flow": NOTHING if len(rest) == 3 else (None, MADE_UP.parameters["flow"]),
+        }[kind]
+
+    def check(self, name, iterations):
+        return MADE_UP.check
+
+    def encoder_parameters(self):
+        return 0
+
+
+def price(config, gpus=1, lora=None, gpu="h200", clips=15000):
+    tracer = MadeUp(PUBLISHED["wan2.1-t2v-1.3b"], config.checkpointing, torch.bfloat16)
+    return predict(config, tracer, machines.MACHINES[gpu], gpus, clips=clips, lora=lora)
 
 
 def test_one_update_is_the_calls_it_makes():
@@ -208,7 +230,14 @@ def test_a_surrogate_takes_the_place_of_the_observation_it_predicts():
         Update(learns="discriminator", by="gan", batch=16, every=8),
         Update(learns="surrogate", by="surrogate", batch=16, times=4),
     )
-    config = replace(mogan_wan_1_3b(), plan=plan, checkpointing=False, optimizers=optimizers_for(plan), surrogate=SMALL)
+    base = mogan_wan_1_3b()
+    config = replace(
+        base,
+        plan=plan,
+        checkpointing=False,
+        optimizers=optimizers_for(plan),
+        objectives=base.objectives | {"surrogate": SMALL},
+    )
     student, judge, exact, learning = price(config).steps
     assert student.flops == 16 * (280e12 + 1120e12 + 2e12 + 300e12)
     assert judge.flops == 16 * (2 * 1e12 + 2 * 390e12)  # no rollout and no penalties
@@ -253,7 +282,7 @@ def test_shift_samples_and_observes_once_for_all_updates_of_an_iteration():
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_has_a_price(name):
     config = find_recipe(name)
-    if config.surrogate is not None:  # trains in one process
+    if "surrogate" in config.objectives:  # trains in one process
         assert price(config).peak > price(find_recipe("mogan_lab")).peak
         assert main(["estimate", name, "--gpus", "2"]) == 2
         return
@@ -303,8 +332,7 @@ def test_observations_are_those_that_the_run_draws_and_none_waits_for_them():
             (800 * found.iteration_seconds + observe.times * observe.seconds + 8 * sheet.seconds) / 3600
         )
         assert found.peak >= max(b.peak for b in found.beside)
-    observed = predict(config, PUBLISHED["wan2.1-t2v-1.3b"], MADE_UP, machines.MACHINES["h200"], 1, clips=0, lora=None)
-    assert observed.beside[0].times == 0
+    assert price(config, clips=0).beside[0].times == 0
 
 
 def test_sampling_takes_the_text_encoder_or_the_rest_and_a_clip_at_a_time():
@@ -374,7 +402,7 @@ def test_a_folder_of_config_files_is_enough_and_a_mistake_is_a_sentence(family, 
 
 def test_the_command_prints_a_table_and_json(family, capsys, monkeypatch):
     monkeypatch.setenv("MOGAN_TEST_RAFT", str(family / "raft"))
-    monkeypatch.setattr("mogan.estimate.costs.estimate_flow", lambda *a: Call(Work(), 0.0, 0.0))
+    monkeypatch.setattr("mogan.costs.calls.estimate_flow", lambda *a: Call(Work(), 0.0, 0.0))
     arguments = ["estimate", "tiny_recipes:dmd", "--model", str(family / "teacher"), "--gpu", "4090", "--gpus", "2"]
     assert main([*arguments, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
@@ -409,7 +437,7 @@ def test_predicted_memory_is_what_is_allocated():
 
 
 def test_rewards_are_traced_as_they_are_and_their_attention_is_fused(recwarn):
-    shift = replace(shift_wan_1_3b().shift, width=48, depth=2, heads=2)
+    shift = replace(shift_wan_1_3b().objectives["shift"], width=48, depth=2, heads=2)
     call, count = reward_call(shift, replace(TINY, size=Geometry(16, 128, 128, 17)))
     real = MotionRewards((17, 128, 128), patch=shift.patch, width=48, depth=2, heads=2, clip=shift.clip)
     assert count == sizes(real)[0]
@@ -426,15 +454,16 @@ def test_rewards_are_traced_as_they_are_and_their_attention_is_fused(recwarn):
 
 
 def test_a_penalised_discriminator_is_counted_in_fp32():
-    config = replace(mogan_wan_1_3b(), precision="bf16")
-    small = replace(config, gan=replace(config.gan, space="latent", blocks=2, taps=(0, 1)))
-    plain = replace(small, gan=replace(small.gan, r1=0.0, r2=0.0))
+    config = mogan_wan_1_3b().changed("gan", space="latent", blocks=2, taps=(0, 1))
     kinds = lambda call: {kind for flops, _, kind in call.work.operations if flops}  # noqa: E731
-    penalised, unpenalised = measure_costs(small, TINY), measure_costs(plain, TINY)
-    assert "bf16" not in kinds(penalised.judge)
-    assert "bf16" in kinds(unpenalised.judge)
-    assert penalised.judge.work.flops == pytest.approx(unpenalised.judge.work.flops)
-    assert kinds(penalised.judge_frozen) == kinds(unpenalised.judge)
+    tracer = Tracer(TINY, True, torch.bfloat16)
+    penalised = config.objectives["gan"].price(config, tracer).bills
+    unpenalised = config.changed("gan", r1=0.0, r2=0.0).objectives["gan"].price(config, tracer).bills
+    (with_penalty,), (without,) = penalised["discriminator"].calls, unpenalised["discriminator"].calls
+    assert "bf16" not in kinds(with_penalty)
+    assert "bf16" in kinds(without)
+    assert with_penalty.work.flops == pytest.approx(2 * without.work.flops)  # real and generated, each noised too
+    assert kinds(penalised["student"].calls[0]) == kinds(without)
 
 
 def test_judge_parameters_follow_the_line(family):

@@ -9,6 +9,7 @@ from diffusers import FlowMatchLCMScheduler, WanPipeline
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+import tiny_recipes
 from conftest import SIGMAS
 from mogan.data.cache import open_cache
 from mogan.errors import UserError
@@ -20,7 +21,7 @@ from mogan.models import wan
 from mogan.models.wan import load_transformer
 from mogan.runs.generator import open_generator
 from mogan.training.assemble import assemble
-from mogan.training.train import run_training
+from mogan.training.loop import run_training
 from tiny_recipes import dmd, flow_matching
 
 
@@ -32,7 +33,7 @@ def made(config, family, cache, run):
     run.mkdir()
     parts = assemble(config, open_cache(cache), model=str(family / "teacher"), run=run, device="cpu")
     (run / "config.json").write_text(json.dumps(asdict(config)))
-    (run / "run.json").write_text(json.dumps(parts.facts))
+    (run / "run.json").write_text(tiny_recipes.places(config, family, cache))
     run_training(parts, run)
     return run
 

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import tiny_recipes
 from mogan.data.cache import ensure_text, open_cache
 from mogan.errors import UserError
 from mogan.models.wan import load_text
@@ -15,7 +16,7 @@ from mogan.runs.checkpoint import checkpoints, held_out_motions, student_checkpo
 from mogan.runs.generator import open_generator
 from mogan.training.assemble import assemble
 from mogan.training.held_out import Gain, net_motion
-from mogan.training.train import run_training
+from mogan.training.loop import run_training
 from tiny_recipes import flow_matching, mogan
 
 
@@ -47,15 +48,15 @@ def parts_of(family, cache, monkeypatch):
 
     def build(run, config=None, **changes):
         config = replace(config or mogan(), **changes)
-        student = str(family / "student") if config.gan else None
+        student = tiny_recipes.start(config, family)
         run.mkdir(exist_ok=True)
         parts = assemble(
             config, open_cache(cache), model=str(family / "teacher"), student=student, run=run, device="cpu"
         )
         (run / "config.json").write_text(
-            json.dumps({**vars(config), "plan": [], "optimizers": {}, "gan": None}, default=str)
+            json.dumps({**vars(config), "plan": [], "optimizers": {}, "objectives": {}}, default=str)
         )
-        (run / "run.json").write_text(json.dumps(parts.facts))
+        (run / "run.json").write_text(tiny_recipes.places(config, family, cache, student))
         return parts
 
     return build

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import UMT5EncoderModel
 
+import tiny_recipes
 from mogan.data.cache import open_cache
 from mogan.errors import UserError
 from mogan.models.denoiser import Denoiser
@@ -16,7 +17,8 @@ from mogan.models.wan import load_transformer
 from mogan.runs.checkpoint import latest_checkpoint, load_part
 from mogan.runs.generator import open_generator
 from mogan.training.assemble import assemble
-from mogan.training.train import Position, run_training, step
+from mogan.training.loop import run_training
+from mogan.training.steps import Position, step
 from test_train import assert_same
 from tiny_recipes import dmd, flow_matching, mogan, shift
 
@@ -33,7 +35,7 @@ def low_rank(config, **changes):
 
 
 def build(config, family, cache, run=None, student=None, device="cpu"):
-    chosen = student or (str(family / "student") if config.gan else None)
+    chosen = student or (tiny_recipes.start(config, family))
     return assemble(config, open_cache(cache), model=str(family / "teacher"), student=chosen, run=run, device=device)
 
 
@@ -51,14 +53,16 @@ def trained(config, family, cache, run, **more):
     run.mkdir(exist_ok=True)
     parts = build(config, family, cache, run, **more)
     (run / "config.json").write_text(json.dumps(asdict(config)))
-    (run / "run.json").write_text(json.dumps(parts.facts))
+    (run / "run.json").write_text(
+        tiny_recipes.places(config, family, cache, more.get("student") or tiny_recipes.start(config, family))
+    )
     run_training(parts, run)
     return parts
 
 
 def test_networks_of_one_start_share_their_frozen_tensors_and_learn_adapters_alone(family, cache):
     parts = build(low_rank(dmd()), family, cache)
-    teacher, fake = parts.objectives["dmd"].teacher, parts.networks["fake_score"]
+    teacher, fake = parts.objectives["dmd"].judge.teacher, parts.networks["fake_score"]
     shared = {id(p) for p in teacher.parameters()}
     for network in (parts.student, fake):
         frozen = {id(p) for p in network.parameters() if not p.requires_grad}
@@ -76,11 +80,11 @@ def test_everyone_starts_as_the_base_bit_for_bit_and_the_teacher_stays_it(family
     parts = build(low_rank(dmd(), precision=precision), family, cache)
     plain = Denoiser(load_transformer(family / "teacher").eval(), dtype)
     expected = plain(*inputs())
-    teacher = parts.objectives["dmd"].teacher
+    teacher = parts.objectives["dmd"].judge.teacher
     for network in (teacher, parts.student, parts.networks["fake_score"]):
         assert torch.equal(network(*inputs()), expected)
-    for index, update in enumerate(parts.config.plan):
-        step(parts, update, Position(0, 0, index, 0))
+    for index in range(len(parts.config.plan)):
+        step(parts, Position(0, 0, index, 0))
     assert torch.equal(teacher(*inputs()), expected)
     for network in (parts.student, parts.networks["fake_score"]):
         assert not torch.equal(network(*inputs()), expected)
@@ -102,7 +106,7 @@ def test_each_update_moves_its_own_adapters_and_nothing_else(recipe, checkpointi
     parts = build(config, family, cache)
     for index, update in enumerate(config.plan):
         before = {n: [p.clone() for p in net.parameters()] for n, net in parts.networks.items()}
-        step(parts, update, Position(0, 0, index, 0))
+        step(parts, Position(0, 0, index, 0))
         for name, network in parts.networks.items():
             for old, (key, new) in zip(before[name], network.named_parameters(), strict=True):
                 moves = name == update.learns and (name in ("discriminator", "reward") or "lora_" in key)
@@ -123,7 +127,7 @@ def test_recomputed_activations_meet_the_adapters_they_were_computed_with(family
                     p.add_(0.3 * torch.randn_like(p)) if p.requires_grad else None
         learned = [p for p in parts.student.parameters() if p.requires_grad]
         parts.optimizers["student"].step = lambda learned=learned: gradients.append([p.grad.clone() for p in learned])
-        step(parts, parts.config.plan[0], Position(0, 0, 0, 0))
+        step(parts, Position(0, 0, 0, 0))
     assert any(g.abs().max() > 0 for g in gradients[0])
     for a, b in zip(*gradients, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-8)
@@ -146,9 +150,9 @@ def test_a_resumed_run_is_the_run_that_was_never_stopped(family, cache, tmp_path
 
 def test_the_average_is_of_adapters_and_comes_and_goes(family, cache):
     parts = build(low_rank(dmd()), family, cache)
-    step(parts, parts.config.plan[0], Position(0, 0, 0, 0))
+    step(parts, Position(0, 0, 0, 0))
     live = parts.student(*inputs())
-    with parts.averaged_student() as student:
+    with parts.average.in_place():
         averaged = student(*inputs())
     assert not torch.equal(live, averaged)
     assert torch.equal(parts.student(*inputs()), live)
@@ -158,14 +162,14 @@ def test_a_run_with_adapters_is_a_model_and_a_start(family, cache, tmp_path):
     parts = trained(low_rank(dmd(), iterations=2), family, cache, tmp_path / "dmd")
     source = open_generator(str(tmp_path / "dmd"))
     assert source.lora == RANK
-    with parts.averaged_student() as student, torch.no_grad():
+    with parts.average.in_place(), torch.no_grad():
         torch.testing.assert_close(Denoiser(source.load().eval())(*inputs()), student(*inputs()), atol=1e-5, rtol=1e-5)
 
     then = build(low_rank(mogan()), family, cache, student=str(tmp_path / "dmd"))
     newest = latest_checkpoint(tmp_path / "dmd")
     assert_same(then.average, load_part(newest, "ema"))
     assert_same(learned_state(then.networks["fake_score"]), load_part(newest, "fake_score"))
-    shared = {id(p) for p in then.objectives["dmd"].teacher.parameters()}
+    shared = {id(p) for p in then.objectives["dmd"].judge.teacher.parameters()}
     assert {id(p) for p in then.student.parameters() if not p.requires_grad} == shared
     with pytest.raises(UserError, match="rank 3: give --lora 3"):
         build(replace(mogan(), lora=4), family, cache, student=str(tmp_path / "dmd"))
@@ -175,7 +179,7 @@ def test_a_run_with_adapters_is_a_model_and_a_start(family, cache, tmp_path):
 
 def test_a_student_with_weights_of_its_own_is_a_second_frozen_base(family, cache):
     parts = build(low_rank(mogan()), family, cache)
-    shared = {id(p) for p in parts.objectives["dmd"].teacher.parameters()}
+    shared = {id(p) for p in parts.objectives["dmd"].judge.teacher.parameters()}
     assert not {id(p) for p in parts.student.parameters()} & shared
     assert {id(p) for p in parts.networks["fake_score"].parameters() if not p.requires_grad} == shared
 

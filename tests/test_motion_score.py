@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+import tiny_recipes
 from conftest import CAPTIONS
 from mogan.data.cache import Batch, open_cache
 from mogan.disk.files import write_atomically
@@ -24,7 +25,7 @@ from mogan.sampling.rollout import normal
 from mogan.sampling.sample import sample
 from mogan.sampling.samplers import sample_teacher, seeded
 from mogan.training.assemble import assemble
-from mogan.training.train import run_training
+from mogan.training.loop import run_training
 from tiny_recipes import dmd, motion_score
 
 TEXT = torch.zeros(2, 3, 8)
@@ -304,7 +305,7 @@ def runs(family, cache, tmp_path_factory):
             replace(config, iterations=1), open_cache(cache), model=str(family / "teacher"), run=run, device="cpu"
         )
         write_atomically(run / "config.json", json.dumps(asdict(config)))
-        write_atomically(run / "run.json", json.dumps(parts.facts))
+        write_atomically(run / "run.json", tiny_recipes.places(config, family, cache))
         run_training(parts, run)
     (folder / "prompts.txt").write_text(CAPTIONS[0] + "\n")
     return folder

@@ -1,6 +1,6 @@
 """Motion score matching as a direction of DMD: its algebra, its gradient, and what it does to the path of learning."""
 
-from dataclasses import asdict, replace
+from dataclasses import asdict
 
 import hypothesis.strategies as st
 import numpy as np
@@ -162,8 +162,8 @@ def test_the_student_receives_the_motion_gradient_and_nobody_else_any():
 )
 def test_recipes_differ_from_their_baseline_by_the_motion_weight_alone(with_motion, without):
     ours, base = (asdict(recipes.find_recipe(name)) for name in (with_motion, without))
-    assert ours["dmd"].pop("motion_weight") == 1.0
-    assert base["dmd"].pop("motion_weight") == 0.0
+    assert ours["objectives"]["dmd"].pop("motion_weight") == 1.0
+    assert base["objectives"]["dmd"].pop("motion_weight") == 0.0
     changed = {key for key in ours if ours[key] != base[key]}
     assert changed == {"recipe"}
 
@@ -183,11 +183,11 @@ def test_full_size_recipe_holds_the_papers_numbers():
 
 
 def test_the_weight_of_the_config_reaches_the_objective(family, cache):
-    three = replace(msm(), dmd=replace(msm().dmd, motion_weight=3.0))
+    three = msm().changed("dmd", motion_weight=3.0)
     found = {}
     for config in (dmd(), three):
         parts = assemble(config, open_cache(cache), model=str(family / "teacher"), run=None, device="cpu")
-        found[config.recipe] = parts.objectives["dmd"].direction(clips(), clips(1), clips(2), SIGMA)
+        found[config.recipe] = parts.objectives["dmd"].judge.direction(clips(), clips(1), clips(2), SIGMA)
     expected = along_time(np.eye(5) + 3.0 * matrix(5).T @ matrix(5), found["dmd_lab"])
     np.testing.assert_allclose(found["msm_lab"], expected, rtol=1e-6, atol=1e-9)
 

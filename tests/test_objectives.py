@@ -1,6 +1,7 @@
 """Each equation against an independent statement of it: numpy transcriptions, finite differences, double backward."""
 
 import copy
+from dataclasses import replace
 
 import hypothesis.strategies as st
 import numpy as np
@@ -17,7 +18,7 @@ from mogan.motion import estimators
 from mogan.motion.flow import motion_picture
 from mogan.motion.observation import MotionObservation, full_scale, motion_amount, saturation
 from mogan.objectives.dmd import DMD, dmd_direction
-from mogan.objectives.gan import GAN
+from mogan.objectives.gan import GAN, GANConfig
 from mogan.sampling.rollout import Rollout, roll_out
 
 TEXT = torch.zeros(2, 3, 8)
@@ -92,16 +93,16 @@ def test_rollout_is_the_students_own_sampling_and_only_its_exit_carries_gradient
         x0 = x - s * (0.3 * x + 0.2 * s)
         if i < 2:
             x = (1 - sigmas[i + 1]) * x0 + sigmas[i + 1] * torch.randn(x.shape, generator=g)
-    torch.testing.assert_close(r.x0_BCFHW, x0)
+    torch.testing.assert_close(r.sample_BCFHW, x0)
     early = roll_out(d, noise, TEXT, sigmas, torch.Generator().manual_seed(5), exit_step=0)
-    torch.testing.assert_close(early.x0_BCFHW, noise - (0.3 * noise + 0.2))
+    torch.testing.assert_close(early.sample_BCFHW, noise - (0.3 * noise + 0.2))
 
 
 def test_a_sample_does_not_depend_on_its_batch():
     d, noise = Denoiser(Linear()), latents(2)
     both = roll_out(d, noise, TEXT, (1.0, 0.5), [torch.Generator().manual_seed(k) for k in (7, 8)])
     alone = roll_out(d, noise[1:], TEXT[1:], (1.0, 0.5), [torch.Generator().manual_seed(8)])
-    torch.testing.assert_close(both.x0_BCFHW[1:], alone.x0_BCFHW)
+    torch.testing.assert_close(both.sample_BCFHW[1:], alone.sample_BCFHW)
 
 
 # ------------------------------------------------------------------------------------------- distribution matching
@@ -145,7 +146,7 @@ def test_fake_score_loss_is_flow_matching_on_detached_samples():
     x0 = latents(6).requires_grad_()
     fake = Denoiser(Linear(0.2, 0.3))
     dmd = DMD(Denoiser(Linear()), fake, torch.zeros(1, 2, 8), guidance=3.0, shift=2.0)
-    loss, _ = dmd.judge_loss(Rollout(x0, 0, TEXT), BATCH, torch.Generator().manual_seed(1))
+    loss, _ = dmd.fake_score_loss(Rollout(x0, 0, TEXT), BATCH, torch.Generator().manual_seed(1))
     loss.backward()
     assert x0.grad is None
     assert fake.transformer.a.grad is not None
@@ -219,15 +220,8 @@ def test_taps_must_lie_inside_the_trunk(family):
 
 
 def gan_with(discriminator, observe=None, **changes):
-    values = {
-        "student_weight": 0.5,
-        "judge_weight": 0.5,
-        "r1": 0.3,
-        "r2": 0.3,
-        "noise": 0.01,
-        "normalise": True,
-    } | changes
-    return GAN(discriminator, observe, **values)
+    settings = GANConfig(space="motion", blocks=3, taps=(0, 1, 2), normalise=True, window=2, flow="lab")
+    return GAN(discriminator, observe, replace(settings, **changes))
 
 
 def test_gan_losses_weigh_their_parts_as_equation_8(discriminator):

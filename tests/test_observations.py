@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
+import tiny_recipes
 from mogan.config import Config
 from mogan.data import observations as module
 from mogan.data.cache import draw_batch, open_cache
@@ -19,7 +20,8 @@ from mogan.disk.files import replacing
 from mogan.errors import UserError
 from mogan.recipes import mogan_lab, mogan_surrogate_lab, mogan_wan_1_3b
 from mogan.training.assemble import assemble
-from mogan.training.train import Position, positions, run_training, step
+from mogan.training.loop import run_training
+from mogan.training.steps import Position, positions, step
 from test_data import folder  # noqa: F401  # a fixture
 from test_distributed import train_together
 from tiny_recipes import mogan, surrogate
@@ -73,7 +75,14 @@ def test_what_a_run_will_draw_is_known_before_it_starts(folder, recipe, seed, ra
             place = {"seed": seed, "iteration": where.iteration, "update": where.update, "repeat": where.repeat}
             for rank in range(ranks):
                 share = {"size": update.batch // ranks, "rank": rank, "ranks": ranks}
-                draw_batch(cache, **place, **share, want=("observation",), observation=note, starts=config.gan.starts)
+                draw_batch(
+                    cache,
+                    **place,
+                    **share,
+                    want=("observation",),
+                    observation=note,
+                    starts=config.objectives["gan"].starts,
+                )
     assert asked == drawn(config, len(cache), 2)
 
 
@@ -184,7 +193,7 @@ def test_another_precision_is_another_folder(family, fresh):
 def test_a_surrogate_learns_from_observations_made_on_the_spot(family, fresh):
     config = surrogate()
     parts = build(config, family, fresh)
-    step(parts, config.plan[0], Position(0, 0, 0, 0))
+    step(parts, Position(0, 0, 0, 0))
     assert kept(fresh).keys() <= named(config, fresh)
 
 
@@ -274,11 +283,10 @@ def test_clips_without_captions_teach_motion_beside_prompts_of_their_own(
     ],
 )
 def test_captions_that_are_needed_are_asked_for(recipe, with_prompts, message, family, fresh, prompts):
-    import tiny_recipes
 
     without_captions(fresh)
     config = getattr(tiny_recipes, recipe)()
-    student = str(family / "student") if config.gan else None
+    student = tiny_recipes.start(config, family)
     words = open_cache(prompts) if with_prompts else None
     with pytest.raises(UserError, match=message):
         assemble(

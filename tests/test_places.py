@@ -168,7 +168,7 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing_half_written(
 
 def test_a_checkpoint_that_does_not_fit_keeps_the_one_before(family, cache, tmp_path, monkeypatch):
     from mogan.runs.checkpoint import checkpoints
-    from mogan.training.train import run_training
+    from mogan.training.loop import run_training
 
     monkeypatch.setenv("MOGAN_TEST_RAFT", str(family / "raft"))
     run_training(build(flow_matching().with_budget(1), family, cache, tmp_path), tmp_path)

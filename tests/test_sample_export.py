@@ -12,6 +12,7 @@ from diffusers import FlowMatchLCMScheduler, WanPipeline
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import tiny_recipes
 from conftest import CAPTIONS, SIGMAS
 from mogan.data.cache import open_cache
 from mogan.data.video import read_frames, read_video, write_video
@@ -28,7 +29,7 @@ from mogan.sampling.sample import sample
 from mogan.sampling.samplers import sample_student, sample_teacher
 from mogan.schedule import shifted_levels
 from mogan.training.assemble import assemble
-from mogan.training.train import run_training
+from mogan.training.loop import run_training
 from tiny_recipes import mogan
 
 
@@ -135,7 +136,7 @@ def exported(family, cache, tmp_path_factory):
     from dataclasses import asdict
 
     write_atomically(run / "config.json", json.dumps(asdict(config)))
-    write_atomically(run / "run.json", json.dumps(parts.facts))
+    write_atomically(run / "run.json", tiny_recipes.places(config, family, cache, str(family / "student")))
     run_training(parts, run)
     export(run, out=folder / "export")
     monkey.undo()

@@ -10,12 +10,12 @@ from diffusers import AutoencoderKLWan, WanPipeline
 
 import tiny_recipes
 from mogan.cli import main
+from mogan.costs.calls import build_transformer, transformer_calls
+from mogan.costs.shapes import PUBLISHED, VAE_22, read_shapes, resized
+from mogan.costs.trace import fake
 from mogan.data.cache import open_cache
 from mogan.data.video import write_video
-from mogan.estimate.costs import build_transformer, transformer_calls
 from mogan.estimate.random_wan import random_text_encoder, random_wan
-from mogan.estimate.shapes import PUBLISHED, VAE_22, read_shapes, resized
-from mogan.estimate.trace import fake
 from mogan.models import attention, autoencoder, wan
 from mogan.motion.flow import RaftConfig, save_raft
 from mogan.training.assemble import assemble
@@ -144,7 +144,7 @@ def test_every_published_model_runs_at_its_own_shape_without_its_weights(name):
 def test_a_recipe_too_large_for_the_model_is_a_sentence(change, message, family, cache, monkeypatch):
     monkeypatch.setenv("MOGAN_TEST_RAFT", str(family / "raft"))
     config = tiny_recipes.mogan()
-    config = replace(config, gan=replace(config.gan, **change))
+    config = config.changed("gan", **change)
     with pytest.raises(wan.UserError, match=message):
         assemble(config, open_cache(cache), model=str(family / "teacher"), student=str(family / "student"), run=None)
 

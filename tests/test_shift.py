@@ -34,12 +34,13 @@ from mogan.motion.pixel_flux import (
 from mogan.objectives.flow_matching import velocity_error
 from mogan.objectives.rewards import MotionRewards
 from mogan.objectives.shift import Pairs, Shift, advantages, pair_weights
-from mogan.recipes import shift_wan_1_3b
+from mogan.recipes import shift_lab, shift_wan_1_3b
 from mogan.runs.checkpoint import latest_checkpoint, load_part
 from mogan.sampling.rollout import animate
 from mogan.schedule import draw_sigma
 from mogan.training.assemble import assemble
-from mogan.training.train import Position, draw, run_training, split, step
+from mogan.training.loop import run_training
+from mogan.training.steps import Position, draw, split, step
 from mogan.world.scenes import exact_flow, make_scene, owner
 from tiny_recipes import shift
 
@@ -274,18 +275,12 @@ class Brightness(nn.Module):
 
 
 def stand_in(**changes):
-    settings = {
-        "guidance": 1.0,
-        "sigmas": (1.0, 0.6),
-        "given": 1,
-        "points": 4,
-        "shift": 3.0,
-        "weight": "exp",
-        "beta": 2.0,
-    }
+    settings = replace(shift_lab().objectives["shift"], points=4, weight="exp", beta=2.0)
+    run = {"sigmas": changes.pop("sigmas", (1.0, 0.6)), "given": changes.pop("given", 1)}
+    run |= {"average": changes.pop("average")} if "average" in changes else {}
     student, rewards = Denoiser(Linear()), Brightness()
     see = lambda x, queries: Flux(x, queries, x[:, :2])  # noqa: E731
-    return Shift(student, rewards, see, TEXT, **(settings | changes)), student, rewards
+    return Shift(student, rewards, see, TEXT, replace(settings, **changes), **run), student, rewards
 
 
 def real_batch(size=4):
@@ -325,7 +320,7 @@ def test_given_frames_are_clean_at_level_zero_and_do_not_count():
 @pytest.mark.parametrize("most", [1, 2, 4])
 def test_the_baseline_is_that_of_the_whole_batch_however_it_is_split(most):
     objective, _, _ = stand_in()
-    pairs = objective.sample(real_batch(), torch.Generator().manual_seed(1), most).pairs
+    pairs = objective.sample(real_batch(), torch.Generator().manual_seed(1), most).more["pairs"]
     made, real = (2 * x.numpy().mean((1, 2, 3, 4)) for x in (pairs.generated_BCFHW, pairs.real_BCFHW))
     expected = np.stack([made - made.mean(), real - made.mean()], 1)
     np.testing.assert_allclose(pairs.advantage_B2, expected, atol=1e-5)
@@ -336,7 +331,7 @@ def test_the_baseline_is_that_of_the_whole_batch_however_it_is_split(most):
 
 def test_a_pair_is_observed_in_order_and_followed_from_the_same_random_points():
     objective, _, _ = stand_in()
-    pairs = objective.sample(real_batch(3), torch.Generator(), 3).pairs
+    pairs = objective.sample(real_batch(3), torch.Generator(), 3).more["pairs"]
     assert torch.equal(pairs.maps_B2CFHW, torch.stack([pairs.generated_BCFHW, pairs.real_BCFHW], 1))
     assert torch.equal(pairs.states_B2ND[:, 0], pairs.states_B2ND[:, 1])
     assert len(pairs.states_B2ND[:, 0].unique()) == 3 * 4 * 2
@@ -352,7 +347,7 @@ def test_the_loss_weighs_both_halves_and_a_pair_shares_level_and_noise(form):
     objective, student, _ = stand_in(weight=form)
     seen = []
     made, real = torch.randn(2, 2, 3, 4, 4), torch.randn(2, 2, 3, 4, 4)
-    batch = replace(real_batch(2), pairs=pairs_of(made, real, torch.tensor([[1.0, 3.0], [-1, 2]])))
+    batch = replace(real_batch(2), more={"pairs": pairs_of(made, real, torch.tensor([[1.0, 3.0], [-1, 2]]))})
     student.transformer.register_forward_pre_hook(lambda m, a: seen.append(a))
     loss, _ = objective.student_loss(None, batch, torch.Generator().manual_seed(4))
 
@@ -366,7 +361,7 @@ def test_the_loss_weighs_both_halves_and_a_pair_shares_level_and_noise(form):
         x_t = (1 - s) * x0 + s * noise
         return np.square(0.5 * x_t + 0.1 * s - (noise - x0)).mean((1, 2, 3, 4))
 
-    a = batch.pairs.advantage_B2.double().numpy() / 2.0
+    a = batch.more["pairs"].advantage_B2.double().numpy() / 2.0
     w = np.exp(a) if form == "exp" else np.maximum(a, -1)
     expected = (w[:, 0] * error(made) + w[:, 1] * error(real)).mean()
     np.testing.assert_allclose(loss.item(), expected, rtol=1e-5)
@@ -383,7 +378,7 @@ def test_shared_level_and_noise_make_the_difference_within_a_pair_less_noisy():
     torch.manual_seed(5)
     real = torch.randn(1, 2, 3, 4, 4)
     made = real + 0.3 * torch.randn(real.shape)  # the two of a pair resemble each other
-    batch = replace(real_batch(1), pairs=pairs_of(made, real, torch.tensor([[-1.0, 1.0]])))
+    batch = replace(real_batch(1), more={"pairs": pairs_of(made, real, torch.tensor([[-1.0, 1.0]]))})
     parameters = list(student.parameters())
 
     def gradient(loss):
@@ -406,7 +401,7 @@ def test_shared_level_and_noise_make_the_difference_within_a_pair_less_noisy():
 def test_no_gradient_passes_between_student_and_rewards():
     objective, student, rewards = stand_in()
     batch = objective.sample(real_batch(), torch.Generator().manual_seed(1), 4)
-    assert not any(getattr(batch.pairs, field.name).requires_grad for field in fields(Pairs))
+    assert not any(getattr(batch.more["pairs"], field.name).requires_grad for field in fields(Pairs))
     objective.student_loss(None, batch, torch.Generator())[0].backward()
     assert all(p.grad is None for p in rewards.parameters())
     assert all(p.grad is not None for p in student.parameters())
@@ -419,7 +414,7 @@ def test_no_gradient_passes_between_student_and_rewards():
 def test_rewards_learn_by_binary_cross_entropy():
     objective, _, rewards = stand_in()
     made, real = torch.randn(4, 2, 3, 4, 4), torch.randn(4, 2, 3, 4, 4)
-    batch = replace(real_batch(), pairs=pairs_of(made, real, torch.zeros(4, 2)))
+    batch = replace(real_batch(), more={"pairs": pairs_of(made, real, torch.zeros(4, 2))})
     loss, _ = objective.judge_loss(None, batch, torch.Generator())
     logits = [x.mean((1, 2, 3, 4))[:, None] * rewards.slopes for x in (real, made)]
     each = [
@@ -434,7 +429,8 @@ def test_rewards_learn_by_binary_cross_entropy():
 
 
 def build(config, family, cache, run=None):
-    return assemble(config, open_cache(cache), model=str(family / "teacher"), run=run, device="cpu")
+    start = str(family / "teacher")  # which is not made for the levels of another student
+    return assemble(config, open_cache(cache), model=start, student=start, run=run, device="cpu")
 
 
 @given(st.integers(0, 5), st.integers(1, 6), st.integers(1, 4))
@@ -450,19 +446,21 @@ def test_updates_of_an_iteration_share_pairs_and_the_next_iteration_samples_anew
     parts, student, reward = build(config, family, cache), config.plan[1], config.plan[2]
 
     def pairs_of(update, where):
-        drawn = draw(parts, update, where)
-        return parts.objectives["shift"].pairs_for(where.iteration, drawn, where.generators(2, drawn), 2)
+        drawn = draw(parts, where)
+        return parts.objectives["shift"].prepare(
+            drawn, iteration=where.iteration, generator=where.generators(2, drawn), most=2
+        )
 
     first = pairs_of(student, Position(0, 1, 1, 0))
     assert pairs_of(student, Position(0, 1, 1, 1)) is first
     assert pairs_of(reward, Position(0, 1, 2, 0)) is first  # the newest on-policy samples
     again = pairs_of(student, Position(0, 2, 1, 0))
-    assert not torch.equal(again.pairs.generated_BCFHW, first.pairs.generated_BCFHW)
+    assert not torch.equal(again.more["pairs"].generated_BCFHW, first.more["pairs"].generated_BCFHW)
     pieces = split(first, 2)
     assert [p.ids for p in pieces] == [first.ids[:1], first.ids[1:]]
     for field in fields(Pairs):
-        whole = getattr(first.pairs, field.name)
-        assert torch.equal(torch.cat([getattr(p.pairs, field.name) for p in pieces]), whole)
+        whole = getattr(first.more["pairs"], field.name)
+        assert torch.equal(torch.cat([getattr(p.more["pairs"], field.name) for p in pieces]), whole)
 
 
 def test_rewards_warm_up_then_refresh_every_m_and_a_resumed_run_is_the_same(family, cache, tmp_path):
@@ -498,8 +496,8 @@ def test_one_clip_has_no_baseline(family, cache):
 def test_a_pair_does_not_depend_on_its_neighbours_and_the_baseline_is_averaged_over_processes():
     objective, _, _ = stand_in(average=lambda mean: mean + 1.0)
     generators = lambda: [torch.Generator().manual_seed(i) for i in range(4)]  # noqa: E731
-    whole = objective.sample(real_batch(), generators(), 4).pairs
-    alone = objective.sample(real_batch(), generators(), 1).pairs
+    whole = objective.sample(real_batch(), generators(), 4).more["pairs"]
+    alone = objective.sample(real_batch(), generators(), 1).more["pairs"]
     for field in fields(Pairs):
         torch.testing.assert_close(getattr(whole, field.name), getattr(alone, field.name))
     rewards = 2 * whole.generated_BCFHW.mean((1, 2, 3, 4))
@@ -509,13 +507,13 @@ def test_a_pair_does_not_depend_on_its_neighbours_and_the_baseline_is_averaged_o
 def test_clips_that_do_not_split_into_patches_are_refused(family, cache):
     config = shift()
     with pytest.raises(UserError, match=r"shift\.patch"):
-        build(replace(config, shift=replace(config.shift, patch=(5, 8, 8))), family, cache)
+        build(config.changed("shift", patch=(5, 8, 8)), family, cache)
 
 
 def test_student_update_moves_with_its_weights_alone(family, cache):
     config = shift()
     parts = build(config, family, cache)
-    record = step(parts, config.plan[1], Position(0, 1, 1, 0))
+    record = step(parts, Position(0, 1, 1, 0))
     assert {"reward", "real_reward", "motion", "weight", "real_weight"} <= set(record)
     assert all(p.grad is None for p in parts.networks["reward"].parameters())
 
@@ -544,7 +542,7 @@ def test_full_size_models_take_a_level_per_frame(name):
 
 
 def test_full_size_rewards_take_the_recipes_clips():
-    s = shift_wan_1_3b().shift
+    s = shift_wan_1_3b().objectives["shift"]
     with torch.device("meta"):
         rewards = MotionRewards((81, 480, 832), patch=s.patch, width=s.width, depth=1, heads=s.heads, clip=s.clip)
         maps, states = torch.randn(1, 4, 80, 480, 832), torch.randn(1, s.points, state_size(81))

@@ -16,16 +16,16 @@ from mogan.models import wan
 from mogan.models.discriminator import Discriminator
 from mogan.motion import estimators
 from mogan.motion.observation import MotionObservation
-from mogan.objectives.gan import GAN
+from mogan.objectives.gan import GAN, GANConfig
 from mogan.objectives.surrogate import Surrogate
 from mogan.objectives.surrogate_network import MotionSurrogate, Remembered, relative_error, spread, window_of
-from mogan.objectives.together import Together
 from mogan.recipes import ablate, mogan_lab, mogan_surrogate_lab
 from mogan.runs.checkpoint import latest_checkpoint, load_checkpoint, stored
 from mogan.sampling.rollout import Rollout
 from mogan.study import columns
 from mogan.training.assemble import assemble
-from mogan.training.train import Position, draw, run_training, step
+from mogan.training.loop import run_training
+from mogan.training.steps import Position, complete, draw, learn, step
 from tiny_recipes import shrink, surrogate
 
 TEXT = torch.zeros(2, 3, 8)
@@ -61,8 +61,8 @@ def judged(family):
 def objective(judged, limit, pairs=4):
     discriminator, observe, _ = judged
     seen = network(pairs)
-    weights = {"student_weight": 0.5, "judge_weight": 0.5, "r1": 0.3, "r2": 0.3, "noise": 0.01, "normalise": True}
-    return Surrogate(seen, GAN(discriminator, Remembered(observe, seen), **weights), limit)
+    settings = GANConfig(space="motion", blocks=3, taps=(0, 1, 2), normalise=True, window=2, flow="lab")
+    return Surrogate(seen, GAN(discriminator, Remembered(observe, seen), settings), limit)
 
 
 # ------------------------------------------------------------------------------------------- the network
@@ -188,7 +188,7 @@ def test_the_surrogate_learns_from_real_and_remembered_pairs_alone(judged):
 
 def test_above_the_limit_everything_is_as_without_a_surrogate_but_for_the_penalties(judged):
     ours, (discriminator, observe, real) = objective(judged, 0.5), judged
-    plain = GAN(discriminator, observe, **{k: getattr(ours.gan, k) for k in PARTS} | {"r1": 0.0, "r2": 0.0})
+    plain = GAN(discriminator, observe, replace(ours.gan.settings, r1=0.0, r2=0.0))
     x0 = seeded(5, 2, 4, 4, 4, 4)
     for name in ("student_loss", "judge_loss"):
         found, logs = getattr(ours, name)(Rollout(x0, 0, TEXT), real, torch.Generator().manual_seed(1))
@@ -241,27 +241,29 @@ def test_the_plan_has_one_motion_update_of_each_kind_in_every_iteration():
 
 def test_the_discriminator_judges_the_clips_of_the_students_update_again(family, cache, tmp_path, monkeypatch):
     config = surrogate()
-    config = replace(config, surrogate=replace(config.surrogate, limit=None))
+    config = config.changed("surrogate", limit=None)
     parts = assemble(
         config, open_cache(cache), model=str(family / "teacher"), student=str(family / "student"), run=tmp_path,
         device="cpu",
     )  # fmt: skip
     plan = {u.label: place for place, u in enumerate(config.plan)}
     judged = []
-    monkeypatch.setattr(parts.objectives["surrogate"].gan, "tell_apart", spy(judged, parts.objectives["surrogate"].gan))
+    monkeypatch.setattr(
+        parts.objectives["surrogate"].judge.gan, "tell_apart", spy(judged, parts.objectives["surrogate"].judge.gan)
+    )
     seen = []
     hook = parts.student.register_forward_hook(lambda m, a, out: seen.append(1))
     place = plan["student<surrogate"]
-    step(parts, config.plan[place], Position(0, 1, place, 0))
-    made = parts.rollouts[0].x0_BCFHW
-    assert not made.requires_grad
+    where = Position(0, 1, place, 0)
+    made = learn(parts, where, complete(parts, config.plan[place], draw(parts, where))).rollouts
+    assert not made[0].sample_BCFHW.requires_grad
     rolled, place = len(seen), plan["discriminator<surrogate"]
     where = Position(0, 1, place, 0)
-    step(parts, config.plan[place], where)
+    step(parts, where, again=made)
     hook.remove()
     assert 0 < rolled == len(seen)
-    start = draw(parts, config.plan[place], where).window_start
-    torch.testing.assert_close(judged[0], parts.networks["surrogate"].see(made, start).detach())
+    start = draw(parts, where).window_start
+    torch.testing.assert_close(judged[0], parts.networks["surrogate"].see(made[0].sample_BCFHW, start).detach())
 
 
 def spy(fakes, gan):
@@ -283,9 +285,9 @@ def test_clips_that_no_update_of_the_student_made_cannot_be_judged_again(change)
 
 
 def test_penalties_weigh_as_much_more_as_they_are_rarer():
-    plain, rare = mogan_lab().gan, mogan_surrogate_lab()
-    (every,) = {u.every for u in rare.plan if u.by == "gan"}
-    assert (rare.gan.r1, rare.gan.r2) == pytest.approx((every * plain.r1, every * plain.r2))
+    plain, rare = (recipe().objectives["gan"] for recipe in (mogan_lab, mogan_surrogate_lab))
+    (every,) = {u.every for u in mogan_surrogate_lab().plan if u.by == "gan"}
+    assert (rare.r1, rare.r2) == pytest.approx((every * plain.r1, every * plain.r2))
 
 
 def run(family, cache, config, folder, iterations):
@@ -303,7 +305,7 @@ def run(family, cache, config, folder, iterations):
 
 def test_a_resumed_run_trusts_the_surrogate_where_the_whole_one_does(family, cache, tmp_path):
     config = surrogate()
-    config = replace(config, surrogate=replace(config.surrogate, limit=1e6), save_every=100)
+    config = replace(config.changed("surrogate", limit=1e6), save_every=100)
     _, whole = run(family, cache, config, tmp_path / "whole", 3)
     run(family, cache, config, tmp_path / "parts", 2)
     parts, resumed = run(family, cache, config, tmp_path / "parts", 3)
@@ -324,12 +326,11 @@ def test_one_update_judged_by_two_is_the_sum_of_both(family, cache):
     parts = assemble(
         config, open_cache(cache), model=str(family / "teacher"), student=str(family / "student"), run=None
     )
-    both, seen = parts.objectives["dmd+gan"], []
-    assert isinstance(both, Together)
-    for part in both.objectives:
-        original = part.student_loss
-        part.student_loss = lambda *a, f=original: (seen.append((a[0], f(*a))), seen[-1][1])[1]
-    record = step(parts, config.plan[0], Position(0, 0, 0, 0))
+    seen = []
+    for part in parts.judges(config.plan[0]):
+        original = part.losses["student"]
+        part.losses["student"] = lambda *a, f=original: (seen.append((a[0], f(*a))), seen[-1][1])[1]
+    record = step(parts, Position(0, 0, 0, 0))
     (first, (dmd, _)), (second, (gan, _)) = seen
     assert first is second
     assert record["loss"] == pytest.approx(dmd.item() + gan.item())
@@ -337,9 +338,8 @@ def test_one_update_judged_by_two_is_the_sum_of_both(family, cache):
 
 
 def test_what_cannot_be_is_refused_in_a_sentence(family, cache):
-    with pytest.raises(UserError, match="looks at no optical flow"):
-        assemble(ablate(surrogate(), "latent-gan"), open_cache(cache), model=str(family / "teacher"),
-                 student=str(family / "student"), run=None)  # fmt: skip
+    with pytest.raises(ValueError, match="a gan with space motion"):
+        ablate(surrogate(), "latent-gan")
     with pytest.raises(UserError, match="one process"):
         assemble(surrogate(), open_cache(cache), model="", run=None, world=World(torch.device("cpu"), 0, 2))
 
@@ -364,7 +364,7 @@ def test_flow_at_half_resolution_is_in_pixels_of_the_whole_video(judged):
 
 
 def test_columns_change_what_they_say():
-    assert columns.half_flow().gan.flow_resolution == 0.5
-    assert columns.few_refinements().gan.flow_iterations == 2
-    short = columns.short_window().gan
+    assert columns.half_flow().objectives["gan"].flow_resolution == 0.5
+    assert columns.few_refinements().objectives["gan"].flow_iterations == 2
+    short = columns.short_window().objectives["gan"]
     assert (short.window, max(short.starts) + short.window) == (2, 5)

@@ -11,13 +11,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from mogan.config import LEARN_BY, Optimizer, Update
+import tiny_recipes
+from mogan import recipes
+from mogan.config import Optimizer, Update
 from mogan.data.cache import open_cache
 from mogan.errors import UserError
 from mogan.recipes import ABLATIONS, ablate
 from mogan.runs.checkpoint import check_same_run, checkpoints, latest_checkpoint, load_checkpoint, stored
-from mogan.training.assemble import assemble, with_scale
-from mogan.training.train import Position, run_training, step
+from mogan.training.assemble import assemble, filled
+from mogan.training.loop import run_training
+from mogan.training.steps import Position, complete, draw, learn, read, split, step
 from tiny_recipes import dmd, flow_matching, mogan, motion_score, msm, sft_i2v, shift, surrogate
 
 RECIPES = {
@@ -39,7 +42,7 @@ def _raft(family, monkeypatch):
 
 
 def build(config, family, cache, run=None):
-    student = str(family / "student") if config.gan else None
+    student = tiny_recipes.start(config, family)
     return assemble(config, open_cache(cache), model=str(family / "teacher"), student=student, run=run, device="cpu")
 
 
@@ -51,10 +54,17 @@ def weights(parts):
 def test_each_update_moves_its_own_network_and_no_other(recipe, family, cache):
     config = RECIPES[recipe]()
     parts = build(config, family, cache)
-    frozen = {"vae": parts.vae, "flow": parts.flow, "dmd": getattr(parts.objectives.get("dmd"), "teacher", None)}
+    frozen = {
+        "vae": parts.vae,
+        "flow": parts.flow,
+        "dmd": parts.objectives["dmd"].judge.teacher if "dmd" in parts.objectives else None,
+    }
+    made = []
     for index, update in enumerate(config.plan):
-        before = weights(parts)
-        step(parts, update, Position(0, 0, index, 0))
+        before, where = weights(parts), Position(0, 0, index, 0)
+        learnt = learn(parts, where, complete(parts, update, draw(parts, where)), made)
+        read(parts, [(where, learnt.numbers)])
+        made = learnt.rollouts if update.learns == "student" else made
         for name, network in parts.networks.items():
             moved = any(not torch.equal(a, b) for a, b in zip(before[name], network.parameters(), strict=True))
             assert moved == (name == update.learns), (update.label, name)
@@ -69,8 +79,14 @@ def test_each_update_moves_its_own_network_and_no_other(recipe, family, cache):
 
 
 def test_the_tests_above_make_every_update_that_a_plan_may_hold():
-    made = {(u.learns, judge) for recipe in RECIPES.values() for u in recipe().plan for judge in u.judges}
-    assert made == {(learns, judge) for judge, networks in LEARN_BY.items() for learns in networks}
+    configs = [recipe() for recipe in RECIPES.values()]
+    made = {(u.learns, judge) for config in configs for u in config.plan for judge in u.judges}
+    assert made == {
+        (learns, name) for config in configs for name in config.objectives for learns in config.terms(name).lessons
+    }
+    assert {type(b) for c in configs for b in c.objectives.values()} == {
+        type(b) for recipe in recipes.RECIPES.values() for b in recipe().objectives.values()
+    }
 
 
 @pytest.mark.parametrize(
@@ -78,17 +94,16 @@ def test_the_tests_above_make_every_update_that_a_plan_may_hold():
     [
         ("discriminator", "dmd", "by dmd learn student and fake_score, not 'discriminator'"),
         ("fake_score", "gan", "by gan learn student and discriminator, not 'fake_score'"),
-        ("fake_score", "flow_matching", "by flow_matching learn student, not 'fake_score'"),
         ("teacher", "dmd", "not 'teacher'"),
-        ("student", "seed", "no objective is named 'seed'; there are dmd, gan, surrogate, flow_matching"),
-        ("student", "ema", "no objective is named 'ema'"),
-        ("student", "given+ema", "no objective is named 'given'"),
-        ("student", "", "no objective is named ''"),
-        ("student", "dmd+", "no objective is named ''"),
+        ("student", "seed", "no objective named 'seed'; it has dmd, gan, surrogate"),
+        ("student", "ema", "no objective named 'ema'"),
+        ("student", "given+ema", "no objective named 'given'"),
+        ("student", "", "no objective named ''"),
+        ("student", "dmd+", "no objective named ''"),
         ("student", "dmd+dmd", "by each of them once"),
         ("discriminator", "gan+surrogate", "only the student learns by several"),
-        ("student", "dmd+flow_matching", "only dmd, gan, surrogate judge a rollout together"),
-        ("student", "shift", "the config has no shift"),
+        ("student", "dmd+flow_matching", "the config has no objective named 'flow_matching'"),
+        ("student", "shift", "the config has no objective named 'shift'"),
     ],
 )
 def test_a_plan_with_an_update_that_no_objective_offers_is_refused(learns, by, said):
@@ -119,35 +134,49 @@ def test_a_plan_with_numbers_or_optimisers_that_mean_nothing_is_refused(wrong, s
 
 
 def test_accumulation_gives_the_same_gradient_as_one_batch_when_the_draws_agree(family, cache):
-    config = flow_matching()
-    whole = build(config, family, cache)
-    from mogan.training.train import draw, split
-
-    update = replace(config.plan[0], batch=4)
-    batch = draw(whole, update, Position(0, 0, 0, 0))
+    config, where = flow_matching(), Position(0, 0, 0, 0)
+    parts = build(replace(config, plan=(replace(config.plan[0], batch=4),)), family, cache)
+    batch = draw(parts, where)
     pieces = split(batch, 2)
     assert [p.ids for p in pieces] == [batch.ids[:2], batch.ids[2:]]
-    assert torch.equal(torch.cat([p.latent_BCFHW for p in pieces]), batch.latent_BCFHW)
+    learned, loss = list(parts.student.parameters()), parts.objectives["flow_matching"].losses["student"]
+
+    def gradient(piece):
+        return torch.autograd.grad(loss(None, piece, where.generators(3, piece))[0], learned)
+
+    halves = zip(*map(gradient, pieces), strict=True)
+    for expected, (a, b) in zip(gradient(batch), halves, strict=True):
+        torch.testing.assert_close((a + b) / 2, expected, rtol=1e-4, atol=1e-7)
 
 
 def test_average_follows_the_student(family, cache):
     parts = build(dmd(), family, cache)
-    before = {k: v.clone() for k, v in parts.average.items()}
-    step(parts, parts.config.plan[0], Position(0, 0, 0, 0))
+    before = {k: v.clone() for k, v in parts.average.weights.items()}
+    step(parts, Position(0, 0, 0, 0))
     live = parts.networks["student"].transformer.state_dict()
-    for key, value in parts.average.items():
+    for key, value in parts.average.weights.items():
         expected = before[key] + (1 - parts.config.ema) * (live[key] - before[key])
         torch.testing.assert_close(value, expected)
 
 
-def test_a_loss_that_is_not_finite_stops_before_the_weights_change(family, cache, tmp_path):
-    parts = build(dmd(), family, cache, tmp_path)
-    before = weights(parts)
-    parts.objectives["dmd"].student_loss = lambda r, b, g: (r.x0_BCFHW.sum() * float("nan"), {})
-    with pytest.raises(UserError, match=r"iteration 7, student<dmd.*learning rate"):
-        step(parts, parts.config.plan[0], Position(0, 7, 0, 0))
-    after = weights(parts)
-    assert all(torch.equal(a, b) for n in before for a, b in zip(before[n], after[n], strict=True))
+def test_a_loss_that_is_not_finite_ends_the_run_and_nothing_of_the_iteration_is_kept(family, cache, tmp_path):
+    config = dmd()
+    parts = build(config, family, cache, tmp_path)
+    good, times = parts.objectives["dmd"].losses["student"], []
+
+    def breaks_later(rollout, batch, generator):
+        times.append(1)
+        loss, logs = good(rollout, batch, generator)
+        return (loss * float("nan") if len(times) == 3 else loss), logs
+
+    parts.objectives["dmd"].losses["student"] = breaks_later
+    with pytest.raises(UserError, match=r"(?s)iteration 2, student<dmd.*last checkpoint is .*000002.*learning rate"):
+        run_training(parts, tmp_path)
+    kept = latest_checkpoint(tmp_path)
+    state = {name: torch.empty(shape) for name, shape in stored(kept).items()}
+    load_checkpoint(kept, state)
+    assert all(torch.isfinite(x).all() for x in state.values())
+    assert {json.loads(line)["iteration"] for line in (tmp_path / "metrics.jsonl").open()} == {0, 1}
 
 
 def test_recipe_with_a_discriminator_wants_a_student(family, cache):
@@ -163,14 +192,16 @@ def test_student_made_for_other_levels_is_refused(family, cache):
 
 def test_the_scale_of_the_picture_is_the_caches_unless_the_recipe_says(family, cache, tmp_path):
     measured = build(mogan(), family, cache)
-    assert measured.config.gan.max_flow == 3.8  # 1.9 times the clips' 2 px/frame
+    assert measured.config.objectives["gan"].max_flow == 3.8  # 1.9 times the clips' 2 px/frame
     assert measured.observations.key["max_flow"] == 3.8
-    assert measured.objectives["gan"].observe.max_flow == 3.8
-    own = replace(mogan(), gan=replace(mogan().gan, max_flow=7.0))
+    assert measured.objectives["gan"].judge.observe.max_flow == 3.8
+    own = mogan().changed("gan", max_flow=7.0)
     chosen = build(own, family, cache)
-    assert (chosen.config, chosen.objectives["gan"].observe.max_flow) == (own, 7.0)
+    assert (chosen.config, chosen.objectives["gan"].judge.observe.max_flow) == (own, 7.0)
     assert chosen.observations.folder != measured.observations.folder
-    assert build(ablate(mogan(), "latent-gan"), family, cache).config.gan.max_flow is None  # it sees no picture
+    assert (
+        build(ablate(mogan(), "latent-gan"), family, cache).config.objectives["gan"].max_flow is None
+    )  # it sees no picture
 
 
 @pytest.mark.parametrize(("motion", "why"), [(0.0, "stand still"), (None, "does not say how much")])
@@ -179,14 +210,14 @@ def test_a_cache_without_motion_gives_no_scale(motion, why, family, cache, tmp_p
     entries = [{k: v for k, v in e.items() if k != "motion"} for e in opened.entries]
     opened.entries = [e | ({} if motion is None else {"motion": motion}) for e in entries]
     with pytest.raises(UserError, match=f"{why}.*gan.max_flow"):
-        with_scale(mogan(), opened)
+        filled(mogan(), opened)
 
 
 def test_the_picture_of_a_bf16_run_is_encoded_in_fp32(family, cache):
-    observe = build(replace(mogan(), precision="bf16"), family, cache).objectives["gan"].observe
+    observe = build(replace(mogan(), precision="bf16"), family, cache).objectives["gan"].judge.observe
     assert observe.vae.dtype == torch.bfloat16
     assert {p.dtype for p in observe.encoder.parameters()} == {torch.float32}
-    assert build(mogan(), family, cache).objectives["gan"].observe.encoder is None  # it is fp32 already
+    assert build(mogan(), family, cache).objectives["gan"].judge.observe.encoder is None  # it is fp32 already
 
 
 def run_cli(family, cache, out, *more):
@@ -300,7 +331,7 @@ def test_two_updates_may_have_their_own_optimiser_states(family, cache):
     plan = tuple(replace(u, optimizer="student_motion") if u.label == "student<gan" else u for u in config.plan)
     config = replace(config, plan=plan, optimizers=config.optimizers | {"student_motion": Optimizer(lr=1e-5)})
     parts = build(config, family, cache)
-    step(parts, plan[0], Position(0, 0, 0, 0))
+    step(parts, Position(0, 0, 0, 0))
     assert parts.optimizers["student"].state
     assert not parts.optimizers["student_motion"].state
 
@@ -308,7 +339,8 @@ def test_two_updates_may_have_their_own_optimiser_states(family, cache):
 def test_an_option_that_is_newer_than_a_run_does_not_stop_it(tmp_path):
     config = mogan()
     old = asdict(config)
-    del old["surrogate"], old["gan"]["flow_resolution"]
+    old |= old.pop("objectives")  # as runs had it before
+    del old["rollout"], old["post_trains"], old["gan"]["flow_resolution"]
     for update in old["plan"]:
         del update["unless"]
     (tmp_path / "config.json").write_text(json.dumps(old))
@@ -316,4 +348,4 @@ def test_an_option_that_is_newer_than_a_run_does_not_stop_it(tmp_path):
     with pytest.raises(UserError, match="another optimizers"):
         check_same_run(tmp_path, replace(config, optimizers=config.optimizers | {"student": Optimizer(lr=1.0)}))
     with pytest.raises(UserError, match="another gan"):
-        check_same_run(tmp_path, replace(config, gan=replace(config.gan, flow_resolution=0.5)))
+        check_same_run(tmp_path, config.changed("gan", flow_resolution=0.5))

@@ -17,7 +17,7 @@ from mogan.config import Config
 from mogan.data.cache import open_cache
 from mogan.recipes import ABLATIONS, ablate
 from mogan.training.assemble import assemble
-from mogan.training.train import run_training
+from mogan.training.loop import run_training
 
 RECORDED = Path(__file__).parent / "trajectories.json"
 # vector widths alone change these numbers by up to 4e-3: the second step divides by the first gradient
@@ -55,7 +55,7 @@ def _raft(family, monkeypatch):
 
 def trajectory(config: Config, family: Path, cache: Path, run: Path) -> list[list]:
     """``[update, loss, gradient norm]`` of every step."""
-    student = str(family / "student") if config.gan else None
+    student = tiny_recipes.start(config, family)
     parts = assemble(config, open_cache(cache), model=str(family / "teacher"), student=student, run=run, device="cpu")
     run_training(parts, run)
     records = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())

@@ -1,39 +1,47 @@
 """Recipes at the size of the test family; everything else as in the lab's."""
 
+import json
 import os
 from dataclasses import replace
+from pathlib import Path
 
 from mogan import recipes
 from mogan.config import Config
+from mogan.training.load import find_models
 
 
 def shrink(config: Config) -> Config:
     plan = tuple(replace(u, batch=2, times=min(u.times, 2)) for u in config.plan)
-    gan = config.gan and replace(
-        config.gan,
-        blocks=3,
-        taps=(0, 1, 2),
-        window=2,
-        starts=(0, 1),
-        flow=os.environ["MOGAN_TEST_RAFT"],
-        flow_iterations=2,
-    )
-    surrogate = config.surrogate and replace(config.surrogate, width=8, blocks=1, pairs=4)
-    pairs = config.shift and replace(
-        config.shift, points=5, width=16, depth=1, heads=2, flow=os.environ["MOGAN_TEST_RAFT"], flow_iterations=1
-    )
+    raft = os.environ.get("MOGAN_TEST_RAFT", "set MOGAN_TEST_RAFT")
+    smaller = {
+        "gan": {"blocks": 3, "taps": (0, 1, 2), "window": 2, "starts": (0, 1), "flow": raft, "flow_iterations": 2},
+        "surrogate": {"width": 8, "blocks": 1, "pairs": 4},
+        "shift": {"points": 5, "width": 16, "depth": 1, "heads": 2, "flow": raft, "flow_iterations": 1},
+    }
+    objectives = {name: replace(block, **smaller.get(name, {})) for name, block in config.objectives.items()}
     return replace(
         config,
         plan=plan,
-        shift=pairs,
-        gan=gan,
-        surrogate=surrogate,
+        objectives=objectives,
         iterations=3,
         save_every=1,
         sample_every=100,
         sample_prompts=0,
         precision="fp32",
     )
+
+
+def start(config: Config, family: Path) -> str | None:
+    """The folder of the test family that a recipe's student starts from; None where it is the base model."""
+    if not config.post_trains:
+        return None
+    return str(family / ("student" if "gan" in config.objectives else "teacher"))
+
+
+def places(config: Config, family: Path, cache: Path, student: str | None = None) -> str:
+    """``run.json`` of a run that no command started: where its parts lie."""
+    folder, begin, _ = find_models(config, str(family / "teacher"), student)
+    return json.dumps({"model": str(folder), "student": str(begin), "data": str(cache)})
 
 
 def mogan() -> Config:
@@ -59,7 +67,7 @@ def mogan_msm() -> Config:
 def motion_score() -> Config:
     config = recipes.motion_score_lab()
     windows = ((1, 3), (0, 3), (2, 1))  # of the test family's 4 latent frames
-    return shrink(replace(config, motion_score=replace(config.motion_score, windows=windows)))
+    return shrink(config.changed("motion_score", windows=windows))
 
 
 def flow_matching() -> Config:
@@ -69,18 +77,10 @@ def flow_matching() -> Config:
 def wan() -> Config:
     """The full-size recipe with batches, depth and window that a CPU bears."""
     config = recipes.mogan_wan_1_3b()
-    assert config.gan is not None
     plan = tuple(replace(u, batch=2, accumulate=2, times=1) for u in config.plan)
-    gan = replace(
-        config.gan,
-        blocks=2,
-        taps=(0, 1),
-        window=2,
-        starts=(0, 1),
-        flow=os.environ["MOGAN_TEST_RAFT"],
-        flow_iterations=2,
-    )
-    return replace(config, plan=plan, gan=gan, iterations=2, save_every=1, sample_every=2, sample_prompts=1)
+    raft = os.environ["MOGAN_TEST_RAFT"]
+    small = config.changed("gan", blocks=2, taps=(0, 1), window=2, starts=(0, 1), flow=raft, flow_iterations=2)
+    return replace(small, plan=plan, iterations=2, save_every=1, sample_every=2, sample_prompts=1)
 
 
 def sft_i2v() -> Config:

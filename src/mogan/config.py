@@ -1,18 +1,106 @@
-"""A complete description of a run: frozen dataclasses, no defaults that belong to a paper. Recipes fill them in."""
+"""A complete description of a run: frozen dataclasses, no defaults that belong to a paper. Recipes fill them in.
 
+An objective is described by a block of its own, which lies beside it in :mod:`mogan.objectives`; here is only what every
+block answers. So nothing in this file, in the loop or in the price of a run knows a method by name.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import Any, Protocol
 
-# What an update may say: the networks that learn by each objective
-LEARN_BY = {
-    "dmd": ("student", "fake_score"),
-    "gan": ("student", "discriminator"),
-    "surrogate": ("student", "discriminator", "surrogate"),
-    "flow_matching": ("student",),
-    "motion_score": ("student",),
-    "shift": ("student", "reward"),
-}
-OF_ROLLOUTS = ("dmd", "gan", "surrogate")  # they judge what the student makes, so several may judge one rollout
+LATENT, OBSERVATION = "latent", "observation"  # what an update may need of real clips
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lesson:
+    """What a network needs in order to learn by an objective.
+
+    Attributes:
+        rollout: what the student makes of the batch's prompts.
+        clips: of real clips: ``latent``, ``observation`` or both.
+        captions: it reads the captions of those clips; else the batch's text may come from another set of prompts.
+        starts: latent frames at one of which a window begins; one is drawn per update.
+        least: clips of a batch at least.
+    """
+
+    rollout: bool = True
+    clips: tuple[str, ...] = ()
+    captions: bool = False
+    starts: tuple[int, ...] = ()
+    least: int = 1
+
+
+@dataclass(frozen=True)
+class Alarm:
+    """A warning in words about one number of a run's records.
+
+    Attributes:
+        key: the number.
+        wrong: of its mean at the start and now, whether to warn.
+        text: the sentence; ``{first}`` and ``{now}`` are those means.
+        learns: only records of updates of this network count; ``None``: all.
+        since: records of earlier iterations do not count.
+    """
+
+    key: str
+    wrong: Callable[[float, float], bool]
+    text: str
+    learns: str | None = None
+    since: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Terms:
+    """What an objective asks of a run, known before anything is loaded.
+
+    Attributes:
+        lessons: by the network that learns: ``student``, or one of the objective's own.
+        alarms: what to watch in the records.
+        alone: why it trains in one process; empty where it does not matter.
+        fill: the block with what it leaves to the run's data; refuses data that do not fit.
+        smaller: blocks that need less and less memory, each with a word for what is smaller.
+    """
+
+    lessons: Mapping[str, Lesson]
+    alarms: tuple[Alarm, ...] = ()
+    alone: str = ""
+    fill: "Callable[[Any], Block] | None" = None
+    smaller: "tuple[tuple[str, Block], ...]" = ()
+
+
+class Block(Protocol):
+    """The settings of one objective: a frozen dataclass beside it."""
+
+    def terms(self, config: "Config") -> Terms:
+        """What the objective asks of a run. Raises ValueError if the rest of the config does not fit."""
+        ...
+
+    def build(self, base: Any, others: Mapping[str, Any]) -> Any:
+        """The live :class:`mogan.objectives.Objective`, on a :class:`mogan.objectives.base.Base`; ``others`` were built before it."""
+        ...
+
+    def price(self, config: "Config", tracer: Any) -> Any:
+        """The :class:`mogan.objectives.Price` of its updates, by a :class:`mogan.costs.calls.Tracer`."""
+        ...
+
+
+class RolloutKind(Protocol):
+    """How a student makes clips while it is trained; see :mod:`mogan.sampling.rollout`."""
+
+    def draw(self, sigmas: tuple[float, ...], generator: Any) -> int:
+        """The step whose answer is judged."""
+        ...
+
+    def make(
+        self, student: Any, noise: Any, text: Any, sigmas: tuple[float, ...], generator: Any, step: int, grad: bool
+    ) -> Any:
+        """A :class:`mogan.sampling.rollout.Rollout` up to that step."""
+        ...
+
+    def steps(self, sigmas: tuple[float, ...]) -> float:
+        """Steps before the judged one, a mean."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,8 +125,8 @@ class Update:
     """One kind of step within an iteration.
 
     Attributes:
-        learns: the network that learns, by an objective that :data:`LEARN_BY` lists for it.
-        by: the objective that judges; of the student also several of :data:`OF_ROLLOUTS` on one rollout, ``dmd+gan``.
+        learns: the network that learns.
+        by: the objective by which it learns; of the student also several at once, ``dmd+gan``.
         times: repetitions within one iteration.
         batch: clips per step.
         accumulate: the batch is processed in this many parts.
@@ -73,11 +161,6 @@ class Update:
         return tuple(self.by.split("+"))
 
     @property
-    def from_clips(self) -> bool:
-        """Whether it learns from real clips and their captions, not from what the student makes of prompts."""
-        return not set(self.judges) <= set(OF_ROLLOUTS)
-
-    @property
     def optimizer_name(self) -> str:
         """The optimiser this update steps."""
         return self.optimizer or self.learns
@@ -89,122 +172,6 @@ class Update:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DMDConfig:
-    """Distribution matching; see :class:`mogan.objectives.dmd.DMD`.
-
-    Attributes:
-        motion_weight: lambda of motion score matching (see :mod:`mogan.objectives.msm`); 0 is plain DMD.
-    """
-
-    guidance: float
-    shift: float
-    low: float = 0.02
-    high: float = 0.98
-    motion_weight: float = 0.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class GANConfig:
-    """Adversarial objective and its discriminator; see :class:`mogan.objectives.gan.GAN`.
-
-    Attributes:
-        space: ``motion`` (decoded optical flow, MoGAN) or ``latent`` (the ablation).
-        student_weight: lambda_1. Of an update with an optimiser of its own Adam undoes it: there the learning rate weighs.
-        judge_weight: lambda_2, against ``r1`` and ``r2``.
-        blocks: first blocks of the transformer that form the trunk; ``taps``: after which of them heads read.
-        prompt: what the trunk is told; ``sigma``: the noise level it is told.
-        window: latent frames decoded; ``starts``: where a window may begin, one is drawn per update.
-        max_flow: pixels per frame drawn as 1; ``None``: what the cached clips say (:func:`mogan.motion.observation.full_scale`).
-        flow: flow estimator (see :func:`mogan.motion.estimators.load_flow`); ``flow_iterations``: its refinement steps;
-            ``flow_resolution``: the part of height and width it sees, ``None`` for all.
-        drawn_levels: noise the observation to drawn levels and tell them to the trunk, instead of ``sigma`` always.
-        train_trunk: the trunk learns too; otherwise only tokens and heads.
-    """
-
-    space: str
-    blocks: int
-    taps: tuple[int, ...]
-    prompt: str = "a video with good motion"
-    sigma: float = 0.0
-    student_weight: float = 0.5
-    judge_weight: float = 0.5
-    r1: float = 0.3
-    r2: float = 0.3
-    noise: float = 0.01
-    normalise: bool
-    window: int
-    starts: tuple[int, ...] = (0,)
-    flow: str
-    flow_iterations: int = 12
-    flow_resolution: float | None = None
-    max_flow: float | None = None
-    drawn_levels: bool = False
-    train_trunk: bool = True
-
-
-@dataclass(frozen=True, kw_only=True)
-class SurrogateConfig:
-    """A network that predicts ``gan``'s observation; see :class:`mogan.objectives.surrogate_network.MotionSurrogate`.
-
-    Attributes:
-        width: channels inside, a multiple of 8; ``blocks``: how many residual blocks.
-        pairs: of the student's latents and their exact observation that it remembers.
-        limit: relative error above which updates by the surrogate are exact instead; ``None``: never.
-    """
-
-    width: int
-    blocks: int
-    pairs: int
-    limit: float | None
-
-
-@dataclass(frozen=True, kw_only=True)
-class FlowMatchingConfig:
-    """Flow matching on clips; see :class:`mogan.objectives.flow_matching.FlowMatching`."""
-
-    shift: float
-    drop_text: float = 0.1
-
-
-@dataclass(frozen=True, kw_only=True)
-class MotionScoreConfig:
-    """A motion model; see :class:`mogan.objectives.motion_score.MotionScore`."""
-
-    windows: tuple[tuple[int, int], ...]
-    shift: float
-    drop_text: float = 0.1
-
-
-@dataclass(frozen=True, kw_only=True)
-class ShiftConfig:
-    """Advantage-weighted denoising with motion rewards; see :class:`mogan.objectives.shift.Shift`.
-
-    Attributes:
-        guidance: of the sampler; its levels are the config's ``sigmas``.
-        shift: shift of the levels at which pairs are denoised.
-        weight: ``exp`` or ``linear``; ``beta``: its temperature.
-        clip: range of a reward.
-        points: query points per clip.
-        patch: frames, height and width of a patch of the flux maps.
-        width, depth, heads: of each reward's transformer.
-        flow: flow estimator (see :func:`mogan.motion.estimators.load_flow`); ``flow_iterations``: its refinement steps.
-    """
-
-    guidance: float
-    shift: float
-    weight: str
-    beta: float
-    clip: tuple[float, float]
-    points: int
-    patch: tuple[int, int, int]
-    width: int
-    depth: int
-    heads: int
-    flow: str
-    flow_iterations: int = 12
-
-
-@dataclass(frozen=True, kw_only=True)
 class Config:
     """Everything a run is made of. Written as JSON beside every checkpoint.
 
@@ -213,6 +180,9 @@ class Config:
         sigmas: the student's levels, descending from 1, final 0 implied.
         plan: the updates of one iteration, in order.
         optimizers: by name, see ``Update.optimizer``.
+        objectives: by the names that the plan uses; one may build on those before it.
+        post_trains: the student is a few-step student already, which must be named and whose levels must agree.
+        rollout: how the student makes the clips that are judged; ``None``: its few steps, with fresh noise between them.
         given: latent frames the student is given, clean: 0 is text to video, 1 image to video.
         ema: decay of the student's averaged weights, which are what is sampled and exported.
         lora: rank of the adapters that student and fake score learn instead of all their weights; ``None``: all weights.
@@ -230,13 +200,10 @@ class Config:
     optimizers: dict[str, Optimizer]
     iterations: int
     ema: float
-    dmd: DMDConfig | None = None
-    gan: GANConfig | None = None
-    surrogate: SurrogateConfig | None = None
-    flow_matching: FlowMatchingConfig | None = None
+    objectives: dict[str, Block]
+    post_trains: bool = False
+    rollout: RolloutKind | None = None
     lora: int | None = None
-    motion_score: MotionScoreConfig | None = None
-    shift: ShiftConfig | None = None
     given: int = 0
     negative_prompt: str = ""
     precision: str = "auto"
@@ -252,15 +219,18 @@ class Config:
         """The same run, longer or shorter."""
         return replace(self, iterations=iterations)
 
-    def takes(self, update: Update) -> tuple[str, ...]:
-        """What of real clips an update of the plan is given: ``latent``, ``observation``, both, or none: prompts are enough."""
-        sees_motion = self.gan is not None and self.gan.space == "motion"
-        if update.from_clips:
-            return ("latent",)
-        if update.learns == "discriminator" or update.learns == "surrogate":
-            both = ("latent", "observation") if update.by == "surrogate" else ("observation",)
-            return both if sees_motion else ("latent",)
-        return ()
+    def changed(self, name: str, **settings: Any) -> "Config":
+        """The same run with other settings of one objective."""
+        block: Any = self.objectives[name]
+        return replace(self, objectives=self.objectives | {name: replace(block, **settings)})
+
+    def terms(self, name: str) -> Terms:
+        """What one objective asks of this run."""
+        return self.objectives[name].terms(self)
+
+    def lesson(self, update: Update) -> Lesson:
+        """What an update needs: all that any of the objectives in ``by`` does."""
+        return _joined(self.terms(name).lessons[update.learns] for name in update.judges)
 
     def __post_init__(self):
         levels = (*self.sigmas, 0.0)
@@ -270,7 +240,7 @@ class Config:
             raise ValueError(f"lora must be a rank of at least 1, not {self.lora}")
         learner: dict[str, str] = {}  # of each optimiser
         for place, update in enumerate(self.plan):
-            _check_judges(update)
+            self._check_judges(update)
             _check_numbers(update)
             if update.optimizer_name not in self.optimizers:
                 raise ValueError(f"{update.label}: no optimiser named {update.optimizer_name}")
@@ -279,9 +249,6 @@ class Config:
                     f"{update.label}: the optimiser {update.optimizer_name} is the {learner[update.optimizer_name]}'s; "
                     f"give the {update.learns} its own"
                 )
-            for judge in update.judges:
-                if getattr(self, judge) is None:
-                    raise ValueError(f"{update.label}: the config has no {judge}")
             if (
                 update.again
                 and _clips(update) not in [_clips(u) for u in self.plan[:place] if u.learns == "student"][-1:]
@@ -290,19 +257,34 @@ class Config:
                     f"{update.label}: the student's update before it does not make the clips to judge again"
                 )
 
+    def _check_judges(self, update: Update) -> None:
+        """Refuse what no objective offers."""
+        for judge in update.judges:
+            if judge not in self.objectives:
+                named = ", ".join(self.objectives) or "none"
+                raise ValueError(f"{update.label}: the config has no objective named {judge!r}; it has {named}")
+            learn = self.terms(judge).lessons
+            if update.learns not in learn:
+                raise ValueError(f"{update.label}: by {judge} learn {' and '.join(learn)}, not {update.learns!r}")
+        if len(update.judges) > 1 and (update.learns != "student" or len(set(update.judges)) < len(update.judges)):
+            raise ValueError(
+                f"{update.label}: only the student learns by several objectives at once, by each of them once"
+            )
+        self.lesson(update)
 
-def _check_judges(update: Update) -> None:
-    """Refuse what no objective offers."""
-    for judge in update.judges:
-        if judge not in LEARN_BY:
-            raise ValueError(f"{update.label}: no objective is named {judge!r}; there are {', '.join(LEARN_BY)}")
-        if update.learns not in LEARN_BY[judge]:
-            raise ValueError(f"{update.label}: by {judge} learn {' and '.join(LEARN_BY[judge])}, not {update.learns!r}")
-    together = len(update.judges) > 1
-    if together and (update.learns != "student" or len(set(update.judges)) < len(update.judges)):
-        raise ValueError(f"{update.label}: only the student learns by several objectives at once, by each of them once")
-    if together and not set(update.judges) <= set(OF_ROLLOUTS):
-        raise ValueError(f"{update.label}: only {', '.join(OF_ROLLOUTS)} judge a rollout together")
+
+def _joined(lessons: Iterable[Lesson]) -> Lesson:
+    several = list(lessons)
+    starts = {lesson.starts for lesson in several if lesson.starts}
+    if len(starts) > 1:
+        raise ValueError(f"objectives that judge together must draw their windows from the same starts, not {starts}")
+    return Lesson(
+        rollout=any(lesson.rollout for lesson in several),
+        clips=tuple(kind for kind in (LATENT, OBSERVATION) if any(kind in lesson.clips for lesson in several)),
+        captions=any(lesson.captions for lesson in several),
+        starts=next(iter(starts), ()),
+        least=max(lesson.least for lesson in several),
+    )
 
 
 def _check_numbers(update: Update) -> None:

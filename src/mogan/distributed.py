@@ -10,7 +10,7 @@ import os
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -94,10 +94,10 @@ class World:
         dist.all_reduce(total)
         return total / self.ranks
 
-    def mean(self, scalars: dict[str, Tensor]) -> dict[str, float]:
-        """Scalars averaged over the processes, which must all have the same ones; the step's only host synchronisation."""
-        values = torch.stack([torch.as_tensor(v, dtype=torch.float32, device=self.device) for v in scalars.values()])
-        return dict(zip(scalars, self.average(values).tolist(), strict=True))
+    def mean(self, scalars: Sequence[Tensor]) -> list[float]:
+        """Scalars averaged over the processes, which must all have as many; the host waits for them."""
+        values = torch.stack([torch.as_tensor(v, dtype=torch.float32, device=self.device) for v in scalars])
+        return self.average(values).tolist()
 
     def gather(self, value: Any) -> list[Any]:
         """The value of every process, in their order, on each of them."""

@@ -23,6 +23,7 @@ from mogan.errors import UserError
 FORMAT = "mogan-cache"
 VERSION = 1
 Item = TypeVar("Item")
+Made = TypeVar("Made")
 HOLD_BYTES = 2_000_000_000  # a cache smaller than this is read from disk once
 
 
@@ -30,7 +31,8 @@ HOLD_BYTES = 2_000_000_000  # a cache smaller than this is read from disk once
 class Batch:
     """What one update sees. Text is one embedding ``(L, D)`` per clip, trimmed to its tokens.
 
-    ``places`` numbers the clips within the whole batch, whichever process holds them.
+    ``places`` numbers the clips within the whole batch, whichever process holds them. ``more`` is what an objective made of
+    the batch, by name: a list or tensor with one entry per clip, or anything else that a slice cuts.
     """
 
     ids: list[str]
@@ -40,7 +42,7 @@ class Batch:
     observation_BCFHW: Tensor | None = None
     window_start: int | None = None
     places: list[int] = field(default_factory=list)
-    pairs: Any = None  # :class:`mogan.objectives.shift.Pairs`
+    more: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -275,10 +277,10 @@ def _order(count: int, seed: int, update: int, repeat: int, epoch: int) -> np.nd
     return np.random.default_rng([seed, 0, update, repeat, epoch]).permutation(count)
 
 
-def one_ahead(compute: Callable[[Item], Batch], items: Iterable[Item]) -> Generator[Batch, None, None]:
+def one_ahead(compute: Callable[[Item], Made], items: Iterable[Item]) -> Generator[Made, None, None]:
     """``compute(item)`` for each item, the next one already being computed in a thread: disks are read during a step."""
     with ThreadPoolExecutor(1, "mogan-data") as thread:
-        coming: Future[Batch] | None = None
+        coming: Future[Made] | None = None
         for item in items:
             ready, coming = coming, thread.submit(compute, item)
             if ready is not None:

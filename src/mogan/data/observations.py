@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from mogan.config import Config
+from mogan.config import OBSERVATION, Config
 from mogan.data.cache import Batch, Cache, clip_at, save_tensors, start_at
 from mogan.disk.files import replacing
 from mogan.errors import UserError
@@ -114,11 +114,12 @@ def drawn(config: Config, clips: int, first: int = 0) -> set[tuple[int, int]]:
     """
     found: set[tuple[int, int]] = set()
     for number, update in enumerate(config.plan):
-        if config.gan is None or "observation" not in config.takes(update):
+        lesson = config.lesson(update)
+        if OBSERVATION not in lesson.clips:
             continue
         for iteration in filter(update.happens, range(first, config.iterations)):
             for repeat in range(update.times):
-                start = start_at(config.gan.starts, config.seed, iteration, number, repeat)
+                start = start_at(lesson.starts, config.seed, iteration, number, repeat)
                 places = range(iteration * update.batch, (iteration + 1) * update.batch)
                 found |= {(clip_at(clips, config.seed, number, repeat, place), start) for place in places}
     return found

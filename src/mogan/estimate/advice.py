@@ -48,11 +48,9 @@ def advise(
             return tuple(changes)
     if gpus < 64:
         attempt("shard all weights over 64 GPUs", config, 64, None)
-    if config.gan is not None and config.gan.space == "motion":
-        for window in (9, 6, 4, 3):
-            if window < config.gan.window:
-                starts = config.gan.starts
-                shorter = replace(config, gan=replace(config.gan, window=window, starts=starts))
-                if attempt(f"a window of {window} latent frames in the recipe", shorter, max(gpus, 64), None):
-                    return tuple(changes)
+    for name in config.objectives:
+        for what, block in config.terms(name).smaller:
+            smaller = replace(config, objectives=config.objectives | {name: block})
+            if attempt(f"{what} in the recipe", smaller, max(gpus, 64), None):
+                return tuple(changes)
     return tuple(changes)

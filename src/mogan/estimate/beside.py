@@ -1,15 +1,16 @@
 """What a run does besides its updates, and sampling afterwards: memory and time of each on one GPU."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mogan.config import Config
+from mogan.costs.calls import Tracer
+from mogan.costs.machines import Machine
+from mogan.costs.trace import Work
 from mogan.data.observations import drawn
-from mogan.estimate.costs import Costs
-from mogan.estimate.machines import Machine
-from mogan.estimate.shapes import Shapes
-from mogan.estimate.trace import Work
 from mogan.models.defaults import Defaults
+from mogan.objectives import Price
 from mogan.sampling.sample import clips_at_once
 from mogan.training.held_out import AT_ONCE, CLIPS
 
@@ -41,46 +42,54 @@ class Beside:
 
 
 def beside(
-    config: Config, shapes: Shapes, costs: Costs, machine: Machine, gpus: int, clips: int, stays: float, more: float
+    config: Config,
+    tracer: Tracer,
+    prices: Sequence[Price],
+    machine: Machine,
+    gpus: int,
+    clips: int,
+    stays: float,
+    more: float,
 ) -> tuple[Beside, ...]:
     """What a run observes, shows and checks. It keeps ``stays`` bytes between updates, and ``more`` while averaged weights are
     sampled: the live ones beside them, and what is gathered for a forward pass. The rest is as in
     :func:`mogan.estimate.predict.predict`.
     """
-    few = costs.forward.work * len(config.sigmas)
+    shapes, forward = tracer.shapes, tracer.forward
+    few = forward.work * len(config.sigmas)
+    observe = next((p.observe for p in prices if p.observe), None)
+    check = next((p.check for p in prices if p.check), None)
     found = []
-    if costs.observe is not None:
+    if observe is not None:
         share = math.ceil(len(drawn(config, clips)) / gpus) if clips else 0
-        found.append(
-            Beside("observe a real clip", share, stays + costs.observe.peak, costs.observe.work.seconds(machine))
-        )
+        found.append(Beside("observe a real clip", share, stays + observe.peak, observe.work.seconds(machine)))
     if config.sample_prompts:
-        shown = costs.check if config.gan is not None and costs.check is not None else costs.stream
+        shown = check if check is not None and any(p.pictured for p in prices) else tracer.stream
         together = min(clips_at_once(shapes.size), config.sample_prompts)
-        peak = stays + more + max(together * costs.forward.peak, shown.peak)
+        peak = stays + more + max(together * forward.peak, shown.peak)
         times = math.ceil(config.iterations / config.sample_every)
         seconds = ((few + shown.work) * config.sample_prompts).seconds(machine)
         found.append(Beside(f"sheet of {config.sample_prompts} samples", times, peak, seconds))
-    if costs.check is not None and not config.given:
+    if check is not None and not config.given:
         share = math.ceil(CLIPS / gpus)
         together = min(clips_at_once(shapes.size, AT_ONCE), share)
-        peak = stays + more + max(together * costs.forward.peak, costs.check.peak)
+        peak = stays + more + max(together * forward.peak, check.peak)
         times = math.ceil(config.iterations / config.save_every)
-        seconds = ((few + costs.check.work) * share).seconds(machine)
+        seconds = ((few + check.work) * share).seconds(machine)
         found.append(Beside(f"--held-out, {CLIPS} clips", times, peak, seconds, asked=True))
     return tuple(found)
 
 
-def sampling(config: Config, shapes: Shapes, costs: Costs, machine: Machine) -> tuple[Beside, ...]:
+def sampling(config: Config, tracer: Tracer, machine: Machine) -> tuple[Beside, ...]:
     """``mogan sample`` on one GPU, per clip: the student's steps and, where a model is guided, the teacher's."""
-    parameters = costs.parameters
-    weights = FP32 * parameters["transformer"] + costs.forward.copies + BF16 * parameters["vae"]
-    text = text_encoder_bytes(shapes, costs)  # has gone when the others come
-    together = clips_at_once(shapes.size)
+    parameters, forward = tracer.parameters, tracer.forward
+    weights = FP32 * parameters["transformer"] + forward.copies + BF16 * parameters["vae"]
+    text = text_encoder_bytes(tracer)  # has gone when the others come
+    together = clips_at_once(tracer.shapes.size)
 
     def row(name: str, calls: int, steps: int) -> Beside:
-        peak = weights + max(calls * together * costs.forward.peak, costs.stream.peak)
-        work: Work = costs.forward.work * (steps * calls) + costs.stream.work
+        peak = weights + max(calls * together * forward.peak, tracer.stream.peak)
+        work: Work = forward.work * (steps * calls) + tracer.stream.work
         return Beside(name, 0, max(text, peak), work.seconds(machine), asked=True)
 
     steps = len(config.sigmas)
@@ -89,6 +98,6 @@ def sampling(config: Config, shapes: Shapes, costs: Costs, machine: Machine) -> 
     return (*found, row(f"mogan sample, {usual} guided steps", 2, usual))
 
 
-def text_encoder_bytes(shapes: Shapes, costs: Costs) -> float:
+def text_encoder_bytes(tracer: Tracer) -> float:
     """What :func:`mogan.models.wan.load_text` holds: Wan's large encoder in bf16."""
-    return (BF16 if shapes.text_encoder["d_model"] >= 4096 else FP32) * costs.parameters["text_encoder"]
+    return (BF16 if tracer.shapes.text_encoder["d_model"] >= 4096 else FP32) * tracer.parameters["text_encoder"]

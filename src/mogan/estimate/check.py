@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from mogan.estimate.costs import Codec, build_transformer, estimate_flow, judge_call, transformer_calls
-from mogan.estimate.shapes import Shapes
+from mogan.costs.calls import Codec, build_transformer, estimate_flow, judge_call, transformer_calls
+from mogan.costs.shapes import Shapes
 from mogan.models.autoencoder import decode_window, encode_video, stream_video
 from mogan.models.denoiser import Denoiser, recomputed
 from mogan.models.discriminator import Discriminator

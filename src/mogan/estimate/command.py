@@ -2,19 +2,20 @@
 
 import json
 import sys
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import lru_cache
 from typing import Annotated, Any
 
+import torch
 import tyro
 
-from mogan.config import Config, GANConfig
+from mogan.config import Config
+from mogan.costs.calls import Tracer
+from mogan.costs.machines import CONTEXT, FRAGMENTS, MACHINES, REACHED_BANDWIDTH, REACHED_COMPUTE
+from mogan.costs.shapes import read_shapes, resized
 from mogan.errors import UserError, closest
 from mogan.estimate.advice import Change, advise
-from mogan.estimate.costs import Costs, measure_costs
-from mogan.estimate.machines import CONTEXT, FRAGMENTS, MACHINES, REACHED_BANDWIDTH, REACHED_COMPUTE
 from mogan.estimate.predict import Estimate, predict
-from mogan.estimate.shapes import read_shapes, resized
 from mogan.ranges import at_least
 from mogan.recipes import find_recipe
 
@@ -62,8 +63,9 @@ def estimate(
     if lora is not None and gpus > 1:
         raise UserError("--lora trains in one process: leave out --gpus, or --lora")
     config = find_recipe(recipe)
-    if config.surrogate is not None and gpus > 1:
-        raise UserError("a motion surrogate trains in one process: leave out --gpus, or estimate a recipe without it")
+    if gpus > 1:
+        for alone in filter(None, (config.terms(name).alone for name in config.objectives)):
+            raise UserError(f"{alone}: leave out --gpus, or estimate another recipe")
     price = pricing(config, model, gpu, frames=frames, height=height, width=width, clips=clips)
     found = price(config, gpus, lora)
     changes = () if found.fits else advise(config, gpus, lora, price)
@@ -86,21 +88,17 @@ def pricing(
     """A function ``(config, gpus, lora) -> Estimate`` that traces each variant of the networks once."""
     shapes = read_shapes(model or ("lab" if config.recipe.endswith("_lab") else "wan2.1-t2v-1.3b"))
     shapes = resized(shapes, frames=frames, height=height, width=width)
-    if config.gan is not None and config.gan.space == "motion" and config.gan.window > shapes.latent[1]:
-        raise UserError(
-            f"the recipe's window of {config.gan.window} is longer than the clip's {shapes.latent[1]} latent frames"
-        )
 
     def say(what: str) -> None:
         print(f"tracing the {what} ...", file=sys.stderr, flush=True)
 
     @lru_cache
-    def costs_of(checkpointing: bool, gan: GANConfig | None) -> Costs:  # nothing else in a recipe changes them
-        return measure_costs(replace(config, checkpointing=checkpointing, gan=gan), shapes, say)
+    def tracer_of(checkpointing: bool, precision: str) -> Tracer:
+        return Tracer(shapes, checkpointing, torch.float32 if precision == "fp32" else torch.bfloat16, say)
 
     def price(changed: Config, gpus: int, lora: int | None, machine: str = gpu) -> Estimate:
-        costs = costs_of(changed.checkpointing, changed.gan)
-        return predict(changed, shapes, costs, MACHINES[machine], gpus, clips=clips, lora=lora)
+        tracer = tracer_of(changed.checkpointing, changed.precision)
+        return predict(changed, tracer, MACHINES[machine], gpus, clips=clips, lora=lora)
 
     return price
 

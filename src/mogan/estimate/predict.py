@@ -1,17 +1,19 @@
 """From costs and a machine to memory per GPU, time per update, and the price of a run."""
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from mogan.config import Config, ShiftConfig, Update
+from mogan.config import Config, Update
+from mogan.costs.calls import Tracer, one_after_the_other
+from mogan.costs.machines import GPUS_PER_NODE, REACHED_LINK, Machine, usable
+from mogan.costs.trace import Call
 from mogan.estimate.beside import Beside, beside, sampling, text_encoder_bytes
-from mogan.estimate.costs import Costs
-from mogan.estimate.machines import GPUS_PER_NODE, REACHED_LINK, Machine, usable
-from mogan.estimate.shapes import Shapes
-from mogan.estimate.trace import Call, Work
+from mogan.objectives import Bill, Kept, Price
+from mogan.sampling.rollout import FewStep
 
 FP32, BF16 = 4, 2  # bytes
-PAIRS = "pairs"  # what SHIFT samples, in the place of a network that learns
+PREPARE = "prepare"  # what an objective makes once per iteration, in the place of a network that learns
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,6 @@ class Estimate:
     gpus: int
     lora: int | None
     checkpointing: bool
-    window: int | None
     clip: tuple[int, int, int]
     networks: tuple[Network, ...]
     steps: tuple[Step, ...]
@@ -106,7 +107,7 @@ class Estimate:
 
 
 def predict(
-    config: Config, shapes: Shapes, costs: Costs, machine: Machine, gpus: int, *, clips: int, lora: int | None = None
+    config: Config, tracer: Tracer, machine: Machine, gpus: int, *, clips: int, lora: int | None = None
 ) -> Estimate:
     """Price a recipe.
 
@@ -115,42 +116,30 @@ def predict(
 
     Args:
         config: the recipe.
-        shapes: the model.
-        costs: of :func:`mogan.estimate.costs.measure_costs` for both.
+        tracer: of the model.
         machine: one GPU of it.
         gpus: how many.
         clips: real clips, none of which anybody has observed yet; 0 if all are.
         lora: rank of adapters in place of full weights of student and fake score.
     """
-    networks = _networks(config, costs, gpus, lora)
+    shapes, prices = tracer.shapes, {name: block.price(config, tracer) for name, block in config.objectives.items()}
+    networks = _networks(config, prices, tracer, gpus, lora)
     stays = sum(n.weights + n.moments + n.average for n in networks)
+    gathered = _gathered(tracer, gpus)
     gradients = {n.name: n.gradients for n in networks}
-    steps = []
-    for update in (*_sampling(config), *config.plan):
-        clips_here = update.batch / gpus
-        part = max(1, min(update.batch // update.accumulate, math.ceil(clips_here)))
-        activations = _activations(config, update, costs) * part + _gathered(shapes, costs, gpus)
-        learner = gradients.get(update.learns, 0.0)
-        work, passes = _work(config, update, costs)
-        waiting = _communication(costs, machine, gpus, passes) * math.ceil(clips_here / part)
-        steps.append(
-            Step(
-                update.label,
-                update.times,
-                _share(config, update),
-                clips_here,
-                part,
-                activations,
-                stays + learner + max(activations, learner),  # AdamW's foreach step needs as much again as the weights
-                work.flops * clips_here,
-                (work.flops - _recomputed(config, update, costs)) * clips_here,
-                max(work.seconds(machine) * clips_here, waiting),
-                waiting,
-            )
-        )
+    steps = [
+        _step(tracer, machine, gpus, update, _share(config, [update]), _bill(config, update, prices, tracer), stays,
+              gradients.get(update.learns, 0.0))
+        for update in config.plan
+    ]  # fmt: skip
+    for name, price in prices.items():
+        if price.prepare is not None:
+            those = [u for u in config.plan if name in u.judges]
+            first = replace(those[0], learns=PREPARE, times=1)
+            steps.insert(0, _step(tracer, machine, gpus, first, _share(config, those), price.prepare, stays, 0.0))
     odd = [u.batch for u in config.plan if u.batch % gpus]
-    gan = config.gan
-    more = sum(n.average for n in networks) + _gathered(shapes, costs, gpus)
+    stages = {name: call for price in prices.values() for name, call in price.stages.items()}
+    more = sum(n.average for n in networks) + gathered
     return Estimate(
         config.recipe,
         shapes.name,
@@ -158,208 +147,123 @@ def predict(
         gpus,
         lora,
         config.checkpointing,
-        gan.window if gan is not None and gan.space == "motion" else None,
         (shapes.size.frames, shapes.size.height, shapes.size.width),
         networks,
         tuple(steps),
-        tuple(Stage(n, c.held, c.peak, c.work.flops, c.work.seconds(machine)) for n, c in costs.stages.items()),
+        tuple(Stage(n, c.held, c.peak, c.work.flops, c.work.seconds(machine)) for n, c in stages.items()),
         usable(machine.memory),
         config.iterations,
-        beside(config, shapes, costs, machine, gpus, clips, stays, more),
-        sampling(config, shapes, costs, machine),
-        text_encoder_bytes(shapes, costs),
+        beside(config, tracer, tuple(prices.values()), machine, gpus, clips, stays, more),
+        sampling(config, tracer, machine),
+        text_encoder_bytes(tracer),
         f"a batch of {odd[0]} does not split over {gpus} GPUs: give --batch a multiple of {gpus}" if odd else "",
     )
 
 
-def _sampling(config: Config) -> tuple[Update, ...]:
-    """SHIFT's pairs, which the first update of an iteration samples, observes and rewards for all of them; as an update."""
-    first = next((u for u in config.plan if u.by == "shift"), None)
-    return () if first is None else (replace(first, learns=PAIRS, times=1),)
+def _step(
+    tracer: Tracer,
+    machine: Machine,
+    gpus: int,
+    update: Update,
+    share: float,
+    bill: Bill,
+    stays: float,
+    gradients: float,
+) -> Step:
+    """One update on one GPU; ``stays`` are bytes that are always there."""
+    clips_here = update.batch / gpus
+    part = max(1, min(update.batch // update.accumulate, math.ceil(clips_here)))
+    call = one_after_the_other(bill.calls)
+    activations = call.peak * part + _gathered(tracer, gpus)
+    waiting = _communication(tracer, machine, gpus, bill.passes) * math.ceil(clips_here / part)
+    return Step(
+        update.label,
+        update.times,
+        share,
+        clips_here,
+        part,
+        activations,
+        stays + gradients + max(activations, gradients),  # AdamW's foreach step needs as much again as the weights
+        call.work.flops * clips_here,
+        (call.work.flops - bill.repeated) * clips_here,
+        max(call.work.seconds(machine) * clips_here, waiting),
+        waiting,
+    )
 
 
-def _share(config: Config, update: Update) -> float:
-    """The part of a run's iterations that has this update; pairs are made for any of SHIFT's."""
-    those = [u for u in config.plan if u.by == "shift"] if update.learns == PAIRS else [update]
-    return sum(any(u.happens(i) for u in those) for i in range(config.iterations)) / config.iterations
+def _bill(config: Config, update: Update, prices: Mapping[str, Price], tracer: Tracer) -> Bill:
+    """Per clip, of the roll-out if one is made and of everybody who judges; as in :func:`mogan.training.steps.learn`."""
+    bills = [prices[name].bills[update.learns] for name in update.judges]
+    calls, passes, repeated = [], 0.0, sum(bill.repeated for bill in bills)
+    if config.lesson(update).rollout and not update.again:
+        before = (config.rollout or FewStep()).steps(config.sigmas)
+        forward, learns = tracer.forward, update.learns == "student"
+        calls.append(Call(forward.work * (before + (not learns)), 0.0, forward.peak, forward.copies))
+        passes += before + 1
+        if learns:
+            calls.append(tracer.train)
+            passes += 1
+            repeated += forward.work.flops if config.checkpointing else 0.0
+    calls += [call for bill in bills for call in bill.calls]
+    return Bill(tuple(calls), passes + sum(bill.passes for bill in bills), repeated)
 
 
-def _networks(config: Config, costs: Costs, gpus: int, lora: int | None) -> tuple[Network, ...]:
-    whole, rank = costs.parameters["transformer"], lora or 0
+def _share(config: Config, updates: Sequence[Update]) -> float:
+    """The part of a run's iterations that has any of these updates."""
+    return sum(any(u.happens(i) for u in updates) for i in range(config.iterations)) / config.iterations
+
+
+def _networks(
+    config: Config, prices: Mapping[str, Price], tracer: Tracer, gpus: int, lora: int | None
+) -> tuple[Network, ...]:
+    whole, rank = tracer.parameters["transformer"], lora or 0
+    layers = round((whole - tracer.parameters["rest"]) / tracer.parameters["block"])
+    blocks = layers * tracer.parameters["block"]
+    held = BF16 * blocks + FP32 * (whole - blocks) if lora else FP32 * whole  # of a frozen transformer
 
     def optimizers(name: str) -> int:
         return len({u.optimizer_name for u in config.plan if u.learns == name})
 
-    def trained(name: str, parameters: int, averaged: bool = False) -> Network:
+    def trained(kept: Kept, averaged: bool = False, own_base: bool = False) -> Network:
+        """With adapters, a transformer learns those over a frozen base, which it may share."""
+        adapts = lora is not None and kept.transformer
+        parameters = rank * tracer.parameters["adapters"] if adapts else kept.parameters
         mine = FP32 * parameters / gpus
-        return Network(name, parameters, mine, mine, 2 * optimizers(name) * mine, mine if averaged else 0.0)
+        weights = mine + kept.beside + (held / gpus if adapts and own_base else 0.0)
+        return Network(kept.name, parameters, weights, mine, 2 * optimizers(kept.name) * mine, averaged * mine)
 
-    def adapters(name: str, averaged: bool, own_base: bool) -> Network:
-        base = (BF16 * blocks + FP32 * (whole - blocks)) / gpus if own_base else 0.0
-        learned = FP32 * rank * costs.parameters["adapters"] / gpus
-        return Network(
-            name,
-            rank * costs.parameters["adapters"],
-            base + learned,
-            learned,
-            2 * optimizers(name) * learned,
-            averaged * learned,
-        )
-
-    layers = round((whole - costs.parameters["rest"]) / costs.parameters["block"])
-    blocks = layers * costs.parameters["block"]
-    learning = {u.learns for u in config.plan}
-    found = []
-    if "student" in learning:
-        # adapters of student and fake score share the teacher's frozen weights, unless the student starts elsewhere
-        own_base = config.dmd is None or config.gan is not None
-        found.append(adapters("student", True, own_base) if lora else trained("student", whole, True))
-    if config.dmd is not None:
-        held = BF16 * blocks + FP32 * (whole - blocks) if lora else FP32 * whole
-        found.append(Network("teacher", whole, held / gpus))
-        found.append(adapters("fake_score", False, False) if lora else trained("fake_score", whole))
-    if config.gan is not None:
-        found.append(trained("discriminator", costs.parameters["discriminator"]))
-    if config.surrogate is not None:
-        surrogate = trained("surrogate", costs.parameters["surrogate"])
-        found.append(replace(surrogate, weights=surrogate.weights + FP32 * costs.parameters["remembered"]))
-    if config.shift is not None:
-        found.append(trained("reward", costs.parameters["reward"]))
-    precision = FP32 if config.precision == "fp32" else BF16
-    found.append(Network("autoencoder", costs.parameters["vae"], precision * costs.parameters["vae"]))
-    if encoder := costs.parameters.get("fp32 encoder"):
-        found.append(Network("fp32 encoder", encoder, FP32 * encoder))
-    if costs.parameters.get("flow"):
-        found.append(Network("flow network", costs.parameters["flow"], FP32 * costs.parameters["flow"]))
+    every = [kept for price in prices.values() for kept in price.kept]
+    # adapters share the frozen weights of a network that starts as they do, unless the student starts elsewhere
+    own_base = config.post_trains or not any(k.transformer and not k.learns for k in every)
+    found = [trained(Kept("student", whole, transformer=True), True, own_base)] if _learns(config, "student") else []
+    for kept in every:
+        if kept.learns:
+            found.append(trained(kept))
+        elif kept.sharded:
+            found.append(
+                Network(kept.name, kept.parameters, held / gpus if kept.transformer else FP32 * kept.parameters / gpus)
+            )
+    vae = tracer.parameters["vae"]
+    found.append(Network("autoencoder", vae, (FP32 if config.precision == "fp32" else BF16) * vae))
+    found += [Network(k.name, k.parameters, FP32 * k.parameters) for k in every if not k.learns and not k.sharded]
     return tuple(found)
 
 
-def _gathered(shapes: Shapes, costs: Costs, gpus: int) -> float:
+def _learns(config: Config, name: str) -> bool:
+    return any(update.learns == name for update in config.plan)
+
+
+def _gathered(tracer: Tracer, gpus: int) -> float:
     """Weights in the precision of the matrix products, beside the fp32 ones."""
     if gpus == 1:
-        return max(costs.train.copies, costs.forward.copies)
-    block, rest = costs.parameters["block"], costs.parameters["rest"]
+        return max(tracer.train.copies, tracer.forward.copies)
+    block, rest = tracer.parameters["block"], tracer.parameters["rest"]
     return 2 * BF16 * block + FP32 * block + FP32 * rest  # two gathered blocks, one block's gradients, what is outside
 
 
-def _activations(config: Config, update: Update, costs: Costs) -> float:
-    """Most bytes alive at once in one update of one clip, beside weights and gradients."""
-    forward, train = costs.forward, costs.train
-    if update.by == "shift":
-        assert config.shift is not None
-        assert costs.pixel_flux is not None
-        assert costs.reward is not None
-        if update.learns == PAIRS:
-            return max(_calls(config.shift.guidance) * forward.peak, costs.pixel_flux.peak)
-        return 2 * (train if update.learns == "student" else costs.reward).peak  # both clips of a pair
-    if update.learns == "discriminator":
-        seen = costs.observe
-        if update.by == "surrogate":
-            assert costs.predict is not None
-            seen = replace(
-                costs.predict, peak=2 * costs.predict.peak
-            )  # real clips' latents and the student's in one pass
-        rolled = 0.0 if update.again else forward.peak
-        return max(seen.peak if seen else 0.0, rolled, _shown(config, update) * _judge(update, costs).peak)
-    if update.learns == "surrogate":
-        assert costs.predict_learns is not None
-        return 2 * costs.predict_learns.peak
-    held = peak = 0.0  # what judges a rollout, one after the other, while what each needs for its backward pass stays
-    if update.learns == "student":
-        for judge in update.judges:
-            for call in _judging(config, judge, costs):
-                peak, held = max(peak, held + call.peak), held + call.held
-    return max(train.peak, train.held + peak)
-
-
-def _judging(config: Config, judge: str, costs: Costs) -> tuple[Call, ...]:
-    """Calls by which an objective judges a rollout of one clip, in order; none where the network that learns is itself all."""
-    if judge == "dmd":
-        assert config.dmd is not None
-        calls = _calls(config.dmd.guidance)
-        return (Call(costs.forward.work * calls, 0.0, calls * costs.forward.peak), replace(costs.forward, held=0.0))
-    if judge not in ("gan", "surrogate"):
-        return ()
-    assert costs.judge_frozen is not None
-    seen = costs.observe_grad if judge == "gan" else costs.predict_grad
-    return (seen, costs.judge_frozen) if seen else (costs.judge_frozen,)
-
-
-def _work(config: Config, update: Update, costs: Costs) -> tuple[Work, float]:
-    """Work of one update per clip, and passes over a transformer's weights (forward 1, trained 2)."""
-    before = (len(config.sigmas) - 1) / 2  # the exit step is uniform over the student's steps
-    forward, train = costs.forward.work, costs.train.work
-    if update.by in ("flow_matching", "motion_score"):  # a motion model's longest window is as long as a clip
-        return train, 2
-    if update.by == "shift":
-        return _shift_work(config.shift, update, costs, len(config.sigmas))
-    if update.learns == "student":
-        judging = [call.work for judge in update.judges for call in _judging(config, judge, costs)]
-        return sum(judging, forward * before + train), before + 2 + 2 * len(update.judges)
-    if update.learns == "surrogate":
-        assert costs.predict_learns is not None
-        return costs.predict_learns.work * 2, 0
-    rolled, passes = (Work(), 0.0) if update.again else (forward * (before + 1), before + 1)
-    if update.by == "dmd":
-        return rolled + train, passes + 2
-    seen = costs.observe.work if costs.observe else Work()
-    if update.by == "surrogate":
-        assert costs.predict is not None
-        seen = costs.predict.work * 2
-    return rolled + seen + _judge(update, costs).work * _shown(config, update), passes + 2
-
-
-def _judge(update: Update, costs: Costs) -> Call:
-    """The discriminator as it learns in an update."""
-    judge = costs.judge_predicted if update.by == "surrogate" else costs.judge
-    assert judge is not None
-    return judge
-
-
-def _shift_work(shift: ShiftConfig | None, update: Update, costs: Costs, steps: int) -> tuple[Work, float]:
-    """As :func:`_work`, per pair of clips."""
-    assert shift is not None
-    assert costs.pixel_flux is not None
-    assert costs.reward is not None
-    if update.learns == "student":
-        return costs.train.work * 2, 2
-    if update.learns != PAIRS:
-        return costs.reward.work * 2, 0
-    judged = costs.pixel_flux.work + costs.reward.work * (1 / 3)  # forward alone
-    return costs.forward.work * (steps * _calls(shift.guidance)) + judged * 2, steps
-
-
-def _calls(guidance: float) -> int:
-    """Of a guided network: with the prompt and, unless guidance is 1, without."""
-    return 1 if guidance == 1 else 2
-
-
-def _shown(config: Config, update: Update) -> int:
-    """Inputs per clip of the discriminator's passes: one of the student's, or real and generated, each noised if penalised."""
-    if update.learns == "student":
-        return sum(judge in ("gan", "surrogate") for judge in update.judges)
-    if update.learns != "discriminator":
-        return 0
-    assert config.gan is not None
-    return 2 + (update.by == "gan") * (bool(config.gan.r1) + bool(config.gan.r2))
-
-
-def _recomputed(config: Config, update: Update, costs: Costs) -> float:
-    """Operations of the forward passes that checkpointing repeats, per clip."""
-    if not config.checkpointing or update.learns in (PAIRS, "reward", "surrogate"):
-        return 0.0
-    flops = costs.forward.work.flops if update.learns in ("student", "fake_score") else 0.0
-    if costs.judge is not None:  # forward, forward again, and a backward pass of twice the work
-        flops += _shown(config, update) * costs.judge.work.flops / 4
-    if config.gan is not None and costs.observe is not None and update.learns == "student" and "gan" in update.judges:
-        start = sum(config.gan.starts) / len(config.gan.starts)
-        flops += costs.observe.work.flops * config.gan.window / (config.gan.window + start)
-    return flops * 2 if update.by == "shift" else flops
-
-
-def _communication(costs: Costs, machine: Machine, gpus: int, passes: float) -> float:
+def _communication(tracer: Tracer, machine: Machine, gpus: int, passes: float) -> float:
     """Seconds a part's collectives take: bf16 weights gathered at every pass, fp32 gradients reduced once."""
     if gpus == 1:
         return 0.0
-    moved = costs.parameters["transformer"] * (BF16 * passes + FP32) * (gpus - 1) / gpus
+    moved = tracer.parameters["transformer"] * (BF16 * passes + FP32) * (gpus - 1) / gpus
     return moved / (REACHED_LINK * (machine.link if gpus <= GPUS_PER_NODE else machine.network))

@@ -16,8 +16,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
+from mogan.costs.shapes import PUBLISHED, Shapes
 from mogan.errors import UserError
-from mogan.estimate.shapes import PUBLISHED, Shapes
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:

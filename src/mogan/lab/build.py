@@ -22,7 +22,7 @@ from mogan.ranges import at_least
 from mogan.recipes import find_recipe
 from mogan.sampling.samplers import sample_student, sample_teacher, to_frames
 from mogan.training.assemble import assemble
-from mogan.training.train import resume, run_training
+from mogan.training.loop import resume, run_training
 from mogan.world.scenes import FPS, FRAMES, SIZE, exact_flow, make_scene
 
 
@@ -117,7 +117,7 @@ def distil(out: Path, iterations: int, prompts: int = 4000) -> Path:
     resume(parts, run)
     student, fake = parts.student, parts.networks["fake_score"]
     assert isinstance(fake, Denoiser)
-    student.transformer.load_state_dict(parts.average)
+    student.transformer.load_state_dict(parts.average.weights)
     card = "The lab's 3-step student, distilled from its teacher by the recipe `dmd_lab`.\n"
     save_student(
         student.transformer, out / "teacher", folder, config.sigmas, torch.float16, card, fake_score=fake.transformer

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from mogan.models.denoiser import taps
 
+PROMPT = "a video with good motion"  # MoGAN, section 3.3: what the discriminator is always told
+
 
 class TokenHead(nn.Module):
     """One learned token that attends to a feature map, then a small MLP; both residual. Returns ``(B, D)``."""

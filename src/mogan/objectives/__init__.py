@@ -1,30 +1,121 @@
-"""Ways of judging a rollout.
+"""Ways of judging: each a file with its settings, its losses, what it needs and what it costs.
 
-An objective owns the networks that chase the student. ``student_loss(rollout, batch, generator)`` sends gradient into
-the student and into nothing else; ``judge_loss(rollout, batch, generator)`` trains the objective's own networks on a
-rollout without gradient. Both return the loss and a dictionary of scalars worth logging.
+The settings are a :class:`mogan.config.Block`. ``build`` makes an :class:`Objective`, which owns the networks that chase the
+student. A loss ``(rollout, batch, generator)`` sends gradient into the network it is named for and into nothing else, and
+returns itself and a dictionary of scalars worth logging.
 """
 
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from mogan.costs.trace import Call
 from mogan.data.cache import Batch
+from mogan.data.observations import Observations
+from mogan.motion.flow import FlowEstimator
 
 Loss = tuple[Tensor, dict[str, Tensor]]
 Randomness = torch.Generator | list[torch.Generator]  # in training one per sample; see mogan.sampling.rollout.normal
+LossFn = Callable[[Any, Batch, Randomness], Loss]  # the first is a Rollout, or None for who asks for none
 
 
-class Objective(Protocol):
-    """What the training loop asks of an objective."""
+class Prepare(Protocol):
+    """What an objective makes of a batch before its parts are judged."""
 
-    needs_rollout: bool  # if False, ``rollout`` is None
-
-    def student_loss(self, rollout: Any, batch: Batch, generator: Randomness) -> Loss:
-        """Loss whose gradient reaches the student only."""
+    def __call__(self, batch: Batch, *, iteration: int, generator: Randomness, most: int) -> Batch:
+        """The batch with ``more``; at most ``most`` clips are computed at a time."""
         ...
 
-    def judge_loss(self, rollout: Any, batch: Batch, generator: Randomness) -> Loss:
-        """Loss whose gradient reaches the objective's own networks only."""
-        ...
+
+@dataclass
+class Objective:
+    """What the training loop asks of an objective.
+
+    Attributes:
+        judge: the object whose methods the losses are, for objectives that build on this one.
+        losses: by the network that learns.
+        networks: its own that learn, by name.
+        frozen: transformers that it calls and that do not learn.
+        prepare: once per update; ``None``: nothing.
+        observations: what it sees of real clips, for lessons with ``observation``; ``observation_bytes``: size of each.
+        flow: the estimator it sees motion through; ``scale``: pixels per frame that its motion picture draws as 1.
+    """
+
+    judge: Any
+    losses: Mapping[str, LossFn]
+    networks: Mapping[str, nn.Module] = field(default_factory=dict)
+    frozen: Sequence[nn.Module] = ()
+    prepare: Prepare | None = None
+    observations: Observations | None = None
+    observation_bytes: int = 0
+    flow: FlowEstimator | None = None
+    scale: float | None = None
+
+
+# ---------------------------------------------------------------------------------------------- what it costs
+
+
+@dataclass(frozen=True)
+class Bill:
+    """What an objective adds to an update, per clip, beside the student's roll-out.
+
+    Attributes:
+        calls: one after the other; what each holds stays for the backward pass.
+        passes: over weights that are sharded: forward 1, trained 2.
+        repeated: operations of forward passes that checkpointing does again.
+    """
+
+    calls: tuple[Call, ...] = ()
+    passes: float = 0.0
+    repeated: float = 0.0
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A network that stays in memory.
+
+    Attributes:
+        name: of it; what learns is named as in the plan.
+        parameters: how many; ``beside``: bytes of buffers.
+        learns: it has gradients and moments.
+        transformer: a whole transformer of the model, which adapters can take the place of and a frozen one can share.
+        sharded: over the GPUs; else each has all of it.
+        size: bytes of a parameter.
+    """
+
+    name: str
+    parameters: int
+    beside: float = 0.0
+    learns: bool = True
+    transformer: bool = False
+    sharded: bool = True
+    size: int = 4
+
+
+@dataclass(frozen=True)
+class Price:
+    """What an objective costs.
+
+    Attributes:
+        bills: by the network that learns.
+        kept: networks beside the student.
+        prepare: per clip, once in an iteration that has any of its updates.
+        observe: a real clip, once per run; ``stages``: of an observation with gradient, for people to look at.
+        check: a clip decoded and its flow, frame by frame; ``pictured``: that is part of a sheet of samples.
+    """
+
+    bills: Mapping[str, Bill]
+    kept: tuple[Kept, ...] = ()
+    prepare: Bill | None = None
+    observe: Call | None = None
+    stages: Mapping[str, Call] = field(default_factory=dict)
+    check: Call | None = None
+    pictured: bool = False
+
+
+def guided_calls(guidance: float) -> int:
+    """Of a guided network: with the prompt and, unless guidance is 1, without."""
+    return 1 if guidance == 1 else 2

@@ -1,15 +1,51 @@
 """Flow matching on real clips: how the teacher was trained, and supervised fine-tuning (SFT)."""
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mogan.config import LATENT, Config, Lesson, Terms
+from mogan.costs.calls import Tracer
 from mogan.data.cache import Batch
 from mogan.models.attention import stack_text
 from mogan.models.denoiser import Denoiser
-from mogan.objectives import Loss, Randomness
+from mogan.objectives import Bill, Loss, Objective, Price, Randomness
+from mogan.objectives.base import Base
 from mogan.sampling.rollout import Rollout, normal
 from mogan.schedule import add_noise, draw_sigma, uniform
+
+OF_CLIPS = Lesson(rollout=False, clips=(LATENT,), captions=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlowMatchingConfig:
+    """Flow matching on clips; see :class:`FlowMatching`."""
+
+    shift: float
+    drop_text: float = 0.1
+
+    def terms(self, config: Config) -> Terms:
+        """The student learns from clips and their captions."""
+        return Terms(lessons={"student": OF_CLIPS})
+
+    def build(self, base: Base, others: Mapping[str, Objective]) -> Objective:
+        """On the student."""
+        (null,) = base.encode([""])
+        found = FlowMatching(base.student, null, shift=self.shift, drop_text=self.drop_text, given=base.config.given)
+        return Objective(found, {"student": found.student_loss})
+
+    def price(self, config: Config, tracer: Tracer) -> Price:
+        """The student, trained."""
+        return Price({"student": learns_alone(config, tracer)})
+
+
+def learns_alone(config: Config, tracer: Tracer, times: int = 1) -> Bill:
+    """The student denoises clips, ``times`` of them for each of the batch."""
+    again = times * tracer.forward.work.flops if config.checkpointing else 0.0
+    return Bill((tracer.train.times(times),), 2, again)
 
 
 def stack_some(text: list[Tensor], null: Tensor, drop: float, generator: Randomness, device: torch.device) -> Tensor:
@@ -44,8 +80,6 @@ class FlowMatching:
         given: latent frames that are given (image to video: 1).
     """
 
-    needs_rollout = False
-
     def __init__(self, student: Denoiser, null: Tensor, *, shift: float, drop_text: float, given: int = 0):
         self.student, self.null, self.shift, self.drop_text, self.given = student, null, shift, drop_text, given
 
@@ -59,7 +93,3 @@ class FlowMatching:
         text = stack_some(batch.text, self.null, self.drop_text, generator, device)
         noise = normal(x0.shape, generator, device)
         return velocity_error(self.student, x0, noise, sigma, text, given=self.given).mean(), {}
-
-    def judge_loss(self, rollout: Rollout | None, batch: Batch, generator: Randomness) -> Loss:
-        """Flow matching owns no network that chases the student."""
-        raise NotImplementedError("flow matching trains the student only")

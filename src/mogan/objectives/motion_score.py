@@ -1,16 +1,45 @@
 """Flow matching on differences of latent frames: a dedicated motion score model (Motion Score Matching, section 6.3)."""
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
+from mogan.config import Config, Terms
+from mogan.costs.calls import Tracer
 from mogan.data.cache import Batch
 from mogan.errors import UserError
 from mogan.models.denoiser import Denoiser
-from mogan.objectives import Loss, Randomness
-from mogan.objectives.flow_matching import stack_some
+from mogan.objectives import Loss, Objective, Price, Randomness
+from mogan.objectives.base import Base
+from mogan.objectives.flow_matching import OF_CLIPS, learns_alone, stack_some
 from mogan.sampling.motion_score import differences, motion_velocity
 from mogan.sampling.rollout import Rollout, normal
 from mogan.schedule import add_noise, draw_sigma, uniform
+
+
+@dataclass(frozen=True, kw_only=True)
+class MotionScoreConfig:
+    """A motion model; see :class:`MotionScore`."""
+
+    windows: tuple[tuple[int, int], ...]
+    shift: float
+    drop_text: float = 0.1
+
+    def terms(self, config: Config) -> Terms:
+        """The student learns from clips and their captions."""
+        return Terms(lessons={"student": OF_CLIPS})
+
+    def build(self, base: Base, others: Mapping[str, Objective]) -> Objective:
+        """On the student."""
+        (null,) = base.encode([""])
+        found = MotionScore(base.student, null, windows=self.windows, shift=self.shift, drop_text=self.drop_text)
+        return Objective(found, {"student": found.student_loss})
+
+    def price(self, config: Config, tracer: Tracer) -> Price:
+        """The student, trained; its longest window is as long as a clip."""
+        return Price({"student": learns_alone(config, tracer)})
 
 
 class MotionScore:
@@ -24,8 +53,6 @@ class MotionScore:
         shift: shift of the drawn levels.
         drop_text: probability with which a clip is trained without its prompt.
     """
-
-    needs_rollout = False
 
     def __init__(
         self, student: Denoiser, null: Tensor, *, windows: tuple[tuple[int, int], ...], shift: float, drop_text: float
@@ -55,7 +82,3 @@ class MotionScore:
         noisy = differences(add_noise(x0, noise, sigma)[:, :, first:])
         velocity = motion_velocity(self.student, x0[:, :, :given], noisy, sigma, text)
         return (velocity - differences((noise - x0)[:, :, first:])).square().mean(), {}
-
-    def judge_loss(self, rollout: Rollout | None, batch: Batch, generator: Randomness) -> Loss:
-        """A motion score owns no network that chases the student."""
-        raise NotImplementedError("a motion score trains the student only")

@@ -1,14 +1,104 @@
 """MoGAN's adversarial objective through a motion surrogate: no decoding, no optical flow, no encoding."""
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+
 import torch
 from torch import Tensor
 
+from mogan.config import LATENT, OBSERVATION, Alarm, Config, Lesson, Terms
+from mogan.costs.calls import Tracer
+from mogan.costs.shapes import Shapes
+from mogan.costs.trace import Call, fake, sizes, trace
 from mogan.data.cache import Batch
 from mogan.models.denoiser import frozen
-from mogan.objectives import Loss, Randomness
-from mogan.objectives.gan import GAN
-from mogan.objectives.surrogate_network import MotionSurrogate, relative_error, window_of
+from mogan.objectives import Bill, Kept, Loss, LossFn, Objective, Price, Randomness
+from mogan.objectives.base import Base
+from mogan.objectives.gan import GAN, GANConfig
+from mogan.objectives.surrogate_network import MotionSurrogate, Remembered, relative_error, window_of
 from mogan.sampling.rollout import Rollout
+
+ALARM = Alarm(
+    "surrogate_error",
+    lambda first, now: now > 1.0,
+    "the surrogate predicts the motion no better than its mean would: its relative error is {now:.2f}; make more updates "
+    "exact, or set surrogate.limit",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SurrogateConfig:
+    """A network that predicts ``gan``'s observation; see :class:`mogan.objectives.surrogate_network.MotionSurrogate`.
+
+    Attributes:
+        width: channels inside, a multiple of 8; ``blocks``: how many residual blocks.
+        pairs: of the student's latents and their exact observation that it remembers.
+        limit: relative error above which updates by the surrogate are exact instead; ``None``: never.
+    """
+
+    width: int
+    blocks: int
+    pairs: int
+    limit: float | None
+
+    def _gan(self, config: Config) -> GANConfig:
+        gan = config.objectives.get("gan")
+        if not isinstance(gan, GANConfig) or not gan.in_motion:
+            raise ValueError(
+                f"{config.recipe}: a motion surrogate predicts what gan sees of motion: give a gan with space motion"
+            )
+        return gan
+
+    def terms(self, config: Config) -> Terms:
+        """As for ``gan``, on latents of real clips; the surrogate learns from their latents and observations."""
+        starts, both = self._gan(config).starts, (LATENT, OBSERVATION)
+        lessons = {
+            "student": Lesson(starts=starts),
+            "discriminator": Lesson(clips=both, starts=starts),
+            "surrogate": Lesson(rollout=False, clips=both, starts=starts),
+        }
+        return Terms(lessons=lessons, alarms=(ALARM,), alone="a motion surrogate remembers the clips of one process")
+
+    def build(self, base: Base, others: Mapping[str, Objective]) -> Objective:
+        """The surrogate, which from now on watches ``gan``'s exact observations."""
+        gan: GAN = others["gan"].judge
+        torch.manual_seed(base.config.seed)
+        (channels, _, height, width), window = base.latent_shape, gan.settings.window
+        network = MotionSurrogate(
+            (channels, height, width), window, width=self.width, blocks=self.blocks, pairs=self.pairs
+        ).to(base.device)
+        assert gan.observe is not None
+        gan.observe = Remembered(gan.observe, network)
+        found = Surrogate(network, gan, self.limit)
+        losses: dict[str, LossFn] = {
+            "student": found.student_loss,
+            "discriminator": found.judge_loss,
+            "surrogate": found.surrogate_loss,
+        }
+        return Objective(
+            found,
+            losses,
+            {"surrogate": network},
+            observations=others["gan"].observations,
+            observation_bytes=others["gan"].observation_bytes,
+        )
+
+    def price(self, config: Config, tracer: Tracer) -> Price:
+        """Predictions in the place of observations, real clips' and the student's in one pass; a judge without penalties."""
+        gan = self._gan(config)
+        key = ("surrogate", self.width, self.blocks, self.pairs, gan.window)
+        traced = tracer.once(key, lambda: surrogate_calls(self, tracer.shapes, gan.window))
+        (plain, passed, learns), parameters, remembered = traced
+        judge = gan.judge_calls(tracer, gan.window)
+        (through, _), (judged, _) = judge(tracer.dtype, False), judge(tracer.dtype, True)
+        again = judged.work.flops / 4 if config.checkpointing else 0.0
+        bills = {
+            "student": Bill((passed, through), 2, again),
+            "discriminator": Bill((plain.times(2).freed(), judged.times(2).freed()), 2, 2 * again),
+            "surrogate": Bill((learns.times(2),), 0),
+        }
+        return Price(bills, (Kept("surrogate", parameters, beside=4 * remembered),))
 
 
 class Surrogate:
@@ -25,8 +115,6 @@ class Surrogate:
         limit: of :meth:`mogan.objectives.surrogate_network.MotionSurrogate.error`; above it every update is ``gan``'s. ``None``: no limit.
     """
 
-    needs_rollout = True
-
     def __init__(self, network: MotionSurrogate, gan: GAN, limit: float | None):
         self.network, self.gan, self.limit = network, gan, limit
 
@@ -41,7 +129,7 @@ class Surrogate:
             loss, logs = self.gan.student_loss(rollout, batch, generator)
             return loss, logs | _predicted(loss, 0.0)
         with frozen(self.network):
-            observation = self.network.see(rollout.x0_BCFHW, batch.window_start or 0)
+            observation = self.network.see(rollout.sample_BCFHW, batch.window_start or 0)
         loss, logs = self.gan.persuade(observation, generator)
         return loss, logs | _predicted(loss, 1.0)
 
@@ -51,7 +139,7 @@ class Surrogate:
             loss, logs = self.gan.judge_loss(rollout, batch, generator, penalise=False)
             return loss, logs | _predicted(loss, 0.0)
         assert batch.latent_BCFHW is not None, "the batch holds no real latents"
-        fake = rollout.x0_BCFHW
+        fake = rollout.sample_BCFHW
         with torch.no_grad():
             both = self.network.see(torch.cat([batch.latent_BCFHW.to(fake), fake]), batch.window_start or 0)
         loss, logs = self.gan.tell_apart(both[: len(fake)], both[len(fake) :], generator, penalise=False)
@@ -74,3 +162,19 @@ class Surrogate:
 
 def _predicted(loss: Tensor, share: float) -> dict[str, Tensor]:
     return {"predicted": torch.full_like(loss.detach(), share)}
+
+
+def surrogate_calls(
+    surrogate: SurrogateConfig, shapes: Shapes, window: int
+) -> tuple[tuple[Call, Call, Call], int, int]:
+    """A surrogate on one window: without gradient, with its input's, with its weights'; its parameters, and what it keeps."""
+    channels, _, height, width = shapes.latent
+    options = {k: getattr(surrogate, k) for k in ("width", "blocks", "pairs")}
+    with fake():
+        network = MotionSurrogate((channels, height, width), window, **options)
+        seen = torch.empty(1, channels, window + 1, height, width)
+        learns = trace(network.parameters(), partial(network, seen), backward=True)
+        plain = trace(network.parameters(), partial(network, seen), backward=False)
+        network.requires_grad_(False)
+        passed = trace((), partial(network, seen.requires_grad_(True)), backward=True)
+        return (plain, passed, learns), sizes(network)[0], sum(b.numel() for b in network.buffers())

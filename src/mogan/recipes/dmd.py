@@ -2,8 +2,9 @@
 
 from dataclasses import replace
 
-from mogan.config import Config, DMDConfig, Optimizer, Update
+from mogan.config import Config, Optimizer, Update
 from mogan.models.defaults import WAN_NEGATIVE_PROMPT
+from mogan.objectives.dmd import DMDConfig
 from mogan.schedule import shifted_levels
 
 
@@ -20,7 +21,9 @@ def dmd_lab() -> Config:
             "student": Optimizer(lr=1e-4, betas=(0.0, 0.999)),
             "fake_score": Optimizer(lr=2e-4, betas=(0.0, 0.999)),
         },
-        dmd=DMDConfig(guidance=3.0, shift=3.0),
+        objectives={
+            "dmd": DMDConfig(guidance=3.0, shift=3.0),
+        },
         iterations=400,
         ema=0.98,
         save_every=25,
@@ -44,7 +47,9 @@ def dmd2_wan_1_3b() -> Config:
             Update(learns="fake_score", by="dmd", times=5, batch=64, accumulate=64),
         ),
         optimizers={"student": lr, "fake_score": lr},
-        dmd=DMDConfig(guidance=4.5, shift=8.0),  # CausVid; levels clamped to [0.02, 0.98] as in DMD
+        objectives={
+            "dmd": DMDConfig(guidance=4.5, shift=8.0),  # CausVid; levels clamped to [0.02, 0.98] as in DMD
+        },
         # CausVid: "saturates" below 1000 iterations, of which every fifth updates the student: 200 of ours
         iterations=200,
         ema=0.98,  # FastVideo's DMD2; Self-Forcing's 0.99 would leave 13 % of the start in the average after 200 updates

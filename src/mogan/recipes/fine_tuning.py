@@ -2,8 +2,9 @@
 
 from dataclasses import replace
 
-from mogan.config import Config, FlowMatchingConfig, Optimizer, Update
+from mogan.config import Config, Optimizer, Update
 from mogan.models.defaults import WAN_NEGATIVE_PROMPT
+from mogan.objectives.flow_matching import FlowMatchingConfig
 from mogan.schedule import shifted_levels
 
 
@@ -14,7 +15,9 @@ def flow_matching_lab() -> Config:
         sigmas=shifted_levels(50, 3.0),
         plan=(Update(learns="student", by="flow_matching", batch=16),),
         optimizers={"student": Optimizer(lr=1e-4)},
-        flow_matching=FlowMatchingConfig(shift=3.0),
+        objectives={
+            "flow_matching": FlowMatchingConfig(shift=3.0),
+        },
         iterations=200,
         ema=0.99,
         save_every=50,
@@ -34,7 +37,9 @@ def flow_matching_wan_1_3b() -> Config:
         sigmas=shifted_levels(50, 3.0),  # shift: Wan's for 480p
         plan=(Update(learns="student", by="flow_matching", batch=64, accumulate=64),),
         optimizers={"student": Optimizer(lr=1e-5, weight_decay=0.01)},
-        flow_matching=FlowMatchingConfig(shift=3.0),
+        objectives={
+            "flow_matching": FlowMatchingConfig(shift=3.0),
+        },
         negative_prompt=WAN_NEGATIVE_PROMPT,
         iterations=2000,
         ema=0.999,

@@ -2,9 +2,12 @@
 
 from dataclasses import replace
 
-from mogan.config import Config, DMDConfig, GANConfig, Optimizer, SurrogateConfig, Update
+from mogan.config import Config, Optimizer, Update
 from mogan.errors import UserError
 from mogan.models.defaults import WAN_NEGATIVE_PROMPT
+from mogan.objectives.dmd import DMDConfig
+from mogan.objectives.gan import GANConfig
+from mogan.objectives.surrogate import SurrogateConfig
 from mogan.schedule import shifted_levels
 
 ABLATIONS = ("no-dmd", "no-r1r2", "latent-gan")
@@ -18,6 +21,7 @@ def mogan_lab() -> Config:
     """MoGAN on the lab's student: 3 of 5 latent frames, 4 of 6 blocks, minutes on two cores."""
     return Config(
         recipe="mogan_lab",
+        post_trains=True,
         sigmas=shifted_levels(3, 3.0),
         plan=(  # appendix B
             Update(learns="student", by="dmd", batch=8),
@@ -31,17 +35,19 @@ def mogan_lab() -> Config:
             "fake_score": Optimizer(lr=2e-4, betas=(0.0, 0.999)),
             "discriminator": Optimizer(lr=2e-4, betas=(0.0, 0.999)),
         },
-        dmd=DMDConfig(guidance=3.0, shift=3.0),
-        gan=GANConfig(
-            space="motion",
-            blocks=4,
-            taps=(1, 2, 3),
-            normalise=True,
-            window=3,
-            starts=(0, 1, 2),
-            flow="lab",
-            flow_iterations=4,
-        ),
+        objectives={
+            "dmd": DMDConfig(guidance=3.0, shift=3.0),
+            "gan": GANConfig(
+                space="motion",
+                blocks=4,
+                taps=(1, 2, 3),
+                normalise=True,
+                window=3,
+                starts=(0, 1, 2),
+                flow="lab",
+                flow_iterations=4,
+            ),
+        },
         iterations=80,
         ema=0.95,
         save_every=20,
@@ -52,7 +58,7 @@ def mogan_lab() -> Config:
 def mogan_surrogate_lab() -> Config:
     """MoGAN on the lab's student, its motion updates through a surrogate but for every eighth; every number chosen here."""
     base = mogan_lab()
-    assert base.gan is not None
+    gan = gan_of(base)
     exact = tuple(replace(u, every=8) if u.by == "gan" else u for u in base.plan)
     predicted = tuple(
         replace(u, by="surrogate", unless=8, again=True if u.learns == "discriminator" else None)
@@ -68,10 +74,13 @@ def mogan_surrogate_lab() -> Config:
     return replace(
         base,
         recipe="mogan_surrogate_lab",
-        gan=replace(base.gan, r1=8 * base.gan.r1, r2=8 * base.gan.r2),  # on the exact updates alone
         plan=(learning[0], *exact, *predicted, learning[1]),
         optimizers=base.optimizers | {"surrogate": Optimizer(lr=1e-3)},
-        surrogate=SurrogateConfig(width=64, blocks=4, pairs=64, limit=None),
+        objectives=base.objectives
+        | {
+            "gan": replace(gan, r1=8 * gan.r1, r2=8 * gan.r2),  # on the exact updates alone
+            "surrogate": SurrogateConfig(width=64, blocks=4, pairs=64, limit=None),
+        },
     )
 
 
@@ -81,6 +90,7 @@ def mogan_wan_1_3b() -> Config:
     lr = Optimizer(lr=1e-5, betas=(0.0, 0.999), weight_decay=0.01, clip=10.0)
     return Config(
         recipe="mogan_wan_1_3b",
+        post_trains=True,
         sigmas=(1.0, 0.757, 0.522),  # not given; CausVid's 3 steps, see dmd2_wan_1_3b
         plan=(  # order and 4 fake-score updates: appendix B; batch 64 of what judges, 16 of the student: 5.1
             Update(learns="student", by="dmd", batch=16, accumulate=16),
@@ -94,22 +104,24 @@ def mogan_wan_1_3b() -> Config:
             "fake_score": lr,
             "discriminator": lr,
         },
-        dmd=DMDConfig(guidance=4.5, shift=8.0),  # not given; as the warm start
-        gan=GANConfig(
-            space="motion",
-            blocks=16,  # 5.1
-            taps=(7, 13, 15),  # 5.1
-            student_weight=MOTION_WEIGHT,
-            judge_weight=0.5,  # lambda_2, 5.1
-            r1=0.3,  # 5.1
-            r2=0.3,  # 5.1
-            noise=0.01,  # 5.1; prompt "a video with good motion" and sigma 0, the defaults: section 4
-            normalise=True,  # as printed the effective weight is 3e-5; see docs/methods/mogan.md
-            window=12,  # 5.1; decodes to 45 or 48 frames, 45 are used
-            starts=tuple(range(10)),  # every window inside 21 latent frames
-            flow="raft_large_C_T_SKHT_V2.pth",  # RAFT: section 4; which weights and how many refinements is not given
-            flow_iterations=12,
-        ),
+        objectives={
+            "dmd": DMDConfig(guidance=4.5, shift=8.0),  # not given; as the warm start
+            "gan": GANConfig(
+                space="motion",
+                blocks=16,  # 5.1
+                taps=(7, 13, 15),  # 5.1
+                student_weight=MOTION_WEIGHT,
+                judge_weight=0.5,  # lambda_2, 5.1
+                r1=0.3,  # 5.1
+                r2=0.3,  # 5.1
+                noise=0.01,  # 5.1; prompt "a video with good motion" and sigma 0, the defaults: section 4
+                normalise=True,  # as printed the effective weight is 3e-5; see docs/methods/mogan.md
+                window=12,  # 5.1; decodes to 45 or 48 frames, 45 are used
+                starts=tuple(range(10)),  # every window inside 21 latent frames
+                flow="raft_large_C_T_SKHT_V2.pth",  # RAFT: section 4; which weights and how many refinements is not given
+                flow_iterations=12,
+            ),
+        },
         iterations=800,  # "early stop at step 800", appendix B
         ema=0.99,  # not given; Self-Forcing
         negative_prompt=WAN_NEGATIVE_PROMPT,
@@ -119,14 +131,24 @@ def mogan_wan_1_3b() -> Config:
     )
 
 
+def gan_of(config: Config) -> GANConfig:
+    """The settings of a recipe's discriminator.
+
+    Raises:
+        UserError: it has none.
+    """
+    gan = config.objectives.get("gan")
+    if not isinstance(gan, GANConfig):
+        raise UserError(f"{config.recipe} has no discriminator of motion: choose a recipe with one, such as mogan_lab")
+    return gan
+
+
 def ablate(config: Config, ablation: str) -> Config:
     """One row of MoGAN's Table 2: ``no-dmd``, ``no-r1r2`` or ``latent-gan``; everything else stays."""
-    if ablation not in ABLATIONS or config.gan is None:
+    if ablation not in ABLATIONS or "gan" not in config.objectives:
         raise UserError(f"--ablation takes {', '.join(ABLATIONS)} and a recipe with a discriminator")
-    name = f"{config.recipe}_{ablation.replace('-', '_')}"
+    named = replace(config, recipe=f"{config.recipe}_{ablation.replace('-', '_')}")
     if ablation == "no-dmd":
         plan = tuple(u for u in config.plan if u.by != "dmd")
-        return replace(config, recipe=name, plan=plan, dmd=None)
-    if ablation == "no-r1r2":
-        return replace(config, recipe=name, gan=replace(config.gan, r1=0.0, r2=0.0))
-    return replace(config, recipe=name, gan=replace(config.gan, space="latent"))
+        return replace(named, plan=plan, objectives={k: v for k, v in config.objectives.items() if k != "dmd"})
+    return named.changed("gan", r1=0.0, r2=0.0) if ablation == "no-r1r2" else named.changed("gan", space="latent")

@@ -1,7 +1,8 @@
 """SHIFT (arXiv 2603.17426): motion rewards on an image-conditioned student."""
 
-from mogan.config import Config, Optimizer, ShiftConfig, Update
+from mogan.config import Config, Optimizer, Update
 from mogan.models.defaults import WAN_NEGATIVE_PROMPT
+from mogan.objectives.shift import ShiftConfig
 from mogan.schedule import shifted_levels
 
 
@@ -14,6 +15,7 @@ def shift_lab() -> Config:
     """
     return Config(
         recipe="shift_lab",
+        post_trains=True,
         sigmas=shifted_levels(10, 3.0),
         given=1,
         plan=(
@@ -22,20 +24,22 @@ def shift_lab() -> Config:
             Update(learns="reward", by="shift", times=8, batch=8, start=8),
         ),
         optimizers={"student": Optimizer(lr=1e-4), "reward": Optimizer(lr=3e-4, weight_decay=0.01)},
-        shift=ShiftConfig(
-            guidance=1.0,
-            shift=3.0,
-            weight="linear",
-            beta=1.0,
-            clip=(-4.0, 4.0),
-            points=64,
-            patch=(4, 8, 8),
-            width=96,
-            depth=3,
-            heads=4,
-            flow="lab",
-            flow_iterations=4,
-        ),
+        objectives={
+            "shift": ShiftConfig(
+                guidance=1.0,
+                shift=3.0,
+                weight="linear",
+                beta=1.0,
+                clip=(-4.0, 4.0),
+                points=64,
+                patch=(4, 8, 8),
+                width=96,
+                depth=3,
+                heads=4,
+                flow="lab",
+                flow_iterations=4,
+            ),
+        },
         iterations=21,
         ema=0.98,
         save_every=2,
@@ -51,6 +55,7 @@ def shift_wan_1_3b() -> Config:
     """
     return Config(
         recipe="shift_wan_1_3b",
+        post_trains=True,
         sigmas=shifted_levels(30, 3.0),  # shift: Wan's for 480p
         given=1,
         plan=(  # order: the paper's Algorithm 1
@@ -62,20 +67,22 @@ def shift_wan_1_3b() -> Config:
             "student": Optimizer(lr=1e-5, weight_decay=0.01),
             "reward": Optimizer(lr=1e-4, weight_decay=0.01),
         },
-        shift=ShiftConfig(
-            guidance=5.0,  # Wan's own
-            shift=3.0,
-            weight="exp",
-            beta=2.0,
-            clip=(-4.0, 4.0),
-            points=256,
-            patch=(8, 32, 32),
-            width=384,
-            depth=6,
-            heads=6,
-            flow="raft_large_C_T_SKHT_V2.pth",  # torchvision's in place of SEA-RAFT
-            flow_iterations=12,
-        ),
+        objectives={
+            "shift": ShiftConfig(
+                guidance=5.0,  # Wan's own
+                shift=3.0,
+                weight="exp",
+                beta=2.0,
+                clip=(-4.0, 4.0),
+                points=256,
+                patch=(8, 32, 32),
+                width=384,
+                depth=6,
+                heads=6,
+                flow="raft_large_C_T_SKHT_V2.pth",  # torchvision's in place of SEA-RAFT
+                flow_iterations=12,
+            ),
+        },
         negative_prompt=WAN_NEGATIVE_PROMPT,
         iterations=200,
         ema=0.99,

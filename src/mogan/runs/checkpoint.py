@@ -225,9 +225,20 @@ def check_same_run(run: Path, config: Config) -> None:
 
 
 def settings(config: dict[str, Any]) -> dict[str, Any]:
-    """Of a config as JSON what makes a run the run it is: without budget, cadence of saving and compilation."""
-    free = {"iterations", "save_every", "sample_every", "keep", "sample_prompts", "compile"}
-    return _stated({name: value for name, value in config.items() if name not in free})
+    """Of a config as JSON what makes a run the run it is: without budget, cadence of saving and compilation, every
+    objective by its name, as runs of all versions have it.
+    """
+    free = {
+        "iterations",
+        "save_every",
+        "sample_every",
+        "keep",
+        "sample_prompts",
+        "compile",
+        "post_trains",
+        "objectives",
+    }
+    return _stated({k: v for k, v in (config | config.get("objectives", {})).items() if k not in free})
 
 
 def _stated(value: Any) -> Any:

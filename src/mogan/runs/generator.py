@@ -9,7 +9,7 @@ from torch import Tensor
 from mogan.errors import UserError
 from mogan.models import wan
 from mogan.models.lora import factors, merge
-from mogan.runs.checkpoint import load_part, student_checkpoint
+from mogan.runs.checkpoint import load_part, settings, student_checkpoint
 from mogan.runs.identity import part_of_run, read_config
 
 
@@ -54,7 +54,7 @@ def open_generator(name: str) -> Generator:
     if (run / "run.json").is_file():
         folder = part_of_run(run, "student")
         config = read_config(run)
-        if config.get("motion_score"):
+        if settings(config).get("motion_score"):
             raise UserError(
                 f"{name} is a motion model, not a generator: give it as --motion beside a teacher as --model"
             )
@@ -72,9 +72,9 @@ def open_motion(run: Path, base: Path, frames: int) -> tuple[torch.nn.Module, in
     """
     if not (run / "run.json").is_file():
         raise UserError(f"{run} is not a training run: give --motion the --out of a motion score recipe")
-    config = read_config(run)
+    config = settings(read_config(run))
     folder = part_of_run(run, "student")
-    if not config.get("motion_score"):
+    if "motion_score" not in config:
         raise UserError(f"{run} trained {config['recipe']}, no motion model: use a recipe such as motion_score_lab")
     if any(wan.fingerprint(folder, part) != wan.fingerprint(base, part) for part in ("vae", "text_encoder")):
         raise UserError(f"{run} was trained on latents or text of another model than {base}: train it from that one")

@@ -2,58 +2,43 @@
 
 from collections import defaultdict, deque
 
-from mogan.config import Config
+from mogan.config import Alarm, Config
 
 FIRST, RECENT = 5, 10  # records that make "the start" and "now"
-SETTLED = 50  # iterations a fake score that starts from the teacher needs to find the student at all
 EARLY, DROWNED = 20, 0.05  # iterations in which gradients are compared, and steps that are too short to count
 
 
 class Watch:
     """Reads the records of a run and says when something goes wrong, each thing at most once in ``every`` iterations.
 
-    The records of a resumed run must be replayed into it, so that "the start" is still the run's start. With the run's
-    config, it also says once if one of the updates that share an optimiser is drowned by the others.
+    What can go wrong is said by the objectives of the run's config. The records of a resumed run must be replayed into it,
+    so that "the start" is still the run's start. It also says once if one of the updates that share an optimiser is drowned
+    by the others.
     """
 
-    def __init__(self, config: Config | None = None, every: int = 50):
+    def __init__(self, config: Config, every: int = 50):
         self.config, self.every = config, every
         self.norms: dict[str, list[float]] = defaultdict(list)  # of the first iterations, by update
-        self.weighed = config is None
-        self.start: dict[str, list[float]] = defaultdict(list)
-        self.recent: dict[str, deque[float]] = defaultdict(lambda: deque(maxlen=RECENT))
-        self.said: dict[str, int] = {}
+        self.weighed = False
+        self.alarms = [alarm for name in config.objectives for alarm in config.terms(name).alarms]
+        self.start: dict[Alarm, list[float]] = defaultdict(list)
+        self.recent: dict[Alarm, deque[float]] = defaultdict(lambda: deque(maxlen=RECENT))
+        self.said: dict[Alarm, int] = {}
 
     def read(self, record: dict) -> list[str]:
         """Take in one line of ``metrics.jsonl``; return new warnings."""
-        update = record["update"]
-        for key in ("motion", "saturation", "gap", "surrogate_error"):
-            if key in record:
-                self._note(key, record[key])
-        if update.startswith("fake_score") and record["iteration"] >= SETTLED:
-            self._note("fake_loss", record["loss"])
-        by_shift = update == "student<shift"
-        livelier = (
-            "raise shift.beta" if by_shift else "lower the guidance of dmd or raise the motion update's learning rate"
-        )
-        checks = (
-            ("motion", self._ratio("motion") < 0.7, "the student is stiller than at its start: its clips move {now:.2f} "
-             "px/frame, at first {first:.2f}; stop here, or {livelier}"),
-            ("saturation", self._difference("saturation") > 0.1, "colours are saturating: {now:.2f}, at first {first:.2f}; "
-             "lower the learning rate of the student or the guidance of dmd"),
-            ("fake_loss", self._ratio("fake_loss") > 1.3, "the fake score lags behind the student: its loss is {now:.3f}, at "
-             "first {first:.3f}; give it more updates per iteration or a higher learning rate"),
-            ("gap", self._now("gap") > 6.0, "the discriminator wins outright: real and generated logits are {now:.1f} apart; "
-             "raise r1 and r2, or lower its learning rate"),
-            ("surrogate_error", self._now("surrogate_error") > 1.0, "the surrogate foretells the motion no better than its "
-             "mean would: its relative error is {now:.2f}; make more updates exact, or set surrogate.limit"),
-        )  # fmt: skip
-        warnings = []
-        for key, wrong, text in checks:
-            iteration = record["iteration"]
-            if wrong and iteration - self.said.get(key, -self.every) >= self.every:
-                self.said[key] = iteration
-                warnings.append(text.format(now=self._now(key), first=self._first(key), livelier=livelier))
+        warnings, iteration = [], record["iteration"]
+        for alarm in self.alarms:
+            of_another = alarm.learns is not None and record["update"].partition("<")[0] != alarm.learns
+            if alarm.key in record and not of_another and iteration >= alarm.since:
+                self._note(alarm, record[alarm.key])
+            start, recent = self.start[alarm], self.recent[alarm]
+            if len(recent) < RECENT or iteration - self.said.get(alarm, -self.every) < self.every:
+                continue
+            first, now = sum(start) / len(start), sum(recent) / RECENT
+            if alarm.wrong(first, now):
+                self.said[alarm] = iteration
+                warnings.append(alarm.text.format(first=first, now=now))
         return warnings + self._drowned(record)
 
     def _drowned(self, record: dict) -> list[str]:
@@ -62,7 +47,7 @@ class Watch:
         Adam divides a gradient by the root of the mean square of all that it was given, so of two updates that share
         it the one with a 20th of the gradient takes a 14th of the step that it takes alone.
         """
-        if self.weighed or self.config is None:
+        if self.weighed:
             return []
         if record["iteration"] < EARLY:
             self.norms[record["update"]].append(record.get("grad_norm", 0.0))
@@ -83,25 +68,10 @@ class Watch:
                     )
         return said
 
-    def _note(self, key: str, value: float) -> None:
-        if len(self.start[key]) < FIRST:
-            self.start[key].append(value)
-        self.recent[key].append(value)
-
-    def _ready(self, key: str) -> bool:
-        return len(self.recent[key]) == RECENT
-
-    def _first(self, key: str) -> float:
-        return sum(self.start[key]) / max(len(self.start[key]), 1)
-
-    def _now(self, key: str) -> float:
-        return sum(self.recent[key]) / RECENT if self._ready(key) else 0.0
-
-    def _ratio(self, key: str) -> float:
-        return self._now(key) / max(self._first(key), 1e-8) if self._ready(key) else 1.0
-
-    def _difference(self, key: str) -> float:
-        return self._now(key) - self._first(key) if self._ready(key) else 0.0
+    def _note(self, alarm: Alarm, value: float) -> None:
+        if len(self.start[alarm]) < FIRST:
+            self.start[alarm].append(value)
+        self.recent[alarm].append(value)
 
 
 def _rms(values: list[float]) -> float:

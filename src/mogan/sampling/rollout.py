@@ -1,7 +1,9 @@
-"""What the few-step student just produced: sampling with its own steps, gradient through one of them.
+"""What the student makes while it is trained: its own steps, gradient through one of them.
 
-The rule between steps is the one DMD students are trained and shipped with (diffusers' ``FlowMatchLCMScheduler``): predict
-the clean latent, then noise it afresh to the next level.
+Kinds of roll-out answer three questions (:class:`mogan.config.RolloutKind`): which step is judged, what has been made up to
+there, and how many steps that takes. :class:`FewStep` is the rule that DMD students are trained and shipped with (diffusers'
+``FlowMatchLCMScheduler``): predict the clean latent, then noise it afresh to the next level. :class:`Euler` follows the
+student's flow to a level above 0 and hands over what lies there.
 """
 
 from dataclasses import dataclass
@@ -17,17 +19,88 @@ from mogan.schedule import add_noise
 
 @dataclass(frozen=True)
 class Rollout:
-    """The student's answer and how it came about.
+    """What the student made and how it came about.
 
     Attributes:
-        x0_BCFHW: the clean latent predicted at the exit step; carries gradient if asked for.
-        exit_step: index of the step after which the rollout stopped.
+        sample_BCFHW: the sample; carries gradient if asked for.
+        exit_step: index of the step after which the roll-out stopped.
         text_BLD: the condition it was made under.
+        level: noise level at which the sample lies; 0: it is clean.
+        interval: levels between which it may be judged; whoever judges noises it to one of them.
     """
 
-    x0_BCFHW: Float[Tensor, "b c f h w"]
+    sample_BCFHW: Float[Tensor, "b c f h w"]
     exit_step: int
     text_BLD: Float[Tensor, "b l d"]
+    level: float = 0.0
+    interval: tuple[float, float] = (0.0, 1.0)
+
+
+@dataclass(frozen=True)
+class FewStep:
+    """Fresh noise between steps, stopped after a step drawn uniformly, whose clean prediction is the sample."""
+
+    def draw(self, sigmas: tuple[float, ...], generator: torch.Generator) -> int:
+        """The step that is judged: uniform over the student's steps."""
+        return int(torch.randint(len(sigmas), (1,), generator=generator))
+
+    def steps(self, sigmas: tuple[float, ...]) -> float:
+        """Steps before it, a mean."""
+        return (len(sigmas) - 1) / 2
+
+    def make(
+        self,
+        student: Denoiser,
+        noise: Tensor,
+        text: Tensor,
+        sigmas: tuple[float, ...],
+        generator: torch.Generator | list[torch.Generator],
+        step: int,
+        grad: bool,
+    ) -> Rollout:
+        """:func:`roll_out`."""
+        return roll_out(student, noise, text, sigmas, generator, exit_step=step, grad=grad)
+
+
+@dataclass(frozen=True)
+class Euler:
+    """Euler steps along the student's flow, no noise between them, to the level of step ``stop``; gradient through the last.
+
+    What lies at a level above 0 can be judged there only where it is noised further (Phased DMD, arXiv 2510.27684): a step
+    above ``stop``, in the interval from ``gap`` above its level to 1. ``stop`` equal to the number of steps is the clean clip.
+    """
+
+    stop: int
+    gap: float = 0.02
+
+    def draw(self, sigmas: tuple[float, ...], generator: torch.Generator) -> int:
+        """The last step: nothing is drawn."""
+        if not 0 < self.stop <= len(sigmas):
+            raise ValueError(f"a student of {len(sigmas)} steps cannot stop after {self.stop}")
+        return self.stop - 1
+
+    def steps(self, sigmas: tuple[float, ...]) -> float:
+        """Steps before the last."""
+        return self.stop - 1
+
+    def make(
+        self,
+        student: Denoiser,
+        noise: Tensor,
+        text: Tensor,
+        sigmas: tuple[float, ...],
+        generator: torch.Generator | list[torch.Generator],
+        step: int,
+        grad: bool,
+    ) -> Rollout:
+        """The sample at level ``(*sigmas, 0)[step + 1]``; ``generator`` is not used."""
+        x, levels = noise, (*sigmas, 0.0)
+        for number, (level, following) in enumerate(pairwise(levels[: step + 2])):
+            with torch.set_grad_enabled(grad and number == step):
+                velocity = student.velocity(x, torch.full((len(x),), level, device=x.device), text)
+                x = x + (following - level) * velocity
+        end = levels[step + 1]
+        return Rollout(x, step, text, end, (end + self.gap, 1.0) if end else (0.0, 1.0))
 
 
 def roll_out(

@@ -41,7 +41,7 @@ def sample_student(
     """Latents of one clip per seed, by the student's own steps."""
     generators = seeded(seeds)
     noise = normal(torch.Size((len(seeds), *shape)), generators, text_BLD.device)
-    return roll_out(student, noise, text_BLD, sigmas, generators).x0_BCFHW
+    return roll_out(student, noise, text_BLD, sigmas, generators).sample_BCFHW
 
 
 @torch.no_grad()

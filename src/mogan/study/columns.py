@@ -6,7 +6,7 @@ the training loop.
 
 from dataclasses import dataclass, replace
 
-from mogan.config import Config, GANConfig, Update
+from mogan.config import Config, Update
 from mogan.recipes import ablate, mogan_lab, mogan_surrogate_lab, shift_lab
 
 
@@ -128,12 +128,6 @@ def _for_as_long(column: Column) -> Column:
 # ---------------------------------------------------------------------------------------------- variants
 
 
-def _gan(config: Config, **changes: object) -> Config:
-    assert config.gan is not None
-    gan: GANConfig = replace(config.gan, **changes)  # type: ignore[arg-type]
-    return replace(config, gan=gan)
-
-
 def no_dmd() -> Config:
     """Table 2, row 1."""
     return ablate(mogan_lab(), "no-dmd")
@@ -151,42 +145,42 @@ def latent_gan() -> Config:
 
 def printed_r1r2() -> Config:
     """Penalties exactly as equations 6 and 7 print them."""
-    return _gan(mogan_lab(), normalise=False)
+    return mogan_lab().changed("gan", normalise=False)
 
 
 def weak_r1r2() -> Config:
     """Between the printed weight and the normalised one."""
-    return _gan(mogan_lab(), r1=3e-3, r2=3e-3)
+    return mogan_lab().changed("gan", r1=3e-3, r2=3e-3)
 
 
 def flow_half() -> Config:
     """Flow drawn twice as strong."""
-    return _gan(mogan_lab(), max_flow=2.0)
+    return mogan_lab().changed("gan", max_flow=2.0)
 
 
 def flow_double() -> Config:
     """Flow drawn half as strong."""
-    return _gan(mogan_lab(), max_flow=8.0)
+    return mogan_lab().changed("gan", max_flow=8.0)
 
 
 def flow_faint() -> Config:
     """The contrast that 0.15 of the diagonal gives clips of 480 x 832: the fastest points of a typical clip at a tenth."""
-    return _gan(mogan_lab(), max_flow=17.0)
+    return mogan_lab().changed("gan", max_flow=17.0)
 
 
 def drawn_levels() -> Config:
     """The discriminator sees noised observations at drawn levels instead of clean ones at level 0."""
-    return _gan(mogan_lab(), drawn_levels=True)
+    return mogan_lab().changed("gan", drawn_levels=True)
 
 
 def heads_only() -> Config:
     """Only the discriminator's tokens and heads learn."""
-    return _gan(mogan_lab(), train_trunk=False)
+    return mogan_lab().changed("gan", train_trunk=False)
 
 
 def window_start() -> Config:
     """The window never moves."""
-    return _gan(mogan_lab(), starts=(0,))
+    return mogan_lab().changed("gan", starts=(0,))
 
 
 def two_moments() -> Config:
@@ -226,9 +220,7 @@ def surrogate() -> Config:
 
 def surrogate_limited() -> Config:
     """The surrogate, left alone while its error is large."""
-    config = mogan_surrogate_lab()
-    assert config.surrogate is not None
-    return replace(config, surrogate=replace(config.surrogate, limit=0.5))
+    return mogan_surrogate_lab().changed("surrogate", limit=0.5)
 
 
 def surrogate_unchecked() -> Config:
@@ -248,17 +240,17 @@ def surrogate_unchecked() -> Config:
 
 def half_flow() -> Config:
     """Flow estimated at half of height and width."""
-    return _gan(mogan_lab(), flow_resolution=0.5)
+    return mogan_lab().changed("gan", flow_resolution=0.5)
 
 
 def few_refinements() -> Config:
     """Flow refined 2 times."""
-    return _gan(mogan_lab(), flow_iterations=2)
+    return mogan_lab().changed("gan", flow_iterations=2)
 
 
 def short_window() -> Config:
     """Windows of 2 latent frames."""
-    return _gan(mogan_lab(), window=2, starts=(0, 1, 2, 3))
+    return mogan_lab().changed("gan", window=2, starts=(0, 1, 2, 3))
 
 
 def shared_rollout() -> Config:
@@ -276,6 +268,4 @@ def shift_frozen() -> Config:
 
 
 def _guided(guidance: float) -> Config:
-    config = mogan_lab()
-    assert config.dmd is not None
-    return replace(config, dmd=replace(config.dmd, guidance=guidance))
+    return mogan_lab().changed("dmd", guidance=guidance)

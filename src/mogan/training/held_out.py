@@ -82,15 +82,15 @@ class Gain:
         if len(numbers) >= world.shares:  # each its own, and as many as the others: a forward pass takes all processes
             numbers = numbers[: len(numbers) // world.shares * world.shares][world.share :: world.shares]
         found, together = [], clips_at_once(parts.geometry, AT_ONCE)
-        with torch.no_grad(), parts.averaged_student() as student:
+        with torch.no_grad(), parts.average.in_place():
             for first in range(0, len(numbers), together):
                 part = numbers[first : first + together]
                 text = stack_text([self.cache.text(self.prompts[number]) for number in part], parts.device)
-                latents = sample_student(student, text, parts.latent_shape, parts.config.sigmas, part)
+                latents = sample_student(parts.student, text, parts.latent_shape, parts.config.sigmas, part)
                 assert parts.flow is not None
                 for latent in latents.split(1):
                     found.append(net_motion(flow_of_pieces(stream_video(parts.vae, latent), parts.flow)))
-        return world.mean({"motion": torch.cat(found).mean()})["motion"]
+        return world.mean([torch.cat(found).mean()])[0]
 
     def check(self, parts: Assembly, iteration: int) -> float:
         """Measure after so many iterations, and note it."""

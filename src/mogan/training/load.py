@@ -2,9 +2,8 @@
 config, cache, model and processes go together.
 """
 
-import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import cache as once
 from pathlib import Path
 from typing import Any
@@ -12,53 +11,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mogan.config import Config, GANConfig, ShiftConfig
+from mogan.config import Config
 from mogan.data.cache import Cache, ensure_text
-from mogan.distributed import World, shard, split_tokens
+from mogan.distributed import World
 from mogan.errors import UserError
 from mogan.models import wan
-from mogan.models.denoiser import Denoiser
-from mogan.models.lora import adapted, hold_in
+from mogan.models.lora import hold_in
+from mogan.objectives.base import Base, spread
 from mogan.runs.generator import open_generator
 
 
-@dataclass(frozen=True)
-class Base:
-    """The base model of a run and how its parts are loaded.
+def filled(config: Config, cache: Cache) -> Config:
+    """The config with what its objectives leave to the run's data.
 
-    Attributes:
-        config: of the run; ``world``: its processes.
-        folder: of the base model; ``start``: where the student starts; ``adapters_of``: the run whose adapters it goes on
-            with, if any.
-        geometry: of clips; ``latent_shape``: of their latents ``(C, F, H, W)``.
-        dtype: networks compute in it.
-        vae: frozen, on the device.
-        encode: prompts to text, through the cache.
-        frozen: a frozen transformer by folder and part, each loaded once.
+    Raises:
+        UserError: the data do not fit an objective.
     """
-
-    config: Config
-    world: World
-    folder: Path
-    start: Path
-    adapters_of: Path | None
-    geometry: wan.Geometry
-    latent_shape: tuple[int, int, int, int]
-    dtype: torch.dtype
-    vae: Any
-    encode: wan.TextEncoder
-    frozen: Callable[[Path, str], Any]
-
-    def denoiser(self, folder: Path, part: str) -> Denoiser:
-        """A transformer that learns: all its weights, or adapters over the frozen one."""
-        config = self.config
-        if config.lora is None:
-            transformer = wan.load_transformer(folder, part).train()
-        else:
-            transformer = adapted(self.frozen(folder, part), config.lora, config.seed).train()
-        if config.checkpointing:
-            transformer.enable_gradient_checkpointing()
-        return Denoiser(_spread(transformer, self.world, self.dtype), self.dtype)
+    objectives = dict(config.objectives)
+    for name in config.objectives:
+        fill = config.terms(name).fill
+        objectives[name] = fill(cache) if fill else objectives[name]
+    return replace(config, objectives=objectives)
 
 
 def load(
@@ -79,23 +52,12 @@ def load(
         cache.require(vae=wan.fingerprint(folder, "vae"))
         size = wan.Geometry(**{k: cache.facts[k] for k in ("fps", "height", "width", "frames")})
     shape = wan.latent_shape(folder, size)
-    _check_window(config, shape[1])
     _check_clips(config, cache)
     _check_captions(config, cache, prompts)
-    if world.main and wan.defaults(folder).flow != "lab" and "lab" in (_flow(config.gan), _flow(config.shift)):
-        print(
-            f"{config.recipe} sees motion through the lab's flow network, which knows nothing but the lab's world, and "
-            f"{model} is not of the lab: a recipe for this model names RAFT weights, as mogan_wan_1_3b does",
-            file=sys.stderr,
-        )
     dtype = dtype_of(config, world.device)
     vae = wan.load_vae(folder, dtype).to(world.device)
     encode, frozen = _text_encoder(cache, folder, world), _frozen_weights(config, dtype, world)
-    return Base(config, world, folder, start, adapters_of, size, shape, dtype, vae, encode, frozen)
-
-
-def _flow(part: GANConfig | ShiftConfig | None) -> str | None:
-    return None if part is None else part.flow
+    return Base(config, cache, world, folder, start, adapters_of, size, shape, dtype, vae, encode, frozen)
 
 
 def dtype_of(config: Config, device: torch.device) -> torch.dtype:
@@ -106,10 +68,11 @@ def dtype_of(config: Config, device: torch.device) -> torch.dtype:
 def find_models(config: Config, model: str, student: str | None) -> tuple[Path, Path, Path | None]:
     """Folders of the base model and of the student's start, and the run whose adapters it starts with, if any."""
     base = wan.resolve_model("lab-teacher" if model == "lab" else model)
-    post_trains = config.gan is not None
-    if student is None and post_trains and model != "lab":
-        raise UserError(f"{config.recipe} post-trains a few-step student: name it with --student (a DMD run's export)")
-    if student is None and not post_trains:
+    if student is None and config.post_trains and model != "lab":
+        raise UserError(
+            f"{config.recipe} post-trains a student: name it with --student (the export of the run that made it)"
+        )
+    if student is None and not config.post_trains:
         return base, base, None
     source = open_generator(student or "lab")
     if source.run is not None and (config.lora is None or source.lora != config.lora):
@@ -118,7 +81,7 @@ def find_models(config: Config, model: str, student: str | None) -> tuple[Path, 
             + (f"adapters of rank {source.lora}: give --lora {source.lora}, or" if source.lora else "full weights:")
             + " export it with `mogan export` and name the export with --student"
         )
-    if post_trains and source.sigmas and not _agree(source.sigmas, config.sigmas):
+    if config.post_trains and source.sigmas and not _agree(source.sigmas, config.sigmas):
         raise UserError(
             f"{student or 'the student of the lab'} samples at levels {list(source.sigmas)}, the recipe {config.recipe} at "
             f"{list(config.sigmas)}; they must agree: name a student that fits with --student, or another recipe"
@@ -136,34 +99,20 @@ def _frozen_weights(config: Config, dtype: torch.dtype, world: World) -> Callabl
     @once
     def load(folder: Path, part: str) -> Any:
         transformer = hold_in(wan.load_transformer(folder, part), dtype if config.lora else torch.float32)
-        return _spread(transformer, world, dtype)
+        return spread(transformer, world, dtype)
 
     return load
 
 
-def _spread(transformer: Any, world: World, dtype: torch.dtype) -> Any:
-    """Over the processes, then to the device: a GPU never holds a whole network."""
-    split_tokens(transformer, world)
-    return shard(transformer, transformer.blocks, world, dtype, partial=True).to(world.device)
-
-
-def _check_window(config: Config, frames: int) -> None:
-    gan = config.gan
-    if config.surrogate is not None and (gan is None or gan.space != "motion"):
-        raise UserError(f"{config.recipe} has a motion surrogate and looks at no optical flow: give gan.space motion")
-    if gan is not None and gan.space == "motion" and max(gan.starts) + gan.window > frames:
-        raise UserError(
-            f"{config.recipe} looks at latent frames up to {max(gan.starts) + gan.window} and clips have {frames}: prepare "
-            "longer clips, or give the recipe a shorter window and fewer starts"
-        )
-
-
 def _check_clips(config: Config, cache: Cache) -> None:
-    """A batch of real clips takes each once, and one of SHIFT's more than one."""
+    """A batch of real clips takes each once, and is as large as who learns of it needs."""
     for update in config.plan:
-        if update.by == "shift" and update.batch < 2:
-            raise UserError("SHIFT's baseline is the mean over the generated clips: give --batch 2 or more")
-        if not config.takes(update):
+        lesson = config.lesson(update)
+        if update.batch < lesson.least:
+            raise UserError(
+                f"{update.label} compares the clips of a batch with each other: give --batch {lesson.least} or more"
+            )
+        if not lesson.clips:
             continue
         cache.require_clips()
         if update.batch > len(cache):
@@ -175,15 +124,14 @@ def _check_clips(config: Config, cache: Cache) -> None:
 
 def _check_captions(config: Config, cache: Cache, prompts: Cache | None) -> None:
     """Every update has words: clips may lack a caption where nobody reads it."""
-    if prompts is not None and all(update.from_clips for update in config.plan):
+    if prompts is not None and all(config.lesson(update).captions for update in config.plan):
         raise UserError(f"{config.recipe} learns from clips and their own captions alone: leave out --prompts")
     for update in config.plan:
-        texts = cache if prompts is None or update.from_clips else prompts
+        of_clips = config.lesson(update).captions
+        texts = cache if prompts is None or of_clips else prompts
         bare = [entry["id"] for entry in texts.entries if entry["caption"] is None]
         if bare:
-            instead = (
-                "" if update.from_clips else ", or give --prompts a cache of prompts (`mogan prepare prompts.txt`)"
-            )
+            instead = "" if of_clips else ", or give --prompts a cache of prompts (`mogan prepare prompts.txt`)"
             raise UserError(
                 f"{len(bare)} clips of {texts.path} have no caption (first {bare[0]}), and {update.label} reads it: prepare "
                 f"them with captions{instead}"
@@ -196,10 +144,11 @@ def check_processes(config: Config, world: World) -> None:
         raise UserError(
             "--compile does not go with --context-parallel, whose hooks lie inside the blocks: leave one out"
         )
-    if config.surrogate is not None and world.ranks > 1:
-        raise UserError("a motion surrogate remembers the clips of one process: start one, or train without it")
-    if config.lora is not None and world.ranks > 1:
-        raise UserError("--lora trains in one process: start one, or leave --lora out")
+    if world.ranks > 1:
+        for alone in filter(None, (config.terms(name).alone for name in config.objectives)):
+            raise UserError(f"{alone}: start one, or choose another recipe")
+        if config.lora is not None:
+            raise UserError("--lora trains in one process: start one, or leave --lora out")
     for update in config.plan:
         if update.batch % world.shares:
             raise UserError(

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from mogan.estimate.machines import REACHED_BANDWIDTH, REACHED_COMPUTE, Machine
+from mogan.costs.machines import REACHED_BANDWIDTH, REACHED_COMPUTE, Machine
 
 _UNTOUCHED = ("aten.empty", "aten.new_empty", "aten.detach", "prim.")  # allocate or look, and move nothing
 
@@ -68,6 +68,14 @@ class Call:
     held: float
     peak: float
     copies: float = 0.0
+
+    def times(self, count: float) -> "Call":
+        """The call on so many inputs at once."""
+        return Call(self.work * count, self.held * count, self.peak * count, self.copies)
+
+    def freed(self) -> "Call":
+        """The call, of whose tensors nothing stays."""
+        return Call(self.work, 0.0, self.peak, self.copies)
 
     def along(self, longer: "Call", steps: float) -> "Call":
         """What the call costs after ``steps`` more of the step that leads from it to ``longer``.

@@ -4,9 +4,7 @@ Depth and windows repeat equal pieces, so each network is traced at two small de
 followed; ``tests/test_estimate.py`` compares that line with the whole.
 """
 
-import warnings
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,100 +13,93 @@ import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from torchvision.models.optical_flow import raft_large
 
-from mogan.config import Config, GANConfig, ShiftConfig, SurrogateConfig
-from mogan.estimate.shapes import Shapes
-from mogan.estimate.trace import Call, Work, fake, sizes, trace
+from mogan.costs.shapes import Shapes
+from mogan.costs.trace import Call, Work, fake, sizes, trace
 from mogan.models.attention import set_attention
 from mogan.models.autoencoder import decode_window, encode_video, stream_video
 from mogan.models.denoiser import Denoiser, recomputed
 from mogan.models.discriminator import Discriminator
 from mogan.motion.flow import RaftConfig, RaftFlow, motion_picture, read_raft_config
-from mogan.motion.pixel_flux import state_size
-from mogan.objectives.rewards import MotionRewards
-from mogan.objectives.surrogate_network import MotionSurrogate
 
 TEXT_TOKENS = 128  # a long caption; cross-attention to the padding is folded into one token
 
 
-@dataclass(frozen=True)
-class Costs:
-    """Calls at batch 1, and parameters, of everything a recipe uses.
+class Tracer:
+    """Traces the calls of one model, batch 1, each once; nothing is allocated.
 
     Attributes:
-        forward: the transformer without gradient; ``train``: with, and its backward pass.
-        judge: the discriminator, forward and backward, its weights learning, in fp32 where it is penalised; ``judge_frozen``:
-            only its input's gradient; ``judge_predicted``: learning from a surrogate's predictions, never penalised.
-        observe: window decode, flow and encode without gradient; ``observe_grad``: with; ``stages``: of the latter.
-        decode: of a whole clip at once; ``stream``: frame by frame, for sampling; ``check``: so, with its flow.
-        predict: the surrogate of an observation without gradient; ``predict_grad``: with its input's; ``predict_learns``: its weights'.
-        pixel_flux: a whole clip decoded, its flow there and back; ``reward``: SHIFT's rewards on it, forward and backward.
-        parameters: of ``transformer``, ``block`` (one of its blocks), ``rest`` (what is outside them), ``adapters`` (per rank), ``discriminator``, ``vae``,
-            ``flow``, ``surrogate``, ``remembered`` (numbers in the pairs it keeps), ``reward``, ``text_encoder``.
+        shapes: of the model.
+        checkpointing: activations are recomputed in the backward pass.
+        dtype: networks compute in it.
     """
 
-    forward: Call
-    train: Call
-    decode: Call
-    stream: Call
-    parameters: Mapping[str, int]
-    observe: Call | None = None
-    observe_grad: Call | None = None
-    stages: Mapping[str, Call] = field(default_factory=dict)
-    judge: Call | None = None
-    judge_frozen: Call | None = None
-    judge_predicted: Call | None = None
-    predict: Call | None = None
-    predict_grad: Call | None = None
-    predict_learns: Call | None = None
-    pixel_flux: Call | None = None
-    reward: Call | None = None
-    check: Call | None = None
+    def __init__(
+        self, shapes: Shapes, checkpointing: bool, dtype: torch.dtype, say: Callable[[str], None] = lambda text: None
+    ):
+        self.shapes, self.checkpointing, self.dtype, self.say = shapes, checkpointing, dtype, say
+        self._known: dict[tuple, Any] = {}
 
+    def once(self, key: tuple, call: Callable[[], Any]) -> Any:
+        """What ``call`` returns, made the first time that ``key`` is asked for; its first word is what is being traced."""
+        if key not in self._known:
+            self.say(str(key[0]))
+            self._known[key] = call()
+        return self._known[key]
 
-def measure_costs(config: Config, shapes: Shapes, say: Callable[[str], None] = lambda text: None) -> Costs:
-    """Trace every call a recipe makes. Takes seconds to a minute; nothing is allocated."""
-    dtype = torch.float32 if config.precision == "fp32" else torch.bfloat16
-    parameters = network_parameters(shapes)
-    say("transformer")
-    forward, train = transformer_calls(shapes, config.checkpointing, dtype)
-    say("autoencoder")
-    codec = Codec(shapes, dtype)
-    costs: dict[str, Any] = {"forward": forward, "train": train, "decode": codec.decode(shapes.latent[1])}
-    costs["stream"] = codec.stream()
-    if config.gan is not None:
-        if config.gan.space == "motion":
-            say("optical flow")
-            flow, parameters["flow"] = _flow(config.gan.flow, config.gan.flow_iterations)
-            exact = codec if dtype == torch.float32 else Codec(shapes, torch.float32)
-            plain = _observe(codec, exact, flow, config.gan, grad=False, checkpointing=config.checkpointing)
-            stages = _observe(codec, exact, flow, config.gan, grad=True, checkpointing=config.checkpointing)
-            if exact is not codec:
-                parameters["fp32 encoder"] = sizes(exact.vae.encoder)[0]
-            costs |= {"stages": stages, "observe": one_after_the_other(plain.values())}
-            costs["observe_grad"] = one_after_the_other(stages.values())
-            costs["check"] = _check(costs["stream"], flow, shapes)
-        say("discriminator")
-        gan = config.gan
-        seen = gan.window if gan.space == "motion" else shapes.latent[1]
-        judge = partial(judge_call, shapes, gan.blocks, len(gan.taps), seen, config.checkpointing)
-        penalised = torch.float32 if gan.r1 or gan.r2 else dtype
-        costs["judge"], parameters["discriminator"] = judge(penalised, learns=True)
-        costs["judge_frozen"], _ = judge(dtype, learns=False)
-    if config.surrogate is not None and config.gan is not None:
-        say("surrogate")
-        costs["judge_predicted"], _ = judge(dtype, learns=True)
-        calls, parameters["surrogate"], parameters["remembered"] = surrogate_calls(
-            config.surrogate, shapes, config.gan.window
-        )
-        costs |= dict(zip(("predict", "predict_grad", "predict_learns"), calls, strict=True))
-    if config.shift is not None:
-        say("motion rewards")
-        flow, parameters["flow"] = _flow(config.shift.flow, config.shift.flow_iterations)
-        fields = estimate_flow(flow, shapes, shapes.size.frames, False, False)
-        costs["pixel_flux"] = one_after_the_other((costs["decode"], fields, fields))
-        costs["check"] = _check(costs["stream"], flow, shapes)
-        costs["reward"], parameters["reward"] = reward_call(config.shift, shapes)
-    return Costs(parameters=parameters, **costs)
+    @property
+    def forward(self) -> Call:
+        """The transformer without gradient."""
+        return self._transformer()[0]
+
+    @property
+    def train(self) -> Call:
+        """The transformer, forward and backward."""
+        return self._transformer()[1]
+
+    def _transformer(self) -> tuple[Call, Call]:
+        return self.once(("transformer",), lambda: transformer_calls(self.shapes, self.checkpointing, self.dtype))
+
+    @property
+    def parameters(self) -> dict[str, int]:
+        """Numbers of parameters: ``transformer``, ``block`` (one of its blocks), ``rest`` (what is outside them), ``adapters``
+        (per rank), ``vae``, ``text_encoder``.
+        """
+        return self.once(("parameters",), lambda: network_parameters(self.shapes))
+
+    def codec(self, dtype: torch.dtype | None = None) -> "Codec":
+        """The autoencoder."""
+        return self.once(("autoencoder", dtype or self.dtype), lambda: Codec(self.shapes, dtype or self.dtype))
+
+    def encoder_parameters(self) -> int:
+        """Of the autoencoder's encoder."""
+        return sizes(self.codec().vae.encoder)[0]
+
+    @property
+    def decode(self) -> Call:
+        """Of a whole clip at once."""
+        return self.codec().decode(self.shapes.latent[1])
+
+    @property
+    def stream(self) -> Call:
+        """Of a clip frame by frame, for sampling."""
+        return self.codec().stream()
+
+    def flow(self, name: str, iterations: int) -> tuple[RaftFlow | None, int]:
+        """The recipe's RAFT with random weights, and its parameters; None for a classical estimator, whose cost is the CPU's."""
+        return self.once(("optical flow", name, iterations), lambda: _flow(name, iterations))
+
+    def flow_fields(self, name: str, iterations: int, frames: int) -> Call:
+        """Flow between so many frames, without gradient."""
+        flow, _ = self.flow(name, iterations)
+        key = ("optical flow", name, iterations, frames)
+        return self.once(key, lambda: estimate_flow(flow, self.shapes, frames, False, False))
+
+    def check(self, name: str, iterations: int) -> Call:
+        """A clip decoded frame by frame, and the flow of each latent frame's four with the one before them."""
+        pairs = self.shapes.size.frames - 1
+        piece, stream = self.flow_fields(name, iterations, min(pairs, 4) + 1), self.stream
+        peak = max(stream.peak, stream.held + piece.peak)
+        return Call(stream.work + piece.work * (pairs / min(pairs, 4)), 0.0, peak)
 
 
 # ---------------------------------------------------------------------------------------------- transformers
@@ -181,34 +172,6 @@ def judge_call(
             counts.append(sizes(network)[0])
             calls.append(trace(network.parameters(), partial(network, seen), backward=True))
     return calls[0].along(calls[1], blocks - 1), counts[0] + (blocks - 1) * (counts[1] - counts[0])
-
-
-def surrogate_calls(
-    surrogate: SurrogateConfig, shapes: Shapes, window: int
-) -> tuple[tuple[Call, Call, Call], int, int]:
-    """A surrogate on one window: without gradient, with its input's, with its weights'; its parameters, and what it keeps."""
-    channels, _, height, width = shapes.latent
-    options = {k: getattr(surrogate, k) for k in ("width", "blocks", "pairs")}
-    with fake():
-        network = MotionSurrogate((channels, height, width), window, **options)
-        seen = torch.empty(1, channels, window + 1, height, width)
-        learns = trace(network.parameters(), partial(network, seen), backward=True)
-        plain = trace(network.parameters(), partial(network, seen), backward=False)
-        network.requires_grad_(False)
-        passed = trace((), partial(network, seen.requires_grad_(True)), backward=True)
-        return (plain, passed, learns), sizes(network)[0], sum(b.numel() for b in network.buffers())
-
-
-def reward_call(shift: ShiftConfig, shapes: Shapes) -> tuple[Call, int]:
-    """SHIFT's two rewards on one clip, forward and backward; their parameters."""
-    size = shapes.size
-    options = {k: getattr(shift, k) for k in ("patch", "width", "depth", "heads", "clip")}
-    with fake():
-        with warnings.catch_warnings(action="ignore"):  # of the copies that torch makes of a transformer's first layer
-            rewards = MotionRewards((size.frames, size.height, size.width), **options)
-        maps = torch.empty(1, 4, size.frames - 1, size.height, size.width)
-        states = torch.empty(1, shift.points, state_size(size.frames))
-        return trace(rewards.parameters(), partial(rewards, maps, states), backward=True), sizes(rewards)[0]
 
 
 # ---------------------------------------------------------------------------------------------- autoencoder and flow
@@ -321,26 +284,16 @@ def estimate_flow(flow: RaftFlow | None, shapes: Shapes, frames: int, grad: bool
     return Call(chunk.work * chunks, held, held - chunk.held + chunk.peak)
 
 
-def _observe(
-    codec: Codec, exact: Codec, flow: RaftFlow | None, gan: GANConfig, *, grad: bool, checkpointing: bool
-) -> dict[str, Call]:
-    """The stages of an observation, in order; ``exact`` encodes. The window starts at its mean start."""
-    frames, size = 4 * gan.window - 3, codec.shapes.size
-    start = round(sum(gan.starts) / len(gan.starts))
+def observe_calls(tracer: Tracer, flow: RaftFlow | None, window: int, start: int, *, grad: bool) -> dict[str, Call]:
+    """The stages of an observation of a window from latent frame ``start`` on, in order; the picture is encoded in fp32."""
+    frames, size, checkpointing = 4 * window - 3, tracer.shapes.size, tracer.checkpointing
     fields = torch.empty(1, 2, frames - 1, size.height, size.width, device="meta", requires_grad=grad)
     return {
-        "window decode": codec.decode(gan.window, start, grad, checkpointing),
-        "flow": estimate_flow(flow, codec.shapes, frames, grad, checkpointing),
+        "window decode": tracer.codec().decode(window, start, grad, checkpointing),
+        "flow": estimate_flow(flow, tracer.shapes, frames, grad, checkpointing),
         "picture": trace((), lambda: motion_picture(fields, 1.0), backward=grad),
-        "encode": exact.encode(frames, grad, checkpointing),
+        "encode": tracer.codec(torch.float32).encode(frames, grad, checkpointing),
     }
-
-
-def _check(stream: Call, flow: RaftFlow | None, shapes: Shapes) -> Call:
-    """A clip decoded frame by frame, and the flow of each latent frame's four with the one before them."""
-    pairs = shapes.size.frames - 1
-    piece = estimate_flow(flow, shapes, min(pairs, 4) + 1, False, False)
-    return Call(stream.work + piece.work * (pairs / min(pairs, 4)), 0.0, max(stream.peak, stream.held + piece.peak))
 
 
 def one_after_the_other(stages: Iterable[Call]) -> Call:

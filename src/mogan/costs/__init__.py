@@ -1,0 +1,1 @@
+"""What calls of the networks cost: the real ones, run on tensors without contents."""

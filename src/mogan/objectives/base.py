@@ -1,0 +1,99 @@
+"""What an objective is built on: the base model of a run, its data and its processes, and how their parts are loaded."""
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mogan.config import Config
+from mogan.data.cache import Cache
+from mogan.distributed import World, shard, split_tokens
+from mogan.models import wan
+from mogan.models.attention import stack_text
+from mogan.models.denoiser import Denoiser
+from mogan.models.lora import adapted
+from mogan.motion import estimators
+from mogan.motion.flow import FlowEstimator, RaftFlow
+
+
+@dataclass(frozen=True)
+class Base:
+    """The base model of a run and how its parts are loaded.
+
+    Attributes:
+        config: of the run; ``cache``: its clips; ``world``: its processes.
+        folder: of the base model; ``start``: where the student starts; ``adapters_of``: the run whose adapters it goes on
+            with, if any.
+        geometry: of clips; ``latent_shape``: of their latents ``(C, F, H, W)``.
+        dtype: networks compute in it.
+        vae: frozen, on the device.
+        encode: prompts to text, through the cache.
+        frozen: a frozen transformer by folder and part, each loaded once.
+        loaded: networks that several objectives share, the student first.
+    """
+
+    config: Config
+    cache: Cache
+    world: World
+    folder: Path
+    start: Path
+    adapters_of: Path | None
+    geometry: wan.Geometry
+    latent_shape: tuple[int, int, int, int]
+    dtype: torch.dtype
+    vae: Any
+    encode: wan.TextEncoder
+    frozen: Callable[[Path, str], Any]
+    loaded: dict[str, nn.Module] = field(default_factory=dict)
+
+    @property
+    def device(self) -> torch.device:
+        """Where this process computes."""
+        return self.world.device
+
+    @property
+    def student(self) -> Denoiser:
+        """The network that learns, loaded once."""
+        if "student" not in self.loaded:
+            self.loaded["student"] = self.denoiser(self.start, "transformer")
+        network = self.loaded["student"]
+        assert isinstance(network, Denoiser)
+        return network
+
+    def denoiser(self, folder: Path, part: str) -> Denoiser:
+        """A transformer that learns: all its weights, or adapters over the frozen one."""
+        config = self.config
+        if config.lora is None:
+            transformer = wan.load_transformer(folder, part).train()
+        else:
+            transformer = adapted(self.frozen(folder, part), config.lora, config.seed).train()
+        if config.checkpointing:
+            transformer.enable_gradient_checkpointing()
+        return Denoiser(spread(transformer, self.world, self.dtype), self.dtype)
+
+    def no_text(self, prompt: str) -> Tensor:
+        """The embedding ``(1, L, D)`` of an unconditional branch's prompt."""
+        return stack_text(self.encode([prompt]), self.device)
+
+    def flow(self, name: str, iterations: int) -> FlowEstimator:
+        """A flow estimator, recomputed in the backward pass where the transformers are."""
+        if self.world.main and name == "lab" and wan.defaults(self.folder).flow != "lab":
+            print(
+                f"{self.config.recipe} sees motion through the lab's flow network, which knows nothing but the lab's world, "
+                f"and {self.folder} is not of the lab: a recipe for this model names RAFT weights, as mogan_wan_1_3b does",
+                file=sys.stderr,
+            )
+        flow = estimators.load_flow(name, iterations, self.device)
+        if isinstance(flow, RaftFlow):
+            flow.checkpointing = self.config.checkpointing
+        return flow
+
+
+def spread(transformer: Any, world: World, dtype: torch.dtype) -> Any:
+    """Over the processes, then to the device: a GPU never holds a whole network."""
+    split_tokens(transformer, world)
+    return shard(transformer, transformer.blocks, world, dtype, partial=True).to(world.device)
