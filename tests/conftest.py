@@ -9,7 +9,7 @@ from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, Wa
 
 from mogan.data.cache import ensure_text, save_latent
 from mogan.exchange.export import save_student
-from mogan.lab.stages import build_text_encoder, build_tokenizer
+from mogan.lab.teacher import build_text_encoder, build_tokenizer
 from mogan.models.autoencoder import encode_video
 from mogan.models.wan import fingerprint, load_text, load_transformer, load_vae
 from mogan.motion.flow import RaftConfig, save_raft

@@ -5,7 +5,7 @@ import pytest
 import torch
 from diffusers import WanPipeline
 
-from mogan.lab.stages import HELD_OUT_SEED, rendered_clips, to_video
+from mogan.lab.clips import HELD_OUT_SEED, rendered_clips, to_video
 from mogan.models import autoencoder, wan
 from mogan.motion.flow import RaftFlow, load_raft
 from mogan.world.scenes import exact_flow, make_scene

@@ -5,15 +5,18 @@ import shutil
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline
-from transformers import PreTrainedTokenizerFast
+from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
+from transformers import PreTrainedTokenizerFast, UMT5EncoderModel
 
 from mogan.data.cache import open_cache
 from mogan.data.prepare import prepare_prompts
 from mogan.data.video import contact_sheet, flow_picture
 from mogan.disk.files import writable_folder, write_atomically
 from mogan.exchange.export import save_student
-from mogan.lab import stages
+from mogan.lab.clips import HELD_OUT_SEED, TRAIN_SEED, rendered_clips, to_video
+from mogan.lab.raft import train_raft
+from mogan.lab.teacher import train_teacher
+from mogan.lab.vae import train_vae
 from mogan.models import attention, autoencoder, wan
 from mogan.models.defaults import LAB
 from mogan.models.denoiser import Denoiser
@@ -59,11 +62,11 @@ def build(
     work, teacher = out / "work", out / "teacher"
     work.mkdir(parents=True, exist_ok=True)
     if not (teacher / "vae" / "config.json").is_file():
-        stages.train_vae(out, work, vae_steps)
+        train_vae(out, work, vae_steps)
     if not (out / "raft" / "model.safetensors").is_file():
-        stages.train_raft(out, work, raft_steps)
+        train_raft(out, work, raft_steps)
     if not (teacher / "transformer" / "config.json").is_file():
-        stages.train_teacher(out, work, teacher_steps)
+        train_teacher(out, work, teacher_steps)
     finish_teacher(teacher)
     student = distil(out, student_iterations)
     family = out / "family"
@@ -83,9 +86,9 @@ def finish_teacher(folder: Path) -> None:
     scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
     pipeline = WanPipeline(
         tokenizer=PreTrainedTokenizerFast.from_pretrained(folder / "tokenizer"),
-        text_encoder=stages.UMT5EncoderModel.from_pretrained(folder / "text_encoder"),
+        text_encoder=UMT5EncoderModel.from_pretrained(folder / "text_encoder"),
         vae=AutoencoderKLWan.from_pretrained(folder / "vae"),
-        transformer=stages.WanTransformer3DModel.from_pretrained(folder / "transformer"),
+        transformer=WanTransformer3DModel.from_pretrained(folder / "transformer"),
         scheduler=scheduler,
     )
     scheduler.save_pretrained(folder / "scheduler")
@@ -101,7 +104,7 @@ def distil(out: Path, iterations: int, prompts: int = 4000) -> Path:
     folder, run, cache = out / "student", out / "distil", out / "prompts"
     if (folder / "model_index.json").is_file():
         return folder
-    captions = dict.fromkeys(make_scene(stages.TRAIN_SEED, i).caption for i in range(prompts))
+    captions = dict.fromkeys(make_scene(TRAIN_SEED, i).caption for i in range(prompts))
     write_atomically(out / "prompts.txt", "\n".join(captions) + "\n")
     prepare_prompts(
         out / "prompts.txt",
@@ -130,12 +133,12 @@ def draw(family: Path, out: Path) -> None:
     """Reconstructions, flow beside the truth, and samples of teacher and student, as PNG sheets on one page."""
     out.mkdir(parents=True, exist_ok=True)
     vae = wan.load_vae(family / "teacher")
-    scenes = [make_scene(stages.HELD_OUT_SEED, i, motion="rich") for i in range(6)]
-    clips = stages.rendered_clips(6, stages.HELD_OUT_SEED, "rich")
-    decoded = autoencoder.decode_video(vae, autoencoder.encode_video(vae, stages.to_video(clips)))
-    rows = [r for a, b in zip(to_frames(stages.to_video(clips)), to_frames(decoded), strict=True) for r in (a, b)]
+    scenes = [make_scene(HELD_OUT_SEED, i, motion="rich") for i in range(6)]
+    clips = rendered_clips(6, HELD_OUT_SEED, "rich")
+    decoded = autoencoder.decode_video(vae, autoencoder.encode_video(vae, to_video(clips)))
+    rows = [r for a, b in zip(to_frames(to_video(clips)), to_frames(decoded), strict=True) for r in (a, b)]
     contact_sheet(rows, out / "reconstructions.png", titles=[t for s in scenes for t in (s.caption, "decoded")])
-    flow = RaftFlow(load_raft(family / "raft"), iterations=4)(stages.to_video(clips)).transpose(1, 2).numpy()
+    flow = RaftFlow(load_raft(family / "raft"), iterations=4)(to_video(clips)).transpose(1, 2).numpy()
     rows = [flow_picture(f, 4.0) for s, e in zip(scenes, flow, strict=True) for f in (exact_flow(s)[0], e)]
     contact_sheet(rows, out / "flow.png", titles=[t for s in scenes for t in (f"{s.caption}: exact flow", "RAFT")])
     prompts = [s.caption for s in scenes]

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from mogan.lab.stages import build_vae, narrow, principal_axes, rendered_clips, to_video
+from mogan.lab.clips import rendered_clips, to_video
+from mogan.lab.vae import build_vae, narrow, principal_axes
 
 
 @pytest.fixture(scope="module")
