@@ -234,7 +234,7 @@ def test_several_processes_may_write_one_shared_file(tmp_path):
 @pytest.fixture
 def prompts(family, cache, tmp_path):
     """A cache of prompts that no clip has as its caption."""
-    from mogan.data.prepare import prepare_prompts
+    from mogan.data.prepare_prompts import prepare_prompts
     from mogan.models.wan import load_text
 
     (tmp_path / "p.txt").write_text("a red square bouncing\na green circle falling\na white cross\n")

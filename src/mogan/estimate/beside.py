@@ -11,7 +11,7 @@ from mogan.costs.trace import Work
 from mogan.data.observations import drawn
 from mogan.models.defaults import Defaults
 from mogan.objectives import Price
-from mogan.sampling.sample import clips_at_once
+from mogan.sampling.samplers import clips_at_once
 from mogan.training.held_out import AT_ONCE, CLIPS
 
 FP32, BF16 = 4, 2  # bytes

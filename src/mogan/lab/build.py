@@ -9,7 +9,7 @@ from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, Wa
 from transformers import PreTrainedTokenizerFast, UMT5EncoderModel
 
 from mogan.data.cache import open_cache
-from mogan.data.prepare import prepare_prompts
+from mogan.data.prepare_prompts import prepare_prompts
 from mogan.data.video import contact_sheet, flow_picture
 from mogan.disk.files import writable_folder, write_atomically
 from mogan.exchange.export import save_student
