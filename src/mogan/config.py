@@ -99,7 +99,7 @@ class RolloutKind(Protocol):
         ...
 
     def steps(self, sigmas: tuple[float, ...]) -> float:
-        """Steps before the judged one, a mean."""
+        """Steps before the judged one, a mean. Raises ValueError for a student that cannot be rolled out so."""
         ...
 
 
@@ -238,6 +238,8 @@ class Config:
             raise ValueError(f"sigmas must fall from 1 to above 0, not {self.sigmas}")
         if self.lora is not None and self.lora < 1:
             raise ValueError(f"lora must be a rank of at least 1, not {self.lora}")
+        if self.rollout is not None:
+            self.rollout.steps(self.sigmas)
         learner: dict[str, str] = {}  # of each optimiser
         for place, update in enumerate(self.plan):
             self._check_judges(update)

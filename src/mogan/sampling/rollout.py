@@ -75,12 +75,12 @@ class Euler:
 
     def draw(self, sigmas: tuple[float, ...], generator: torch.Generator) -> int:
         """The last step: nothing is drawn."""
-        if not 0 < self.stop <= len(sigmas):
-            raise ValueError(f"a student of {len(sigmas)} steps cannot stop after {self.stop}")
         return self.stop - 1
 
     def steps(self, sigmas: tuple[float, ...]) -> float:
-        """Steps before the last."""
+        """Steps before the last. Raises ValueError if the student has not so many."""
+        if not 0 < self.stop <= len(sigmas):
+            raise ValueError(f"rollout: a student of {len(sigmas)} steps cannot stop after {self.stop}")
         return self.stop - 1
 
     def make(

@@ -1,0 +1,155 @@
+"""A method that the package has never heard of, as docs/extending.md has it, does what the package's own do."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from mogan.cli import main
+from mogan.data.cache import open_cache
+from mogan.recipes import find_recipe
+from mogan.runs.checkpoint import latest_checkpoint, load_checkpoint, stored
+from mogan.runs.watch import Watch
+from mogan.training.assemble import assemble
+from mogan.training.steps import Position, step
+
+RECIPE = "latent_critic:critic_lab"
+PAGE = (Path(__file__).parent.parent / "docs" / "extending.md").read_text()
+CODE = re.search(r"```python\n(.*?)```", PAGE, re.DOTALL)[1]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _written(tmp_path_factory):
+    folder, patch = tmp_path_factory.mktemp("outside"), pytest.MonkeyPatch()
+    (folder / "latent_critic.py").write_text(CODE)
+    patch.syspath_prepend(folder)
+    patch.chdir(folder)
+    yield
+    patch.undo()
+    sys.modules.pop("latent_critic", None)
+
+
+def train(family, cache, out, iterations):
+    given = [RECIPE, "--data", cache, "--model", family / "teacher", "--out", out, "--iterations", iterations]
+    return main(["train", *map(str, given), "--batch", "2", "--precision", "fp32", "--save-every", "1"])
+
+
+def state(run):
+    newest = latest_checkpoint(run)
+    found = {name: torch.empty(shape) for name, shape in stored(newest).items()}
+    load_checkpoint(newest, found)
+    return found
+
+
+@pytest.fixture(scope="module")
+def run(family, cache, tmp_path_factory):
+    out = tmp_path_factory.mktemp("critic") / "run"
+    assert train(family, cache, out, 2) == 0
+    return out
+
+
+def test_it_takes_eighty_lines():
+    assert sum(bool(line.strip()) for line in CODE.splitlines()) <= 80
+
+
+def test_it_trains_and_goes_on_bit_for_bit(run, family, cache, tmp_path):
+    for iterations in (1, 2):
+        assert train(family, cache, tmp_path / "parts", iterations) == 0
+    whole, parts = state(run), state(tmp_path / "parts")
+    assert whole.keys() == parts.keys()
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+    assert any(name.startswith("critic.layers") for name in whole)
+    records = [json.loads(line) for line in (run / "metrics.jsonl").open()]
+    assert {r["update"] for r in records} == {"student<dmd+critic", "fake_score<dmd", "critic<critic"}
+    assert all("critic_gap" in r for r in records if r["update"] == "critic<critic")
+
+
+def test_other_settings_are_another_run(run, family, cache, monkeypatch, capsys):
+    import latent_critic
+
+    heavier = lambda: latent_critic.replace(  # noqa: E731
+        find_recipe(RECIPE).changed("critic", weight=0.2), iterations=3
+    )
+    monkeypatch.setattr(latent_critic, "heavier", heavier, raising=False)
+    given = ["train", "latent_critic:heavier", "--data", cache, "--model", family / "teacher", "--out", run]
+    assert main([*map(str, given), "--batch", "2", "--precision", "fp32"]) == 2
+    assert "another critic" in capsys.readouterr().err
+
+
+def test_each_network_gets_its_own_gradient(family, cache):
+    config = find_recipe(RECIPE)
+    parts = assemble(
+        latent_critic_small(config), open_cache(cache), model=str(family / "teacher"), run=None, device="cpu"
+    )
+    for index, learns in ((0, "student"), (2, "critic")):
+        before = {n: [p.clone() for p in network.parameters()] for n, network in parts.networks.items()}
+        step(parts, Position(0, 0, index, 0))
+        moved = {
+            n
+            for n, network in parts.networks.items()
+            if any(not torch.equal(a, b) for a, b in zip(before[n], network.parameters(), strict=True))
+        }
+        assert moved == {learns}
+
+
+def latent_critic_small(config):
+    from mogan.training.steps import with_batch
+
+    plan = tuple(with_batch(update, 2) for update in config.plan)
+    return type(config)(**{**vars(config), "plan": plan, "precision": "fp32", "sample_prompts": 0})
+
+
+def test_it_has_a_price(family, capsys):
+    assert main(["estimate", RECIPE, "--model", str(family / "teacher")]) == 0
+    shown = capsys.readouterr().out
+    assert re.search(r"^critic +0 M", shown, re.MULTILINE)
+    assert "student<dmd+critic" in shown
+    assert "critic<critic" in shown
+
+
+def test_it_is_watched():
+    watch, said = Watch(find_recipe(RECIPE)), []
+    for iteration in range(20):
+        line = {"iteration": iteration, "update": "critic<critic", "loss": 1.0, "critic_gap": 9.0}
+        said += watch.read(line)
+    assert len(said) == 1
+    assert said[0].startswith("the critic wins outright: its logits are 9.0 apart")
+
+
+def test_a_plan_that_it_cannot_serve_is_refused_when_it_is_read():
+    config = find_recipe(RECIPE)
+    wrong = latent_critic_small(config).plan[0]
+    with pytest.raises(ValueError, match="by critic learn student and critic, not 'fake_score'"):
+        type(config)(**{**vars(config), "plan": (type(wrong)(learns="fake_score", by="critic", batch=2),)})
+
+
+def test_its_student_is_exported_and_reported(run, tmp_path):
+    assert main(["export", str(run), "--out", str(tmp_path / "student")]) == 0
+    assert (tmp_path / "student" / "model_index.json").is_file()
+    assert main(["report", str(run), "--out", str(tmp_path / "page.html")]) == 0
+    assert "critic" in (tmp_path / "page.html").read_text()
+
+
+@pytest.mark.slow
+def test_the_command_finds_it_in_the_folder_where_one_works(family, cache, tmp_path):
+    (tmp_path / "latent_critic.py").write_text(CODE)
+    given = [
+        RECIPE,
+        "--data",
+        cache,
+        "--model",
+        family / "teacher",
+        "--out",
+        "run",
+        "--iterations",
+        "1",
+        "--batch",
+        "2",
+    ]
+    command = [sys.executable, "-W", "ignore", "-m", "mogan", "train", *map(str, given)]
+    subprocess.run(command, cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True)
