@@ -23,11 +23,11 @@ import torch
 from mogan.config import Config
 from mogan.costs.machines import MACHINES
 from mogan.data.cache import ensure_text, open_cache, save_latent, text_path
-from mogan.data.prepare import DISCRIMINATOR_PROMPT
 from mogan.disk.files import write_atomically
 from mogan.estimate.command import pricing
 from mogan.estimate.random_wan import random_wan
 from mogan.models.attention import stack_text
+from mogan.models.discriminator import PROMPT
 from mogan.models.wan import fingerprint, geometry, latent_shape, load_text
 from mogan.motion.flow import RaftConfig, save_raft
 from mogan.recipes import find_recipe
@@ -70,7 +70,7 @@ def random_cache(folder: Path, model: Path, clip: tuple[int, int, int]) -> Path:
     ]
     for number in range(2):
         save_latent(folder, f"clip{number}", torch.randn(latent_shape(model, size)), {})
-    ensure_text(folder, ["", DISCRIMINATOR_PROMPT, *captions], load_text(model))
+    ensure_text(folder, ["", PROMPT, *captions], load_text(model))
     facts = {"format": "mogan-cache", "version": 1, "contents": "clips", "vae": fingerprint(model, "vae")}
     facts |= {"fps": size.fps, "frames": size.frames, "height": size.height, "width": size.width}
     entries = [{"id": f"clip{number}", "caption": caption, "motion": 15.0} for number, caption in enumerate(captions)]

@@ -17,7 +17,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor, nn
 
-from mogan.data.cache import Batch
+from mogan.data.batches import Batch
 from mogan.models.denoiser import Denoiser
 from mogan.objectives.dmd import DMD, dmd_direction
 from mogan.objectives.msm import motion_direction

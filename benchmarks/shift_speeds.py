@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from mogan.data.cache import Batch
+from mogan.data.batches import Batch
 from mogan.disk.files import replacing
 from mogan.models.denoiser import Denoiser
 from mogan.motion.pixel_flux import Flux, state_size
@@ -136,7 +136,7 @@ def run(method: str, start: Denoiser, updates: int, seed: int) -> list[dict[str,
     student.load_state_dict(start.state_dict())
     rewards = MotionRewards((FRAMES, 1, 1), patch=(FRAMES - 1, 1, 1), width=32, depth=1, heads=2, clip=(-4.0, 4.0))
     lab = shift_lab().objectives["shift"]
-    settings = replace(lab, guidance=1.0, points=1, shift=3.0, beta=1.0, weight=options["weight"])
+    settings = replace(lab, guidance=1.0, points=1, level_shift=3.0, beta=1.0, weight=options["weight"])
     shift = Shift(student, rewards, see, TEXT, settings, sigmas=sigmas, given=1)
     learner = torch.optim.AdamW(student.parameters(), 3e-4)
     judge = torch.optim.AdamW(rewards.parameters(), 1e-3, weight_decay=0.01)

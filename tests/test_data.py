@@ -6,7 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mogan.data.cache import clip_at, draw_batch, ensure_text, open_cache, save_latent
+from mogan.data.batches import clip_at, draw_batch
+from mogan.data.cache import ensure_text, open_cache, save_latent
 from mogan.errors import UserError
 
 FACTS = {"format": "mogan-cache", "version": 1, "contents": "clips", "fps": 16, "vae": "abc"}

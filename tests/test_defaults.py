@@ -16,7 +16,6 @@ from mogan.cli import main
 from mogan.data.cache import open_cache
 from mogan.data.prepare import prepare
 from mogan.data.video import write_video
-from mogan.distributed import World
 from mogan.errors import UserError
 from mogan.estimate.random_wan import random_wan
 from mogan.evaluation.clips import read_folder
@@ -31,7 +30,7 @@ from mogan.recipes import RECIPES
 from mogan.report.page import report
 from mogan.sampling.sample import encode_each, sample
 from mogan.sampling.samples import UNSAID
-from mogan.training.load import load
+from mogan.training.assemble import assemble
 
 NARROW = {
     "transformer": {"num_attention_heads": 2, "attention_head_dim": 32, "ffn_dim": 128, "text_dim": 64, "freq_dim": 64},
@@ -366,13 +365,8 @@ def test_a_cache_keeps_its_estimator_when_weights_arrive(folders, tmp_path, noth
 
 def test_a_lab_recipe_on_another_model_is_warned_of_by_name(family, cache, monkeypatch, capsys):
     monkeypatch.setenv("MOGAN_TEST_RAFT", "lab")
-    load(
-        tiny_recipes.mogan(),
-        open_cache(cache),
-        str(family / "teacher"),
-        str(family / "student"),
-        World(torch.device("cpu")),
-    )
+    models = {"model": str(family / "teacher"), "student": str(family / "student")}
+    assemble(tiny_recipes.mogan(), open_cache(cache), **models, run=None, device="cpu")
     assert "the lab's flow network" in capsys.readouterr().err
 
 

@@ -15,7 +15,7 @@ from mogan.evaluation.motion import (
     static_filter,
     temporal_flickering,
 )
-from mogan.evaluation.pixels import cuts, differences, frozen, pixel_jerk
+from mogan.evaluation.pixels import cuts, frame_gaps, frozen, pixel_jerk
 
 AMPLITUDE, PERIOD = 100, 64
 
@@ -276,17 +276,17 @@ def test_jerk_is_zero_for_fades_and_largest_for_flicker():
 def test_frozen_frames_are_counted_and_the_longest_run_found():
     frames = noise(6)
     padded = np.concatenate([frames, np.repeat(frames[-1:], 3, 0)])
-    found = frozen(differences(padded))
+    found = frozen(frame_gaps(padded))
     assert (found.share, found.longest) == (3 / 8, 3)
-    assert frozen(differences(frames)).longest == 0
+    assert frozen(frame_gaps(frames)).longest == 0
 
 
 def test_one_cut_is_found_and_none_in_steady_motion():
     steady = cosine(2, frames=12)
-    assert cuts(differences(steady)) == []
+    assert cuts(frame_gaps(steady)) == []
     other = 255 - cosine(2, frames=12)
-    assert cuts(differences(np.concatenate([steady, other]))) == [12]
-    assert cuts(differences(clip([5] * 9))) == []
+    assert cuts(frame_gaps(np.concatenate([steady, other]))) == [12]
+    assert cuts(frame_gaps(clip([5] * 9))) == []
 
 
 # ---------------------------------------------------------------- whole-suite invariants

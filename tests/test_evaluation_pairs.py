@@ -9,7 +9,7 @@ import torch
 from mogan.errors import UserError
 from mogan.evaluation.interpolators import flow_warp
 from mogan.evaluation.motion import dynamic_degree, motion_smoothness
-from mogan.evaluation.pairs import Remembered, device_of, flow_of_pairs, neighbours
+from mogan.evaluation.pairs import EachPairOnce, device_of, flow_of_pairs, neighbours
 from mogan.motion.flow import RaftConfig, RaftFlow
 
 FRAMES = np.random.default_rng(0).integers(0, 256, (40, 64, 64, 3), dtype=np.uint8)  # more than fit at once
@@ -78,7 +78,7 @@ def test_numbers_that_need_the_same_fields_share_them():
     frames = FRAMES[:17]
     for fps, fields in ((16, 8 + 8 + 16), (8, 16 + 8 + 8), (24, 5 + 16 + 16)):
         flow = counted(still)
-        known = Remembered(flow)
+        known = EachPairOnce(flow)
         dynamic_degree(frames, fps, known)
         motion_smoothness(frames, flow_warp(known))
         list(flow_of_pairs(neighbours(frames), known))
@@ -87,7 +87,7 @@ def test_numbers_that_need_the_same_fields_share_them():
 
 def test_what_is_remembered_is_the_answer_and_is_forgotten_when_it_is_much(monkeypatch):
     flow = counted(lambda video: video[:, :2, 1:] - video[:, :2, :-1])
-    known = Remembered(flow)
+    known = EachPairOnce(flow)
     videos = torch.randn(3, 1, 3, 5, 64, 64)
     for video in (*videos, *videos):
         torch.testing.assert_close(known(video), video[:, :2, 1:] - video[:, :2, :-1], rtol=0, atol=0)
@@ -112,6 +112,6 @@ def test_frames_are_brought_to_where_the_estimator_is():
             return torch.zeros(len(video), 2, video.shape[2] - 1, *video.shape[3:], device="meta")
 
     one, two = torch.rand(2, 1, 3, 64, 64)
-    assert device_of(Remembered(Elsewhere())).type == "meta"
-    assert device_of(Remembered(still)).type == "cpu"
+    assert device_of(EachPairOnce(Elsewhere())).type == "meta"
+    assert device_of(EachPairOnce(still)).type == "cpu"
     assert flow_warp(Elsewhere())(one, two).device.type == "meta"

@@ -103,8 +103,8 @@ def test_the_averaged_student_is_judged_on_prompts_no_update_sees_always_with_th
     torch.rand(3)
     assert gain.measure(parts) == first
     assert all(torch.equal(v, live[k]) for k, v in parts.student.transformer.state_dict().items())
-    for name in parts.average:
-        parts.average[name] = parts.average[name] + 0.1
+    for name, weight in parts.average.weights.items():
+        parts.average.weights[name] = weight + 0.1
     assert gain.measure(parts) != first
 
 
@@ -127,7 +127,7 @@ def test_a_run_stops_when_motion_no_longer_rises_and_its_student_is_the_best_one
     assert len(held_out_motions(run)) == 4
     assert capsys.readouterr().out == said[said.index("motion on") :]
     best = open_generator(str(run)).average()
-    stored = parts.average
+    stored = parts.average.weights
     assert any(not torch.equal(best[name], stored[name]) for name in best)
 
 

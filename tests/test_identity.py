@@ -184,7 +184,7 @@ def test_a_start_that_fails_claims_nothing(model, own_cache, train, tmp_path, mo
         raise UserError("the first step fails")
 
     with monkeypatch.context() as patch:
-        patch.setattr("mogan.training.train.step", broken)
+        patch.setattr("mogan.training.loop.learn", broken)
         assert train(model, own_cache, 1, "--seed", 1)[0] == 2
     assert list((tmp_path / "run").iterdir()) == []
     assert train(model, own_cache, 1, "--seed", 2)[0] == 0

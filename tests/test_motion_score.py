@@ -13,7 +13,8 @@ from torch import nn
 
 import tiny_recipes
 from conftest import CAPTIONS
-from mogan.data.cache import Batch, open_cache
+from mogan.data.batches import Batch
+from mogan.data.cache import open_cache
 from mogan.disk.files import write_atomically
 from mogan.errors import UserError
 from mogan.evaluation.likelihood import log_likelihood, motion_log_likelihood, noise_log_density

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from torch import nn
 
 from mogan import recipes
-from mogan.data.cache import Batch, open_cache
+from mogan.data.batches import Batch
+from mogan.data.cache import open_cache
 from mogan.errors import UserError
 from mogan.models.denoiser import Denoiser
 from mogan.objectives.dmd import DMD, dmd_direction

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from torch import nn
 
-from mogan.data.cache import Batch
+from mogan.data.batches import Batch
 from mogan.models import attention, autoencoder, wan
 from mogan.models.denoiser import Denoiser, frozen, guided_velocity, recomputed, taps
 from mogan.models.discriminator import Discriminator, approximate_penalty, discriminator_loss, generator_loss

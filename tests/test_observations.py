@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 import tiny_recipes
 from mogan.config import Config
 from mogan.data import observations as module
-from mogan.data.cache import draw_batch, open_cache
+from mogan.data.batches import draw_batch
+from mogan.data.cache import open_cache
 from mogan.data.observations import Observations, drawn
 from mogan.disk.files import replacing
 from mogan.errors import UserError
@@ -71,7 +72,7 @@ def test_what_a_run_will_draw_is_known_before_it_starts(folder, recipe, seed, ra
 
     for where in positions(config, 2):
         update = config.plan[where.update]
-        if "observation" in config.takes(update):
+        if "observation" in config.lesson(update).clips:
             place = {"seed": seed, "iteration": where.iteration, "update": where.update, "repeat": where.repeat}
             for rank in range(ranks):
                 share = {"size": update.batch // ranks, "rank": rank, "ranks": ranks}
@@ -160,7 +161,9 @@ def test_a_run_observes_what_it_draws_and_a_longer_one_the_rest(family, fresh, t
     longer = config.with_budget(6)
     parts, count = build(longer, family, fresh, tmp_path), []
     observe = parts.observations.observe
-    parts.observations = replace(parts.observations, observe=lambda *a: (count.append(1), observe(*a))[1])
+    parts.objectives["gan"].observations = replace(
+        parts.observations, observe=lambda *a: (count.append(1), observe(*a))[1]
+    )
     run_training(parts, tmp_path)
     after = kept(fresh)
     assert after.keys() == named(longer, fresh) > made.keys()
@@ -168,7 +171,7 @@ def test_a_run_observes_what_it_draws_and_a_longer_one_the_rest(family, fresh, t
     assert all(after[pair] == made[pair] for pair in made)
     shutil.rmtree(tmp_path / "checkpoints")
     parts = build(config, family, fresh, tmp_path)
-    parts.observations = replace(parts.observations, observe=None)  # all is there
+    parts.objectives["gan"].observations = replace(parts.observations, observe=None)  # all is there
     run_training(parts, tmp_path)
 
 
@@ -252,14 +255,14 @@ def test_clips_without_captions_teach_motion_beside_prompts_of_their_own(
     family, fresh, prompts, tmp_path, monkeypatch, capsys
 ):
     from mogan.cli import main
-    from mogan.training import train
+    from mogan.training import steps
 
     without_captions(fresh)
     words = ["train", "tests.tiny_recipes:mogan", "--model", str(family / "teacher"), "--data", str(fresh)]
     words += ["--student", str(family / "student"), "--device", "cpu", "--out", str(tmp_path / "run")]
-    heard, roll_out = [], train.rollout_for
+    heard, roll_out = [], steps.rolled_out
     monkeypatch.setattr(
-        train, "rollout_for", lambda p, u, batch, w: (heard.extend(batch.prompts), roll_out(p, u, batch, w))[1]
+        steps, "rolled_out", lambda p, u, batch, w: (heard.extend(batch.prompts), roll_out(p, u, batch, w))[1]
     )
     assert main([*words, "--prompts", str(prompts)]) == 0
     assert set(heard) == {"a red square bouncing", "a green circle falling", "a white cross"}

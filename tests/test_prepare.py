@@ -19,15 +19,16 @@ import torch.nn.functional as F
 from PIL import Image
 
 from mogan.cli import main
-from mogan.data.cache import draw_batch, open_cache
+from mogan.data.batches import draw_batch
+from mogan.data.cache import open_cache
 from mogan.data.choice import vbench_threshold
 from mogan.data.clips import clips_of, motion_of, shots
 from mogan.data.listing import scan
-from mogan.data.prepare import DISCRIMINATOR_PROMPT
 from mogan.data.prepare_clips import prepare_clips
 from mogan.data.prepare_prompts import prepare_prompts
 from mogan.data.video import Frame, write_video
 from mogan.errors import UserError
+from mogan.models.discriminator import PROMPT
 from mogan.world import scenes as world
 from mogan.world.render import render_folder
 from test_video import broken, numbered
@@ -494,7 +495,7 @@ def test_the_command_prepares_videos_and_prompts_with_real_networks(tmp_path, fa
     batch = draw_batch(cache, seed=0, iteration=0, update=0, size=2, want=("latent",))
     assert batch.latent_BCFHW.shape == (2, 4, 4, 4, 4)
     assert batch.text[0].shape[1] == 64
-    cache.text(DISCRIMINATOR_PROMPT)
+    cache.text(PROMPT)
 
     assert main([*command[:-1], "nowhere"]) == 2
     assert "no flow network at" in capsys.readouterr().err

@@ -6,7 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from mogan.data.cache import Batch, open_cache
+from mogan.data.batches import Batch
+from mogan.data.cache import open_cache
 from mogan.models.denoiser import Denoiser
 from mogan.objectives.dmd import DMD, target
 from mogan.runs.checkpoint import latest_checkpoint

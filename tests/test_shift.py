@@ -16,7 +16,8 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mogan.config import Update
-from mogan.data.cache import Batch, open_cache
+from mogan.data.batches import Batch
+from mogan.data.cache import open_cache
 from mogan.errors import UserError
 from mogan.models.denoiser import Denoiser
 from mogan.motion.flow import RaftFlow

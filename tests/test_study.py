@@ -147,9 +147,9 @@ def test_one_factor_changes_at_a_time():
         "two_moments": {"optimizers"},
         "one_moments": {"plan", "optimizers"},
         "judge_first": {"plan"},
-        "guidance_5": {"dmd"},
-        "no_dmd": {"plan", "dmd", "recipe"},
-        "no_r1r2": {"gan", "recipe"},
+        "guidance_5": {"objectives"},
+        "no_dmd": {"plan", "objectives", "recipe"},
+        "no_r1r2": {"objectives", "recipe"},
     }
     for name, keys in expected.items():
         found = vars(getattr(columns, name)())

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mogan.config import Update
-from mogan.data.cache import Batch, open_cache
+from mogan.data.batches import Batch
+from mogan.data.cache import open_cache
 from mogan.distributed import World
 from mogan.errors import UserError
 from mogan.models import wan
@@ -339,7 +340,7 @@ def test_one_update_judged_by_two_is_the_sum_of_both(family, cache):
 
 def test_what_cannot_be_is_refused_in_a_sentence(family, cache):
     with pytest.raises(ValueError, match="a gan with space motion"):
-        ablate(surrogate(), "latent-gan")
+        ablate(surrogate, "latent-gan")
     with pytest.raises(UserError, match="one process"):
         assemble(surrogate(), open_cache(cache), model="", run=None, world=World(torch.device("cpu"), 0, 2))
 

@@ -32,7 +32,7 @@ RECIPES = {
     "sft_i2v": sft_i2v,
     "shift": shift,
     "surrogate": surrogate,
-    **{a: (lambda a=a: ablate(mogan(), a)) for a in ABLATIONS},
+    **{a: (lambda a=a: ablate(mogan, a)) for a in ABLATIONS},
 }
 
 
@@ -200,7 +200,7 @@ def test_the_scale_of_the_picture_is_the_caches_unless_the_recipe_says(family, c
     assert (chosen.config, chosen.objectives["gan"].judge.observe.max_flow) == (own, 7.0)
     assert chosen.observations.folder != measured.observations.folder
     assert (
-        build(ablate(mogan(), "latent-gan"), family, cache).config.objectives["gan"].max_flow is None
+        build(ablate(mogan, "latent-gan"), family, cache).config.objectives["gan"].max_flow is None
     )  # it sees no picture
 
 

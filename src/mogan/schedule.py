@@ -21,11 +21,6 @@ def shift(sigma, k: float):
     return k * sigma / (1 + (k - 1) * sigma)
 
 
-def unshift(sigma, k: float):
-    """Inverse of :func:`shift`."""
-    return sigma / (k - (k - 1) * sigma)
-
-
 def shifted_levels(steps: int, k: float) -> tuple[float, ...]:
     """The usual levels of a ``steps``-step sampler: the shifted uniform grid from 1, final 0 implied."""
     return (1.0, *(shift(1 - i / steps, k) for i in range(1, steps)))
@@ -51,11 +46,6 @@ def renoise(x_u: Tensor, noise: Tensor, u: Tensor, t: Tensor) -> Tensor:
 def velocity_to_x0(x_t: Tensor, velocity: Tensor, sigma: Tensor) -> Tensor:
     """``x_t - sigma velocity``."""
     return x_t - broadcast(sigma, x_t) * velocity
-
-
-def x0_to_velocity(x_t: Tensor, x0: Tensor, sigma: Tensor) -> Tensor:
-    """Inverse of :func:`velocity_to_x0`; ``sigma`` must not be 0."""
-    return (x_t - x0) / broadcast(sigma, x_t)
 
 
 def uniform(count: int, generator: torch.Generator | list[torch.Generator], *each: int) -> Float[Tensor, "b *each"]:

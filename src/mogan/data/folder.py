@@ -16,7 +16,7 @@ def claim(out: Path, facts: dict[str, Any]) -> None:
     """Write ``cache.json``, or make sure that an earlier run wrote the same."""
     there = data.read_facts(out)
     if there is not None:
-        different = data.differences(there, {k: v for k, v in facts.items() if k not in ("model", "flow_name")})
+        different = data.unlike(there, {k: v for k, v in facts.items() if k not in ("model", "flow_name")})
         if different:
             raise UserError(f"the cache in {out} {different}: use the same options, or another --out")
         return

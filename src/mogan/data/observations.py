@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from mogan.config import OBSERVATION, Config
-from mogan.data.cache import Batch, Cache, clip_at, save_tensors, start_at
+from mogan.data.batches import Batch, clip_at, start_at
+from mogan.data.cache import Cache, save_tensors
 from mogan.disk.files import replacing
 from mogan.errors import UserError
 

@@ -20,11 +20,11 @@ from mogan.disk.files import writable_folder
 from mogan.disk.locks import alone_in
 from mogan.errors import UserError
 from mogan.models.defaults import WITHOUT_WEIGHTS, Geometry, usual_flow
+from mogan.models.discriminator import PROMPT
 from mogan.motion import estimators
 from mogan.ranges import at_least, between
 
 TRAINS = "raft_large_C_T_SKHT_V2"  # the flow network of the full-size recipes
-DISCRIMINATOR_PROMPT = "a video with good motion"  # MoGAN, section 3.3: what its discriminator is always told
 
 
 def prepare(
@@ -42,7 +42,7 @@ def prepare(
     height: int | None = None,
     width: int | None = None,
     frames: int | None = None,
-    extra_prompts: tuple[str, ...] = (DISCRIMINATOR_PROMPT,),
+    extra_prompts: tuple[str, ...] = (PROMPT,),
     shard: str | None = None,
     workers: int = 2,
     device: str = "auto",

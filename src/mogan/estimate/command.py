@@ -86,7 +86,7 @@ def pricing(
     clips: int = 15000,
 ):
     """A function ``(config, gpus, lora) -> Estimate`` that traces each variant of the networks once."""
-    shapes = read_shapes(model or ("lab" if config.recipe.endswith("_lab") else "wan2.1-t2v-1.3b"))
+    shapes = read_shapes(model or ("lab" if "_lab" in config.recipe else "wan2.1-t2v-1.3b"))
     shapes = resized(shapes, frames=frames, height=height, width=width)
 
     def say(what: str) -> None:

@@ -74,7 +74,7 @@ def measure(
         values["pixel_jerk"] = pixels.pixel_jerk(clip)
     if frames >= 2:
         values["temporal_flickering"] = motion.temporal_flickering(clip)
-        gaps = pixels.differences(clip)
+        gaps = pixels.frame_gaps(clip)
         values["frozen"] = pixels.frozen(gaps).share
         values["cuts"] = float(len(pixels.cuts(gaps)))
         values |= _flow_values(clip, flow, quick=quick)

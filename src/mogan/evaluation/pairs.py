@@ -65,7 +65,7 @@ def neighbours(frames: Frames) -> Iterator[Pair]:
     return pairwise(frames)
 
 
-class Remembered:
+class EachPairOnce:
     """A flow estimator that answers the same video a second time from memory: numbers of one clip share their fields.
 
     Dynamic degree looks at the frames that motion smoothness interpolates between, at 16 frames a second, and at

@@ -40,7 +40,7 @@ def _second(one: np.ndarray, two: np.ndarray, three: np.ndarray) -> np.ndarray:
     return three.astype(np.int16) - 2 * two.astype(np.int16) + one.astype(np.int16)
 
 
-def differences(frames: Frames) -> list[float]:
+def frame_gaps(frames: Frames) -> list[float]:
     """Mean absolute difference of every two neighbouring frames, in grey levels."""
     found, before = [], None
     for frame in frames:
@@ -51,7 +51,7 @@ def differences(frames: Frames) -> list[float]:
 
 
 def frozen(pair_differences: Sequence[float]) -> Frozen:
-    """Duplicated frames among the :func:`differences` of a clip: padding, stutter, a clip that stops."""
+    """Duplicated frames among the :func:`frame_gaps` of a clip: padding, stutter, a clip that stops."""
     longest = run = 0
     same = [d < FROZEN for d in pair_differences]
     for yes in same:

@@ -19,7 +19,7 @@ from mogan.evaluation.frames import DECODER, Clip
 from mogan.evaluation.interpolators import AMT_LICENCE, amt_s, amt_weights, blend, flow_warp
 from mogan.evaluation.measure import VERSION
 from mogan.evaluation.motion import Interpolator
-from mogan.evaluation.pairs import Remembered
+from mogan.evaluation.pairs import EachPairOnce
 from mogan.models.defaults import WITHOUT_WEIGHTS, usual_flow
 from mogan.motion import estimators
 from mogan.motion.flow import FlowEstimator, RaftFlow
@@ -49,7 +49,7 @@ def gather_tools(
     """Load what the names and paths of :func:`mogan.evaluation.evaluate.evaluate` mean; ``video``: CD-FVD is wanted."""
     where = choose_device(device)
     found, about = estimator(flow, where)
-    estimate = Remembered(found)
+    estimate = EachPairOnce(found)
     interpolate, called = _interpolator(interpolator, estimate, where)
     how = {"version": VERSION, "flow": about, "interpolator": called, "decoder": DECODER, "quick": quick}
     if networks is None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mogan.costs.trace import Call
-from mogan.data.cache import Batch
+from mogan.data.batches import Batch
 from mogan.data.observations import Observations
 from mogan.motion.flow import FlowEstimator
 

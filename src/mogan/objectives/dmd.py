@@ -14,7 +14,7 @@ from torch import Tensor
 from mogan.config import Alarm, Config, Lesson, Terms
 from mogan.costs.calls import Tracer
 from mogan.costs.trace import Call
-from mogan.data.cache import Batch
+from mogan.data.batches import Batch
 from mogan.models.denoiser import Denoiser, guided_velocity
 from mogan.objectives import Bill, Kept, Loss, Objective, Price, Randomness, guided_calls
 from mogan.objectives.base import Base

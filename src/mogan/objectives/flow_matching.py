@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mogan.config import LATENT, Config, Lesson, Terms
 from mogan.costs.calls import Tracer
-from mogan.data.cache import Batch
+from mogan.data.batches import Batch
 from mogan.models.attention import stack_text
 from mogan.models.denoiser import Denoiser
 from mogan.objectives import Bill, Loss, Objective, Price, Randomness

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from mogan.config import LATENT, OBSERVATION, Alarm, Config, Lesson, Terms
 from mogan.costs.calls import Tracer, judge_call
-from mogan.data.cache import Batch, Cache
+from mogan.data.batches import Batch
+from mogan.data.cache import Cache
 from mogan.distributed import shard
 from mogan.errors import UserError
 from mogan.models import attention, wan

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from mogan.config import Config, Terms
 from mogan.costs.calls import Tracer
-from mogan.data.cache import Batch
+from mogan.data.batches import Batch
 from mogan.errors import UserError
 from mogan.models.denoiser import Denoiser
 from mogan.objectives import Loss, Objective, Price, Randomness

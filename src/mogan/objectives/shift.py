@@ -18,7 +18,8 @@ from mogan.config import Alarm, Config, Terms
 from mogan.costs.calls import Tracer, one_after_the_other
 from mogan.costs.shapes import Shapes
 from mogan.costs.trace import Call, fake, sizes, trace
-from mogan.data.cache import Batch, Cache
+from mogan.data.batches import Batch
+from mogan.data.cache import Cache
 from mogan.distributed import shard
 from mogan.errors import UserError
 from mogan.models.attention import stack_text
@@ -48,7 +49,7 @@ class ShiftConfig:
 
     Attributes:
         guidance: of the sampler; its levels are the config's ``sigmas``.
-        shift: shift of the levels at which pairs are denoised.
+        level_shift: of the levels at which pairs are denoised.
         weight: ``exp`` or ``linear``; ``beta``: its temperature; see :func:`pair_weights`.
         clip: range of a reward.
         points: query points per clip, drawn at random each time.
@@ -58,7 +59,7 @@ class ShiftConfig:
     """
 
     guidance: float
-    shift: float
+    level_shift: float
     weight: str
     beta: float
     clip: tuple[float, float]
@@ -246,7 +247,7 @@ class Shift:
         """``mean_b [w(A~_b) ell(x~_b; t_b, e_b) + w(A_b) ell(x_b; t_b, e_b)]``: a pair shares level and noise."""
         pairs: Pairs = batch.more["pairs"]
         real = pairs.real_BCFHW
-        sigma = draw_sigma(len(real), generator, k=self.settings.shift).to(real)
+        sigma = draw_sigma(len(real), generator, k=self.settings.level_shift).to(real)
         noise, text = normal(real.shape, generator, real.device), stack_text(batch.text, real.device)
         twice = [torch.cat([x, x]) for x in (noise, sigma, text)]
         error = velocity_error(self.student, torch.cat([pairs.generated_BCFHW, real]), *twice, given=self.given)

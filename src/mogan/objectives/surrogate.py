@@ -11,7 +11,7 @@ from mogan.config import LATENT, OBSERVATION, Alarm, Config, Lesson, Terms
 from mogan.costs.calls import Tracer
 from mogan.costs.shapes import Shapes
 from mogan.costs.trace import Call, fake, sizes, trace
-from mogan.data.cache import Batch
+from mogan.data.batches import Batch
 from mogan.models.denoiser import frozen
 from mogan.objectives import Bill, Kept, Loss, LossFn, Objective, Price, Randomness
 from mogan.objectives.base import Base

@@ -10,6 +10,7 @@ import sys
 import sysconfig
 import traceback
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from mogan.recipes.motion_score import motion_score_lab, motion_score_wan_1_3b
 from mogan.recipes.msm import mogan_msm_lab, msm_lab, msm_wan_1_3b
 from mogan.recipes.shift import shift_lab, shift_wan_1_3b
 
-RECIPES = {
+RECIPES: dict[str, Callable[[], Config]] = {
     recipe.__name__: recipe
     for recipe in (
         dmd_lab, dmd2_wan_1_3b, dmd2_long_wan_1_3b, flow_matching_lab, flow_matching_wan_1_3b, mogan_lab, mogan_msm_lab,
@@ -30,6 +31,11 @@ RECIPES = {
         sft_i2v_wan_1_3b, shift_lab, shift_wan_1_3b,
     )
 }  # fmt: skip
+RECIPES |= {
+    f"{recipe.__name__}_{ablation.replace('-', '_')}": partial(ablate, recipe, ablation)
+    for recipe in (mogan_lab, mogan_wan_1_3b)
+    for ablation in ABLATIONS
+}
 __all__ = ["ABLATIONS", "RECIPES", "ablate", "find_recipe", *RECIPES]
 
 

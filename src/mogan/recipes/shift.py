@@ -27,7 +27,7 @@ def shift_lab() -> Config:
         objectives={
             "shift": ShiftConfig(
                 guidance=1.0,
-                shift=3.0,
+                level_shift=3.0,
                 weight="linear",
                 beta=1.0,
                 clip=(-4.0, 4.0),
@@ -70,7 +70,7 @@ def shift_wan_1_3b() -> Config:
         objectives={
             "shift": ShiftConfig(
                 guidance=5.0,  # Wan's own
-                shift=3.0,
+                level_shift=3.0,
                 weight="exp",
                 beta=2.0,
                 clip=(-4.0, 4.0),

@@ -130,17 +130,17 @@ def _for_as_long(column: Column) -> Column:
 
 def no_dmd() -> Config:
     """Table 2, row 1."""
-    return ablate(mogan_lab(), "no-dmd")
+    return ablate(mogan_lab, "no-dmd")
 
 
 def no_r1r2() -> Config:
     """Table 2, row 2."""
-    return ablate(mogan_lab(), "no-r1r2")
+    return ablate(mogan_lab, "no-r1r2")
 
 
 def latent_gan() -> Config:
     """Table 2, row 3."""
-    return ablate(mogan_lab(), "latent-gan")
+    return ablate(mogan_lab, "latent-gan")
 
 
 def printed_r1r2() -> Config:

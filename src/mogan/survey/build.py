@@ -147,7 +147,7 @@ def _assemble(samples: dict[str, dict[Key, Entry]], keys: list[Key], folder: Pat
         completion_code="",
         clips=tuple(clips.values()) + tuple(made),
         items=tuple(items + known),
-        warnings=(*(f"A pair is left out: {why}" for why in broken.values()), *differences(clips)),
+        warnings=(*(f"A pair is left out: {why}" for why in broken.values()), *unlike_sets(clips)),
     )
 
 
@@ -236,7 +236,7 @@ def copy_clip(source: Path, folder: Path) -> Clip:
         raise Unplayable(f"{source} cannot be read as a video ({error}): remove it or write it again.") from error
 
 
-def differences(clips: dict[tuple[str, Key], Clip]) -> Iterable[str]:
+def unlike_sets(clips: dict[tuple[str, Key], Clip]) -> Iterable[str]:
     """What would let a rater tell the systems apart without looking at quality: size, rate or length that differs."""
     for what, measure in {
         "size": lambda clip: f"{clip.width}x{clip.height}",

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from mogan.data.cache import Batch, one_ahead
+from mogan.data.batches import Batch, one_ahead
 from mogan.data.observations import drawn
 from mogan.errors import UserError
 from mogan.runs.checkpoint import (

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mogan.config import OBSERVATION, Config, Update
-from mogan.data.cache import Batch, draw_batch
+from mogan.data.batches import Batch, draw_batch
 from mogan.distributed import whole
 from mogan.errors import UserError
 from mogan.models.attention import stack_text

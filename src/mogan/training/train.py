@@ -14,7 +14,7 @@ from mogan.disk.files import writable_folder, write_atomically
 from mogan.disk.locks import alone_in
 from mogan.distributed import join
 from mogan.ranges import above, at_least, is_seed
-from mogan.recipes import ablate, find_recipe
+from mogan.recipes import find_recipe
 from mogan.runs.checkpoint import check_same_run
 from mogan.runs.identity import check_same_parts, made_of, note_parts, refuse_other_folders
 from mogan.training.assemble import assemble
@@ -44,7 +44,6 @@ def train(
     batch: int | None = None,
     lr: float | None = None,
     lora: int | None = None,
-    ablation: str | None = None,
     precision: Literal["auto", "bf16", "fp32"] | None = None,
     save_every: int | None = None,
     sample_every: int | None = None,
@@ -59,7 +58,8 @@ def train(
     """Train a recipe on a cache; the same command again goes on where it stopped.
 
     Args:
-        recipe: a name such as mogan_lab, dmd_lab, flow_matching_lab, shift_lab, mogan_wan_1_3b, or your own module:function.
+        recipe: a name such as mogan_lab, dmd_lab, flow_matching_lab, shift_lab, mogan_wan_1_3b, mogan_lab_no_dmd (an ablation), or
+            your own module:function.
         data: a cache made by `mogan prepare`.
         prompts: a second cache (`mogan prepare prompts.txt`), whose prompts the student makes clips of in place of the captions
             of data: clips then teach motion alone and need no captions.
@@ -71,7 +71,6 @@ def train(
         batch: clips per update, in place of the recipe's.
         lr: learning rate of the student, in place of the recipe's; where updates have their own, the others keep their ratio.
         lora: learn adapters of this rank over one frozen base, instead of all weights of student and fake score.
-        ablation: leave one part out, as in the paper's Table 2: no-dmd, no-r1r2 or latent-gan.
         precision: auto, bf16 or fp32.
         save_every: iterations between checkpoints.
         sample_every: iterations between sheets of sample clips.
@@ -89,7 +88,6 @@ def train(
     is_seed(seed=seed)
     above(0, lr=lr)
     config = find_recipe(recipe)
-    config = ablate(config, ablation) if ablation else config
     chosen: dict[str, Any] = {
         "iterations": iterations,
         "seed": seed,
@@ -113,9 +111,9 @@ def train(
             writable_folder(out)
         with alone_in(out) if world.main else nullcontext():
             refuse_other_folders(out)
+            of = made_of(*find_models(config, model, student), cache, words) if world.main else {}
             resolved = filled(config, cache)
             check_same_run(out, resolved)
-            of = made_of(*find_models(resolved, model, student), cache, words) if world.main else {}
             if world.main:
                 check_same_parts(out, of)
 
