@@ -114,7 +114,7 @@ def test_every_command_explains_itself(name):
     [
         (["train", "mogan_lap", "--data", "x", "--out", "y"], "mogan_lab"),
         (["train", "mogan_lab", "--data", "no/such", "--out", "y"], "no/such is not a cache"),
-        (["train", "mogan_lab_no_dm", "--data", "x", "--out", "y"], "did you mean mogan_lab_no_dmd"),
+        (["train", "mogan_lab_no_dm", "--data", "x", "--out", "y"], "did you mean 'mogan_lab_no_dmd'"),
         (["sample", "--prompts", "no.txt", "--out", "y"], "one prompt per line"),
         (["sample", "--prompts", "pyproject.toml", "--model", "./nowhere", "--out", "y"], "not a diffusers folder"),
         (["export", "no/run", "--out", "y"], "not a training run"),
