@@ -10,7 +10,7 @@ from mogan.data.video import write_video
 from mogan.errors import UserError
 from mogan.evaluation import vbench as checker
 from mogan.evaluation.evaluate import evaluate
-from mogan.evaluation.vbench import DIMENSIONS, check_folder, read_info
+from mogan.evaluation.vbench import DIMENSIONS, check_folder, read_info, vbench
 from mogan.world.scenes import make_scene, render
 
 MOTION = ["a person is running very fast over a wide field", "a dog"]
@@ -153,6 +153,9 @@ def test_mistakes_of_the_command(info, tmp_path):
         check_folder(tmp_path, read_info(info), ("speed",))
     with pytest.raises(UserError, match="is not VBench_full_info"):
         read_info(tmp_path / "absent.json")
+    info.write_text(json.dumps([{"prompt_en": "a cat", "dimension": ["speed"]}]))
+    with pytest.raises(UserError, match="asks for none of VBench's dimensions"):
+        vbench(tmp_path, info=info)
 
 
 def test_evaluate_measures_exactly_vbenchs_clips_or_stops(info, tmp_path):

@@ -574,3 +574,6 @@ def test_killed_twice_and_run_again_equals_a_run_that_was_left_alone(tmp_path, m
     assert summary.encoded == summary.kept - len(finished)
     assert all(p.stat().st_mtime_ns == t for p, t in finished.items())
     assert contents(parts) == contents(whole)
+    next(iter(finished)).write_bytes(b"")  # power was lost before the disk had it
+    assert run(tmp_path / "v", parts).encoded == 1
+    assert contents(parts) == contents(whole)

@@ -74,6 +74,9 @@ def test_every_numeric_option_of_every_command_has_a_range(name, option, value, 
         *[(name, "--seed", str(2**32)) for name in ("train", "demo", "lab render", "survey analyze")],
         ("study", "--first-seed", str(2**32 - 3)),
         ("sample", "--first-seed", str(2**63)),
+        ("sample", "--seeds", "10000000000"),
+        ("sample", "--steps", "1001"),
+        ("estimate", "--gpus", "1000000000"),
     ],
 )
 def test_nothing_at_all_and_too_much_are_refused_too(name, option, value, tmp_path, monkeypatch, capsys):

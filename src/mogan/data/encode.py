@@ -21,7 +21,8 @@ def encode(
     """Store the latents of kept clips that are not there yet; returns how many."""
     missing: dict[str, list[dict]] = {}
     for entry in kept:
-        if not data.clip_path(out, entry["id"]).exists():
+        path = data.clip_path(out, entry["id"])
+        if not path.is_file() or path.stat().st_size == 0:  # a disk that lost power leaves names without contents
             missing.setdefault(entry["source"], []).append(entry)
     jobs = [s for s in sources if s.name in missing]
     total = sum(map(len, missing.values()))

@@ -16,7 +16,7 @@ from mogan.costs.shapes import read_shapes, resized
 from mogan.errors import UserError, closest
 from mogan.estimate.advice import Change, advise
 from mogan.estimate.predict import Estimate, predict
-from mogan.ranges import at_least
+from mogan.ranges import at_least, between
 from mogan.recipes import find_recipe
 
 GB = 1e9
@@ -58,7 +58,8 @@ def estimate(
     if gpu not in MACHINES:
         hint = closest(gpu, MACHINES) or f": use one of {', '.join(MACHINES)}"
         raise UserError(f"no machine {gpu!r}{hint}")
-    at_least(1, gpus=gpus, lora=lora, frames=frames, height=height, width=width)
+    at_least(1, lora=lora, frames=frames, height=height, width=width)
+    between(1, 4096, gpus=gpus)
     at_least(0, clips=clips)
     if lora is not None and gpus > 1:
         raise UserError("--lora trains in one process: leave out --gpus, or --lora")

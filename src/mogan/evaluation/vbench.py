@@ -195,6 +195,8 @@ def vbench(folder: Annotated[Path, tyro.conf.Positional], *, info: Path, dimensi
     """
     facts = read_info(info)
     names = dimensions or tuple(name for name in DIMENSIONS if name in facts.prompts)
+    if not names:
+        raise UserError(f"{info} asks for none of VBench's dimensions: give its VBench_full_info.json")
     found = check_folder(folder, facts, names)
     missing = set(found.missing)
     lacking = {name: [n for n in _names(facts, name) if n in missing] for name in names}

@@ -83,7 +83,8 @@ def sample(
         precision: of the networks; auto is fp32 for a few-step student on a CPU (as the stock pipeline there), else bf16.
         device: auto, cpu or cuda.
     """
-    at_least(1, seeds=seeds, steps=steps, batch=batch, limit=limit)
+    at_least(1, batch=batch, limit=limit)
+    between(1, 1000, seeds=seeds, steps=steps)  # a model is trained at 1000 levels
     between(0, 2**63 - seeds, first_seed=first_seed)  # torch takes 64 bits
     at_least(0, guidance=guidance)
     above(0, shift=shift)

@@ -251,6 +251,15 @@ def unlike_sets(clips: dict[tuple[str, Key], Clip]) -> Iterable[str]:
             yield f"The {what} of the clips differs between systems ({told}); raters may answer that instead."
 
 
+def _power(points: float) -> str:
+    if points > 100:  # all votes one way are a hundred
+        return "Such a study is too small to detect any preference: give it more prompts or raters."
+    return (
+        f"Such a study detects a net preference of about {points:.0f} points (80 % power, 15 % ties, correlation 0.3 within a "
+        "prompt)."
+    )
+
+
 def summary(survey: Survey, out: Path) -> str:
     """What was built and what it can find out, in a few lines."""
     pairs = survey.of_kind("pair")
@@ -261,8 +270,7 @@ def summary(survey: Survey, out: Path) -> str:
         f"{len(survey.of_kind('practice'))} practice pairs, {len(survey.of_kind('check'))} attention checks -> {out}",
         f"{survey.raters} raters per pair need about {people} people, "
         f"{_minutes(survey, survey.per_rater)} minutes each.",
-        f"Such a study detects a net preference of about {100 * detectable(prompts, survey.raters):.0f} points "
-        "(80 % power, 15 % ties, correlation 0.3 within a prompt).",
+        _power(100 * detectable(prompts, survey.raters)),
         *(f"Warning: {warning}" for warning in survey.warnings),
     ]
     if not survey.of_kind("check"):
