@@ -60,7 +60,7 @@ def run_jobs(jobs: list[Job], logs: Path, workers: int, on_done: Callable[[Job],
     done = {job.name for job in jobs if _is_done(job, logs)}
     waiting = [job for job in jobs if job.name not in done]
     running: dict[str, _Running] = {}
-    idle, cores = workers, max(1, (os.cpu_count() or 1) // workers)  # places for jobs, and the cores of each
+    idle, cores = workers, max(1, len(os.sched_getaffinity(0)) // workers)  # places for jobs, and the cores of each
     try:
         with (
             _alone(logs) as lock,
