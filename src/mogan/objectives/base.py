@@ -2,12 +2,13 @@
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mogan.config import Config
 from mogan.data.cache import Cache
@@ -33,7 +34,6 @@ class Base:
         vae: frozen, on the device.
         encode: prompts to text, through the cache.
         frozen: a frozen transformer by folder and part, each loaded once.
-        loaded: networks that several objectives share, the student first.
     """
 
     config: Config
@@ -48,21 +48,16 @@ class Base:
     vae: Any
     encode: wan.TextEncoder
     frozen: Callable[[Path, str], Any]
-    loaded: dict[str, nn.Module] = field(default_factory=dict)
 
     @property
     def device(self) -> torch.device:
         """Where this process computes."""
         return self.world.device
 
-    @property
+    @cached_property
     def student(self) -> Denoiser:
-        """The network that learns, loaded once."""
-        if "student" not in self.loaded:
-            self.loaded["student"] = self.denoiser(self.start, "transformer")
-        network = self.loaded["student"]
-        assert isinstance(network, Denoiser)
-        return network
+        """The network that learns."""
+        return self.denoiser(self.start, "transformer")
 
     def denoiser(self, folder: Path, part: str) -> Denoiser:
         """A transformer that learns: all its weights, or adapters over the frozen one."""
