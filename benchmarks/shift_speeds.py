@@ -26,6 +26,7 @@ from mogan.motion.pixel_flux import Flux, state_size
 from mogan.objectives.flow_matching import velocity_error
 from mogan.objectives.rewards import MotionRewards
 from mogan.objectives.shift import Shift
+from mogan.recipes import shift_lab
 from mogan.sampling.rollout import animate
 from mogan.schedule import draw_sigma, shifted_levels
 

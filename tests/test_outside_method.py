@@ -128,6 +128,63 @@ def test_a_plan_that_it_cannot_serve_is_refused_when_it_is_read():
         type(config)(**{**vars(config), "plan": (type(wrong)(learns="fake_score", by="critic", batch=2),)})
 
 
+MISTAKES = {
+    "leaves the critic learning": (
+        "with frozen(critic):",
+        "with torch.enable_grad():",
+        r"student<dmd\+critic sends gradient into critic",
+    ),
+    "returns a loss alone": (
+        "generator_loss(critic(rollout.sample_BCFHW)), {}",
+        "generator_loss(critic(rollout.sample_BCFHW))",
+        "returns no .loss, numbers",
+    ),
+    "lists no network": (
+        ', {"critic": critic})\n\n    def price',
+        ")\n\n    def price",
+        "has no network 'critic' to learn",
+    ),
+    "lists no loss": (', "critic": critic_loss}', "}", "has a lesson and no loss for critic"),
+    "takes a name that is taken": (
+        '{"critic": critic})\n\n    def price',
+        '{"critic": critic, "fake_score": critic})\n\n    def price',
+        "names a network 'fake_score'",
+    ),
+    "misspells a kind of clip": ('("latent",)', '("latents",)', "clips of kind latent and observation, not latents"),
+    "has words for a number that is none": ("{now:.1f}", "{value:.1f}", "may hold {first} and {now}"),
+    "has settings that nobody keeps": ("@dataclass(frozen=True, kw_only=True)\n", "", "settings are a dataclass"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_in_a_method_is_named(mistake, family, cache, tmp_path, monkeypatch, capsys):
+    before, after, said = MISTAKES[mistake]
+    assert before in CODE
+    (tmp_path / "mistaken.py").write_text(CODE.replace(before, after))
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "mistaken", raising=False)
+    given = ["mistaken:critic_lab", "--data", cache, "--model", family / "teacher", "--out", tmp_path / "run"]
+    try:
+        assert main(["train", *map(str, given), "--iterations", "1", "--batch", "2", "--precision", "fp32"]) == 2
+        found = capsys.readouterr().err
+    except TypeError as error:  # a bug in one's own code is a traceback, with a sentence
+        found = str(error)
+    assert re.search(said, found)
+
+
+def test_another_kind_of_roll_out_is_another_run(run, family, cache, monkeypatch, capsys):
+    import latent_critic
+
+    from mogan.sampling.rollout import FewStep
+
+    monkeypatch.setattr(
+        latent_critic, "few", lambda: latent_critic.replace(find_recipe(RECIPE), rollout=FewStep()), raising=False
+    )
+    given = ["latent_critic:few", "--data", cache, "--model", family / "teacher", "--out", run, "--iterations", "3"]
+    assert main(["train", *map(str, given), "--batch", "2", "--precision", "fp32"]) == 2
+    assert "another rollout" in capsys.readouterr().err
+
+
 def test_its_student_is_exported_and_reported(run, tmp_path):
     assert main(["export", str(run), "--out", str(tmp_path / "student")]) == 0
     assert (tmp_path / "student" / "model_index.json").is_file()

@@ -301,7 +301,7 @@ def test_another_recipe_does_not_resume_a_run(family, cache, uninterrupted):
 @pytest.mark.slow
 def test_a_run_keeps_the_scale_it_began_with(uninterrupted):
     for config in (uninterrupted / "config.json", latest_checkpoint(uninterrupted) / "config.json"):
-        assert json.loads(config.read_text())["gan"]["max_flow"] == 3.8
+        assert json.loads(config.read_text())["objectives"]["gan"]["max_flow"] == 3.8
 
 
 def test_only_the_newest_checkpoints_are_kept_and_none_is_half_written(family, cache, tmp_path):

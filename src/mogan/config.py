@@ -5,7 +5,7 @@ block answers. So nothing in this file, in the loop or in the price of a run kno
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, is_dataclass, replace
 from itertools import pairwise
 from typing import Any, Protocol
 
@@ -30,6 +30,10 @@ class Lesson:
     starts: tuple[int, ...] = ()
     least: int = 1
 
+    def __post_init__(self):
+        if unknown := set(self.clips) - {LATENT, OBSERVATION}:
+            raise ValueError(f"a lesson has clips of kind {LATENT} and {OBSERVATION}, not {', '.join(sorted(unknown))}")
+
 
 @dataclass(frozen=True)
 class Alarm:
@@ -48,6 +52,12 @@ class Alarm:
     text: str
     learns: str | None = None
     since: int = 0
+
+    def __post_init__(self):
+        try:
+            self.text.format(first=0.0, now=0.0)
+        except (LookupError, ValueError) as error:
+            raise ValueError(f"an alarm's text may hold {{first}} and {{now}}, not {error}: {self.text}") from error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -224,6 +234,13 @@ class Config:
         block: Any = self.objectives[name]
         return replace(self, objectives=self.objectives | {name: replace(block, **settings)})
 
+    def as_json(self) -> dict[str, Any]:
+        """What a run writes of it; of a kind of roll-out also which it is."""
+        found = asdict(self)
+        if self.rollout is not None:
+            found["rollout"] |= {"kind": type(self.rollout).__name__}
+        return found
+
     def terms(self, name: str) -> Terms:
         """What one objective asks of this run."""
         return self.objectives[name].terms(self)
@@ -238,6 +255,11 @@ class Config:
             raise ValueError(f"sigmas must fall from 1 to above 0, not {self.sigmas}")
         if self.lora is not None and self.lora < 1:
             raise ValueError(f"lora must be a rank of at least 1, not {self.lora}")
+        for name, settings in {**self.objectives, "rollout": self.rollout}.items():
+            if settings is not None and not is_dataclass(settings):
+                raise ValueError(
+                    f"{name}: settings are a dataclass, since a run keeps them; {type(settings).__name__} is none"
+                )
         if self.rollout is not None:
             self.rollout.steps(self.sigmas)
         learner: dict[str, str] = {}  # of each optimiser

@@ -12,7 +12,6 @@ import warnings
 import zlib
 from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +59,7 @@ def save_checkpoint(run: Path, iteration: int, state: dict[str, Tensor], config:
     if world.main:
         whole = {name: value for part in sums for name, value in part.items()}
         write_atomically(temporary / SUMS, json.dumps(whole, indent=2) + "\n")
-        write_atomically(temporary / "config.json", json.dumps(asdict(config), indent=2) + "\n")
+        write_atomically(temporary / "config.json", json.dumps(config.as_json(), indent=2) + "\n")
         if final.exists():
             shutil.rmtree(final)
         temporary.rename(final)
@@ -214,7 +213,7 @@ def check_same_run(run: Path, config: Config) -> None:
     if not path.is_file():
         return
     try:
-        old, new = settings(json.loads(path.read_text())), settings(json.loads(json.dumps(asdict(config))))
+        old, new = settings(json.loads(path.read_text())), settings(json.loads(json.dumps(config.as_json())))
     except (ValueError, AttributeError) as error:
         raise UserError(f"{path} is damaged ({error}): put back a copy, every checkpoint has one") from error
     changed = [k for k in new | old if old.get(k) != new.get(k)]

@@ -13,6 +13,7 @@ from mogan.data.cache import Cache
 from mogan.data.observations import Observations
 from mogan.devices import choose_device
 from mogan.distributed import World
+from mogan.errors import UserError
 from mogan.models import wan
 from mogan.models.denoiser import Denoiser, compile_blocks
 from mogan.models.lora import learned_state, load_learned
@@ -134,8 +135,9 @@ def assemble(
     networks: dict[str, nn.Module] = {"student": base.student}
     objectives: dict[str, Objective] = {}
     for name, block in config.objectives.items():
-        objectives[name] = block.build(base, objectives)
-        networks |= objectives[name].networks
+        objectives[name] = made = block.build(base, objectives)
+        _check_built(name, set(config.terms(name).lessons), made, networks)
+        networks |= made.networks
     if base.adapters_of is not None:
         _continue_adapters(networks, base.adapters_of)
     if config.compile:
@@ -156,6 +158,16 @@ def assemble(
         _optimizers(config, networks),
         Average(base.student.transformer, config.ema),
     )
+
+
+def _check_built(name: str, learn: set[str], made: Objective, networks: dict[str, nn.Module]) -> None:
+    """What was promised is there, and takes nobody's place."""
+    if lacking := learn - set(made.losses):
+        raise UserError(f"objective {name} has a lesson and no loss for {', '.join(sorted(lacking))}: add it to losses")
+    if taken := set(made.networks) & set(networks):
+        raise UserError(f"objective {name} names a network {taken.pop()!r}, and the run has one so called: rename it")
+    if unknown := learn - {*made.networks, *networks}:
+        raise UserError(f"objective {name} has no network {unknown.pop()!r} to learn: add it to networks")
 
 
 def _optimizers(config: Config, networks: dict[str, nn.Module]) -> dict[str, torch.optim.Optimizer]:

@@ -125,7 +125,12 @@ def judged(
     losses: list[Tensor] = []
     logs: dict[str, Tensor] = {}
     for objective in objectives:
-        loss, more = objective.losses[learns](rollout, batch, generator)
+        found = objective.losses[learns](rollout, batch, generator)
+        if not isinstance(found, tuple):
+            raise TypeError(
+                f"the {learns}'s loss by {type(objective.judge).__name__} returns no (loss, numbers to log)"
+            )
+        loss, more = found
         losses.append(loss)
         logs |= more
     return torch.stack(losses).sum(), logs
@@ -160,8 +165,14 @@ def learn(parts: Assembly, where: Position, batch: Batch, again: Sequence[Rollou
         (loss / len(pieces)).backward()
         if rollout is not None:
             made.append(replace(rollout, sample_BCFHW=rollout.sample_BCFHW.detach()))
-        for key, value in ({"loss": loss.detach()} | logs).items():
+        for key, value in (logs | {"loss": loss.detach()}).items():
             numbers[key] = numbers.get(key, 0) + value / len(pieces)
+    for name, other in parts.networks.items():
+        if name != update.learns and any(p.grad is not None for p in other.parameters()):
+            raise UserError(
+                f"{update.label} sends gradient into {name}, which does not learn by it: call it within "
+                "mogan.models.denoiser.frozen, or on what is detached"
+            )
     trained = [p for p in network.parameters() if p.grad is not None]
     norm = nn.utils.clip_grad_norm_(trained, parts.config.optimizers[update.optimizer_name].clip)
     optimizer.step()

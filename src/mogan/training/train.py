@@ -2,7 +2,7 @@
 
 import json
 from contextlib import nullcontext
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -126,4 +126,4 @@ def train(
 
 
 def _as_text(config: Config) -> str:
-    return json.dumps(asdict(config), indent=2, ensure_ascii=False)
+    return json.dumps(config.as_json(), indent=2, ensure_ascii=False)
