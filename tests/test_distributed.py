@@ -75,7 +75,8 @@ def finish(processes, seconds=600):
 def command(recipe, family, cache, out, *more):
     words = ["-m", "mogan", "train", f"tiny_recipes:{recipe}", "--model", str(family / "teacher"), "--device", "cpu"]
     words += ["--data", str(cache), "--out", str(out), *more]
-    return words + (["--student", str(family / "student")] if recipe == "mogan" else [])
+    begins = {"mogan": "student", "shift": "teacher"}.get(recipe)  # those that post-train
+    return words + (["--student", str(family / begins)] if begins else [])
 
 
 def train_alone(config, family, cache, out):
