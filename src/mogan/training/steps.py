@@ -138,7 +138,7 @@ def judged(
 
 @dataclass(frozen=True)
 class Learnt:
-    """What an update leaves: numbers to log, on the device, and the clips that the student made, part by part."""
+    """What an update leaves: numbers to log, on the device, and the clips of a student that learnt, part by part."""
 
     numbers: dict[str, Tensor]
     rollouts: list[Rollout]
@@ -163,7 +163,7 @@ def learn(parts: Assembly, where: Position, batch: Batch, again: Sequence[Rollou
         rollout = again[number] if update.again else rolled_out(parts, update, piece, where)
         loss, logs = judged(objectives, update.learns, rollout, piece, where.generators(LOSS, piece))
         (loss / len(pieces)).backward()
-        if rollout is not None:
+        if rollout is not None and update.learns == "student":
             made.append(replace(rollout, sample_BCFHW=rollout.sample_BCFHW.detach()))
         for key, value in (logs | {"loss": loss.detach()}).items():
             numbers[key] = numbers.get(key, 0) + value / len(pieces)
