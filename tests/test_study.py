@@ -237,7 +237,7 @@ def test_a_job_alone_has_all_cores_and_several_share_them(tmp_path, monkeypatch)
         return subprocess.Popen([sys.executable, "-c", "pass"])
 
     monkeypatch.setattr("mogan.study.jobs._start", start)
-    monkeypatch.setattr("os.cpu_count", lambda: 8)
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: set(range(8)), raising=False)
     later = [Job(name, (), after=("first",)) for name in ("one", "two")]
     run_jobs([Job("first", ()), *later], tmp_path / "logs", 2)
     assert given == {"first": 8, "one": 4, "two": 4}
