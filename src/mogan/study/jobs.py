@@ -60,7 +60,7 @@ def run_jobs(jobs: list[Job], logs: Path, workers: int, on_done: Callable[[Job],
     done = {job.name for job in jobs if _is_done(job, logs)}
     waiting = [job for job in jobs if job.name not in done]
     running: dict[str, _Running] = {}
-    idle, cores = workers, max(1, len(os.sched_getaffinity(0)) // workers)  # places for jobs, and the cores of each
+    idle, cores = workers, max(1, _cores() // workers)  # places for jobs, and the cores of each
     try:
         with (
             _alone(logs) as lock,
@@ -153,6 +153,11 @@ def _is_done(job: Job, logs: Path) -> bool:
     if mark.read_text().strip() != shlex.join(job.command):
         raise UserError(f"{job.name} was done with other options (see {mark}): give another --out, or the same options")
     return True
+
+
+def _cores() -> int:
+    """Cores that this process may use, where the system says; else those there are."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _start(job: Job, logs: Path, threads: int, inherits: tuple[int, ...]) -> subprocess.Popen:
