@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -101,7 +102,7 @@ def latent_critic_small(config):
     from mogan.training.steps import with_batch
 
     plan = tuple(with_batch(update, 2) for update in config.plan)
-    return type(config)(**{**vars(config), "plan": plan, "precision": "fp32", "sample_prompts": 0})
+    return replace(config, plan=plan, precision="fp32", sample_prompts=0)
 
 
 def test_it_has_a_price(family, capsys):
@@ -125,7 +126,7 @@ def test_a_plan_that_it_cannot_serve_is_refused_when_it_is_read():
     config = find_recipe(RECIPE)
     wrong = latent_critic_small(config).plan[0]
     with pytest.raises(ValueError, match="by critic learn student and critic, not 'fake_score'"):
-        type(config)(**{**vars(config), "plan": (type(wrong)(learns="fake_score", by="critic", batch=2),)})
+        replace(config, plan=(replace(wrong, learns="fake_score", by="critic"),))
 
 
 MISTAKES = {

@@ -241,6 +241,11 @@ class Config:
             found["rollout"] |= {"kind": type(self.rollout).__name__}
         return found
 
+    @property
+    def alone(self) -> str:
+        """Why an objective trains in one process; empty where none minds."""
+        return next(filter(None, (self.terms(name).alone for name in self.objectives)), "")
+
     def terms(self, name: str) -> Terms:
         """What one objective asks of this run."""
         return self.objectives[name].terms(self)

@@ -64,9 +64,8 @@ def estimate(
     if lora is not None and gpus > 1:
         raise UserError("--lora trains in one process: leave out --gpus, or --lora")
     config = find_recipe(recipe)
-    if gpus > 1:
-        for alone in filter(None, (config.terms(name).alone for name in config.objectives)):
-            raise UserError(f"{alone}: leave out --gpus, or estimate another recipe")
+    if gpus > 1 and config.alone:
+        raise UserError(f"{config.alone}: leave out --gpus, or estimate another recipe")
     price = pricing(config, model, gpu, frames=frames, height=height, width=width, clips=clips)
     found = price(config, gpus, lora)
     changes = () if found.fits else advise(config, gpus, lora, price)

@@ -125,7 +125,6 @@ def predict(
     shapes, prices = tracer.shapes, {name: block.price(config, tracer) for name, block in config.objectives.items()}
     networks = _networks(config, prices, tracer, gpus, lora)
     stays = sum(n.weights + n.moments + n.average for n in networks)
-    gathered = _gathered(tracer, gpus)
     gradients = {n.name: n.gradients for n in networks}
     steps = [
         _step(tracer, machine, gpus, update, _share(config, [update]), _bill(config, update, prices, tracer), stays,
@@ -139,7 +138,7 @@ def predict(
             steps.insert(0, _step(tracer, machine, gpus, first, _share(config, those), price.prepare, stays, 0.0))
     odd = [u.batch for u in config.plan if u.batch % gpus]
     stages = {name: call for price in prices.values() for name, call in price.stages.items()}
-    more = sum(n.average for n in networks) + gathered
+    more = sum(n.average for n in networks) + _gathered(tracer, gpus)
     return Estimate(
         config.recipe,
         shapes.name,
@@ -235,7 +234,8 @@ def _networks(
     every = [kept for price in prices.values() for kept in price.kept]
     # adapters share the frozen weights of a network that starts as they do, unless the student starts elsewhere
     own_base = config.post_trains or not any(k.transformer and not k.learns for k in every)
-    found = [trained(Kept("student", whole, transformer=True), True, own_base)] if _learns(config, "student") else []
+    learns = any(update.learns == "student" for update in config.plan)
+    found = [trained(Kept("student", whole, transformer=True), True, own_base)] if learns else []
     for kept in every:
         if kept.learns:
             found.append(trained(kept))
@@ -247,10 +247,6 @@ def _networks(
     found.append(Network("autoencoder", vae, (FP32 if config.precision == "fp32" else BF16) * vae))
     found += [Network(k.name, k.parameters, FP32 * k.parameters) for k in every if not k.learns and not k.sharded]
     return tuple(found)
-
-
-def _learns(config: Config, name: str) -> bool:
-    return any(update.learns == name for update in config.plan)
 
 
 def _gathered(tracer: Tracer, gpus: int) -> float:

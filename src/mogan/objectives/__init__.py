@@ -83,7 +83,6 @@ class Kept:
         learns: it has gradients and moments.
         transformer: a whole transformer of the model, which adapters can take the place of and a frozen one can share.
         sharded: over the GPUs; else each has all of it.
-        size: bytes of a parameter.
     """
 
     name: str
@@ -92,7 +91,6 @@ class Kept:
     learns: bool = True
     transformer: bool = False
     sharded: bool = True
-    size: int = 4
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mogan.config import LATENT, OBSERVATION, Alarm, Config, Lesson, Terms
 from mogan.costs.calls import Tracer, judge_call
+from mogan.costs.trace import Call
 from mogan.data.batches import Batch
 from mogan.data.cache import Cache
 from mogan.distributed import shard
@@ -163,15 +164,11 @@ class GANConfig:
 
     def price(self, config: Config, tracer: Tracer) -> Price:
         """A discriminator looks at one observation for the student, and at real and generated ones, noised too, to learn."""
-        seen = self.window if self.in_motion else tracer.shapes.latent[1]
-        judge = self.judge_calls(tracer, seen)
-        penalised = torch.float32 if self.r1 or self.r2 else tracer.dtype
-        learns, parameters = judge(penalised, True)
-        passes, _ = judge(tracer.dtype, False)
+        learns, parameters = self.judge(tracer, torch.float32 if self.r1 or self.r2 else tracer.dtype, learns=True)
+        passes, _ = self.judge(tracer, tracer.dtype, learns=False)
         shown = 2 + bool(self.r1) + bool(self.r2)
-        again = (
-            learns.work.flops / 4 if config.checkpointing else 0.0
-        )  # forward twice, a backward pass of twice the work
+        # of a pass: forward twice, and a backward pass of twice the work
+        again = learns.work.flops / 4 if config.checkpointing else 0.0
         kept: tuple[Kept, ...] = (Kept("discriminator", parameters),)
         if not self.in_motion:
             bills = {
@@ -189,19 +186,14 @@ class GANConfig:
         kept += view.kept
         return Price(bills, kept, observe=view.observe, stages=view.stages, check=view.check, pictured=True)
 
-    def judge_calls(self, tracer: Tracer, frames: int) -> Callable:
-        """``(dtype, learns) -> (call, parameters)`` of the discriminator on so many latent frames."""
-
-        def judge(dtype: torch.dtype, learns: bool):
-            key = ("judge", self.blocks, len(self.taps), frames, dtype, learns)
-            return tracer.once(
-                key,
-                lambda: judge_call(
-                    tracer.shapes, self.blocks, len(self.taps), frames, tracer.checkpointing, dtype, learns=learns
-                ),
-            )
-
-        return judge
+    def judge(self, tracer: Tracer, dtype: torch.dtype, *, learns: bool) -> tuple[Call, int]:
+        """The discriminator on what it is shown of one clip, computing in ``dtype``; its parameters."""
+        blocks, heads, checkpointing = self.blocks, len(self.taps), tracer.checkpointing
+        frames = self.window if self.in_motion else tracer.shapes.latent[1]
+        return tracer.once(
+            ("judge", blocks, heads, frames, dtype, learns),
+            lambda: judge_call(tracer.shapes, blocks, heads, frames, checkpointing, dtype, learns=learns),
+        )
 
 
 class GAN:

@@ -76,13 +76,7 @@ class SurrogateConfig:
             "discriminator": found.judge_loss,
             "surrogate": found.surrogate_loss,
         }
-        return Objective(
-            found,
-            losses,
-            {"surrogate": network},
-            observations=others["gan"].observations,
-            observation_bytes=others["gan"].observation_bytes,
-        )
+        return Objective(found, losses, {"surrogate": network})
 
     def price(self, config: Config, tracer: Tracer) -> Price:
         """Predictions in the place of observations, real clips' and the student's in one pass; a judge without penalties."""
@@ -90,8 +84,7 @@ class SurrogateConfig:
         key = ("surrogate", self.width, self.blocks, self.pairs, gan.window)
         traced = tracer.once(key, lambda: surrogate_calls(self, tracer.shapes, gan.window))
         (plain, passed, learns), parameters, remembered = traced
-        judge = gan.judge_calls(tracer, gan.window)
-        (through, _), (judged, _) = judge(tracer.dtype, False), judge(tracer.dtype, True)
+        (through, _), (judged, _) = (gan.judge(tracer, tracer.dtype, learns=learning) for learning in (False, True))
         again = judged.work.flops / 4 if config.checkpointing else 0.0
         bills = {
             "student": Bill((passed, through), 2, again),

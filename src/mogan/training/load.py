@@ -145,8 +145,8 @@ def check_processes(config: Config, world: World) -> None:
             "--compile does not go with --context-parallel, whose hooks lie inside the blocks: leave one out"
         )
     if world.ranks > 1:
-        for alone in filter(None, (config.terms(name).alone for name in config.objectives)):
-            raise UserError(f"{alone}: start one, or choose another recipe")
+        if config.alone:
+            raise UserError(f"{config.alone}: start one, or choose another recipe")
         if config.lora is not None:
             raise UserError("--lora trains in one process: start one, or leave --lora out")
     for update in config.plan:
