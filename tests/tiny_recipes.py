@@ -80,7 +80,7 @@ def wan() -> Config:
     plan = tuple(replace(u, batch=2, accumulate=2, times=1) for u in config.plan)
     raft = os.environ["MOGAN_TEST_RAFT"]
     small = config.changed("gan", blocks=2, taps=(0, 1), window=2, starts=(0, 1), flow=raft, flow_iterations=2)
-    return replace(small, plan=plan, iterations=2, save_every=1, sample_every=2, sample_prompts=1)
+    return replace(small, plan=plan, iterations=2, save_every=1, sample_every=2, sample_prompts=1, keep=1)
 
 
 def sft_i2v() -> Config:
