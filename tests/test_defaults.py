@@ -47,6 +47,7 @@ STOCK = {
     "first_frame_guidance": 5.0,
     "flow": None,
     "sigmas": None,
+    "solver": "lcm",
 }
 LABS = {
     "size": Geometry(16, 64, 64, 17),
@@ -57,6 +58,7 @@ LABS = {
     "first_frame_guidance": 1.0,
     "flow": "lab",
     "sigmas": None,
+    "solver": "lcm",
 }
 
 

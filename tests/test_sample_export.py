@@ -8,12 +8,13 @@ import sys
 import numpy as np
 import pytest
 import torch
-from diffusers import FlowMatchLCMScheduler, WanPipeline
+from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchLCMScheduler, WanPipeline
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tiny_recipes
 from conftest import CAPTIONS, SIGMAS
+from mogan.config import EULER
 from mogan.data.cache import open_cache
 from mogan.data.video import read_frames, read_video, write_video
 from mogan.disk.files import write_atomically
@@ -23,6 +24,7 @@ from mogan.exchange.card import model_card
 from mogan.exchange.export import FOLDER_USAGE, export, save_student, scheduler_for
 from mogan.models import attention, autoencoder, wan
 from mogan.models.denoiser import Denoiser
+from mogan.runs.generator import open_generator
 from mogan.sampling.first_frames import sample_from_first_frames
 from mogan.sampling.folder import Job, safe_name
 from mogan.sampling.sample import sample
@@ -120,6 +122,27 @@ def test_the_stock_pipeline_visits_the_levels_of_published_students(name, family
         output_type="latent",
     )
     np.testing.assert_allclose(seen, [1000 * s for s in sigmas], atol=0.1)
+
+
+def test_a_student_of_euler_steps_is_sampled_by_us_as_by_the_stock_pipeline_of_its_export(family, tmp_path):
+    sigmas, out = (1.0, 0.9, 0.75, 0.5), tmp_path / "out"
+    teacher = wan.load_transformer(family / "teacher")
+    save_student(teacher, family / "teacher", out, sigmas, torch.float32, card="a test", solver=EULER)
+    pipe = WanPipeline.from_pretrained(out)
+    assert type(pipe.scheduler) is FlowMatchEulerDiscreteScheduler
+    pipe.set_progress_bar_config(disable=True)
+    size = {"height": 32, "width": 32, "num_frames": 5, "num_inference_steps": 4, "guidance_scale": 1.0}
+    draw = torch.Generator().manual_seed(3)
+    stock = pipe(CAPTIONS[0], **size, output_type="latent", generator=draw).frames
+    source = open_generator(str(out))
+    assert (source.sigmas, source.solver) == (sigmas, EULER)
+    text = attention.stack_text(wan.load_text(out)([CAPTIONS[0]]))
+    student = Denoiser(source.load().eval())
+    torch.testing.assert_close(
+        sample_student(student, text, (4, 2, 4, 4), sigmas, [3], EULER), stock, atol=2e-4, rtol=0
+    )
+    fresh = sample_student(student, text, (4, 2, 4, 4), sigmas, [3])
+    assert (fresh - stock).abs().max() > 0.1  # the other rule is another clip
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ block answers. So nothing in this file, in the loop or in the price of a run kno
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, is_dataclass, replace
 from itertools import pairwise
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 LATENT, OBSERVATION = "latent", "observation"  # what an update may need of real clips
 
@@ -95,8 +95,16 @@ class Block(Protocol):
         ...
 
 
+LCM, EULER = "lcm", "euler"  # between a student's steps: fresh noise on its clean prediction, or its own flow
+
+
 class RolloutKind(Protocol):
-    """How a student makes clips while it is trained; see :mod:`mogan.sampling.rollout`."""
+    """How a student makes clips while it is trained; see :mod:`mogan.sampling.rollout`.
+
+    ``solver`` is how a student that was trained so is sampled: ``lcm`` or ``euler``.
+    """
+
+    solver: ClassVar[str]
 
     def draw(self, sigmas: tuple[float, ...], generator: Any) -> int:
         """The step whose answer is judged."""
@@ -239,7 +247,12 @@ class Config:
         found = asdict(self)
         if self.rollout is not None:
             found["rollout"] |= {"kind": type(self.rollout).__name__}
-        return found
+        return found | ({} if self.solver == LCM else {"solver": self.solver})
+
+    @property
+    def solver(self) -> str:
+        """How the student's steps follow one another when it is sampled."""
+        return LCM if self.rollout is None else self.rollout.solver
 
     @property
     def alone(self) -> str:

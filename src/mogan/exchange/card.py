@@ -3,13 +3,19 @@
 import re
 from pathlib import Path
 
+from mogan.config import LCM
 from mogan.evaluation.results import read_results
 from mogan.models import wan
 from mogan.runs.checkpoint import student_checkpoint
 from mogan.runs.identity import read_config
 
+AGAIN = """To get a clip again, call `torch.manual_seed` before it. `pipe(generator=...)` is not enough: it gives the first noise, but
+the pipeline does not hand it to the scheduler, which draws new noise at every step from torch's global generator."""
 
-def model_card(title: str, base: Path, sigmas: tuple[float, ...], notes: list[str], load: list[str]) -> str:
+
+def model_card(
+    title: str, base: Path, sigmas: tuple[float, ...], notes: list[str], load: list[str], solver: str = LCM
+) -> str:
     """The card as Markdown with the front matter that the Hugging Face Hub reads.
 
     Args:
@@ -18,6 +24,7 @@ def model_card(title: str, base: Path, sigmas: tuple[float, ...], notes: list[st
         sigmas: levels the student samples at.
         notes: list entries and tables about where it came from; see :func:`run_notes` and :func:`metrics_table`.
         load: lines of Python that make ``pipe``.
+        solver: between the student's steps.
     """
     size, name, licence = wan.geometry(base), model_name(base), licence_of(base)
     front = ["library_name: diffusers", "pipeline_tag: text-to-video", "tags: [text-to-video, distillation, mogan]"]
@@ -48,8 +55,7 @@ video = pipe("a prompt", height={size.height}, width={size.width}, num_frames={s
 It samples at noise levels {", ".join(f"{s:.4g}" for s in sigmas)}; this scheduler visits exactly these with
 `num_inference_steps={steps}`. Use no guidance.
 
-To get a clip again, call `torch.manual_seed` before it. `pipe(generator=...)` is not enough: it gives the first noise, but
-the pipeline does not hand it to the scheduler, which draws new noise at every step from torch's global generator.
+{AGAIN if solver == LCM else "Its steps draw no noise: the first noise, so `pipe(generator=...)`, gives a clip again."}
 
 {facts}
 """

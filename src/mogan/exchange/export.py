@@ -11,11 +11,12 @@ from typing import Any, Literal
 
 import torch
 import tyro
-from diffusers import FlowMatchLCMScheduler
+from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchLCMScheduler
 from safetensors.torch import save
 from torch import nn
 from tqdm import tqdm
 
+from mogan.config import EULER, LCM
 from mogan.disk.files import new_folder, replacing, writable_folder, write_atomically
 from mogan.errors import UserError
 from mogan.exchange.card import metrics_table, model_card, model_name, run_notes
@@ -32,8 +33,11 @@ TOLERANCE = 1e-4  # largest error of a level, in sigma
 FOLDER_USAGE = ["from diffusers import WanPipeline\n", 'pipe = WanPipeline.from_pretrained("PATH")']
 
 
-def scheduler_for(sigmas: tuple[float, ...]) -> FlowMatchLCMScheduler:
-    """A stock scheduler whose ``set_timesteps(len(sigmas))`` visits exactly these levels.
+SCHEDULERS = {LCM: FlowMatchLCMScheduler, EULER: FlowMatchEulerDiscreteScheduler}  # of a student's steps
+
+
+def scheduler_for(sigmas: tuple[float, ...], solver: str = LCM) -> FlowMatchEulerDiscreteScheduler:
+    """A stock scheduler of the solver whose ``set_timesteps(len(sigmas))`` visits exactly these levels.
 
     ``WanPipeline`` takes no levels of its own, and the scheduler's default grid ends at sigma 0.024. Its two parameters,
     ``shift`` and ``shift_terminal``, reach every level list that is a Moebius function of the step: one or two levels,
@@ -44,9 +48,9 @@ def scheduler_for(sigmas: tuple[float, ...]) -> FlowMatchLCMScheduler:
         UserError: the list cannot be reached; a stock pipeline would sample at other levels.
     """
 
-    def build(shift: float) -> FlowMatchLCMScheduler:
+    def build(shift: float) -> FlowMatchEulerDiscreteScheduler:
         terminal = sigmas[-1] if len(sigmas) > 1 else None
-        return FlowMatchLCMScheduler(shift=shift, shift_terminal=terminal)
+        return SCHEDULERS[solver](shift=shift, shift_terminal=terminal)
 
     def levels(shift: float) -> list[float]:
         scheduler = build(shift)
@@ -110,9 +114,9 @@ def export(
         save_lora(run, source, out, rank, precision, notes)
         print(f"exported to {out}; use it with: pipe.load_lora_weights({str(out)!r})")
         return
-    card = model_card("Few-step Wan student", source.folder, source.sigmas, notes, FOLDER_USAGE)
+    card = model_card("Few-step Wan student", source.folder, source.sigmas, notes, FOLDER_USAGE, source.solver)
     fake = _fake_score(run, source) if fake_score else None
-    save_student(source.load(), source.folder, out, source.sigmas, precision, card, fake_score=fake)
+    save_student(source.load(), source.folder, out, source.sigmas, precision, card, source.solver, fake_score=fake)
     print(f"exported to {out}; use it with: WanPipeline.from_pretrained({str(out)!r})")
 
 
@@ -156,17 +160,24 @@ def save_lora(run: Path, source: Generator, out: Path, rank: int | None, dtype: 
         temporary.write_bytes(save(named, {"format": "pt", "mogan": json.dumps(about)}))
     write_atomically(
         out.with_suffix(".md"),
-        model_card("Few-step Wan LoRA", base, source.sigmas, notes, lora_usage(base, source.sigmas, out.name)),
+        model_card(
+            "Few-step Wan LoRA",
+            base,
+            source.sigmas,
+            notes,
+            lora_usage(base, source.sigmas, out.name, source.solver),
+            source.solver,
+        ),
     )
 
 
-def lora_usage(base: Path, sigmas: tuple[float, ...], file: str) -> list[str]:
+def lora_usage(base: Path, sigmas: tuple[float, ...], file: str, solver: str = LCM) -> list[str]:
     """Lines of Python that put a LoRA file and the levels it was trained for into a stock pipeline."""
-    config = scheduler_for(sigmas).config
+    config, name = scheduler_for(sigmas, solver).config, SCHEDULERS[solver].__name__
     return [
-        "from diffusers import FlowMatchLCMScheduler, WanPipeline\n",
+        f"from diffusers import {name}, WanPipeline\n",
         f'pipe = WanPipeline.from_pretrained("{model_name(base)}")',
-        f"pipe.scheduler = FlowMatchLCMScheduler(shift={config.shift}, shift_terminal={config.shift_terminal})",
+        f"pipe.scheduler = {name}(shift={config.shift}, shift_terminal={config.shift_terminal})",
         f'pipe.load_lora_weights("{file}")',
     ]
 
@@ -214,13 +225,14 @@ def save_student(
     sigmas: tuple[float, ...],
     dtype: torch.dtype,
     card: str,
+    solver: str = LCM,
     fake_score: Any = None,
 ) -> None:
     """Write a student's folder under a temporary name, then rename it.
 
     Text encoder, tokenizer and autoencoder are the base model's own files, hard-linked where the disk allows it.
     """
-    scheduler = scheduler_for(sigmas)
+    scheduler = scheduler_for(sigmas, solver)
     for network in filter(None, (transformer, fake_score)):
         check_range(network.state_dict(), dtype)
     with new_folder(out) as temporary:
@@ -233,9 +245,9 @@ def save_student(
                 network.save_pretrained(temporary / part)
         scheduler.save_pretrained(temporary / "scheduler")
         index = json.loads((base / "model_index.json").read_text())
-        index["scheduler"] = ["diffusers", "FlowMatchLCMScheduler"]
+        index["scheduler"] = ["diffusers", type(scheduler).__name__]
         write_atomically(temporary / "model_index.json", json.dumps(index, indent=2) + "\n")
-        facts = replace(wan.defaults(base), sigmas=sigmas).facts()
+        facts = replace(wan.defaults(base), sigmas=sigmas, solver=solver).facts()
         write_atomically(temporary / "mogan.json", json.dumps(facts, indent=2) + "\n")
         write_atomically(temporary / "README.md", card)
 

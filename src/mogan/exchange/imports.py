@@ -71,7 +71,7 @@ def import_student(
         set_weights(fake_score, critic, file)
     note = f"- made from `{file.resolve().name}` ({what}) by `mogan import`; the licence of that file holds too"
     card = model_card("Few-step Wan student", folder, sigmas, [note], FOLDER_USAGE)
-    save_student(transformer, folder, out, sigmas, DTYPES[dtype], card, fake_score)
+    save_student(transformer, folder, out, sigmas, DTYPES[dtype], card, fake_score=fake_score)
     also = " and its critic as the fake score" if critic is not None else ""
     print(f"imported {what}{also} to {out}; try: mogan sample --model {out} --prompts prompts.txt --out clips")
 

@@ -13,6 +13,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from mogan.config import EULER, LCM
 from mogan.errors import UserError
 from mogan.models.weights import is_here
 
@@ -43,6 +44,7 @@ class Defaults:
     Attributes:
         size: frame rate and size of its clips.
         sigmas: levels of a few-step student, which needs no guidance; ``None``: a model of many guided steps.
+        solver: how its steps follow one another, ``lcm`` (fresh noise between them) or ``euler``.
         steps, guidance, shift: of those.
         negative_prompt: what guidance leads away from.
         first_frame_guidance: of a model that is given the first frame, at its own levels; 1 is none.
@@ -51,6 +53,7 @@ class Defaults:
 
     size: Geometry = Geometry()
     sigmas: tuple[float, ...] | None = None
+    solver: str = LCM
     steps: int = 50
     guidance: float = 5.0
     shift: float = 5.0
@@ -107,6 +110,7 @@ _CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "shift": (lambda value: _number(value) and value > 0, "a number above 0"),
     "negative_prompt": (lambda value: isinstance(value, str), "a text"),
     "flow": (lambda value: value is None or isinstance(value, str), "the name of a flow estimator"),
+    "solver": (lambda value: value in (LCM, EULER), f"{LCM} or {EULER}"),
     "sigmas": (_levels, "numbers that fall to above 0"),
 }
 

@@ -2,10 +2,12 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from mogan.config import LCM
 from mogan.errors import UserError
 from mogan.models import wan
 from mogan.models.lora import factors, merge
@@ -22,6 +24,11 @@ class Generator:
     geometry: wan.Geometry
     run: Path | None = None
     lora: int | None = None
+    solver: str = LCM
+
+    def steps_told(self) -> dict[str, Any]:
+        """What is said of a few-step student's steps: their levels, and the solver where it is not the usual one."""
+        return {"sigmas": list(self.sigmas or ())} | ({} if self.solver == LCM else {"solver": self.solver})
 
     def load(self) -> torch.nn.Module:
         """The transformer; of a run, with the averaged weights or adapters of its newest checkpoint, the latter merged."""
@@ -58,10 +65,11 @@ def open_generator(name: str) -> Generator:
             raise UserError(
                 f"{name} is a motion model, not a generator: give it as --motion beside a teacher as --model"
             )
-        return Generator(folder, tuple(config["sigmas"]), wan.geometry(folder), run, config.get("lora"))
+        solver = config.get("solver", LCM)
+        return Generator(folder, tuple(config["sigmas"]), wan.geometry(folder), run, config.get("lora"), solver)
     folder = wan.resolve_model(name)
-    levels = wan.model_facts(folder).get("sigmas")
-    return Generator(folder, tuple(levels) if levels else None, wan.geometry(folder))
+    own = wan.defaults(folder)
+    return Generator(folder, own.sigmas, own.size, solver=own.solver)
 
 
 def open_motion(run: Path, base: Path, frames: int) -> tuple[torch.nn.Module, int]:

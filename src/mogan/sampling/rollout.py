@@ -8,11 +8,13 @@ student's flow to a level above 0 and hands over what lies there.
 
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mogan.config import EULER, LCM
 from mogan.models.denoiser import Denoiser, guided_velocity
 from mogan.schedule import add_noise
 
@@ -39,6 +41,8 @@ class Rollout:
 @dataclass(frozen=True)
 class FewStep:
     """Fresh noise between steps, stopped after a step drawn uniformly, whose clean prediction is the sample."""
+
+    solver: ClassVar[str] = LCM
 
     def draw(self, sigmas: tuple[float, ...], generator: torch.Generator) -> int:
         """The step that is judged: uniform over the student's steps."""
@@ -72,6 +76,7 @@ class Euler:
 
     stop: int
     gap: float = 0.02
+    solver: ClassVar[str] = EULER
 
     def draw(self, sigmas: tuple[float, ...], generator: torch.Generator) -> int:
         """The last step: nothing is drawn."""

@@ -102,7 +102,7 @@ def sample(
     own = {"steps": steps, "guidance": guidance, "shift": shift, "negative_prompt": negative_prompt}
     guided = _guided(model, source, few_steps, first_frames, {k: v for k, v in own.items() if v is not None})
     as_teacher = None if few_steps else TeacherSteps(guided, solver, flowmo, motion, motion_ratio)
-    how = as_teacher.told() if as_teacher else {"sigmas": list(source.sigmas or ())}
+    how = as_teacher.told() if as_teacher else source.steps_told()
     if first_frames:
         how |= {"first_frames": str(first_frames)} | (_guidance_told(guided) if guided.guidance != 1 else {})
     starts = clip_of_prompts(first_frames, lines[:limit]) if first_frames else None
@@ -215,7 +215,7 @@ def _maker(
                 change=change and partial(change, text_BLD=text),
             )  # fmt: skip
         elif starts is None:
-            latents = sample_student(denoiser, text, shape, levels, numbers)
+            latents = sample_student(denoiser, text, shape, levels, numbers, source.solver)
         else:
             first = [starts[job.prompt] for job in jobs]
             latents = sample_from_first_frames(

@@ -13,12 +13,13 @@ import torch
 from diffusers import UniPCMultistepScheduler
 from torch import Tensor
 
+from mogan.config import EULER, LCM
 from mogan.errors import UserError
 from mogan.models import autoencoder
 from mogan.models.denoiser import Denoiser, guided_velocity
 from mogan.models.wan import Geometry
 from mogan.sampling.flowmo import FLOWMO_STEPS, FlowMo
-from mogan.sampling.rollout import normal, roll_out
+from mogan.sampling.rollout import Euler, FewStep, normal
 
 PIXELS_AT_ONCE = 81 * 480 * 832  # of the clips that are made together: a clip of Wan's size keeps a GPU busy alone
 CLIPS_AT_ONCE = 16  # of clips however small: a run that is stopped loses no more
@@ -36,12 +37,18 @@ def seeded(seeds: list[int]) -> list[torch.Generator]:
 
 @torch.no_grad()
 def sample_student(
-    student: Denoiser, text_BLD: Tensor, shape: tuple[int, ...], sigmas: tuple[float, ...], seeds: list[int]
+    student: Denoiser,
+    text_BLD: Tensor,
+    shape: tuple[int, ...],
+    sigmas: tuple[float, ...],
+    seeds: list[int],
+    solver: str = LCM,
 ) -> Tensor:
-    """Latents of one clip per seed, by the student's own steps."""
-    generators = seeded(seeds)
+    """Latents of one clip per seed, by the student's own steps: fresh noise between them, or by Euler along its flow."""
+    generators, last = seeded(seeds), len(sigmas) - 1
     noise = normal(torch.Size((len(seeds), *shape)), generators, text_BLD.device)
-    return roll_out(student, noise, text_BLD, sigmas, generators).sample_BCFHW
+    kind = Euler(len(sigmas)) if solver == EULER else FewStep()
+    return kind.make(student, noise, text_BLD, sigmas, generators, last, grad=False).sample_BCFHW
 
 
 @torch.no_grad()
@@ -79,7 +86,7 @@ def sample_teacher(
         velocity = predict(x)
         if change is not None:
             velocity = change(velocity, x, told)
-        if solver == "euler":
+        if solver == EULER:
             x = x + (levels[i + 1] - levels[i]) * velocity
         else:
             x = scheduler.step(velocity, timestep, x, return_dict=False)[0]

@@ -86,7 +86,9 @@ class Gain:
             for first in range(0, len(numbers), together):
                 part = numbers[first : first + together]
                 text = stack_text([self.cache.text(self.prompts[number]) for number in part], parts.device)
-                latents = sample_student(parts.student, text, parts.latent_shape, parts.config.sigmas, part)
+                latents = sample_student(
+                    parts.student, text, parts.latent_shape, parts.config.sigmas, part, parts.config.solver
+                )
                 assert parts.flow is not None
                 for latent in latents.split(1):
                     found.append(net_motion(flow_of_pieces(stream_video(parts.vae, latent), parts.flow)))

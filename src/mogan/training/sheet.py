@@ -40,7 +40,7 @@ def sample_sheet(parts: Assembly, run: Path, iteration: int) -> None:
                     parts.student, noise, real[:, :, : config.given], text, text, config.sigmas, guidance=1.0
                 )
             else:
-                made = sample_student(parts.student, text, parts.latent_shape, config.sigmas, seeds)
+                made = sample_student(parts.student, text, parts.latent_shape, config.sigmas, seeds, config.solver)
             latents += made.split(1)
     if not parts.world.main:
         return
