@@ -30,7 +30,7 @@ from mogan.runs.checkpoint import held_out_motions, latest_checkpoint, load_chec
 from mogan.training.assemble import assemble
 from mogan.training.loop import _graceful_stop, run_training
 from mogan.training.steps import Position, draw, parts_of, step
-from tiny_recipes import dmd, flow_matching, mogan, shift
+from tiny_recipes import dmd, flow_matching, mogan, shift, tdm
 
 HERE = Path(__file__).parent
 # Rounding differs (sums in another order), and Adam turns the sign of a gradient near zero into a full step.
@@ -150,10 +150,12 @@ def test_two_processes_follow_the_trajectory_of_one_and_each_resumes_the_other(f
         ("shift", 2, ()),
         ("shift", 2, ("--context-parallel", "2")),
         ("dmd", 4, ("--hsdp", "2", "--context-parallel", "2")),
+        ("tdm", 2, ()),
+        ("tdm", 2, ("--context-parallel", "2")),
     ],
 )
 def test_sharded_run_follows_the_trajectory_of_one(recipe, ranks, more, family, cache, tmp_path):
-    config = {"mogan": mogan, "dmd": dmd, "shift": shift}[recipe]()
+    config = {"mogan": mogan, "dmd": dmd, "shift": shift, "tdm": tdm}[recipe]()
     before = train_alone(config, family, cache, tmp_path / "one")
     train_together(ranks, recipe, family, cache, tmp_path / "many", *more)
     assert_same_trajectory(before, tmp_path / "one", tmp_path / "many")

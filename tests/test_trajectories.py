@@ -41,6 +41,7 @@ RECIPES = {
     "msm_lab": tiny_recipes.msm,
     "sft_i2v_lab": tiny_recipes.sft_i2v,
     "shift_lab": tiny_recipes.shift,
+    "tdm_lab": tiny_recipes.tdm,
     **{f"mogan_lab {name}": (lambda name=name: ablate(tiny_recipes.mogan, name)) for name in ABLATIONS},
     "mogan_lab dmd+gan": together,
     "mogan_lab lora": lambda: replace(tiny_recipes.mogan(), lora=3),

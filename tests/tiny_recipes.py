@@ -92,3 +92,7 @@ def shift() -> Config:
     warm, student, refresh = config.plan
     plan = (replace(warm, stop=1, times=1), replace(student, start=1), replace(refresh, start=1, every=2, times=1))
     return replace(config, plan=plan, sigmas=(1.0, 0.5))
+
+
+def tdm() -> Config:
+    return shrink(recipes.tdm_lab())

@@ -68,3 +68,11 @@ def draw_sigma(
     Shift first and clamp after, as in DMD training code (CausVid, Self-Forcing: levels in [0.02, 0.98]).
     """
     return shift(uniform(count, generator), k).clamp(low, high)
+
+
+def draw_between(
+    count: int, generator: torch.Generator | list[torch.Generator], *, low: float, high: float, k: float = 1.0
+) -> Float[Tensor, " b"]:
+    """Noise levels as of :func:`draw_sigma`, given that they lie in ``[low, high]``: none is clamped."""
+    start, end = shift(low, 1 / k), shift(high, 1 / k)  # a shift by 1 / k undoes one by k
+    return shift(start + (end - start) * uniform(count, generator), k).clamp(low, high)

@@ -15,11 +15,12 @@ from mogan.config import Alarm, Config, Lesson, Terms
 from mogan.costs.calls import Tracer
 from mogan.costs.trace import Call
 from mogan.data.batches import Batch
+from mogan.errors import UserError
 from mogan.models.denoiser import Denoiser, guided_velocity
 from mogan.objectives import Bill, Kept, Loss, Objective, Price, Randomness, guided_calls
 from mogan.objectives.base import Base
 from mogan.sampling.rollout import Rollout, normal
-from mogan.schedule import add_noise, broadcast, draw_sigma, renoise, velocity_to_x0
+from mogan.schedule import add_noise, broadcast, draw_between, draw_sigma, renoise, velocity_to_x0
 
 Direction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 SETTLED = 50  # iterations a fake score that starts from the teacher needs to find the student at all
@@ -39,6 +40,8 @@ class DMDConfig:
 
     Attributes:
         motion_weight: lambda of motion score matching (see :mod:`mogan.objectives.msm`); 0 is plain DMD.
+        huber: ``c`` of :func:`pseudo_huber` in the place of the student's squared error.
+        reweighted: of samples above level 0 the fake score learns TDM's reweighted target (see :func:`reweighted_target`).
     """
 
     guidance: float
@@ -46,6 +49,8 @@ class DMDConfig:
     low: float = 0.02
     high: float = 0.98
     motion_weight: float = 0.0
+    huber: float | None = None
+    reweighted: bool = False
 
     def terms(self, config: Config) -> Terms:
         """The student and the fake score learn from roll-outs alone."""
@@ -59,9 +64,9 @@ class DMDConfig:
         has_own = (base.start / "fake_score" / "config.json").is_file()
         fake = base.denoiser(*((base.start, "fake_score") if has_own else (base.folder, "transformer")))
         direction = motion_direction(self.motion_weight) if self.motion_weight else dmd_direction
-        levels: dict[str, Any] = {"shift": self.shift, "low": self.low, "high": self.high}
+        own: dict[str, Any] = {k: getattr(self, k) for k in ("shift", "low", "high", "huber", "reweighted")}
         null = base.no_text(base.config.negative_prompt)
-        dmd = DMD(teacher, fake, null, guidance=self.guidance, direction=direction, **levels)
+        dmd = DMD(teacher, fake, null, guidance=self.guidance, direction=direction, **own)
         losses = {"student": dmd.student_loss, "fake_score": dmd.fake_score_loss}
         return Objective(dmd, losses, {"fake_score": fake}, frozen=(teacher.transformer,))
 
@@ -91,6 +96,16 @@ def dmd_direction(x0: Tensor, real: Tensor, fake: Tensor, sigma: Tensor) -> Tens
     return (fake - real) / dmd_scale(x0, real)
 
 
+def pseudo_huber(gap: Tensor, c: float) -> Tensor:
+    """``sqrt(mean gap^2 + c^2) - c``, the mean per sample; averaged over samples.
+
+    TDM's metric ``sqrt(|gap|^2 + C^2) - C`` with ``C = c sqrt(n)`` (arXiv 2503.06674), divided by ``sqrt(n)``, ``n`` numbers
+    per sample: so ``c`` does not depend on the size of clips, nor does the gradient. Small gaps count as ``gap^2 / 2 c``; of
+    large ones every sample pulls with the same strength.
+    """
+    return (gap.square().flatten(1).mean(1) + c**2).sqrt().mean() - c
+
+
 class DMD:
     """Distribution matching. Owns the fake score.
 
@@ -102,6 +117,7 @@ class DMD:
         shift: shift of the levels at which samples are compared.
         low: least level, ``high`` largest; levels are clamped after shifting.
         direction: ``(x0, real, fake, sigma) -> gradient``; where variants of DMD differ.
+        huber, reweighted: see :class:`DMDConfig`.
     """
 
     def __init__(
@@ -115,37 +131,60 @@ class DMD:
         low: float = 0.02,
         high: float = 0.98,
         direction: Direction = dmd_direction,
+        huber: float | None = None,
+        reweighted: bool = False,
     ):
         self.teacher, self.fake_score, self.null_1LD = teacher, fake_score, null_1LD
         self.guidance, self.shift, self.low, self.high = guidance, shift, low, high
-        self.direction = direction
+        self.direction, self.huber, self.reweighted = direction, huber, reweighted
 
     def _noised(self, rollout: Rollout, generator: Randomness) -> tuple[Tensor, Tensor, Tensor]:
-        """The sample at a drawn level of the interval that the roll-out may be judged in, the noise, and the level."""
+        """The sample at a drawn level of the interval that the roll-out may be judged in, the noise, and the level.
+
+        In a part of all levels the level is drawn as there, given that it lies in that part: clamped, most would lie on the
+        part's ends, the lower of which is where the fake score learns least.
+        """
         x, (low, high) = rollout.sample_BCFHW.detach(), rollout.interval
-        drawn = draw_sigma(len(x), generator, low=max(low, self.low), high=min(high, self.high), k=self.shift)
+        draw, least, most = draw_between, max(low, self.low), min(high, self.high)
+        if (low, high) == (0.0, 1.0):
+            draw = draw_sigma
+        elif least >= most:
+            raise UserError(
+                f"a sample at level {rollout.level:.4g} is judged between {low:.4g} and {high:.4g}, and DMD at levels up to "
+                f"{self.high}: take fewer steps, or a smaller shift of the levels"
+            )
+        drawn = draw(len(x), generator, low=least, high=most, k=self.shift)
         sigma, noise = drawn.to(x.device), normal(x.shape, generator, x.device)
         if rollout.level == 0.0:
             return add_noise(x, noise, sigma), noise, sigma
         return renoise(x, noise, torch.full_like(sigma, rollout.level), sigma), noise, sigma
 
     def student_loss(self, rollout: Rollout, batch: Batch, generator: Randomness) -> Loss:
-        """``0.5 mean (x - sg(x - g))^2``, whose gradient with respect to ``x`` is ``g / numel``."""
+        """``0.5 mean (x - sg(x - g))^2``, whose gradient with respect to ``x`` is ``g / numel``; or :func:`pseudo_huber`."""
         x = rollout.sample_BCFHW
         with torch.no_grad():
             x_t, _, sigma = self._noised(rollout, generator)
             velocity = guided_velocity(self.teacher, x_t, sigma, rollout.text_BLD, self.null_1LD, self.guidance)
             real = velocity_to_x0(x_t, velocity, sigma)
             fake = self.fake_score(x_t, sigma, rollout.text_BLD)
-            gradient = torch.nan_to_num(self.direction(x.detach(), real, fake, sigma))
-        loss = 0.5 * (x - (x.detach() - gradient)).square().mean()
+            gradient = torch.nan_to_num(self.direction(rollout.guess_BCFHW, real, fake, sigma))
+        gap = x - (x.detach() - gradient)
+        loss = 0.5 * gap.square().mean() if self.huber is None else pseudo_huber(gap, self.huber)
         return loss, {"direction": gradient.square().mean().sqrt()}
 
     def fake_score_loss(self, rollout: Rollout, batch: Batch, generator: Randomness) -> Loss:
-        """Flow matching of the fake score on the student's samples: ``E ||v - (noise - x0)||^2`` (MoGAN eq. 3)."""
+        """Flow matching of the fake score on the student's samples: ``E ||v - (noise - x0)||^2`` (MoGAN eq. 3).
+
+        The target of a sample at level ``s`` is in units of ``1 / (1 - s)``, and so is its noise: the error counts ``1 - s``
+        times as much, or the noisiest of several levels would drown the others. What is learnt at each is the same.
+        """
         x_t, noise, sigma = self._noised(rollout, generator)
         velocity = self.fake_score.velocity(x_t, sigma, rollout.text_BLD)
-        return (velocity - target(rollout, noise, sigma)).square().mean(), {}
+        if self.reweighted and rollout.level:
+            wanted, weight_B = reweighted_target(rollout, x_t, noise, sigma)
+            return (weight_B * (velocity - wanted).square().flatten(1).mean(1)).mean(), {"weight": weight_B.mean()}
+        error = (velocity - target(rollout, noise, sigma)).square().mean()
+        return error * (1 - rollout.level) ** 2, {}
 
 
 def target(rollout: Rollout, noise: Tensor, sigma: Tensor) -> Tensor:
@@ -161,3 +200,17 @@ def target(rollout: Rollout, noise: Tensor, sigma: Tensor) -> Tensor:
     ratio = s / (1 - s)
     spread = (sigma.square() - ((1 - sigma) * ratio).square()).sqrt()
     return broadcast((sigma + (1 - sigma) * ratio**2) / spread, x) * noise - x / (1 - s)
+
+
+def reweighted_target(rollout: Rollout, x_t: Tensor, noise: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+    """TDM's target for a sample above level 0, to compare with :func:`target`: a velocity and a weight per sample.
+
+    The clean latent that the student's step predicted takes the place of the unknown one; ``x_t`` is then it with a mixed
+    noise ``m``, and the weight is ``exp((mean noise^2 - mean m^2) / 2)`` as in the authors' script: the ratio of the two
+    ways' densities, but for the mean where the ratio has a sum. With the sum it would turn the law of ``x_t`` into that of
+    the predicted latent, noised, which is another one; of a mean over many numbers it is 1.
+    """
+    clean = rollout.guess_BCFHW
+    mixed = (x_t - broadcast(1 - sigma, x_t) * clean) / broadcast(sigma, x_t)
+    weight_B = ((noise.square() - mixed.square()).flatten(1).mean(1) / 2).exp()
+    return mixed - clean, weight_B

@@ -3,9 +3,11 @@
 Kinds of roll-out answer three questions (:class:`mogan.config.RolloutKind`): which step is judged, what has been made up to
 there, and how many steps that takes. :class:`FewStep` is the rule that DMD students are trained and shipped with (diffusers'
 ``FlowMatchLCMScheduler``): predict the clean latent, then noise it afresh to the next level. :class:`Euler` follows the
-student's flow to a level above 0 and hands over what lies there.
+student's flow to a level above 0 and hands over what lies there. :class:`Intervals` follows it in one of several numbers of
+steps and hands over what lies at the end of one of them, to be judged within that step.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import ClassVar
@@ -29,6 +31,7 @@ class Rollout:
         text_BLD: the condition it was made under.
         level: noise level at which the sample lies; 0: it is clean.
         interval: levels between which it may be judged; whoever judges noises it to one of them.
+        clean_BCFHW: the clean latent that the judged step predicted, detached; ``None``: it is the sample.
     """
 
     sample_BCFHW: Float[Tensor, "b c f h w"]
@@ -36,6 +39,12 @@ class Rollout:
     text_BLD: Float[Tensor, "b l d"]
     level: float = 0.0
     interval: tuple[float, float] = (0.0, 1.0)
+    clean_BCFHW: Float[Tensor, "b c f h w"] | None = None
+
+    @property
+    def guess_BCFHW(self) -> Float[Tensor, "b c f h w"]:
+        """The clean latent that the student meant, detached."""
+        return self.sample_BCFHW.detach() if self.clean_BCFHW is None else self.clean_BCFHW
 
 
 @dataclass(frozen=True)
@@ -99,13 +108,94 @@ class Euler:
         grad: bool,
     ) -> Rollout:
         """The sample at level ``(*sigmas, 0)[step + 1]``; ``generator`` is not used."""
-        x, levels = noise, (*sigmas, 0.0)
-        for number, (level, following) in enumerate(pairwise(levels[: step + 2])):
-            with torch.set_grad_enabled(grad and number == step):
-                velocity = student.velocity(x, torch.full((len(x),), level, device=x.device), text)
-                x = x + (following - level) * velocity
+        levels = (*sigmas, 0.0)
+        x, clean = follow(student, noise, text, levels[: step + 2], grad)
         end = levels[step + 1]
-        return Rollout(x, step, text, end, (end + self.gap, 1.0) if end else (0.0, 1.0))
+        return Rollout(x, step, text, end, (end + self.gap, 1.0) if end else (0.0, 1.0), clean)
+
+
+@dataclass(frozen=True)
+class Intervals:
+    """The student's own deterministic trajectory in one of several numbers of steps (TDM, arXiv 2503.06674).
+
+    A number of steps is drawn, then one of them. What lies at its lower end is judged between its two levels alone: the
+    intervals of a trajectory are disjoint. ``counts`` divide the number of ``sigmas``, of which every so-maniest is taken;
+    of a shifted uniform grid those are the shifted uniform grids of fewer steps.
+
+    Attributes:
+        counts: numbers of steps.
+        low_gap: levels kept off an interval's lower end, where the target diverges; none of 0.
+        high_gap: and off its upper end; none of 1.
+    """
+
+    counts: tuple[int, ...]
+    low_gap: float = 0.02
+    high_gap: float = 0.01
+    solver: ClassVar[str] = EULER
+
+    def draw(self, sigmas: tuple[float, ...], generator: torch.Generator) -> int:
+        """A number of steps, then a step of it, each uniformly: the place in :meth:`stages`."""
+        number = int(torch.randint(len(self.counts), (1,), generator=generator))
+        return sum(self.counts[:number]) + int(torch.randint(self.counts[number], (1,), generator=generator))
+
+    def steps(self, sigmas: tuple[float, ...]) -> float:
+        """Steps before the drawn one, a mean. Raises ValueError for counts that the levels do not divide into."""
+        if not self.counts or any(count < 1 or len(sigmas) % count for count in self.counts):
+            raise ValueError(f"rollout: counts {self.counts} must each divide the student's {len(sigmas)} levels")
+        for levels, step in self.stages(sigmas):
+            low, high = self._interval(levels, step)
+            if low >= high:
+                raise ValueError(
+                    f"rollout: between {levels[step + 1]:.4g} and {levels[step]:.4g} the gaps {self.low_gap} and "
+                    f"{self.high_gap} leave no level to judge at: take fewer steps or smaller gaps"
+                )
+        return sum((count - 1) / 2 for count in self.counts) / len(self.counts)
+
+    def stages(self, sigmas: tuple[float, ...]) -> list[tuple[tuple[float, ...], int]]:
+        """Every step that can be drawn: the levels of its trajectory, final 0 included, and its number."""
+        grids = {count: (*levels_of(sigmas, count), 0.0) for count in self.counts}
+        return [(grids[count], step) for count in self.counts for step in range(count)]
+
+    def _interval(self, levels: Sequence[float], step: int) -> tuple[float, float]:
+        high, low = levels[step], levels[step + 1]
+        return low + self.low_gap if low else 0.0, high - self.high_gap if step else 1.0
+
+    def make(
+        self,
+        student: Denoiser,
+        noise: Tensor,
+        text: Tensor,
+        sigmas: tuple[float, ...],
+        generator: torch.Generator | list[torch.Generator],
+        step: int,
+        grad: bool,
+    ) -> Rollout:
+        """The sample at the end of a step of :meth:`stages`; ``generator`` is not used."""
+        levels, number = self.stages(sigmas)[step]
+        x, clean = follow(student, noise, text, levels[: number + 2], grad)
+        return Rollout(x, step, text, levels[number + 1], self._interval(levels, number), clean)
+
+
+def levels_of(sigmas: tuple[float, ...], count: int) -> tuple[float, ...]:
+    """The levels of fewer steps: every so-maniest."""
+    return sigmas[:: len(sigmas) // count]
+
+
+def follow(
+    student: Denoiser, noise_BCFHW: Tensor, text_BLD: Tensor, levels: Sequence[float], grad: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Euler steps along the student's flow from one of ``levels`` to the next, gradient through the last alone.
+
+    Returns what lies at the last level, and the clean latent that the last step predicted, detached.
+    """
+    x, last = noise_BCFHW, len(levels) - 2
+    clean = x
+    for number, (level, following) in enumerate(pairwise(levels)):
+        with torch.set_grad_enabled(grad and number == last):
+            velocity = student.velocity(x, torch.full((len(x),), level, device=x.device), text_BLD)
+            clean = (x - level * velocity).detach()
+            x = x + (following - level) * velocity
+    return x, clean
 
 
 def roll_out(
