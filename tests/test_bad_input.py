@@ -80,14 +80,14 @@ def test_too_few_clips_for_a_batch_say_how_many_there_are(model, own_cache, tmp_
         file.write_text((own_cache / "index.jsonl").read_text().splitlines()[0] + "\n")
     said = told(train_on(model, own_cache, tmp_path / "run"), capsys)
     assert "takes 2 clips at a time" in said
-    assert "holds 1: prepare more, or give --batch 1" in said
+    assert "holds 1: make more, or give --batch 1" in said
 
 
 def test_a_cache_of_another_autoencoder_is_refused(model, own_cache, tmp_path, capsys):
     edit(own_cache / "cache.json", vae="0123456789abcdef")
     said = told(train_on(model, own_cache, tmp_path / "run"), capsys)
     assert "was made with vae 0123456789abcdef, not" in said
-    assert "prepare it again" in said
+    assert "make it again" in said
 
 
 @pytest.mark.parametrize("part", ["text_encoder", "tokenizer"])
@@ -96,7 +96,7 @@ def test_a_cache_whose_prompts_were_read_by_another_network_is_refused(part, mod
     edit(own_cache / "cache.json", **{part: "0123456789abcdef"})
     said = told(train_on(model, own_cache, tmp_path / "run"), capsys)
     assert f"{part} 0123456789abcdef, not" in said
-    assert "prepare it again" in said
+    assert "make it again" in said
 
 
 @pytest.mark.parametrize("part", ["transformer", "vae", "text_encoder"])

@@ -23,6 +23,7 @@ COMMANDS = {
     "prepare": ("mogan.data.prepare:prepare", "video files or prompts -> a cache to train on"),
     "train": ("mogan.training.train:train", "train a recipe on a cache; the same command resumes"),
     "sample": ("mogan.sampling.sample:sample", "prompts and seeds -> folders of mp4"),
+    "trajectories": ("mogan.sampling.trajectories:trajectories", "prompts -> a teacher's paths from noise to clip"),
     "evaluate": ("mogan.evaluation.evaluate:evaluate", "folders of clips -> results.json"),
     "vbench": ("mogan.evaluation.vbench:vbench", "check that a folder holds every clip VBench wants, by name"),
     "report": ("mogan.report.page:report", "results and runs -> one HTML page"),

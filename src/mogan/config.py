@@ -10,6 +10,8 @@ from itertools import pairwise
 from typing import Any, ClassVar, Protocol
 
 LATENT, OBSERVATION = "latent", "observation"  # what an update may need of real clips
+PATH = "path"  # or of a teacher's: what its way from noise to a clip passes at the student's levels
+KINDS = (LATENT, OBSERVATION, PATH)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,7 +20,7 @@ class Lesson:
 
     Attributes:
         rollout: what the student makes of the batch's prompts.
-        clips: of real clips: ``latent``, ``observation`` or both.
+        clips: of real clips: ``latent``, ``observation`` or both; or ``path``, of those that a teacher made.
         captions: it reads the captions of those clips; else the batch's text may come from another set of prompts.
         starts: latent frames at one of which a window begins; one is drawn per update.
         least: clips of a batch at least.
@@ -31,8 +33,8 @@ class Lesson:
     least: int = 1
 
     def __post_init__(self):
-        if unknown := set(self.clips) - {LATENT, OBSERVATION}:
-            raise ValueError(f"a lesson has clips of kind {LATENT} and {OBSERVATION}, not {', '.join(sorted(unknown))}")
+        if unknown := set(self.clips) - {*KINDS}:
+            raise ValueError(f"a lesson has clips of kind {', '.join(KINDS)}, not {', '.join(sorted(unknown))}")
 
 
 @dataclass(frozen=True)
@@ -322,7 +324,7 @@ def _joined(lessons: Iterable[Lesson]) -> Lesson:
         raise ValueError(f"objectives that judge together must draw their windows from the same starts, not {starts}")
     return Lesson(
         rollout=any(lesson.rollout for lesson in several),
-        clips=tuple(kind for kind in (LATENT, OBSERVATION) if any(kind in lesson.clips for lesson in several)),
+        clips=tuple(kind for kind in KINDS if any(kind in lesson.clips for lesson in several)),
         captions=any(lesson.captions for lesson in several),
         starts=next(iter(starts), ()),
         least=max(lesson.least for lesson in several),

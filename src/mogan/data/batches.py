@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mogan.config import KINDS, LATENT, OBSERVATION, PATH
 from mogan.data.cache import Cache
 
 Item = TypeVar("Item")
@@ -20,6 +21,7 @@ Made = TypeVar("Made")
 class Batch:
     """What one update sees. Text is one embedding ``(L, D)`` per clip, trimmed to its tokens.
 
+    ``path_BKCFHW`` is what a teacher passed on its way to each clip, at the student's levels, most noisy first, the clip last.
     ``places`` numbers the clips within the whole batch, whichever process holds them. ``more`` is what an objective made of
     the batch, by name: a list or tensor with one entry per clip, or anything else that a slice cuts.
     """
@@ -32,6 +34,7 @@ class Batch:
     window_start: int | None = None
     places: list[int] = field(default_factory=list)
     more: dict[str, Any] = field(default_factory=dict)
+    path_BKCFHW: Tensor | None = None
 
 
 def draw_batch(
@@ -48,6 +51,7 @@ def draw_batch(
     observation: Callable[[str, int], Tensor | None] = lambda clip, start: None,
     starts: Sequence[int] = (),
     prompts: Cache | None = None,
+    levels: Sequence[float] = (),
 ) -> Batch:
     """The batch of one update: a pure function of its arguments, so a resumed run sees what it would have seen.
 
@@ -63,17 +67,18 @@ def draw_batch(
         repeat: from 0, for an update that is done several times in an iteration.
         rank: this process.
         ranks: processes in all.
-        want: any of "latent", "observation"; text always comes.
+        want: any of "latent" and "observation", or "path"; text always comes.
         observation: reads that of a clip and a start, where it is there; if one is not, the batch has none.
         starts: where a window may start, latent frames; one is drawn, the same for all ranks.
         prompts: where the text comes from, if not from the clips' captions: a walk of its own.
+        levels: at which paths are read.
 
     Raises:
         UserError: a clip whose caption is needed has none.
     """
-    unknown = set(want) - {"latent", "observation"}
+    unknown = set(want) - {*KINDS}
     assert not unknown, f"a batch has no {unknown}"
-    if want:
+    if set(want) - {PATH}:
         cache.require_clips()
     first = (iteration * ranks + rank) * size
 
@@ -83,17 +88,18 @@ def draw_batch(
     said = walk(prompts or cache)
     ids = [entry["id"] for entry in (walk(cache) if want else said)]
     start = start_at(starts, seed, iteration, update, repeat) if starts else None
-    latent = seen = None
-    if "latent" in want:
-        latent = torch.stack([cache.latent(i) for i in ids])
-    if "observation" in want:
+    latent = torch.stack([cache.latent(i) for i in ids]) if LATENT in want else None
+    passed = torch.stack([cache.path_to(i, levels) for i in ids]) if PATH in want else None
+    seen = None
+    if OBSERVATION in want:
         assert start is not None, "observations are made for window starts: say which"
         found = [observation(i, start) for i in ids]
         there = [one for one in found if one is not None]
         seen = torch.stack(there) if len(there) == size else None
     captions = [entry["caption"] for entry in said]
     text = [(prompts or cache).text(caption) for caption in captions]
-    return Batch(ids, captions, text, latent, seen, start, list(range(rank * size, (rank + 1) * size)))
+    places = list(range(rank * size, (rank + 1) * size))
+    return Batch(ids, captions, text, latent, seen, start, places, path_BKCFHW=passed)
 
 
 def start_at(starts: Sequence[int], seed: int, iteration: int, update: int, repeat: int) -> int:

@@ -1,8 +1,8 @@
-"""A cache of clips on disk."""
+"""A cache of clips, of prompts, or of a teacher's paths to clips, on disk."""
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,35 +13,50 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from mogan.data.paths import path_file, read_path, rows_of
 from mogan.disk.files import replacing
 from mogan.errors import UserError
 
 FORMAT = "mogan-cache"
 VERSION = 1
+FACTS = {"clips": "cache.json", "prompts": "cache.json", "paths": "trajectories.json"}  # file of what it was made with
 HOLD_BYTES = 2_000_000_000  # a cache smaller than this is read from disk once
 
 
 @dataclass
 class Cache:
-    """A folder written by ``mogan prepare``, opened for reading.
+    """A folder written by ``mogan prepare`` or ``mogan trajectories``, opened for reading.
 
     Attributes:
         path: the folder.
-        facts: ``cache.json``: what it was made with.
+        facts: ``cache.json`` (of paths ``trajectories.json``): what it was made with.
         entries: ``index.jsonl``: one dict per clip, at least ``id`` and ``caption``; the order is that of training.
-        has_clips: False for a cache of prompts alone.
     """
 
     path: Path
     facts: dict
     entries: list[dict]
-    has_clips: bool
     _hold: bool = False
-    _held: dict[Path, Tensor] = field(default_factory=dict, repr=False)
+    _held: dict[Path | tuple[Path, tuple[int, ...]], Tensor] = field(default_factory=dict, repr=False)
     _shape: torch.Size | None = None
 
     def __len__(self) -> int:
         return len(self.entries)
+
+    @property
+    def has_clips(self) -> bool:
+        """Whether it holds real clips."""
+        return self.facts["contents"] == "clips"
+
+    @property
+    def has_paths(self) -> bool:
+        """Whether it holds a teacher's paths to clips."""
+        return self.facts["contents"] == "paths"
+
+    @property
+    def command(self) -> str:
+        """What makes such a folder."""
+        return _command(self.facts)
 
     def latent(self, clip: str) -> Float[Tensor, "c f h w"]:
         """Normalised latent of a clip."""
@@ -55,6 +70,17 @@ class Cache:
             )
         return latent
 
+    def path_to(self, clip: str, levels: Sequence[float]) -> Float[Tensor, "k c f h w"]:
+        """What the teacher's path to a clip passes at these levels, in the precision it was kept in."""
+        kept, file = self.facts["levels"], path_file(self.path, clip)
+        rows = tuple(rows_of(kept, levels, self.path))
+        found = self._held.get((file, rows))
+        if found is None:
+            found = read_path(file, rows, (len(kept), *self.facts["latent_shape"]))
+            if self._hold:
+                self._held[file, rows] = found
+        return found
+
     def text(self, prompt: str | None) -> Float[Tensor, "l d"]:
         """Embedding of a prompt that was cached."""
         if prompt is None:
@@ -62,7 +88,8 @@ class Cache:
         path = text_path(self.path, prompt)
         if not path.exists():
             raise UserError(
-                f"{self.path} has no embedding of {prompt!r}: run `mogan prepare` again with it as an extra prompt"
+                f"{self.path} has no embedding of {prompt!r}: run `{self.command}` again"
+                + ("" if self.has_paths else " with it as an extra prompt")
             )
         return self._read(path, "embedding")
 
@@ -70,12 +97,22 @@ class Cache:
         """Raise UserError unless the cache was made with these facts (``vae=...``, ``fps=...``)."""
         different = unlike(self.facts, facts)
         if different:
-            raise UserError(f"{self.path} {different}: prepare it again for this model, into another --out")
+            raise UserError(f"{self.path} {different}: make it again for this model, into another --out")
 
     def require_clips(self) -> None:
-        """Raise UserError if the cache holds prompts alone."""
+        """Raise UserError unless the cache holds real clips."""
         if not self.has_clips:
-            raise UserError(f"{self.path} holds prompts alone; this recipe needs videos: prepare a folder of them")
+            holds = "a teacher's paths" if self.has_paths else "prompts alone"
+            raise UserError(f"{self.path} holds {holds}; this recipe needs videos: prepare a folder of them")
+
+    def require_paths(self, levels: Sequence[float], teacher: str) -> None:
+        """Raise UserError unless it holds paths of this teacher (:func:`mogan.runs.identity.of_model`) past these levels."""
+        if not self.has_paths:
+            raise UserError(
+                f"{self.path} holds no paths of a teacher, which this recipe learns from: make them with `mogan trajectories`"
+            )
+        self.require(teacher=teacher)
+        rows_of(self.facts["levels"], levels, self.path)
 
     def _read(self, path: Path, name: str) -> Tensor:
         if path not in self._held:
@@ -83,11 +120,11 @@ class Cache:
                 tensor = load_file(path)[name]
             except (SafetensorError, OSError, KeyError) as error:
                 raise UserError(
-                    f"{path} cannot be read ({error}): delete it and run the same `mogan prepare` command again"
+                    f"{path} cannot be read ({error}): delete it and run the same `{self.command}` command again"
                 ) from error
             if not tensor.isfinite().all():
                 raise UserError(
-                    f"{path} holds numbers that are infinite or none (NaN): delete it and run the same `mogan prepare` again"
+                    f"{path} holds numbers that are infinite or none (NaN): delete it and run the same `{self.command}` again"
                 )
             if not self._hold:
                 return tensor
@@ -106,21 +143,26 @@ def open_cache(path: str | Path) -> Cache:
     if facts is None:
         raise UserError(f"{path} is not a cache: make one with `mogan prepare VIDEOS --model M --out {path}`")
     if not (path / "index.jsonl").is_file():
-        raise UserError(f"{path} is not finished: run the same `mogan prepare` command again, it continues")
-    entries = _read_index(path / "index.jsonl")
-    has_clips = facts["contents"] == "clips"
+        raise UserError(f"{path} is not finished: run the same `{_command(facts)}` command again, it continues")
+    entries, contents = _read_index(path / "index.jsonl", _command(facts)), facts["contents"]
     if not entries:
         raise UserError(f"{path} holds no clip: see its dropped.jsonl and skipped.jsonl for the reasons")
-    if has_clips:
-        there = {p.stem for p in (path / "clips").glob("*.safetensors")}
+    if contents != "prompts":
+        there = {p.stem for p in (path / contents).glob("*.safetensors")}
         missing = [e["id"] for e in entries if e["id"] not in there]
         if missing:
-            raise UserError(f"{path} lacks {len(missing)} clips, first {missing[0]}: run `mogan prepare` again")
-    size = sum(p.stat().st_size for kind in ("clips", "text") for p in (path / kind).glob("*.safetensors"))
-    return Cache(path, facts, entries, has_clips, size < HOLD_BYTES)
+            raise UserError(
+                f"{path} lacks {len(missing)} {contents}, first {missing[0]}: run `{_command(facts)}` again"
+            )
+    size = sum(p.stat().st_size for kind in (contents, "text") for p in (path / kind).glob("*.safetensors"))
+    return Cache(path, facts, entries, size < HOLD_BYTES)
 
 
-def _read_index(path: Path) -> list[dict]:
+def _command(facts: dict) -> str:
+    return "mogan trajectories" if facts["contents"] == "paths" else "mogan prepare"
+
+
+def _read_index(path: Path, command: str) -> list[dict]:
     """Entries of ``index.jsonl``; captions may hold other ends of lines than a line feed."""
     found = []
     for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
@@ -132,21 +174,19 @@ def _read_index(path: Path) -> list[dict]:
         except (ValueError, KeyError, TypeError, RecursionError):
             good = False
         if not good:
-            raise UserError(
-                f"{path} line {number} is damaged: run the same `mogan prepare` again, it writes the file anew"
-            )
+            raise UserError(f"{path} line {number} is damaged: run the same `{command}` again, it writes the file anew")
         found.append(entry)
     return found
 
 
 def read_facts(path: Path) -> dict | None:
-    """``cache.json`` of a cache this version can read; None where there is none.
+    """``cache.json``, or ``trajectories.json``, of a cache this version can read; None where there is neither.
 
     Raises:
-        UserError: the folder's ``cache.json`` is something else, or of another version.
+        UserError: that file is something else, or of another version.
     """
-    file = path / "cache.json"
-    if not file.is_file():
+    file = next((path / name for name in FACTS.values() if (path / name).is_file()), None)
+    if file is None:
         return None
     try:
         facts = json.loads(file.read_text(encoding="utf-8"))
@@ -158,7 +198,7 @@ def read_facts(path: Path) -> dict | None:
         raise UserError(
             f"{path} is a cache of version {facts.get('version')}, this is {VERSION}: prepare it again elsewhere"
         )
-    if facts.get("contents") not in ("clips", "prompts"):
+    if FACTS.get(str(facts.get("contents"))) != file.name:
         raise UserError(
             f"{file} is damaged (it does not say what the cache holds): put back a copy, or prepare elsewhere"
         )

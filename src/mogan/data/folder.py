@@ -11,32 +11,35 @@ from mogan.disk.files import json_line, replacing, write_atomically
 from mogan.disk.locks import LOCK
 from mogan.errors import UserError
 
+PASSING = (LOCK, ".tmp-", *data.FACTS.values())  # names of files that come before anything is made
+
 
 def claim(out: Path, facts: dict[str, Any]) -> None:
-    """Write ``cache.json``, or make sure that an earlier run wrote the same."""
+    """Write ``cache.json`` (of paths ``trajectories.json``), or make sure that an earlier run wrote the same."""
     there = data.read_facts(out)
     if there is not None:
         different = data.unlike(there, {k: v for k, v in facts.items() if k not in ("model", "flow_name")})
         if different:
             raise UserError(f"the cache in {out} {different}: use the same options, or another --out")
         return
-    if out.exists() and any(not path.name.startswith((LOCK, ".tmp-", "cache.json")) for path in out.iterdir()):
+    if out.exists() and any(not path.name.startswith(PASSING) for path in out.iterdir()):
         raise UserError(f"{out} is not empty and not a cache: give another --out")
-    with replacing(out / "cache.json", shared=True) as temporary:
+    with replacing(out / data.FACTS[facts["contents"]], shared=True) as temporary:
         temporary.write_text(json.dumps({"format": data.FORMAT, "version": data.VERSION} | facts, indent=2) + "\n")
 
 
 @contextmanager
 def claimed_by_work_alone(out: Path, shard: str | None) -> Iterator[None]:
-    """Take a new ``cache.json`` away again if nothing was made: a failed start, as with damaged weights, ties the folder to
+    """Take a new file of facts away again if nothing was made: a failed start, as with damaged weights, ties the folder to
     nothing. Other shards may be at work under what one of them wrote.
     """
     new = shard is None and data.read_facts(out) is None
     try:
         yield
     except BaseException:
-        if new and all(path.name.startswith((LOCK, ".tmp-", "cache.json")) for path in out.iterdir()):
-            (out / "cache.json").unlink(missing_ok=True)
+        if new and all(path.name.startswith(PASSING) for path in out.iterdir()):
+            for name in data.FACTS.values():
+                (out / name).unlink(missing_ok=True)
         raise
 
 

@@ -19,6 +19,7 @@ from mogan.runs.checkpoint import checkpoints, settings
 WHOLE = 64 << 20  # a file up to this size is read whole
 STRIDE, BLOCK = 4 << 20, 4 << 10  # of a larger one every so many bytes so many are read
 WEIGHTS = (".json", ".safetensors", ".bin", ".model")
+TEACHER = ("transformer", "transformer_2")  # what makes the paths of a teacher
 BATCHES = (
     "contents",
     "vae",
@@ -28,6 +29,7 @@ BATCHES = (
     "height",
     "width",
     "frames",
+    *("teacher", "solver", "steps", "guidance", "shift", "negative_prompt", "levels"),
 )  # facts batches depend on
 WHAT = {
     "model": "base model",

@@ -20,6 +20,7 @@ from mogan.models.denoiser import Denoiser, guided_velocity
 from mogan.models.wan import Geometry
 from mogan.sampling.flowmo import FLOWMO_STEPS, FlowMo
 from mogan.sampling.rollout import Euler, FewStep, normal
+from mogan.schedule import shifted_levels
 
 PIXELS_AT_ONCE = 81 * 480 * 832  # of the clips that are made together: a clip of Wan's size keeps a GPU busy alone
 CLIPS_AT_ONCE = 16  # of clips however small: a run that is stopped loses no more
@@ -65,21 +66,30 @@ def sample_teacher(
     solver: str = "unipc",
     flowmo: bool = False,
     change: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
+    see: Callable[[int, Tensor], None] | None = None,
 ) -> Tensor:
     """Latents of one clip per seed, by ``steps`` guided steps of UniPC (Wan's own solver) or Euler.
 
-    With ``flowmo`` the first 12 steps are guided towards latents whose temporal variance is low. ``change`` maps
-    ``(velocity, x, sigma)`` to the velocity that is followed; see :func:`mogan.sampling.motion_score.steer`.
+    Euler's levels are the shifted uniform grid from 1, and each is told to the network as it is; UniPC's begin a little
+    lower. With ``flowmo`` the first 12 steps are guided towards latents whose temporal variance is low. ``change`` maps
+    ``(velocity, x, sigma)`` to the velocity that is followed; see :func:`mogan.sampling.motion_score.steer`. ``see`` is given
+    the number of every step and the latents before it, and at last ``steps`` and the final ones.
     """
     x = normal(torch.Size((len(seeds), *shape)), seeded(seeds), text_BLD.device)
     scheduler = UniPCMultistepScheduler(
         prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift, solver_order=2
     )
     scheduler.set_timesteps(steps, device=x.device)
-    levels = scheduler.sigmas.to(x.device)
+    # UniPC rounds timesteps; the network is told what Wan tells it
+    levels, tell = scheduler.sigmas.to(x.device), scheduler.timesteps / 1000
+    if solver == "euler":
+        levels = torch.tensor((*shifted_levels(steps, shift), 0.0), device=x.device)
+        tell = levels[:-1]
     smoother = FlowMo() if flowmo else None
-    for i, timestep in enumerate(scheduler.timesteps):
-        told = (timestep / 1000).expand(len(x)).float()  # UniPC rounds timesteps; the network is told what Wan tells it
+    for i, (level, timestep) in enumerate(zip(tell, scheduler.timesteps, strict=True)):
+        if see is not None:
+            see(i, x)
+        told = level.expand(len(x)).float()
         predict = partial(guided_velocity, teacher, sigma=told, text_BLD=text_BLD, null_BLD=null_1LD, guidance=guidance)
         if smoother is not None and i < FLOWMO_STEPS:
             x = smoother(x, predict, levels[i])
@@ -90,6 +100,8 @@ def sample_teacher(
             x = x + (levels[i + 1] - levels[i]) * velocity
         else:
             x = scheduler.step(velocity, timestep, x, return_dict=False)[0]
+    if see is not None:
+        see(steps, x)
     return x
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mogan.config import Config
+from mogan.config import PATH, Config
 from mogan.data.cache import Cache, ensure_text
 from mogan.distributed import World
 from mogan.errors import UserError
@@ -19,6 +19,7 @@ from mogan.models import wan
 from mogan.models.lora import hold_in
 from mogan.objectives.base import Base, spread
 from mogan.runs.generator import open_generator
+from mogan.runs.identity import TEACHER, of_model
 
 
 def filled(config: Config, cache: Cache) -> Config:
@@ -48,11 +49,11 @@ def load(
     for texts in filter(None, (cache, prompts)):
         read_by = [part for part in ("text_encoder", "tokenizer") if part in texts.facts and (folder / part).is_dir()]
         texts.require(**{part: wan.fingerprint(folder, part) for part in read_by})
-    if cache.has_clips:
+    if cache.has_clips or cache.has_paths:
         cache.require(vae=wan.fingerprint(folder, "vae"))
         size = wan.Geometry(**{k: cache.facts[k] for k in ("fps", "height", "width", "frames")})
     shape = wan.latent_shape(folder, size)
-    _check_clips(config, cache)
+    _check_clips(config, cache, folder)
     _check_captions(config, cache, prompts)
     dtype = dtype_of(config, world.device)
     vae = wan.load_vae(folder, dtype).to(world.device)
@@ -104,8 +105,8 @@ def _frozen_weights(config: Config, dtype: torch.dtype, world: World) -> Callabl
     return load
 
 
-def _check_clips(config: Config, cache: Cache) -> None:
-    """A batch of real clips takes each once, and is as large as who learns of it needs."""
+def _check_clips(config: Config, cache: Cache, model: Path) -> None:
+    """A batch of clips takes each once, and is as large as who learns of it needs; a teacher's paths are this model's."""
     for update in config.plan:
         lesson = config.lesson(update)
         if update.batch < lesson.least:
@@ -114,10 +115,13 @@ def _check_clips(config: Config, cache: Cache) -> None:
             )
         if not lesson.clips:
             continue
-        cache.require_clips()
+        if PATH in lesson.clips:
+            cache.require_paths((*config.sigmas, 0.0), of_model(model, TEACHER))
+        if lesson.clips != (PATH,):
+            cache.require_clips()
         if update.batch > len(cache):
             raise UserError(
-                f"{update.label} takes {update.batch} clips at a time and {cache.path} holds {len(cache)}: prepare more, or "
+                f"{update.label} takes {update.batch} clips at a time and {cache.path} holds {len(cache)}: make more, or "
                 f"give --batch {len(cache)}"
             )
 

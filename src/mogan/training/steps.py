@@ -84,6 +84,7 @@ def draw(parts: Assembly, where: Position) -> Batch:
         want=lesson.clips,
         starts=lesson.starts,
         prompts=None if lesson.captions else parts.prompts,
+        levels=(*parts.config.sigmas, 0.0),
         **more,
     )
 
@@ -102,7 +103,7 @@ def split(batch: Batch, parts: int) -> list[Batch]:
         window = slice(i * size, (i + 1) * size)
         cut: dict[str, Any] = {
             name: None if (value := getattr(batch, name)) is None else value[window]
-            for name in ("prompts", "text", "ids", "latent_BCFHW", "observation_BCFHW", "places")
+            for name in ("prompts", "text", "ids", "latent_BCFHW", "observation_BCFHW", "path_BKCFHW", "places")
         }
         pieces.append(replace(batch, more={name: value[window] for name, value in batch.more.items()}, **cut))
     return pieces
