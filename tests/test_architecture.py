@@ -9,6 +9,7 @@ SOURCE = Path(__file__).parent.parent / "src" / "mogan"
 ORDER = [  # a room may use those before it
     *(
         "errors",
+        "own",
         "schedule",
         "ranges",
         "config",

@@ -15,8 +15,8 @@ from mogan.models import autoencoder, wan
 from mogan.models.autoencoder import decode_video, stream_video
 from mogan.models.wan import Geometry, load_vae
 from mogan.motion.flow import RaftFlow, flow_of_pieces, load_raft
+from mogan.motion.pixel_flux import net_motion
 from mogan.sampling.samplers import CLIPS_AT_ONCE, PIXELS_AT_ONCE, clips_at_once, pictures, to_frames
-from mogan.training.held_out import net_motion
 from mogan.training.loop import run_training
 from test_held_out import held_out, parts_of  # noqa: F401  # fixtures
 from tiny_recipes import mogan

@@ -30,7 +30,7 @@ from mogan.runs.checkpoint import held_out_motions, latest_checkpoint, load_chec
 from mogan.training.assemble import assemble
 from mogan.training.loop import _graceful_stop, run_training
 from mogan.training.steps import Position, draw, parts_of, step
-from tiny_recipes import dmd, flow_matching, mogan, shift, tdm
+from tiny_recipes import dmd, flow_matching, mogan, redmd, shift, tdm
 
 HERE = Path(__file__).parent
 # Rounding differs (sums in another order), and Adam turns the sign of a gradient near zero into a full step.
@@ -75,7 +75,7 @@ def finish(processes, seconds=600):
 def command(recipe, family, cache, out, *more):
     words = ["-m", "mogan", "train", f"tiny_recipes:{recipe}", "--model", str(family / "teacher"), "--device", "cpu"]
     words += ["--data", str(cache), "--out", str(out), *more]
-    begins = {"mogan": "student", "shift": "teacher"}.get(recipe)  # those that post-train
+    begins = {"mogan": "student", "redmd": "teacher", "shift": "teacher"}.get(recipe)  # those that post-train
     return words + (["--student", str(family / begins)] if begins else [])
 
 
@@ -147,6 +147,7 @@ def test_two_processes_follow_the_trajectory_of_one_and_each_resumes_the_other(f
     [
         ("mogan", 2, ()),
         ("mogan", 2, ("--context-parallel", "2")),
+        ("redmd", 2, ()),
         ("shift", 2, ()),
         ("shift", 2, ("--context-parallel", "2")),
         ("dmd", 4, ("--hsdp", "2", "--context-parallel", "2")),
@@ -155,7 +156,7 @@ def test_two_processes_follow_the_trajectory_of_one_and_each_resumes_the_other(f
     ],
 )
 def test_sharded_run_follows_the_trajectory_of_one(recipe, ranks, more, family, cache, tmp_path):
-    config = {"mogan": mogan, "dmd": dmd, "shift": shift, "tdm": tdm}[recipe]()
+    config = {"mogan": mogan, "dmd": dmd, "redmd": redmd, "shift": shift, "tdm": tdm}[recipe]()
     before = train_alone(config, family, cache, tmp_path / "one")
     train_together(ranks, recipe, family, cache, tmp_path / "many", *more)
     assert_same_trajectory(before, tmp_path / "one", tmp_path / "many")

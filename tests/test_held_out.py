@@ -12,10 +12,11 @@ import tiny_recipes
 from mogan.data.cache import ensure_text, open_cache
 from mogan.errors import UserError
 from mogan.models.wan import load_text
+from mogan.motion.pixel_flux import net_motion
 from mogan.runs.checkpoint import checkpoints, held_out_motions, student_checkpoint, write_held_out_motions
 from mogan.runs.generator import open_generator
 from mogan.training.assemble import assemble
-from mogan.training.held_out import Gain, net_motion
+from mogan.training.held_out import Gain
 from mogan.training.loop import run_training
 from tiny_recipes import flow_matching, mogan
 

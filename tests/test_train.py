@@ -21,13 +21,14 @@ from mogan.runs.checkpoint import check_same_run, checkpoints, latest_checkpoint
 from mogan.training.assemble import assemble, filled
 from mogan.training.loop import run_training
 from mogan.training.steps import Position, complete, draw, learn, read, split, step
-from tiny_recipes import dmd, flow_matching, mogan, motion_score, msm, sft_i2v, shift, surrogate
+from tiny_recipes import dmd, flow_matching, mogan, motion_score, msm, redmd, sft_i2v, shift, surrogate
 
 RECIPES = {
     "mogan": mogan,
     "dmd": dmd,
     "flow_matching": flow_matching,
     "msm": msm,
+    "redmd": redmd,
     "motion_score": motion_score,
     "sft_i2v": sft_i2v,
     "shift": shift,

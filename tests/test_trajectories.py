@@ -39,6 +39,7 @@ RECIPES = {
     "mogan_surrogate_lab": tiny_recipes.surrogate,
     "motion_score_lab": tiny_recipes.motion_score,
     "msm_lab": tiny_recipes.msm,
+    "redmd_lab": tiny_recipes.redmd,
     "sft_i2v_lab": tiny_recipes.sft_i2v,
     "shift_lab": tiny_recipes.shift,
     "tdm_lab": tiny_recipes.tdm,

@@ -60,6 +60,21 @@ def msm() -> Config:
     return shrink(recipes.msm_lab())
 
 
+def redmd() -> Config:
+    config = shrink(recipes.redmd_lab())
+    raft = os.environ.get("MOGAN_TEST_RAFT", "set MOGAN_TEST_RAFT")
+    weights = replace(config.objectives["dmd"].weights, clips=2, flow=raft, flow_iterations=2)
+    return config.changed("dmd", weights=weights)
+
+
+def redmd_wan() -> Config:
+    """The full-size recipe with batches that a CPU bears."""
+    config = recipes.redmd_wan_1_3b()
+    plan = tuple(replace(u, batch=2, accumulate=2, times=1) for u in config.plan)
+    weights = replace(config.objectives["dmd"].weights, clips=2, flow=os.environ["MOGAN_TEST_RAFT"], flow_iterations=2)
+    return replace(config, plan=plan, save_every=1, sample_prompts=0).changed("dmd", weights=weights)
+
+
 def mogan_msm() -> Config:
     return shrink(recipes.mogan_msm_lab())
 

@@ -86,6 +86,14 @@ class World:
         dist.all_reduce(seen, dist.ReduceOp.MAX)
         return bool(seen)
 
+    def largest(self, value: Tensor) -> Tensor:
+        """The elementwise maximum of a tensor over the processes."""
+        if self.mesh is None:
+            return value
+        found = value.clone()
+        dist.all_reduce(found, dist.ReduceOp.MAX)
+        return found
+
     def average(self, value: Tensor) -> Tensor:
         """A tensor averaged over the processes."""
         if self.mesh is None:

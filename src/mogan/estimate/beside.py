@@ -63,6 +63,8 @@ def beside(
     if observe is not None:
         share = math.ceil(len(drawn(config, clips)) / gpus) if clips else 0
         found.append(Beside("observe a real clip", share, stays + observe.peak, observe.work.seconds(machine)))
+    for name, (count, call) in ((n, once) for p in prices for n, once in p.once.items()):
+        found.append(Beside(name, math.ceil(count / gpus), stays + call.peak, call.work.seconds(machine)))
     if config.sample_prompts:
         shown = check if check is not None and any(p.pictured for p in prices) else tracer.stream
         together = min(clips_at_once(shapes.size), config.sample_prompts)

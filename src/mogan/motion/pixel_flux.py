@@ -4,7 +4,7 @@ Nothing here is differentiated towards a generator. Shapes: video ``B 3 F H W`` 
 ``B F N 2`` as (x, y) pixels.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from mogan.models.autoencoder import decode_video
 from mogan.motion.flow import FlowEstimator, warp
 
+POINTS, FASTEST = 16, 0.1  # of net motion: points along each side of the picture; share of them that is averaged
 # offsets (x, y) of a 3 x 3 neighbourhood, pixels
 AROUND = torch.stack(torch.meshgrid(torch.arange(-1.0, 2), torch.arange(-1.0, 2), indexing="xy"), -1).flatten(0, 1)
 
@@ -141,6 +142,28 @@ def correlation(video_BCFHW: Tensor, points_BFN2: Tensor) -> Float[Tensor, "b g 
     there = patches(video_BCFHW[:, :, 1:], (points_BFN2[:, 1:, :, None] + 2 * around).flatten(2, 3))
     alike = (here[:, :, None] * there.unflatten(1, (-1, 9))).sum(-1)
     return alike.unflatten(0, (len(video_BCFHW), -1))
+
+
+def net_motion(fields_BCFHW: Iterable[Float[Tensor, "b 2 g h w"]]) -> Float[Tensor, " b"]:
+    """How far the fastest tenth of the points gets from the first frame to the last, px/frame.
+
+    Points on a grid are carried along by the flow of pair after pair, which comes a few pairs at a time. What shimmers in place moves to and fro and gets
+    nowhere, while the mean of the flow itself would count it.
+    """
+    start, points, pairs = None, torch.empty(0), 0
+    for field in (field for fields in fields_BCFHW for field in fields.unbind(2)):
+        if start is None:
+            start = points = _grid(field)
+        points, pairs = points + sample_at(field, points), pairs + 1
+    assert start is not None, "a clip of one frame does not move"
+    gone = (points - start).norm(dim=-1) / pairs
+    return gone.topk(round(FASTEST * POINTS**2), -1).values.mean(-1)
+
+
+def _grid(field_BCHW: Tensor) -> Float[Tensor, "b n 2"]:
+    height, width = field_BCHW.shape[-2:]
+    x, y = torch.meshgrid(torch.linspace(0, width - 1, POINTS), torch.linspace(0, height - 1, POINTS), indexing="xy")
+    return torch.stack([x, y], -1).flatten(0, 1).to(field_BCHW).expand(len(field_BCHW), -1, -1)
 
 
 def sample_at(map_BCHW: Tensor, points_BN2: Tensor) -> Float[Tensor, "b n c"]:

@@ -30,6 +30,14 @@ class Prepare(Protocol):
         ...
 
 
+class Compare(Protocol):
+    """What an objective makes of a batch on sight of all that the student made of it."""
+
+    def __call__(self, batch: Batch, rollouts: Sequence[Any]) -> Batch:
+        """The batch with ``more``; the roll-outs of its parts, in order, without gradient."""
+        ...
+
+
 @dataclass
 class Objective:
     """What the training loop asks of an objective.
@@ -40,6 +48,8 @@ class Objective:
         networks: its own that learn, by name.
         frozen: transformers that it calls and that do not learn.
         prepare: once per update; ``None``: nothing.
+        compare: by the network that learns, where an update compares the student's clips with each other before any part of
+            them is judged. They are made twice then, by the same randomness.
         observations: what it sees of real clips, for lessons with ``observation``; ``observation_bytes``: size of each.
         flow: the estimator it sees motion through; ``scale``: pixels per frame that its motion picture draws as 1.
     """
@@ -49,6 +59,7 @@ class Objective:
     networks: Mapping[str, nn.Module] = field(default_factory=dict)
     frozen: Sequence[nn.Module] = ()
     prepare: Prepare | None = None
+    compare: Mapping[str, Compare] = field(default_factory=dict)
     observations: Observations | None = None
     observation_bytes: int = 0
     flow: FlowEstimator | None = None
@@ -102,6 +113,7 @@ class Price:
         kept: networks beside the student.
         prepare: per clip, once in an iteration that has any of its updates.
         observe: a real clip, once per run; ``stages``: of an observation with gradient, for people to look at.
+        once: by name, what the run does once for each of so many clips, its GPUs sharing them.
         check: a clip decoded and its flow, frame by frame; ``pictured``: that is part of a sheet of samples.
     """
 
@@ -109,6 +121,7 @@ class Price:
     kept: tuple[Kept, ...] = ()
     prepare: Bill | None = None
     observe: Call | None = None
+    once: Mapping[str, tuple[int, Call]] = field(default_factory=dict)
     stages: Mapping[str, Call] = field(default_factory=dict)
     check: Call | None = None
     pictured: bool = False

@@ -33,6 +33,7 @@ class Base:
         dtype: networks compute in it.
         vae: frozen, on the device.
         encode: prompts to text, through the cache.
+        prompts: a second cache, of the prompts that the student makes clips of; ``None``: the captions of ``cache``.
         frozen: a frozen transformer by folder and part, each loaded once.
     """
 
@@ -48,6 +49,7 @@ class Base:
     vae: Any
     encode: wan.TextEncoder
     frozen: Callable[[Path, str], Any]
+    prompts: Cache | None = None
 
     @property
     def device(self) -> torch.device:

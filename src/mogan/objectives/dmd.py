@@ -19,6 +19,7 @@ from mogan.errors import UserError
 from mogan.models.denoiser import Denoiser, guided_velocity
 from mogan.objectives import Bill, Kept, Loss, Objective, Price, Randomness, guided_calls
 from mogan.objectives.base import Base
+from mogan.objectives.redmd import SHARE, WeightsConfig
 from mogan.sampling.rollout import Rollout, normal
 from mogan.schedule import add_noise, broadcast, draw_between, draw_sigma, renoise, velocity_to_x0
 
@@ -42,6 +43,7 @@ class DMDConfig:
         motion_weight: lambda of motion score matching (see :mod:`mogan.objectives.msm`); 0 is plain DMD.
         huber: ``c`` of :func:`pseudo_huber` in the place of the student's squared error.
         reweighted: of samples above level 0 the fake score learns TDM's reweighted target (see :func:`reweighted_target`).
+        weights: of the student's clips, by reward (see :mod:`mogan.objectives.redmd`); ``None``: all weigh the same.
     """
 
     guidance: float
@@ -51,10 +53,17 @@ class DMDConfig:
     motion_weight: float = 0.0
     huber: float | None = None
     reweighted: bool = False
+    weights: WeightsConfig | None = None
+
+    def __post_init__(self):
+        if self.weights is not None and self.huber is not None:
+            raise ValueError("dmd: weights are of squared errors, and huber is another metric: leave one out")
 
     def terms(self, config: Config) -> Terms:
         """The student and the fake score learn from roll-outs alone."""
-        return Terms(lessons={"student": Lesson(), "fake_score": Lesson()}, alarms=(LAGS,))
+        return Terms(
+            lessons={"student": Lesson(), "fake_score": Lesson()}, alarms=(LAGS, SHARE) if self.weights else (LAGS,)
+        )
 
     def build(self, base: Base, others: Mapping[str, Objective]) -> Objective:
         """Teacher and fake score; the latter is the start's own where it has one, else it begins as the teacher."""
@@ -68,7 +77,8 @@ class DMDConfig:
         null = base.no_text(base.config.negative_prompt)
         dmd = DMD(teacher, fake, null, guidance=self.guidance, direction=direction, **own)
         losses = {"student": dmd.student_loss, "fake_score": dmd.fake_score_loss}
-        return Objective(dmd, losses, {"fake_score": fake}, frozen=(teacher.transformer,))
+        found = Objective(dmd, losses, {"fake_score": fake}, frozen=(teacher.transformer,))
+        return self.weights.added(found, base) if self.weights else found
 
     def price(self, config: Config, tracer: Tracer) -> Price:
         """A guided teacher and the fake score look at a roll-out; the fake score learns from one."""
@@ -79,7 +89,8 @@ class DMDConfig:
             Kept("teacher", tracer.parameters["transformer"], learns=False, transformer=True),
             Kept("fake_score", tracer.parameters["transformer"], transformer=True),
         )
-        return Price({"student": Bill(looks, 2), "fake_score": Bill((tracer.train,), 2, again)}, kept)
+        price = Price({"student": Bill(looks, 2), "fake_score": Bill((tracer.train,), 2, again)}, kept)
+        return self.weights.priced(price, config, tracer, self.guidance) if self.weights else price
 
 
 def dmd_scale(x0: Tensor, real: Tensor) -> Tensor:
@@ -160,7 +171,9 @@ class DMD:
         return renoise(x, noise, torch.full_like(sigma, rollout.level), sigma), noise, sigma
 
     def student_loss(self, rollout: Rollout, batch: Batch, generator: Randomness) -> Loss:
-        """``0.5 mean (x - sg(x - g))^2``, whose gradient with respect to ``x`` is ``g / numel``; or :func:`pseudo_huber`."""
+        """``0.5 mean (x - sg(x - g))^2``, whose gradient with respect to ``x`` is ``g / numel``; or :func:`pseudo_huber`. The
+        squares of clips that somebody gave a ``weight`` count that much.
+        """
         x = rollout.sample_BCFHW
         with torch.no_grad():
             x_t, _, sigma = self._noised(rollout, generator)
@@ -169,7 +182,8 @@ class DMD:
             fake = self.fake_score(x_t, sigma, rollout.text_BLD)
             gradient = torch.nan_to_num(self.direction(rollout.guess_BCFHW, real, fake, sigma))
         gap = x - (x.detach() - gradient)
-        loss = 0.5 * gap.square().mean() if self.huber is None else pseudo_huber(gap, self.huber)
+        error = broadcast(batch.more["weight"], x) * gap.square() if "weight" in batch.more else gap.square()
+        loss = 0.5 * error.mean() if self.huber is None else pseudo_huber(gap, self.huber)
         return loss, {"direction": gradient.square().mean().sqrt()}
 
     def fake_score_loss(self, rollout: Rollout, batch: Batch, generator: Randomness) -> Loss:

@@ -4,23 +4,18 @@ The value of a paper stands beside each number with its place; a number without 
 ``module:function`` works as a recipe, so yours can live outside this package.
 """
 
-import importlib
-import os
-import sys
-import sysconfig
-import traceback
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
-from typing import Any
 
 from mogan.config import Config
 from mogan.errors import UserError, closest
+from mogan.own import in_their_words, own_function
 from mogan.recipes.dmd import dmd2_long_wan_1_3b, dmd2_wan_1_3b, dmd_lab
 from mogan.recipes.fine_tuning import flow_matching_lab, flow_matching_wan_1_3b, sft_i2v_lab, sft_i2v_wan_1_3b
 from mogan.recipes.mogan import ABLATIONS, ablate, mogan_lab, mogan_surrogate_lab, mogan_wan_1_3b
 from mogan.recipes.motion_score import motion_score_lab, motion_score_wan_1_3b
 from mogan.recipes.msm import mogan_msm_lab, msm_lab, msm_wan_1_3b
+from mogan.recipes.redmd import redmd_lab, redmd_wan_1_3b
 from mogan.recipes.shift import shift_lab, shift_wan_1_3b
 from mogan.recipes.tdm import tdm_lab, tdm_wan_1_3b
 
@@ -28,8 +23,8 @@ RECIPES: dict[str, Callable[[], Config]] = {
     recipe.__name__: recipe
     for recipe in (
         dmd_lab, dmd2_wan_1_3b, dmd2_long_wan_1_3b, flow_matching_lab, flow_matching_wan_1_3b, mogan_lab, mogan_msm_lab,
-        mogan_surrogate_lab, mogan_wan_1_3b, motion_score_lab, motion_score_wan_1_3b, msm_lab, msm_wan_1_3b, sft_i2v_lab,
-        sft_i2v_wan_1_3b, shift_lab, shift_wan_1_3b, tdm_lab, tdm_wan_1_3b,
+        mogan_surrogate_lab, mogan_wan_1_3b, motion_score_lab, motion_score_wan_1_3b, msm_lab, msm_wan_1_3b, redmd_lab,
+        redmd_wan_1_3b, sft_i2v_lab, sft_i2v_wan_1_3b, shift_lab, shift_wan_1_3b, tdm_lab, tdm_wan_1_3b,
     )
 }  # fmt: skip
 RECIPES |= {
@@ -46,46 +41,13 @@ def find_recipe(name: str) -> Config:
     if name not in RECIPES and not (module and function):
         hint = closest(name, RECIPES) or f": use one of {', '.join(RECIPES)}, or module:function of your own"
         raise UserError(f"no recipe {name!r}{hint}")
-    recipe = own_recipe(module, function) if module else RECIPES[name]
+    recipe = own_function(name, "recipe", "returns a Config") if module else RECIPES[name]
     try:
         config = recipe()
     except UserError:
         raise
     except (Exception, SystemExit) as error:
-        raise UserError(f"{name} failed\n{_in_their_words(error)}") from error
+        raise UserError(f"{name} failed\n{in_their_words(error)}") from error
     if not isinstance(config, Config):
         raise UserError(f"{name} returns a {type(config).__name__}, not a mogan Config: return one, as mogan_lab does")
     return config
-
-
-def own_recipe(module: str, function: str) -> Callable[[], Any]:
-    """A function that the user wrote."""
-    if module.endswith(".py") or "/" in module:
-        dotted = module.removesuffix(".py").strip("./").replace("/", ".")
-        raise UserError(f"a recipe is named by its module, not by its file: did you mean {dotted}:{function}?")
-    if os.getcwd() not in sys.path:  # the `mogan` script has its own folder there
-        sys.path.append(os.getcwd())  # at the end nothing is hidden
-    try:
-        found = importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        if not f"{module}.".startswith(f"{error.name}."):  # one that theirs imports
-            raise UserError(f"{module} cannot be imported\n{_in_their_words(error)}") from error
-        raise UserError(f"no module {module!r} in this folder or on PYTHONPATH, for {module}:{function}") from error
-    except (Exception, SystemExit) as error:
-        raise UserError(f"{module} cannot be imported\n{_in_their_words(error)}") from error
-    recipe = getattr(found, function, None)
-    if not callable(recipe):
-        own = [n for n, value in vars(found).items() if callable(value) and getattr(value, "__module__", "") == module]
-        where = getattr(found, "__file__", None) or module
-        raise UserError(f"{where} has no function {function!r}{closest(function, own) or ' that returns a Config'}")
-    return recipe
-
-
-def _in_their_words(error: BaseException) -> str:
-    """The traceback of an error as far as it passed through the user's own files."""
-    told = traceback.TracebackException.from_exception(error)
-    installed = map(sysconfig.get_path, ("stdlib", "platstdlib", "purelib", "platlib"))
-    others = (*installed, str(Path(__file__).parents[1]), "<")
-    theirs = [frame for frame in told.stack if not frame.filename.startswith(others)]
-    told.stack = traceback.StackSummary.from_list(theirs)
-    return "".join(told.format(chain=False)).removeprefix("Traceback (most recent call last):\n").rstrip()

@@ -4,47 +4,21 @@ Longer is not better: a discriminator that has won teaches nothing more, and dis
 its stiller teacher. The losses do not show it; the student's clips do.
 """
 
-from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
 from mogan.data.cache import open_cache
 from mogan.errors import UserError
 from mogan.models.attention import stack_text
 from mogan.models.autoencoder import stream_video
 from mogan.motion.flow import flow_of_pieces
-from mogan.motion.pixel_flux import sample_at
+from mogan.motion.pixel_flux import net_motion
 from mogan.runs.checkpoint import held_out_motions, write_held_out_motions
 from mogan.sampling.samplers import clips_at_once, sample_student
 from mogan.training.assemble import Assembly
 
 CLIPS, AT_ONCE = 64, 8  # judged, so that one clip more or less does not decide; sampled together at most
-POINTS, FASTEST = 16, 0.1  # points along each side of the picture; share of them that is averaged
-
-
-def net_motion(fields_BCFHW: Iterable[Float[Tensor, "b 2 g h w"]]) -> Float[Tensor, " b"]:
-    """How far the fastest tenth of the points gets from the first frame to the last, px/frame.
-
-    Points on a grid are carried along by the flow of pair after pair, which comes a few pairs at a time. What shimmers in place moves to and fro and gets
-    nowhere, while the mean of the flow itself would count it.
-    """
-    start, points, pairs = None, torch.empty(0), 0
-    for field in (field for fields in fields_BCFHW for field in fields.unbind(2)):
-        if start is None:
-            start = points = _grid(field)
-        points, pairs = points + sample_at(field, points), pairs + 1
-    assert start is not None, "a clip of one frame does not move"
-    gone = (points - start).norm(dim=-1) / pairs
-    return gone.topk(round(FASTEST * POINTS**2), -1).values.mean(-1)
-
-
-def _grid(field_BCHW: Tensor) -> Float[Tensor, "b n 2"]:
-    height, width = field_BCHW.shape[-2:]
-    x, y = torch.meshgrid(torch.linspace(0, width - 1, POINTS), torch.linspace(0, height - 1, POINTS), indexing="xy")
-    return torch.stack([x, y], -1).flatten(0, 1).to(field_BCHW).expand(len(field_BCHW), -1, -1)
 
 
 class Gain:

@@ -58,7 +58,7 @@ def load(
     dtype = dtype_of(config, world.device)
     vae = wan.load_vae(folder, dtype).to(world.device)
     encode, frozen = _text_encoder(cache, folder, world), _frozen_weights(config, dtype, world)
-    return Base(config, cache, world, folder, start, adapters_of, size, shape, dtype, vae, encode, frozen)
+    return Base(config, cache, world, folder, start, adapters_of, size, shape, dtype, vae, encode, frozen, prompts)
 
 
 def dtype_of(config: Config, device: torch.device) -> torch.dtype:

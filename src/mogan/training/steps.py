@@ -109,14 +109,29 @@ def split(batch: Batch, parts: int) -> list[Batch]:
     return pieces
 
 
-def rolled_out(parts: Assembly, update: Update, batch: Batch, where: Position) -> Rollout | None:
+def rolled_out(parts: Assembly, update: Update, batch: Batch, where: Position, *, grad: bool = True) -> Rollout | None:
     """What the student makes of the batch's prompts, if anybody asks; with gradient if it is the student that learns."""
     if not parts.config.lesson(update).rollout:
         return None
     generators, sigmas = where.generators(NOISE, batch), parts.config.sigmas
     noise = normal(torch.Size((len(batch.prompts), *parts.latent_shape)), generators, parts.device)
     text, step = stack_text(batch.text, parts.device), parts.rollout.draw(sigmas, where.generator(EXIT))
-    return parts.rollout.make(parts.student, noise, text, sigmas, generators, step, update.learns == "student")
+    return parts.rollout.make(parts.student, noise, text, sigmas, generators, step, grad and update.learns == "student")
+
+
+def compared(parts: Assembly, update: Update, batch: Batch, where: Position, most: int) -> Batch:
+    """The batch as its objectives complete it on sight of all that the student makes of it, ``most`` clips at a time.
+
+    Its parts are rolled out again, with gradient, when each is judged: only one of their graphs fits into memory.
+    """
+    found = [o.compare[update.learns] for o in parts.judges(update) if update.learns in o.compare]
+    if found:
+        pieces = split(batch, parts_of(len(batch.ids), most))
+        with torch.no_grad():
+            rollouts = [rolled_out(parts, update, piece, where, grad=False) for piece in pieces]
+            for compare in found:
+                batch = compare(batch, rollouts)
+    return batch
 
 
 def judged(
@@ -157,6 +172,7 @@ def learn(parts: Assembly, where: Position, batch: Batch, again: Sequence[Rollou
     for prepare in (o.prepare for o in objectives if o.prepare):
         generators = where.generators(NOISE, batch)
         batch = prepare(batch, iteration=where.iteration, generator=generators, most=most)
+    batch = compared(parts, update, batch, where, most)
     pieces = split(batch, parts_of(len(batch.ids), most))
     numbers: dict[str, Tensor] = {}
     made: list[Rollout] = []
