@@ -48,6 +48,7 @@ STOCK = {
     "flow": None,
     "sigmas": None,
     "solver": "lcm",
+    "counts": (),
 }
 LABS = {
     "size": Geometry(16, 64, 64, 17),
@@ -59,6 +60,7 @@ LABS = {
     "flow": "lab",
     "sigmas": None,
     "solver": "lcm",
+    "counts": (),
 }
 
 

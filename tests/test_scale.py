@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKLWan, WanPipeline
+from diffusers import AnyFlowPipeline, AutoencoderKLWan, WanPipeline
 
 import tiny_recipes
 from mogan.cli import main
@@ -104,6 +104,32 @@ def test_a_random_1_3b_folder_goes_through_every_command(width, raft, tmp_path, 
     assert video.shape == (*CLIP, 3)
     assert np.isfinite(video).all()
     assert seen == pytest.approx([1000, 757, 522], abs=0.5)  # CausVid's levels, from the scheduler in the export
+
+
+@pytest.mark.slow
+def test_a_student_for_several_numbers_of_steps_goes_through_every_command(raft, tmp_path):
+    model, cache, run, out = (str(tmp_path / name) for name in ("model", "cache", "run", "export"))
+    random_wan(tmp_path / "model", layers=2, text_layers=1, clip=CLIP, changes=NARROW)
+    clips = str(videos(tmp_path / "videos"))
+    assert main(["prepare", clips, "--model", model, "--out", cache, "--flow", str(raft)]) == 0
+    train = ["train", "tiny_recipes:tdm_wan", "--model", model, "--data", cache, "--out", run]
+    assert main([*train, "--iterations", "1"]) == 0
+    assert main([*train, "--iterations", "2"]) == 0  # resumes
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert all(np.isfinite([line["loss"], line["grad_norm"]]).all() for line in lines)
+    assert main(["export", run, "--out", out]) == 0
+    pipeline = AnyFlowPipeline.from_pretrained(out)
+    pipeline.set_progress_bar_config(disable=True)
+    size, seen = {"height": CLIP[1], "width": CLIP[2], "num_frames": CLIP[0]}, []
+    for steps in (1, 2, 4):
+        pipeline(
+            "a square",
+            **size,
+            num_inference_steps=steps,
+            output_type="latent",
+            callback_on_step_end=lambda pipe, step, t, kwargs: seen.append(float(t)) or {},
+        )
+    assert seen == pytest.approx([1000, 1000, 833.3, 1000, 937.5, 833.3, 625], abs=0.1)
 
 
 @pytest.mark.slow

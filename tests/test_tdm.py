@@ -6,11 +6,15 @@ from itertools import pairwise
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 
+from mogan.costs.calls import build_transformer
+from mogan.costs.shapes import PUBLISHED
 from mogan.data.batches import Batch
 from mogan.data.cache import open_cache
 from mogan.errors import UserError
 from mogan.models.denoiser import Denoiser
+from mogan.models.step_condition import tell_steps
 from mogan.objectives.dmd import DMD, dmd_direction, pseudo_huber, reweighted_target, target
 from mogan.recipes import tdm_wan_1_3b
 from mogan.runs.checkpoint import latest_checkpoint, load_part
@@ -323,6 +327,36 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit(lora, family, cache, tmp_pat
         one, two = (load_part(latest_checkpoint(run), part) for run in (whole, halves))
         assert one
         assert all(torch.equal(v, two[k]) for k, v in one.items()), part
+
+
+@pytest.mark.slow
+def test_the_full_size_recipe_judges_at_real_shapes():
+    config, shapes = tdm_wan_1_3b(), PUBLISHED["wan2.1-t2v-1.3b"]
+    dmd = config.objectives["dmd"]
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        student, fake_score = (Denoiser(tell_steps(build_transformer(shapes, 1)), torch.bfloat16) for _ in range(2))
+        teacher = Denoiser(build_transformer(shapes, 1), torch.bfloat16)
+        null, text = torch.empty(1, 20, 4096), torch.empty(1, 30, 4096)
+        judge = DMD(teacher, fake_score, null, guidance=dmd.guidance, shift=dmd.shift, huber=dmd.huber)
+        noise = torch.empty(1, *shapes.latent)
+        made = config.rollout.make(student, noise, text, config.sigmas, None, 5, True)
+        assert made.sample_BCFHW.shape == (1, 16, 21, 60, 104)
+        for loss in (judge.student_loss, judge.fake_score_loss):
+            assert loss(made, BATCH, torch.Generator())[0].shape == ()
+
+
+def test_estimate_counts_what_tells_student_and_fake_score_alone():
+    from test_estimate import MADE_UP, price
+
+    found = {n.name: n.parameters for n in price(tdm_wan_1_3b()).networks}
+    whole, told = (MADE_UP.parameters[name] for name in ("transformer", "told"))
+    assert (found["student"], found["fake_score"], found["teacher"]) == (whole + told, whole + told, whole)
+    adapters = {n.name: n.parameters for n in price(tdm_wan_1_3b(), lora=8).networks}
+    assert adapters["student"] == 8 * (MADE_UP.parameters["adapters"] + MADE_UP.parameters["told_adapters"])
+    student, fake_score = price(tdm_wan_1_3b()).steps
+    # two thirds of a step before the judged one, which the fake score's update makes without gradient
+    assert student.flops == pytest.approx(64 * (2 / 3 * 280e12 + 1120e12 + 3 * 280e12))
+    assert fake_score.flops == pytest.approx(64 * (5 / 3 * 280e12 + 1120e12))
 
 
 def test_the_full_size_recipe_leaves_levels_in_every_interval_that_distribution_matching_judges():

@@ -111,3 +111,9 @@ def shift() -> Config:
 
 def tdm() -> Config:
     return shrink(recipes.tdm_lab())
+
+
+def tdm_wan() -> Config:
+    config = recipes.tdm_wan_1_3b()
+    plan = tuple(replace(u, batch=2, accumulate=2) for u in config.plan)
+    return replace(config, plan=plan, iterations=2, save_every=1, sample_every=2, sample_prompts=1)

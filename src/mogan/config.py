@@ -103,7 +103,8 @@ LCM, EULER = "lcm", "euler"  # between a student's steps: fresh noise on its cle
 class RolloutKind(Protocol):
     """How a student makes clips while it is trained; see :mod:`mogan.sampling.rollout`.
 
-    ``solver`` is how a student that was trained so is sampled: ``lcm`` or ``euler``.
+    ``solver`` is how a student that was trained so is sampled: ``lcm`` or ``euler``. A kind whose ``told`` is true tells the
+    student, and what chases it, where each of its steps ends; one with ``counts`` trains it for several numbers of steps.
     """
 
     solver: ClassVar[str]
@@ -255,6 +256,16 @@ class Config:
     def solver(self) -> str:
         """How the student's steps follow one another when it is sampled."""
         return LCM if self.rollout is None else self.rollout.solver
+
+    @property
+    def told(self) -> bool:
+        """Whether student and fake score are told where a step ends (:mod:`mogan.models.step_condition`)."""
+        return bool(getattr(self.rollout, "told", False))
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """Numbers of steps that the student is trained for, where there are several."""
+        return tuple(getattr(self.rollout, "counts", ()))
 
     @property
     def alone(self) -> str:

@@ -26,6 +26,11 @@ def shifted_levels(steps: int, k: float) -> tuple[float, ...]:
     return (1.0, *(shift(1 - i / steps, k) for i in range(1, steps)))
 
 
+def levels_of(sigmas: tuple[float, ...], count: int) -> tuple[float, ...]:
+    """The levels of fewer steps: every so-maniest. Of a shifted uniform grid it is the shifted uniform grid of those steps."""
+    return sigmas[:: len(sigmas) // count]
+
+
 def add_noise(x0: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
     """``(1 - sigma) x0 + sigma noise``."""
     s = broadcast(sigma, x0)

@@ -19,6 +19,7 @@ from mogan.models.attention import set_attention
 from mogan.models.autoencoder import decode_window, encode_video, stream_video
 from mogan.models.denoiser import Denoiser, recomputed
 from mogan.models.discriminator import Discriminator
+from mogan.models.step_condition import arguments_of
 from mogan.motion.flow import RaftConfig, RaftFlow, motion_picture, read_raft_config
 
 TEXT_TOKENS = 128  # a long caption; cross-attention to the padding is folded into one token
@@ -62,7 +63,8 @@ class Tracer:
     @property
     def parameters(self) -> dict[str, int]:
         """Numbers of parameters: ``transformer``, ``block`` (one of its blocks), ``rest`` (what is outside them), ``adapters``
-        (per rank), ``vae``, ``text_encoder``.
+        (per rank), ``vae``, ``text_encoder``; ``told`` and ``told_adapters`` (per rank): more of a transformer that is told where
+        its step ends.
         """
         return self.once(("parameters",), lambda: network_parameters(self.shapes))
 
@@ -107,7 +109,7 @@ class Tracer:
 
 def build_transformer(shapes: Shapes, layers: int | None = None) -> Any:
     """A Wan transformer of this shape (on whatever device is current), at another depth if asked."""
-    config = {k: v for k, v in shapes.transformer.items() if not k.startswith("_")}
+    config = arguments_of(WanTransformer3DModel, shapes.transformer)
     network = WanTransformer3DModel(**config | ({} if layers is None else {"num_layers": layers}))
     return set_attention(network, fp32_on_cpu=False)
 
@@ -119,7 +121,7 @@ def network_parameters(shapes: Shapes) -> dict[str, int]:
         vae = sizes(AutoencoderKLWan(**_known(shapes.vae)))[0]
     width = shapes.transformer["num_attention_heads"] * shapes.transformer["attention_head_dim"]
     layers, ffn = shapes.transformer["num_layers"], shapes.transformer["ffn_dim"]
-    text = shapes.text_encoder
+    text, waves = shapes.text_encoder, shapes.transformer.get("freq_dim", 256)
     inner = text["num_heads"] * text["d_kv"]
     gated = 3 if str(text.get("feed_forward_proj", "gated-gelu")).startswith("gated") else 2
     buckets = text.get("relative_attention_num_buckets", 32) * text["num_heads"]
@@ -129,6 +131,8 @@ def network_parameters(shapes: Shapes) -> dict[str, int]:
         "block": two - one,
         "rest": one - (two - one),
         "adapters": layers * (8 * 2 * width + 2 * (width + ffn)),  # per rank; eight square matrices and two of the MLP
+        "told": waves * width + width + width * width + width,
+        "told_adapters": waves + 3 * width,
         "vae": vae,
         "text_encoder": text["vocab_size"] * text["d_model"] + text["num_layers"] * layer + text["d_model"],
     }

@@ -215,7 +215,7 @@ def _share(config: Config, updates: Sequence[Update]) -> float:
 def _networks(
     config: Config, prices: Mapping[str, Price], tracer: Tracer, gpus: int, lora: int | None
 ) -> tuple[Network, ...]:
-    whole, rank = tracer.parameters["transformer"], lora or 0
+    whole, rank, told = tracer.parameters["transformer"], lora or 0, int(config.told)
     layers = round((whole - tracer.parameters["rest"]) / tracer.parameters["block"])
     blocks = layers * tracer.parameters["block"]
     held = BF16 * blocks + FP32 * (whole - blocks) if lora else FP32 * whole  # of a frozen transformer
@@ -226,7 +226,8 @@ def _networks(
     def trained(kept: Kept, averaged: bool = False, own_base: bool = False) -> Network:
         """With adapters, a transformer learns those over a frozen base, which it may share."""
         adapts = lora is not None and kept.transformer
-        parameters = rank * tracer.parameters["adapters"] if adapts else kept.parameters
+        each = tracer.parameters["adapters"] + told * tracer.parameters["told_adapters"]
+        parameters = rank * each if adapts else kept.parameters
         mine = FP32 * parameters / gpus
         weights = mine + kept.beside + (held / gpus if adapts and own_base else 0.0)
         return Network(kept.name, parameters, weights, mine, 2 * optimizers(kept.name) * mine, averaged * mine)
@@ -235,7 +236,8 @@ def _networks(
     # adapters share the frozen weights of a network that starts as they do, unless the student starts elsewhere
     own_base = config.post_trains or not any(k.transformer and not k.learns for k in every)
     learns = any(update.learns == "student" for update in config.plan)
-    found = [trained(Kept("student", whole, transformer=True), True, own_base)] if learns else []
+    student = Kept("student", whole + told * tracer.parameters["told"], transformer=True)
+    found = [trained(student, True, own_base)] if learns else []
     for kept in every:
         if kept.learns:
             found.append(trained(kept))

@@ -1,4 +1,7 @@
-"""Out to what people run: a diffusers folder that stock ``WanPipeline`` samples in a few steps, or one LoRA file."""
+"""Out to what people run: a diffusers folder that stock ``WanPipeline`` samples in a few steps, or one LoRA file.
+
+A student that is told where its steps end is a folder of stock ``AnyFlowPipeline``.
+"""
 
 import json
 import os
@@ -11,7 +14,7 @@ from typing import Any, Literal
 
 import torch
 import tyro
-from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchLCMScheduler
+from diffusers import FlowMapEulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler, FlowMatchLCMScheduler
 from safetensors.torch import save
 from torch import nn
 from tqdm import tqdm
@@ -23,14 +26,18 @@ from mogan.exchange.card import metrics_table, model_card, model_name, run_notes
 from mogan.exchange.layouts import original_module, split_leaf
 from mogan.models import wan
 from mogan.models.lora import decompose, factors, merge
+from mogan.models.step_condition import is_told, to_stock
 from mogan.ranges import at_least
 from mogan.runs.checkpoint import load_part, student_checkpoint
 from mogan.runs.generator import Generator, open_generator
 from mogan.runs.identity import part_of_run
+from mogan.schedule import levels_of, shifted_levels
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 TOLERANCE = 1e-4  # largest error of a level, in sigma
 FOLDER_USAGE = ["from diffusers import WanPipeline\n", 'pipe = WanPipeline.from_pretrained("PATH")']
+TOLD_INDEX = {"_class_name": "AnyFlowPipeline", "transformer": ["diffusers", "AnyFlowTransformer3DModel"]}
+TOLD_USAGE = [line.replace("WanPipeline", "AnyFlowPipeline") for line in FOLDER_USAGE]
 
 
 SCHEDULERS = {LCM: FlowMatchLCMScheduler, EULER: FlowMatchEulerDiscreteScheduler}  # of a student's steps
@@ -72,6 +79,19 @@ def scheduler_for(sigmas: tuple[float, ...], solver: str = LCM) -> FlowMatchEule
     return build(shift)
 
 
+def flow_map_scheduler(sigmas: tuple[float, ...]) -> FlowMapEulerDiscreteScheduler:
+    """The scheduler of ``AnyFlowPipeline`` that visits these levels, and with fewer steps every so-maniest of them.
+
+    Raises:
+        UserError: they are no shifted uniform grid, which is all that it has.
+    """
+    even = 1 - 1 / len(sigmas)  # the second level before the shift
+    k = sigmas[1] * (1 - even) / (even * (1 - sigmas[1])) if len(sigmas) > 1 else 1.0
+    if max(abs(a - b) for a, b in zip(shifted_levels(len(sigmas), k), sigmas, strict=True)) > TOLERANCE:
+        raise UserError(f"AnyFlowPipeline samples at shifted uniform grids, and {list(sigmas)} is none: distil at one")
+    return FlowMapEulerDiscreteScheduler(shift=round(k, 6))
+
+
 def export(
     run: tyro.conf.Positional[Path],
     *,
@@ -87,7 +107,8 @@ def export(
     Args:
         run: folder of a training run.
         out: where the export goes, a folder or (lora) a .safetensors file; must not exist yet.
-        to: diffusers: a folder stock WanPipeline opens and samples with num_inference_steps and guidance_scale=1.
+        to: diffusers: a folder stock WanPipeline (AnyFlowPipeline, of a student that is told where its steps end) opens and
+            samples with num_inference_steps and guidance_scale=1.
             lora: a file for pipe.load_lora_weights and for ComfyUI, with a card beside it.
         rank: of the LoRA file. A run with adapters is exported exactly if this is left out; the difference of any other
             student to the base model is approximated (rank 64 if left out), and the error printed.
@@ -111,20 +132,42 @@ def export(
     assert source.sigmas is not None
     notes = run_notes(run) + metrics_table(results)
     if to == "lora":
+        if source.told:
+            raise UserError(
+                f"{run} trained a student that is told where its steps end, which no LoRA of a stock Wan can be: leave out --to lora"
+            )
         save_lora(run, source, out, rank, precision, notes)
         print(f"exported to {out}; use it with: pipe.load_lora_weights({str(out)!r})")
         return
-    card = model_card("Few-step Wan student", source.folder, source.sigmas, notes, FOLDER_USAGE, source.solver)
+    usage = TOLD_USAGE if source.told else FOLDER_USAGE
+    notes = counts_notes(source) + notes
+    card = model_card("Few-step Wan student", source.folder, source.sigmas, notes, usage, source.solver)
     fake = _fake_score(run, source) if fake_score else None
-    save_student(source.load(), source.folder, out, source.sigmas, precision, card, source.solver, fake_score=fake)
-    print(f"exported to {out}; use it with: WanPipeline.from_pretrained({str(out)!r})")
+    how = source.solver, source.counts
+    save_student(source.load(), source.folder, out, source.sigmas, precision, card, *how, fake_score=fake)
+    print(f"exported to {out}; use it with: {usage[-1].removeprefix('pipe = ').replace('PATH', str(out))}")
+
+
+def counts_notes(source: Generator) -> list[str]:
+    """How a student of several numbers of steps is sampled in each."""
+    if not source.counts or source.sigmas is None:
+        return []
+    offered = ", ".join(map(str, source.counts))
+    if source.told:
+        return [f"- `num_inference_steps` may be {offered}: it was trained for these, and is told which"]
+    schedulers = {n: scheduler_for(levels_of(source.sigmas, n), source.solver) for n in source.counts}
+    return [
+        f"- in {n} steps: `pipe.scheduler = {type(s).__name__}(shift={s.config.shift}, "
+        f"shift_terminal={s.config.shift_terminal})`, `num_inference_steps={n}`"
+        for n, s in schedulers.items()
+    ]
 
 
 def _fake_score(run: Path, source: Generator) -> Any:
     weights = load_part(student_checkpoint(run), "fake_score.transformer")
     if not weights:
         raise UserError(f"{run} trained no fake score: leave --fake-score out")
-    transformer = wan.load_transformer(source.folder)
+    transformer = source.start()
     if source.lora is not None:
         merge(transformer, factors(weights))
     else:
@@ -226,13 +269,15 @@ def save_student(
     dtype: torch.dtype,
     card: str,
     solver: str = LCM,
+    counts: tuple[int, ...] = (),
     fake_score: Any = None,
 ) -> None:
     """Write a student's folder under a temporary name, then rename it.
 
     Text encoder, tokenizer and autoencoder are the base model's own files, hard-linked where the disk allows it.
     """
-    scheduler = scheduler_for(sigmas, solver)
+    told = is_told(transformer)
+    scheduler: Any = flow_map_scheduler(sigmas) if told else scheduler_for(sigmas, solver)
     for network in filter(None, (transformer, fake_score)):
         check_range(network.state_dict(), dtype)
     with new_folder(out) as temporary:
@@ -242,12 +287,15 @@ def save_student(
             if network is not None:
                 network.register_to_config(_name_or_path="")  # else the folder tells where on this machine it came from
                 nn.Module.to(network, dtype)  # what diffusers says of its own `to` is for inference
-                network.save_pretrained(temporary / part)
+                (to_stock(network) if told else network).save_pretrained(temporary / part)
         scheduler.save_pretrained(temporary / "scheduler")
         index = json.loads((base / "model_index.json").read_text())
         index["scheduler"] = ["diffusers", type(scheduler).__name__]
+        if told:
+            others = ("_diffusers_version", "vae", "text_encoder", "tokenizer", "scheduler")
+            index = {k: v for k, v in index.items() if k in others} | TOLD_INDEX
         write_atomically(temporary / "model_index.json", json.dumps(index, indent=2) + "\n")
-        facts = replace(wan.defaults(base), sigmas=sigmas, solver=solver).facts()
+        facts = replace(wan.defaults(base), sigmas=sigmas, solver=solver, counts=counts).facts()
         write_atomically(temporary / "mogan.json", json.dumps(facts, indent=2) + "\n")
         write_atomically(temporary / "README.md", card)
 

@@ -45,6 +45,7 @@ class Defaults:
         size: frame rate and size of its clips.
         sigmas: levels of a few-step student, which needs no guidance; ``None``: a model of many guided steps.
         solver: how its steps follow one another, ``lcm`` (fresh noise between them) or ``euler``.
+        counts: numbers of steps it was trained for, where there are several; of fewer than ``sigmas`` every so-maniest is taken.
         steps, guidance, shift: of those.
         negative_prompt: what guidance leads away from.
         first_frame_guidance: of a model that is given the first frame, at its own levels; 1 is none.
@@ -54,6 +55,7 @@ class Defaults:
     size: Geometry = Geometry()
     sigmas: tuple[float, ...] | None = None
     solver: str = LCM
+    counts: tuple[int, ...] = ()
     steps: int = 50
     guidance: float = 5.0
     shift: float = 5.0
@@ -87,7 +89,8 @@ def read_defaults(facts: dict[str, Any], usual: Geometry, path: Path) -> Default
             raise UserError(f"{path}: {name} must be {wanted}, not {facts[name]!r}; correct it")
     size = replace(usual, **{f.name: facts[f.name] for f in fields(Geometry) if f.name in facts})
     own = {f.name: facts[f.name] for f in fields(Defaults) if f.name in facts}
-    return Defaults(**own | {"size": size, "sigmas": tuple(own["sigmas"]) if own.get("sigmas") else None})
+    lists = {"sigmas": tuple(own["sigmas"]) if own.get("sigmas") else None, "counts": tuple(own.get("counts", ()))}
+    return Defaults(**own | lists | {"size": size})
 
 
 def _whole(value: Any) -> bool:
@@ -111,6 +114,7 @@ _CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "negative_prompt": (lambda value: isinstance(value, str), "a text"),
     "flow": (lambda value: value is None or isinstance(value, str), "the name of a flow estimator"),
     "solver": (lambda value: value in (LCM, EULER), f"{LCM} or {EULER}"),
+    "counts": (lambda value: isinstance(value, list) and all(map(_whole, value)), "whole numbers above 0"),
     "sigmas": (_levels, "numbers that fall to above 0"),
 }
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mogan.errors import UserError
+from mogan.models.step_condition import is_told
 from mogan.schedule import velocity_to_x0
 
 
@@ -24,6 +25,9 @@ class Denoiser(nn.Module):
     Args:
         transformer: called as ``transformer(x, timestep, text, return_dict=False)[0]``, predicts velocity.
         dtype: dtype of the matrix products (autocast); the prediction is always returned in fp32.
+
+    Attributes:
+        told: the transformer reads where its step ends (see :mod:`mogan.models.step_condition`).
     """
 
     transformer: Any
@@ -32,11 +36,22 @@ class Denoiser(nn.Module):
         super().__init__()
         self.transformer = transformer
         self.dtype = dtype
+        self.told = is_told(transformer)
 
     def velocity(
-        self, x_BCFHW: Float[Tensor, "b c f h w"], sigma: Float[Tensor, "b *f"], text_BLD: Float[Tensor, "b l d"]
+        self,
+        x_BCFHW: Float[Tensor, "b c f h w"],
+        sigma: Float[Tensor, "b *f"],
+        text_BLD: Float[Tensor, "b l d"],
+        to: float | None = None,
     ) -> Float[Tensor, "b c f h w"]:
-        """Predict ``noise - x0`` at noise level ``sigma``, one per sample or one per sample and latent frame."""
+        """Predict ``noise - x0`` at noise level ``sigma``, one per sample or one per sample and latent frame.
+
+        ``to`` is the level at which the step ends, for a network that is told; ``None``: it ends where it begins, which is
+        the velocity of a network that is not.
+        """
+        if self.told:
+            sigma = torch.cat([sigma, sigma if to is None else torch.full_like(sigma, to)])
         timestep = 1000.0 * sigma  # exact: no table look-up
         if timestep.ndim == 2:
             patch_f, patch_h, patch_w = self.transformer.config.patch_size
@@ -46,9 +61,9 @@ class Denoiser(nn.Module):
             out = self.transformer(x_BCFHW, timestep, text_BLD, return_dict=False)[0]
         return out.float()
 
-    def forward(self, x_BCFHW: Tensor, sigma: Tensor, text_BLD: Tensor) -> Tensor:
+    def forward(self, x_BCFHW: Tensor, sigma: Tensor, text_BLD: Tensor, to: float | None = None) -> Tensor:
         """Predict the clean latent."""
-        return velocity_to_x0(x_BCFHW, self.velocity(x_BCFHW, sigma, text_BLD), sigma)
+        return velocity_to_x0(x_BCFHW, self.velocity(x_BCFHW, sigma, text_BLD, to), sigma)
 
 
 def guided_velocity(

@@ -14,8 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from mogan.errors import UserError
+from mogan.models.step_condition import tell_steps
 
-TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2"]  # every matrix of every block
+TARGETS = [  # every matrix of every block; of a transformer that is told where its step ends, what tells it
+    *("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2"),
+    *("delta_embedder.linear_1", "delta_embedder.linear_2"),
+]
 
 Factors = dict[str, tuple[Tensor, Tensor]]  # module name -> A (rank, in), B (out, rank)
 
@@ -31,18 +35,20 @@ def hold_in(transformer: Any, dtype: torch.dtype) -> Any:
     return transformer.eval().requires_grad_(False)
 
 
-def adapted(base: Any, rank: int, seed: int) -> Any:
+def adapted(base: Any, rank: int, seed: int, told: bool = False) -> Any:
     """A second module tree over the frozen parameters of ``base``, with trainable fp32 adapters that start at nothing.
 
     Args:
         base: frozen transformer; stays as it is.
         rank: of every adapter.
         seed: of ``A``; ``B`` starts at zero.
+        told: the tree reads where its step ends, whether ``base`` does or not.
     """
     from peft import LoraConfig
 
     shared = {id(t): t for t in (*base.parameters(), *base.buffers())}
     tree = copy.deepcopy(base, shared)
+    tree = tell_steps(tree) if told else tree
     torch.manual_seed(seed)
     tree.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=TARGETS))
     for parameter in tree.parameters():

@@ -12,7 +12,7 @@ from importlib.resources import files
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from diffusers import AnyFlowTransformer3DModel, AutoencoderKLWan, WanTransformer3DModel
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoTokenizer, UMT5EncoderModel
@@ -20,6 +20,7 @@ from transformers import AutoTokenizer, UMT5EncoderModel
 from mogan.errors import UserError
 from mogan.models.attention import TEXT_LENGTH, set_attention
 from mogan.models.defaults import WAN_22, Defaults, Geometry, read_defaults
+from mogan.models.step_condition import CLASS, from_stock
 
 TextEncoder = Callable[[list[str]], list[Tensor]]
 
@@ -73,7 +74,7 @@ def check_parts(model: Path) -> None:
     transformer, vae, text = (_config(model, part) for part in ("transformer", "vae", "text_encoder"))
     if transformer is not None and not _from_text_alone(transformer):
         raise UserError(f"{model} is image-conditioned; text-to-video transformers are what can be trained here")
-    for part, config, kind in (("transformer", transformer, WanTransformer3DModel), ("vae", vae, AutoencoderKLWan)):
+    for part, config, kind in (("transformer", transformer, class_of(transformer)), ("vae", vae, AutoencoderKLWan)):
         if config is not None:
             _check_class(model, part, config, kind)
     if vae is not None:
@@ -113,6 +114,16 @@ def _check_class(model: Path, part: str, config: dict, kind: type) -> None:
     found = config.get("_class_name")
     if found != kind.__name__:
         raise UserError(f"{model}/{part} holds a {found}, not a {kind.__name__}: only the Wan family is supported")
+
+
+def class_of(transformer: dict | None) -> type:
+    """The stock class of a transformer's config: Wan's, or of one that is told where its step ends."""
+    return AnyFlowTransformer3DModel if (transformer or {}).get("_class_name") == CLASS else WanTransformer3DModel
+
+
+def is_told(model: Path, part: str = "transformer") -> bool:
+    """Whether a folder's transformer reads where its step ends (see :mod:`mogan.models.step_condition`)."""
+    return class_of(_config(model, part)) is AnyFlowTransformer3DModel
 
 
 def _from_text_alone(transformer: dict) -> bool:
@@ -206,9 +217,11 @@ def load_vae(model: Path, dtype: torch.dtype | None = None) -> AutoencoderKLWan:
 
 def load_transformer(model: Path, part: str = "transformer") -> WanTransformer3DModel:
     """A transformer in fp32 whose cross-attention folds the text padding (see :class:`FoldedPadding`)."""
-    transformer = _from_pretrained(WanTransformer3DModel, model, part, torch.float32)
+    transformer = _from_pretrained(class_of(_config(model, part)), model, part, torch.float32)
     if not _from_text_alone(transformer.config):
         raise UserError(f"{model} is image-conditioned; text-to-video transformers are what can be trained here")
+    if isinstance(transformer, AnyFlowTransformer3DModel):
+        transformer = from_stock(transformer, model / part)
     return set_attention(transformer)
 
 

@@ -13,10 +13,12 @@ from torch import Tensor
 from mogan.config import Config
 from mogan.data.cache import Cache
 from mogan.distributed import World, shard, split_tokens
+from mogan.errors import UserError
 from mogan.models import wan
 from mogan.models.attention import stack_text
 from mogan.models.denoiser import Denoiser
 from mogan.models.lora import adapted
+from mogan.models.step_condition import tell_steps
 from mogan.motion import estimators
 from mogan.motion.flow import FlowEstimator, RaftFlow
 
@@ -64,10 +66,16 @@ class Base:
     def denoiser(self, folder: Path, part: str) -> Denoiser:
         """A transformer that learns: all its weights, or adapters over the frozen one."""
         config = self.config
+        if wan.is_told(folder, part) and not config.told:
+            raise UserError(
+                f"{folder}/{part} is told where its steps end, and {config.recipe} tells nothing: go on with the recipe that made "
+                "it, or start from another model"
+            )
         if config.lora is None:
-            transformer = wan.load_transformer(folder, part).train()
+            transformer = wan.load_transformer(folder, part)
+            transformer = (tell_steps(transformer) if config.told else transformer).train()
         else:
-            transformer = adapted(self.frozen(folder, part), config.lora, config.seed).train()
+            transformer = adapted(self.frozen(folder, part), config.lora, config.seed, config.told).train()
         if config.checkpointing:
             transformer.enable_gradient_checkpointing()
         return Denoiser(spread(transformer, self.world, self.dtype), self.dtype)

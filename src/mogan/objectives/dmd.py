@@ -85,9 +85,11 @@ class DMDConfig:
         calls, forward = guided_calls(self.guidance), tracer.forward
         looks = (Call(forward.work * calls, 0.0, calls * forward.peak), forward.freed())
         again = forward.work.flops if config.checkpointing else 0.0
+        weights = tracer.parameters["transformer"]
+        told = tracer.parameters["told"] if config.told else 0
         kept = (
-            Kept("teacher", tracer.parameters["transformer"], learns=False, transformer=True),
-            Kept("fake_score", tracer.parameters["transformer"], transformer=True),
+            Kept("teacher", weights, learns=False, transformer=True),
+            Kept("fake_score", weights + told, transformer=True),
         )
         price = Price({"student": Bill(looks, 2), "fake_score": Bill((tracer.train,), 2, again)}, kept)
         return self.weights.priced(price, config, tracer, self.guidance) if self.weights else price
@@ -179,7 +181,7 @@ class DMD:
             x_t, _, sigma = self._noised(rollout, generator)
             velocity = guided_velocity(self.teacher, x_t, sigma, rollout.text_BLD, self.null_1LD, self.guidance)
             real = velocity_to_x0(x_t, velocity, sigma)
-            fake = self.fake_score(x_t, sigma, rollout.text_BLD)
+            fake = self.fake_score(x_t, sigma, rollout.text_BLD, **_told(rollout))
             gradient = torch.nan_to_num(self.direction(rollout.guess_BCFHW, real, fake, sigma))
         gap = x - (x.detach() - gradient)
         error = broadcast(batch.more["weight"], x) * gap.square() if "weight" in batch.more else gap.square()
@@ -193,12 +195,17 @@ class DMD:
         times as much, or the noisiest of several levels would drown the others. What is learnt at each is the same.
         """
         x_t, noise, sigma = self._noised(rollout, generator)
-        velocity = self.fake_score.velocity(x_t, sigma, rollout.text_BLD)
+        velocity = self.fake_score.velocity(x_t, sigma, rollout.text_BLD, **_told(rollout))
         if self.reweighted and rollout.level:
             wanted, weight_B = reweighted_target(rollout, x_t, noise, sigma)
             return (weight_B * (velocity - wanted).square().flatten(1).mean(1)).mean(), {"weight": weight_B.mean()}
         error = (velocity - target(rollout, noise, sigma)).square().mean()
         return error * (1 - rollout.level) ** 2, {}
+
+
+def _told(rollout: Rollout) -> dict[str, float]:
+    """What a fake score is told beside level and text."""
+    return {} if rollout.toward is None else {"to": rollout.toward}
 
 
 def target(rollout: Rollout, noise: Tensor, sigma: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """What can be sampled: a folder of a model, or a training run on top of one; and the motion model of a run."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +11,18 @@ from mogan.config import LCM
 from mogan.errors import UserError
 from mogan.models import wan
 from mogan.models.lora import factors, merge
+from mogan.models.step_condition import tell_steps
 from mogan.runs.checkpoint import load_part, settings, student_checkpoint
 from mogan.runs.identity import part_of_run, read_config
+from mogan.schedule import levels_of
 
 
 @dataclass(frozen=True)
 class Generator:
-    """Where a generator's parts lie: a diffusers folder, or a training run on top of one."""
+    """Where a generator's parts lie: a diffusers folder, or a training run on top of one.
+
+    ``told``: the run's student reads where its steps end. ``counts``: numbers of steps it was trained for, if several.
+    """
 
     folder: Path
     sigmas: tuple[float, ...] | None
@@ -25,6 +30,19 @@ class Generator:
     run: Path | None = None
     lora: int | None = None
     solver: str = LCM
+    counts: tuple[int, ...] = ()
+    told: bool = False
+
+    def in_steps(self, count: int) -> "Generator":
+        """The same generator, sampled in so many steps.
+
+        Raises:
+            UserError: it was not trained for that.
+        """
+        if count not in self.counts or self.sigmas is None:
+            offered = ", ".join(map(str, self.counts))
+            raise UserError(f"the student was trained for {offered} steps, not for {count}: give --steps one of these")
+        return replace(self, sigmas=levels_of(self.sigmas, count))
 
     def steps_told(self) -> dict[str, Any]:
         """What is said of a few-step student's steps: their levels, and the solver where it is not the usual one."""
@@ -32,12 +50,17 @@ class Generator:
 
     def load(self) -> torch.nn.Module:
         """The transformer; of a run, with the averaged weights or adapters of its newest checkpoint, the latter merged."""
-        transformer = wan.load_transformer(self.folder)
+        transformer = self.start()
         if self.lora is not None:
             merge(transformer, factors(self.average()))
         elif self.run is not None:
             transformer.load_state_dict(self.average())
         return transformer
+
+    def start(self, part: str = "transformer") -> torch.nn.Module:
+        """A transformer of the folder as the run began with it."""
+        transformer = wan.load_transformer(self.folder, part)
+        return tell_steps(transformer) if self.told else transformer
 
     def average(self) -> dict[str, Tensor]:
         """What a run's student learned, averaged: its weights or its adapters."""
@@ -65,11 +88,14 @@ def open_generator(name: str) -> Generator:
             raise UserError(
                 f"{name} is a motion model, not a generator: give it as --motion beside a teacher as --model"
             )
-        solver = config.get("solver", LCM)
-        return Generator(folder, tuple(config["sigmas"]), wan.geometry(folder), run, config.get("lora"), solver)
+        kind = config.get("rollout") or {}
+        return Generator(
+            folder, tuple(config["sigmas"]), wan.geometry(folder), run, config.get("lora"), config.get("solver", LCM),
+            tuple(kind.get("counts", ())), bool(kind.get("told")),
+        )  # fmt: skip
     folder = wan.resolve_model(name)
     own = wan.defaults(folder)
-    return Generator(folder, own.sigmas, own.size, solver=own.solver)
+    return Generator(folder, own.sigmas, own.size, solver=own.solver, counts=own.counts)
 
 
 def open_motion(run: Path, base: Path, frames: int) -> tuple[torch.nn.Module, int]:

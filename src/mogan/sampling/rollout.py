@@ -18,7 +18,7 @@ from torch import Tensor
 
 from mogan.config import EULER, LCM
 from mogan.models.denoiser import Denoiser, guided_velocity
-from mogan.schedule import add_noise
+from mogan.schedule import add_noise, levels_of
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,7 @@ class Rollout:
         level: noise level at which the sample lies; 0: it is clean.
         interval: levels between which it may be judged; whoever judges noises it to one of them.
         clean_BCFHW: the clean latent that the judged step predicted, detached; ``None``: it is the sample.
+        toward: the level that a fake score is told which is told; ``None``: nothing.
     """
 
     sample_BCFHW: Float[Tensor, "b c f h w"]
@@ -40,6 +41,7 @@ class Rollout:
     level: float = 0.0
     interval: tuple[float, float] = (0.0, 1.0)
     clean_BCFHW: Float[Tensor, "b c f h w"] | None = None
+    toward: float | None = None
 
     @property
     def guess_BCFHW(self) -> Float[Tensor, "b c f h w"]:
@@ -119,18 +121,22 @@ class Intervals:
     """The student's own deterministic trajectory in one of several numbers of steps (TDM, arXiv 2503.06674).
 
     A number of steps is drawn, then one of them. What lies at its lower end is judged between its two levels alone: the
-    intervals of a trajectory are disjoint. ``counts`` divide the number of ``sigmas``, of which every so-maniest is taken;
-    of a shifted uniform grid those are the shifted uniform grids of fewer steps.
+    intervals of a trajectory are disjoint.
+
+    A student that is told reads where each step ends. The fake score must know the number of steps: a level in the interval
+    of one step lies in intervals of others, too. It is told the end of the first step, which is another for each number.
 
     Attributes:
-        counts: numbers of steps.
+        counts: numbers of steps, whose levels are :func:`mogan.schedule.levels_of` all.
         low_gap: levels kept off an interval's lower end, where the target diverges; none of 0.
         high_gap: and off its upper end; none of 1.
+        told: student and fake score are told (see :mod:`mogan.models.step_condition`); else each is one for all numbers.
     """
 
     counts: tuple[int, ...]
     low_gap: float = 0.02
     high_gap: float = 0.01
+    told: bool = True
     solver: ClassVar[str] = EULER
 
     def draw(self, sigmas: tuple[float, ...], generator: torch.Generator) -> int:
@@ -140,8 +146,10 @@ class Intervals:
 
     def steps(self, sigmas: tuple[float, ...]) -> float:
         """Steps before the drawn one, a mean. Raises ValueError for counts that the levels do not divide into."""
-        if not self.counts or any(count < 1 or len(sigmas) % count for count in self.counts):
-            raise ValueError(f"rollout: counts {self.counts} must each divide the student's {len(sigmas)} levels")
+        if any(count < 1 or len(sigmas) % count for count in self.counts) or len(sigmas) not in self.counts:
+            raise ValueError(
+                f"rollout: counts {self.counts} must each divide the student's {len(sigmas)} levels, the largest be all of them"
+            )
         for levels, step in self.stages(sigmas):
             low, high = self._interval(levels, step)
             if low >= high:
@@ -172,19 +180,22 @@ class Intervals:
     ) -> Rollout:
         """The sample at the end of a step of :meth:`stages`; ``generator`` is not used."""
         levels, number = self.stages(sigmas)[step]
-        x, clean = follow(student, noise, text, levels[: number + 2], grad)
-        return Rollout(x, step, text, levels[number + 1], self._interval(levels, number), clean)
-
-
-def levels_of(sigmas: tuple[float, ...], count: int) -> tuple[float, ...]:
-    """The levels of fewer steps: every so-maniest."""
-    return sigmas[:: len(sigmas) // count]
+        x, clean = follow(student, noise, text, levels[: number + 2], grad, self.told)
+        toward = levels[1] if self.told else None
+        return Rollout(x, number, text, levels[number + 1], self._interval(levels, number), clean, toward)
 
 
 def follow(
-    student: Denoiser, noise_BCFHW: Tensor, text_BLD: Tensor, levels: Sequence[float], grad: bool = False
+    student: Denoiser,
+    noise_BCFHW: Tensor,
+    text_BLD: Tensor,
+    levels: Sequence[float],
+    grad: bool = False,
+    told: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Euler steps along the student's flow from one of ``levels`` to the next, gradient through the last alone.
+
+    With ``told`` the student is told where each step ends.
 
     Returns what lies at the last level, and the clean latent that the last step predicted, detached.
     """
@@ -192,7 +203,8 @@ def follow(
     clean = x
     for number, (level, following) in enumerate(pairwise(levels)):
         with torch.set_grad_enabled(grad and number == last):
-            velocity = student.velocity(x, torch.full((len(x),), level, device=x.device), text_BLD)
+            ends = {"to": following} if told else {}
+            velocity = student.velocity(x, torch.full((len(x),), level, device=x.device), text_BLD, **ends)
             clean = (x - level * velocity).detach()
             x = x + (following - level) * velocity
     return x, clean

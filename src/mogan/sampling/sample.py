@@ -66,7 +66,7 @@ def sample(
         mode: few steps at the student's own levels, or many guided steps; auto asks the model.
         seeds: clips per prompt.
         first_seed: seed of the first clip of every prompt; the others follow.
-        steps: steps of a teacher.
+        steps: steps of a teacher; of a student that was trained for several numbers of steps one of them, else the largest.
         guidance: guidance of a teacher, or of a model that is given the first frame.
         shift: level shift of a teacher.
         negative_prompt: what guidance leads away from; "" for none.
@@ -99,6 +99,8 @@ def sample(
     _tell_of_tokens(source, jobs, negative_prompt)
     few_steps = source.sigmas is not None if mode == "auto" else mode == "student"
     _refuse_what_does_not_go_together(model, source, few_steps, flowmo, motion, first_frames)
+    if few_steps and source.counts and steps is not None:
+        source, steps = source.in_steps(steps), None
     own = {"steps": steps, "guidance": guidance, "shift": shift, "negative_prompt": negative_prompt}
     guided = _guided(model, source, few_steps, first_frames, {k: v for k, v in own.items() if v is not None})
     as_teacher = None if few_steps else TeacherSteps(guided, solver, flowmo, motion, motion_ratio)

@@ -19,7 +19,7 @@ from mogan.models import autoencoder
 from mogan.models.denoiser import Denoiser, guided_velocity
 from mogan.models.wan import Geometry
 from mogan.sampling.flowmo import FLOWMO_STEPS, FlowMo
-from mogan.sampling.rollout import Euler, FewStep, normal
+from mogan.sampling.rollout import follow, normal, roll_out
 from mogan.schedule import shifted_levels
 
 PIXELS_AT_ONCE = 81 * 480 * 832  # of the clips that are made together: a clip of Wan's size keeps a GPU busy alone
@@ -45,11 +45,15 @@ def sample_student(
     seeds: list[int],
     solver: str = LCM,
 ) -> Tensor:
-    """Latents of one clip per seed, by the student's own steps: fresh noise between them, or by Euler along its flow."""
-    generators, last = seeded(seeds), len(sigmas) - 1
+    """Latents of one clip per seed, by the student's own steps: fresh noise between them, or by Euler along its flow.
+
+    A student that reads where its steps end is told.
+    """
+    generators = seeded(seeds)
     noise = normal(torch.Size((len(seeds), *shape)), generators, text_BLD.device)
-    kind = Euler(len(sigmas)) if solver == EULER else FewStep()
-    return kind.make(student, noise, text_BLD, sigmas, generators, last, grad=False).sample_BCFHW
+    if solver == EULER:
+        return follow(student, noise, text_BLD, (*sigmas, 0.0), told=student.told)[0]
+    return roll_out(student, noise, text_BLD, sigmas, generators).sample_BCFHW
 
 
 @torch.no_grad()
