@@ -13,6 +13,7 @@ from mogan.lab.teacher import build_text_encoder, build_tokenizer
 from mogan.models.autoencoder import encode_video
 from mogan.models.wan import fingerprint, load_text, load_transformer, load_vae
 from mogan.motion.flow import RaftConfig, save_raft
+from mogan.sampling.trajectories import trajectories
 
 torch.set_num_threads(1)
 
@@ -95,3 +96,15 @@ def cache(family, tmp_path_factory) -> Path:
     (folder / "index.jsonl").write_text("".join(json.dumps(e) + "\n" for e in entries))
     ensure_text(folder, ["", *CAPTIONS], load_text(family / "teacher"))
     return folder
+
+
+@pytest.fixture(scope="session")
+def paths(family, tmp_path_factory) -> Path:
+    """A store of eight of the teacher's paths, which pass ``SIGMAS`` and 0."""
+    folder = tmp_path_factory.mktemp("paths")
+    (folder / "prompts.txt").write_text("\n".join(CAPTIONS))
+    trajectories(
+        prompts=folder / "prompts.txt", out=folder / "store", model=str(family / "teacher"), keep="0,2,4,6", seeds=2,
+        steps=6, guidance=2.0, shift=3.0, negative_prompt="", precision="fp32", device="cpu",
+    )  # fmt: skip
+    return folder / "store"

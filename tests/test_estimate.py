@@ -24,11 +24,13 @@ from mogan.estimate.advice import advise
 from mogan.estimate.check import compare, small
 from mogan.estimate.predict import predict
 from mogan.models.autoencoder import stream_video
+from mogan.models.discriminator import LevelHeads
 from mogan.models.wan import Geometry
+from mogan.objectives.accvideo import heads_calls
 from mogan.objectives.rewards import MotionRewards
 from mogan.objectives.shift import reward_call
 from mogan.objectives.surrogate import SurrogateConfig, surrogate_calls
-from mogan.recipes import RECIPES, dmd2_wan_1_3b, find_recipe, mogan_wan_1_3b, shift_wan_1_3b
+from mogan.recipes import RECIPES, accvideo_wan_1_3b, dmd2_wan_1_3b, find_recipe, mogan_wan_1_3b, shift_wan_1_3b
 from mogan.training.steps import with_batch
 
 TEXT = {"vocab_size": 100, "d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_heads": 4}
@@ -151,6 +153,7 @@ MADE_UP = SimpleNamespace(
     check=Call(Work({(650e12, 1e9, "bf16"): 1}), 0.1 * GB, 7 * GB),
     pixel_flux=Call(Work({(700e12, 1e9, "bf16"): 1}), 1 * GB, 22 * GB),
     reward=Call(Work({(30e12, 1e9, "bf16"): 1}), 1 * GB, 2 * GB),
+    through_heads=Call(Work({(840e12, 3e9, "bf16"): 1}), 3 * GB, 7 * GB),
     parameters=network_parameters(PUBLISHED["wan2.1-t2v-1.3b"])
     | {"discriminator": 860_000_000, "flow": 5_000_000, "reward": 36_000_000, "surrogate": 1000, "remembered": 500},
 )
@@ -183,6 +186,7 @@ class MadeUp(Tracer):
             "observe": {"all": MADE_UP.observe_grad if rest and rest[-1] else MADE_UP.observe},
             "surrogate": ((MADE_UP.predict, MADE_UP.predict_grad, MADE_UP.predict_learns), 1000, 500),
             "reward": (MADE_UP.reward, MADE_UP.parameters["reward"]),
+            "heads": (MADE_UP.through_heads, MADE_UP.predict_learns, 70_000_000),
             "optical flow": NOTHING if len(rest) == 3 else (None, MADE_UP.parameters["flow"]),
         }[kind]
 
@@ -277,6 +281,33 @@ def test_shift_samples_and_observes_once_for_all_updates_of_an_iteration():
     expected = sum(s.times * s.share * s.seconds for s in found.steps)
     assert found.iteration_seconds == pytest.approx(expected)
     assert max(found.steps, key=lambda s: s.peak) == student  # 2 clips of 9 GB
+
+
+def test_latents_that_wait_are_paid_for_and_no_roll_out():
+    config = accvideo_wan_1_3b()
+    found = price(config)
+    follow, student, judge = found.steps
+    assert follow.flops == 32 * 1120e12
+    assert student.flops == 32 * (1120e12 + 840e12)  # its own step and the teacher's features of it, there and back
+    assert student.model_flops == student.flops - 32 * 2 * 280e12  # what checkpointing computes twice
+    assert judge.flops == 32 * (2 * 280e12 + 2 * 3e12)  # the teacher's features of both, a head
+    heads = next(n for n in found.networks if n.name == "discriminator")
+    assert (
+        heads.weights == 4 * 70_000_000 + 4 * 5 * 32 * 16 * 21 * 60 * 104
+    )  # a batch of latents at each of five levels
+
+
+@pytest.mark.slow
+def test_heads_on_a_frozen_transformer_are_traced_as_they_are_at_full_size():
+    shapes = PUBLISHED["wan2.1-t2v-1.3b"]
+    through, learns, parameters = heads_calls(shapes, (29, 19), True, torch.bfloat16)
+    with torch.device("meta"):
+        assert parameters == sizes(LevelHeads(1536, 12, (29, 19)))[0]
+    forward, train = transformer_calls(shapes, True, torch.bfloat16)
+    spared = 2 * 32760 * 30 * (6 * 1536**2 + 2 * 1536 * 8960)  # gradients of the weights that tokens of the clip meet
+    assert train.work.flops - through.work.flops == pytest.approx(spared, rel=0.03)
+    assert learns.work.flops < 0.02 * forward.work.flops
+    assert through.peak < 1.1 * train.peak
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -32,6 +32,7 @@ def together() -> Config:
 
 
 RECIPES = {
+    "accvideo_lab": tiny_recipes.accvideo,
     "dmd_lab": tiny_recipes.dmd,
     "flow_matching_lab": tiny_recipes.flow_matching,
     "mogan_lab": tiny_recipes.mogan,
@@ -65,9 +66,10 @@ def trajectory(config: Config, family: Path, cache: Path, run: Path) -> list[lis
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_a_recipe_trains_as_it_did_when_it_was_recorded(recipe, family, cache, tmp_path):
+def test_a_recipe_trains_as_it_did_when_it_was_recorded(recipe, family, cache, paths, tmp_path):
     assert torch.get_num_threads() == 1
-    steps = trajectory(RECIPES[recipe](), family, cache, tmp_path)
+    config = RECIPES[recipe]()
+    steps = trajectory(config, family, tiny_recipes.data(config, cache, paths), tmp_path)
     recorded = json.loads(RECORDED.read_text()) if RECORDED.exists() else {}
     if os.environ.get("MOGAN_RECORD"):
         recorded[recipe] = [[label, *(float(f"{x:.7g}") for x in numbers)] for label, *numbers in steps]

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from mogan import recipes
-from mogan.config import Config
+from mogan.config import PATH, Config
 from mogan.training.load import find_models
 
 
@@ -16,6 +16,7 @@ def shrink(config: Config) -> Config:
     smaller = {
         "gan": {"blocks": 3, "taps": (0, 1, 2), "window": 2, "starts": (0, 1), "flow": raft, "flow_iterations": 2},
         "surrogate": {"width": 8, "blocks": 1, "pairs": 4},
+        "key_levels": {"block": 3, "clean_block": 1},
         "shift": {"points": 5, "width": 16, "depth": 1, "heads": 2, "flow": raft, "flow_iterations": 1},
     }
     objectives = {name: replace(block, **smaller.get(name, {})) for name, block in config.objectives.items()}
@@ -38,10 +39,26 @@ def start(config: Config, family: Path) -> str | None:
     return str(family / ("student" if "gan" in config.objectives else "teacher"))
 
 
+def data(config: Config, cache: Path, paths: Path) -> Path:
+    """What a recipe trains on: clips, or a teacher's paths."""
+    return paths if any(PATH in config.lesson(update).clips for update in config.plan) else cache
+
+
 def places(config: Config, family: Path, cache: Path, student: str | None = None) -> str:
     """``run.json`` of a run that no command started: where its parts lie."""
     folder, begin, _ = find_models(config, str(family / "teacher"), student)
     return json.dumps({"model": str(folder), "student": str(begin), "data": str(cache)})
+
+
+def accvideo() -> Config:
+    return shrink(recipes.accvideo_lab())
+
+
+def accvideo_wan() -> Config:
+    """The full-size recipe with batches and depth that a CPU bears."""
+    config = recipes.accvideo_wan_1_3b().changed("key_levels", block=1, clean_block=0)
+    plan = tuple(replace(u, batch=2, accumulate=2) for u in config.plan)
+    return replace(config, plan=plan, save_every=1, sample_every=100, sample_prompts=0)
 
 
 def mogan() -> Config:

@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from diffusers import ContextParallelConfig, ParallelConfig
 from diffusers.hooks import apply_context_parallel
+from diffusers.hooks.context_parallel import EquipartitionSharder
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
@@ -106,6 +107,14 @@ class World:
         """Scalars averaged over the processes, which must all have as many; the host waits for them."""
         values = torch.stack([torch.as_tensor(v, dtype=torch.float32, device=self.device) for v in scalars])
         return self.average(values).tolist()
+
+    def rows(self, mine: Tensor) -> Tensor:
+        """The rows of every process, in their order, on each of them; all have as many."""
+        if self.mesh is None:
+            return mine
+        found = [torch.empty_like(mine, memory_format=torch.contiguous_format) for _ in range(self.ranks)]
+        dist.all_gather(found, mine.contiguous())
+        return torch.cat(found)
 
     def gather(self, value: Any) -> list[Any]:
         """The value of every process, in their order, on each of them."""
@@ -250,6 +259,17 @@ def split_tokens(transformer: Any, world: World) -> None:
     logging.getLogger("diffusers.hooks.context_parallel").setLevel(logging.ERROR)
 
 
+def all_tokens(features_BLD: Tensor, transformer: Any) -> Tensor:
+    """What a block of a transformer returns, of all tokens: after :func:`split_tokens` each process has its part of them.
+
+    Gradient of the whole comes back to each process's part, so the processes' gradients still add up.
+    """
+    config = getattr(transformer, "_parallel_config", None)
+    if config is None:
+        return features_BLD
+    return EquipartitionSharder.unshard(features_BLD, 1, config.context_parallel_config._flattened_mesh)
+
+
 def shard(
     network: nn.Module, blocks: nn.ModuleList, world: World, dtype: torch.dtype, partial: bool = False
 ) -> nn.Module:
@@ -279,6 +299,17 @@ def shard(
         if isinstance(module, FSDPModule):
             module.set_force_sum_reduction_for_comms(True)  # gloo can only sum
             module.set_gradient_divide_factor(world.shares if partial else world.ranks)
+    return network
+
+
+def tapped(network: nn.Module) -> nn.Module:
+    """A sharded network that is left by its features, and gradient comes back through them.
+
+    FSDP2 gathers what lies outside the blocks for the backward pass when gradient reaches the network's own output, which
+    here it never does: so those weights stay gathered.
+    """
+    if isinstance(network, FSDPModule):
+        network.set_reshard_after_forward(False, recurse=False)
     return network
 
 

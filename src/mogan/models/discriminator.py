@@ -2,7 +2,8 @@
 
 MoGAN, section 4 and appendix A, with heads after Seaweed-APT (arXiv 2501.08316): at three depths one learned token
 attends to the features, a small MLP follows, and the three answers meet in a final MLP. The noise level and the prompt
-that the transformer is told are fixed.
+that the transformer is told are fixed. Or, with :class:`LevelHeads`, what a whole transformer that does not learn sees of
+noisy latents.
 """
 
 from collections.abc import Sequence
@@ -13,7 +14,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from mogan.models.denoiser import taps
+from mogan.distributed import all_tokens
+from mogan.models.denoiser import Denoiser, taps
 
 PROMPT = "a video with good motion"  # MoGAN, section 3.3: what the discriminator is always told
 
@@ -98,6 +100,41 @@ class Discriminator(nn.Module):
                 self.transformer(observation_BCFHW, timestep, text, return_dict=False)
             read = [head(f) for head, f in zip(self.heads, features, strict=True)]
         return self.final(torch.cat(read, dim=-1).float())[:, 0]
+
+
+class LevelHeads(nn.Module):
+    """A head per noise level on features of a frozen transformer: a learned token that attends to them, then a logit; fp32.
+
+    AccVideo (arXiv 2503.19462) has small convolutions in their place.
+
+    Args:
+        width: of the transformer; ``attention``: its attention heads.
+        blocks: after which of its blocks each head reads.
+    """
+
+    def __init__(self, width: int, attention: int, blocks: Sequence[int]):
+        super().__init__()
+        self.blocks = tuple(blocks)
+        self.heads = nn.ModuleList(
+            nn.Sequential(TokenHead(width, attention, width), nn.LayerNorm(width), nn.Linear(width, 1)) for _ in blocks
+        )
+
+    def forward(self, features_BLD: Float[Tensor, "b l d"], number: int) -> Float[Tensor, " b"]:
+        """Logits by the head of one level, positive = real."""
+        return self.heads[number](features_BLD.float())[:, 0]
+
+
+def features_of(
+    denoiser: Denoiser,
+    block: int,
+    latents_BCFHW: Float[Tensor, "b c f h w"],
+    sigma_B: Float[Tensor, " b"],
+    text_BLD: Float[Tensor, "b l d"],
+) -> Float[Tensor, "b l d"]:
+    """What a block returns of latents at the level that the transformer is told."""
+    with taps(denoiser.transformer.blocks, (block,)) as features:
+        denoiser.velocity(latents_BCFHW, sigma_B, text_BLD)
+    return all_tokens(features[0], denoiser.transformer)
 
 
 def generator_loss(fake_logits: Float[Tensor, " b"]) -> Tensor:

@@ -50,6 +50,8 @@ class Objective:
         prepare: once per update; ``None``: nothing.
         compare: by the network that learns, where an update compares the student's clips with each other before any part of
             them is judged. They are made twice then, by the same randomness.
+        state: tensors beside the networks' that a run goes on with, by name: checkpoints hold them, and fill them in place.
+            Those of all processes are equal.
         observations: what it sees of real clips, for lessons with ``observation``; ``observation_bytes``: size of each.
         flow: the estimator it sees motion through; ``scale``: pixels per frame that its motion picture draws as 1.
     """
@@ -60,6 +62,7 @@ class Objective:
     frozen: Sequence[nn.Module] = ()
     prepare: Prepare | None = None
     compare: Mapping[str, Compare] = field(default_factory=dict)
+    state: Mapping[str, Tensor] = field(default_factory=dict)
     observations: Observations | None = None
     observation_bytes: int = 0
     flow: FlowEstimator | None = None

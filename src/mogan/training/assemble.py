@@ -83,12 +83,14 @@ class Assembly:
 
     def state(self) -> dict[str, Tensor]:
         """What a checkpoint holds: weights (of networks with adapters the adapters alone), the optimisers' moments by
-        number of the parameter, averages.
+        number of the parameter, averages, and what objectives keep beside their networks.
         """
         state = {f"{name}.{k}": v for name, network in self.networks.items() for k, v in learned_state(network).items()}
         for name, optimizer in self.optimizers.items():
             for number, moments in optimizer.state_dict()["state"].items():
                 state |= {f"{name}_optimizer.{number}.{k}": v for k, v in moments.items()}
+        for name, objective in self.objectives.items():
+            state |= {f"{name}_state.{k}": v for k, v in objective.state.items()}
         return state | {f"ema.{k}": v for k, v in self.average.weights.items()}
 
     def prepare_to_load(self, names: Collection[str]) -> None:
