@@ -1,5 +1,7 @@
 """AccVideo (arXiv 2503.19462): a student that follows its teacher's kept paths from key level to key level."""
 
+from dataclasses import replace
+
 from mogan.config import Config, Optimizer, Update
 from mogan.objectives.accvideo import KeyLevelGANConfig, TrajectoryConfig
 from mogan.sampling.rollout import Euler
@@ -29,6 +31,18 @@ def accvideo_lab() -> Config:
         ema=0.98,
         save_every=25,
         sample_every=100,
+    )
+
+
+def accvideo_lab_no_gan() -> Config:
+    """The lab's student that follows paths and is judged by nobody."""
+    whole = accvideo_lab()
+    return replace(
+        whole,
+        recipe="accvideo_lab_no_gan",
+        plan=whole.plan[:1],
+        optimizers={"student": whole.optimizers["student"]},
+        objectives={"trajectory": whole.objectives["trajectory"]},
     )
 
 
