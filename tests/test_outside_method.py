@@ -151,7 +151,7 @@ MISTAKES = {
         '{"critic": critic, "fake_score": critic})\n\n    def price',
         "names a network 'fake_score'",
     ),
-    "misspells a kind of clip": ('("latent",)', '("latents",)', "clips of kind latent and observation, not latents"),
+    "misspells a kind of clip": ('("latent",)', '("latents",)', "clips of kind latent, observation, path, not latents"),
     "has words for a number that is none": ("{now:.1f}", "{value:.1f}", "may hold {first} and {now}"),
     "has settings that nobody keeps": ("@dataclass(frozen=True, kw_only=True)\n", "", "settings are a dataclass"),
 }
