@@ -1,6 +1,7 @@
 """A complete tiny Wan family with random weights, made once per test run: what the code needs, in a second."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,7 @@ TRANSFORMER = {
     "num_layers": 4,
     "rope_max_seq_len": 32,
 }
+BOUNDARY = 0.7  # of the family with two experts
 
 
 @pytest.fixture(scope="session")
@@ -68,6 +70,23 @@ def family(tmp_path_factory) -> Path:
     save_student(student, folder / "teacher", folder / "student", SIGMAS, torch.float32, card="a test")
     config = RaftConfig((8, 8, 8, 8, 16), (8, 8, 8, 8, 16), 8, 2, 2, 16)
     save_raft(config.build(), config, folder / "raft")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def two(family, tmp_path_factory):
+    """The family's teacher with another transformer for levels below 0.7."""
+    folder = tmp_path_factory.mktemp("two") / "teacher"
+    shutil.copytree(family / "teacher", folder)
+    low = WanTransformer3DModel.from_pretrained(family / "teacher" / "transformer")
+    torch.manual_seed(5)
+    with torch.no_grad():
+        for parameter in low.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    low.save_pretrained(folder / "transformer_2")
+    index = json.loads((folder / "model_index.json").read_text())
+    index |= {"transformer_2": ["diffusers", "WanTransformer3DModel"], "boundary_ratio": BOUNDARY}
+    (folder / "model_index.json").write_text(json.dumps(index))
     return folder
 
 

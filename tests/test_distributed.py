@@ -118,6 +118,7 @@ def assert_same_trajectory(before, one, two):
     for network in {name.split(".")[0] for name in before} & {
         "student",
         "fake_score",
+        "fake_score_low",
         "discriminator",
         "reward",
         "ema",
@@ -153,6 +154,7 @@ def test_two_processes_follow_the_trajectory_of_one_and_each_resumes_the_other(f
         ("shift", 2, ()),
         ("shift", 2, ("--context-parallel", "2")),
         ("dmd", 4, ("--hsdp", "2", "--context-parallel", "2")),
+        ("phased", 2, ()),
         ("tdm", 2, ()),
         ("tdm", 2, ("--context-parallel", "2")),
         ("accvideo", 2, ()),
@@ -164,6 +166,16 @@ def test_sharded_run_follows_the_trajectory_of_one(recipe, ranks, more, family, 
     data = tiny_recipes.data(config, cache, paths)
     before = train_alone(config, family, data, tmp_path / "one")
     train_together(ranks, recipe, family, data, tmp_path / "many", *more)
+    assert_same_trajectory(before, tmp_path / "one", tmp_path / "many")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["flow_matching", "dmd"])
+def test_processes_whose_samples_meet_other_experts_do_not_wait_for_each_other(recipe, two, cache, tmp_path):
+    """Levels are drawn per sample: a pass over sharded weights takes all processes all the same."""
+    config = {"flow_matching": flow_matching, "dmd": dmd}[recipe]()
+    before = train_alone(config, two.parent, cache, tmp_path / "one")
+    train_together(2, recipe, two.parent, cache, tmp_path / "many")
     assert_same_trajectory(before, tmp_path / "one", tmp_path / "many")
 
 

@@ -323,6 +323,22 @@ def test_every_recipe_has_a_price(name):
     assert price(config, lora=32).peak < found[1].peak
 
 
+def test_two_experts_are_twice_the_weights_and_a_phase_keeps_the_one_of_its_levels():
+    def sizes(config, model):
+        found = predict(
+            config, MadeUp(PUBLISHED[model], True, torch.bfloat16), machines.MACHINES["h200"], 8, clips=0, lora=None
+        )
+        one = MADE_UP.parameters["transformer"]
+        return {n.name: n.parameters / one for n in found.networks if n.name != "autoencoder"}
+
+    phased = {"student": 2, "teacher": 1, "fake_score": 1, "fake_score_low": 1}
+    assert sizes(find_recipe("phased_lab"), "wan2.1-t2v-1.3b") == phased
+    assert sizes(find_recipe("phased_wan_a14b"), "wan2.2-t2v-a14b") == phased | {"teacher_2": 1}
+    either = {"student": 2, "teacher": 1, "teacher_2": 1, "fake_score": 2}
+    assert sizes(dmd2_wan_1_3b(), "wan2.2-t2v-a14b") == either
+    assert sizes(dmd2_wan_1_3b(), "wan2.1-t2v-1.3b") == {"student": 1, "teacher": 1, "fake_score": 1}
+
+
 def test_adapters_without_a_teacher_to_share_with_keep_their_own_base():
     student = next(n for n in price(shift_wan_1_3b(), lora=32).networks if n.name == "student")
     assert student.weights > 2 * 1_418_996_800

@@ -14,9 +14,10 @@ from conftest import SIGMAS
 from mogan.data.cache import open_cache
 from mogan.errors import UserError
 from mogan.exchange.card import licence_of, model_card, model_name
-from mogan.exchange.export import export, low_rank_difference
+from mogan.exchange.export import export
 from mogan.exchange.imports import import_student
 from mogan.exchange.layouts import original_module, split_leaf
+from mogan.exchange.lora_file import low_rank_difference
 from mogan.models import wan
 from mogan.models.wan import load_transformer
 from mogan.runs.generator import open_generator
@@ -87,7 +88,7 @@ def test_a_run_with_adapters_is_exported_exactly_for_both_programs_and_for_us(ad
     file = tmp_path / "x.safetensors"
     export(adapters, out=file, to="lora")
     assert "40 adapters of rank 3, exactly" in capsys.readouterr().out
-    expected = open_generator(str(adapters)).load().state_dict()
+    expected = open_generator(str(adapters)).load().transformer.state_dict()
     base = load_transformer(family / "teacher").state_dict()
     assert any(not torch.allclose(expected[k], base[k], atol=1e-3) for k in base)
     close(in_diffusers(family, file), expected)
@@ -103,12 +104,15 @@ def test_a_run_with_adapters_is_exported_exactly_for_both_programs_and_for_us(ad
 
 def test_a_run_with_adapters_is_exported_merged(adapters, tmp_path):
     export(adapters, out=tmp_path / "folder")
-    close(load_transformer(tmp_path / "folder").state_dict(), open_generator(str(adapters)).load().state_dict())
+    close(
+        load_transformer(tmp_path / "folder").state_dict(),
+        open_generator(str(adapters)).load().transformer.state_dict(),
+    )
     assert "adapters of rank 3" in (tmp_path / "folder" / "README.md").read_text()
 
 
 def test_a_full_student_is_approximated_better_with_every_rank_and_exactly_at_the_full_one(full, family):
-    student, base = open_generator(str(full)).load(), load_transformer(family / "teacher")
+    student, base = open_generator(str(full)).load().transformer, load_transformer(family / "teacher")
     want, start = student.state_dict(), base.state_dict()
     layers = [n for n, m in student.named_modules() if isinstance(m, torch.nn.Linear)]
     last = {name: float("inf") for name in layers}
@@ -135,7 +139,7 @@ def test_both_programs_read_a_full_students_file_alike(full, family, tmp_path):
     export(full, out=file, to="lora", rank=96)
     read = in_diffusers(family, file)
     close(read, in_comfyui(family, file))
-    expected = open_generator(str(full)).load().state_dict()
+    expected = open_generator(str(full)).load().transformer.state_dict()
     layers = {k.rsplit(".", 1)[0] for k in read if f"{k.rsplit('.', 1)[0]}.bias" in read and "norm" not in k}
     layers.discard("patch_embedding")
     carried = {k for k in read if k.rsplit(".", 1)[0] in layers}

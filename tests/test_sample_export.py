@@ -21,7 +21,8 @@ from mogan.disk.files import write_atomically
 from mogan.disk.shards import share_of
 from mogan.errors import UserError
 from mogan.exchange.card import model_card
-from mogan.exchange.export import FOLDER_USAGE, export, save_student, scheduler_for
+from mogan.exchange.export import FOLDER_USAGE, export, save_student
+from mogan.exchange.schedulers import scheduler_for
 from mogan.models import attention, autoencoder, wan
 from mogan.models.denoiser import Denoiser
 from mogan.runs.generator import open_generator
@@ -137,7 +138,7 @@ def test_a_student_of_euler_steps_is_sampled_by_us_as_by_the_stock_pipeline_of_i
     source = open_generator(str(out))
     assert (source.sigmas, source.solver) == (sigmas, EULER)
     text = attention.stack_text(wan.load_text(out)([CAPTIONS[0]]))
-    student = Denoiser(source.load().eval())
+    student = source.load().eval()
     torch.testing.assert_close(
         sample_student(student, text, (4, 2, 4, 4), sigmas, [3], EULER), stock, atol=2e-4, rtol=0
     )

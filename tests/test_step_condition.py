@@ -216,7 +216,7 @@ def test_the_stock_pipeline_samples_an_export_as_we_do_in_every_number_of_steps(
     assert (source.counts, source.solver) == ((1, 2, 4), "euler")
     text = attention.stack_text(wan.load_text(exported / "export")([CAPTIONS[0]]))
     for generator in (source, open_generator(str(exported / "run"))):
-        student, levels = Denoiser(generator.load().eval()), generator.in_steps(count).sigmas
+        student, levels = generator.load().eval(), generator.in_steps(count).sigmas
         ours = sample_student(student, text, (4, 2, 4, 4), levels, [3], "euler")
         torch.testing.assert_close(ours, stock, atol=2e-4, rtol=0)
         assert torch.equal(sample_student(student, text, (4, 2, 4, 4), levels, [3], "euler"), ours)
@@ -266,7 +266,7 @@ def test_the_export_says_what_it_is(exported):
 def test_a_run_with_adapters_is_exported_merged(family, cache, tmp_path):
     run = trained(replace(tdm(), lora=3), family, cache, tmp_path / "run")
     export(run, out=tmp_path / "export", fake_score=True)
-    of_run, of_export = (open_generator(str(tmp_path / n)).load().state_dict() for n in ("run", "export"))
+    of_run, of_export = (open_generator(str(tmp_path / n)).load().transformer.state_dict() for n in ("run", "export"))
     start = tell_steps(wan.load_transformer(family / "teacher")).state_dict()
     assert of_run.keys() == of_export.keys() == start.keys()
     for name, tensor in of_run.items():
@@ -292,7 +292,7 @@ def test_a_student_told_nothing_is_an_ordinary_pipeline_whose_card_has_a_schedul
     stock = pipe(CAPTIONS[0], **size, generator=torch.Generator().manual_seed(3), output_type="latent").frames
     source = open_generator(str(tmp_path / "export")).in_steps(2)
     text = attention.stack_text(wan.load_text(tmp_path / "export")([CAPTIONS[0]]))
-    ours = sample_student(Denoiser(source.load().eval()), text, (4, 2, 4, 4), source.sigmas, [3], source.solver)
+    ours = sample_student(source.load().eval(), text, (4, 2, 4, 4), source.sigmas, [3], source.solver)
     torch.testing.assert_close(ours, stock, atol=2e-4, rtol=0)
 
 

@@ -40,6 +40,7 @@ RECIPES = {
     "mogan_surrogate_lab": tiny_recipes.surrogate,
     "motion_score_lab": tiny_recipes.motion_score,
     "msm_lab": tiny_recipes.msm,
+    "phased_lab": tiny_recipes.phased,
     "redmd_lab": tiny_recipes.redmd,
     "sft_i2v_lab": tiny_recipes.sft_i2v,
     "shift_lab": tiny_recipes.shift,
@@ -47,6 +48,7 @@ RECIPES = {
     **{f"mogan_lab {name}": (lambda name=name: ablate(tiny_recipes.mogan, name)) for name in ABLATIONS},
     "mogan_lab dmd+gan": together,
     "mogan_lab lora": lambda: replace(tiny_recipes.mogan(), lora=3),
+    "phased_lab lora": lambda: replace(tiny_recipes.phased(), lora=3),
     "dmd_lab lora": lambda: replace(tiny_recipes.dmd(), lora=3),
 }
 

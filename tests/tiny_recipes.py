@@ -115,6 +115,22 @@ def wan() -> Config:
     return replace(small, plan=plan, iterations=2, save_every=1, sample_every=2, sample_prompts=1, keep=1)
 
 
+def phased() -> Config:
+    """Its phases an iteration or two long."""
+    config = shrink(recipes.phased_lab())
+    plan = tuple(replace(u, stop=1 if u.stop else None, start=1 if u.start else 0) for u in config.plan)
+    return replace(config, plan=plan)
+
+
+def phased_a14b() -> Config:
+    config = recipes.phased_wan_a14b()
+    plan = tuple(
+        replace(u, batch=1, accumulate=1, times=1, stop=1 if u.stop else None, start=1 if u.start else 0)
+        for u in config.plan
+    )
+    return replace(config, plan=plan, save_every=1, sample_prompts=0)
+
+
 def sft_i2v() -> Config:
     return shrink(recipes.sft_i2v_lab())
 

@@ -154,6 +154,7 @@ class Update:
         optimizer: name of the optimiser; updates that share a name share its moments. Defaults to ``learns``.
         start, stop, every: it happens in iterations ``range(start, stop, every)``; no ``stop`` is the end of the run.
         unless: and not in ``range(start, stop, unless)``: those that another update has with this as its ``every``.
+        rollout: how the student makes the clips of this update, where that is not the config's way.
         again: judge the clips that the student's last update of the same iteration made, and make no new ones.
     """
 
@@ -167,6 +168,7 @@ class Update:
     stop: int | None = None
     every: int = 1
     unless: int | None = None
+    rollout: RolloutKind | None = None
     again: bool | None = None
 
     def happens(self, iteration: int) -> bool:
@@ -204,6 +206,8 @@ class Config:
         objectives: by the names that the plan uses; one may build on those before it.
         post_trains: the student is a few-step student already, which must be named and whose levels must agree.
         rollout: how the student makes the clips that are judged; ``None``: its few steps, with fresh noise between them.
+        boundary: the student is two experts, one for levels from here on and one for those below, which both start as the
+            start's transformer of those levels; ``None``: as many as the start has.
         given: latent frames the student is given, clean: 0 is text to video, 1 image to video.
         ema: decay of the student's averaged weights, which are what is sampled and exported.
         lora: rank of the adapters that student and fake score learn instead of all their weights; ``None``: all weights.
@@ -225,6 +229,7 @@ class Config:
     post_trains: bool = False
     rollout: RolloutKind | None = None
     lora: int | None = None
+    boundary: float | None = None
     given: int = 0
     negative_prompt: str = ""
     precision: str = "auto"
@@ -248,8 +253,10 @@ class Config:
     def as_json(self) -> dict[str, Any]:
         """What a run writes of it; of a kind of roll-out also which it is."""
         found = asdict(self)
-        if self.rollout is not None:
-            found["rollout"] |= {"kind": type(self.rollout).__name__}
+        kinds = [self.rollout, *(update.rollout for update in self.plan)]
+        for written, kind in zip([found, *found["plan"]], kinds, strict=True):
+            if kind is not None:
+                written["rollout"] |= {"kind": type(kind).__name__}
         return found | ({} if self.solver == LCM else {"solver": self.solver})
 
     @property
@@ -291,8 +298,12 @@ class Config:
                 raise ValueError(
                     f"{name}: settings are a dataclass, since a run keeps them; {type(settings).__name__} is none"
                 )
-        if self.rollout is not None:
-            self.rollout.steps(self.sigmas)
+        for kind in filter(None, (self.rollout, *(update.rollout for update in self.plan))):
+            kind.steps(self.sigmas)
+        if self.boundary is not None and not self.sigmas[-1] < self.boundary <= 1:
+            raise ValueError(
+                f"boundary must lie among the levels {self.sigmas} for both experts to have one, not {self.boundary}"
+            )
         learner: dict[str, str] = {}  # of each optimiser
         for place, update in enumerate(self.plan):
             self._check_judges(update)
@@ -352,4 +363,4 @@ def _check_numbers(update: Update) -> None:
 
 def _clips(update: Update) -> tuple:
     """How many an update makes, in what parts and when."""
-    return update.batch, update.accumulate, update.start, update.stop, update.every, update.unless
+    return update.batch, update.accumulate, update.start, update.stop, update.every, update.unless, update.rollout

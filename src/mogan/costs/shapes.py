@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mogan.errors import UserError, closest
+from mogan.models.experts import boundary_of
 from mogan.models.wan import WAN_22, Geometry, fit_latents, geometry, lab_folder
 
 
@@ -18,6 +19,7 @@ class Shapes:
     vae: dict[str, Any]
     text_encoder: dict[str, Any]
     size: Geometry
+    boundary: float | None = None  # of two transformers; see mogan.models.experts
 
     @property
     def latent(self) -> tuple[int, int, int, int]:
@@ -83,6 +85,7 @@ WAN_21 = Geometry(fps=16, height=480, width=832, frames=81)
 PUBLISHED = {
     "wan2.1-t2v-1.3b": Shapes("Wan2.1-T2V-1.3B", _transformer(12, 8960, 30), VAE_21, UMT5_XXL, WAN_21),
     "wan2.1-t2v-14b": Shapes("Wan2.1-T2V-14B", _transformer(40, 13824, 40), VAE_21, UMT5_XXL, WAN_21),
+    "wan2.2-t2v-a14b": Shapes("Wan2.2-T2V-A14B", _transformer(40, 13824, 40), VAE_21, UMT5_XXL, WAN_21, 0.875),
     "wan2.2-ti2v-5b": Shapes(
         "Wan2.2-TI2V-5B",
         _transformer(24, 14336, 30, 48),
@@ -110,7 +113,7 @@ def read_shapes(model: str) -> Shapes:
         configs[part] = json.loads(path.read_text())
     if configs["transformer"].get("image_dim") is not None:
         raise UserError(f"{model} is image-conditioned; text-to-video transformers are what can be trained here")
-    return Shapes(folder.name, **configs, size=geometry(folder))
+    return Shapes(folder.name, **configs, size=geometry(folder), boundary=boundary_of(folder))
 
 
 def resized(shapes: Shapes, *, frames: int | None, height: int | None, width: int | None) -> Shapes:

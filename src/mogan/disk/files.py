@@ -147,3 +147,11 @@ def writable_file(path: Path, ours: bytes, option: str = "--out") -> None:
         raise UserError(
             f"{option} {path} is there and not what this command writes: remove it, or give another {option}"
         )
+
+
+def read_json(path: Path) -> dict:
+    """What a JSON file holds. Raises UserError where it is none."""
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path} is no JSON ({error}): it was cut short, get it again") from error

@@ -85,7 +85,8 @@ def beside(
 def sampling(config: Config, tracer: Tracer, machine: Machine) -> tuple[Beside, ...]:
     """``mogan sample`` on one GPU, per clip: the student's steps and, where a model is guided, the teacher's."""
     parameters, forward = tracer.parameters, tracer.forward
-    weights = FP32 * parameters["transformer"] + forward.copies + BF16 * parameters["vae"]
+    experts = 1 if config.boundary is None and tracer.shapes.boundary is None else 2
+    weights = FP32 * experts * parameters["transformer"] + forward.copies + BF16 * parameters["vae"]
     text = text_encoder_bytes(tracer)  # has gone when the others come
     together = clips_at_once(tracer.shapes.size)
 

@@ -12,7 +12,7 @@ import tyro
 from mogan.config import Config
 from mogan.costs.calls import Tracer
 from mogan.costs.machines import CONTEXT, FRAGMENTS, MACHINES, REACHED_BANDWIDTH, REACHED_COMPUTE
-from mogan.costs.shapes import read_shapes, resized
+from mogan.costs.shapes import PUBLISHED, read_shapes, resized
 from mogan.errors import UserError, closest
 from mogan.estimate.advice import Change, advise
 from mogan.estimate.predict import Estimate, predict
@@ -46,7 +46,7 @@ def estimate(
         gpu: h200, h100, a100-80, a100-40, l40s or 4090.
         gpus: how many, sharded over with FSDP2.
         model: a folder with transformer, vae and text_encoder config.json, lab, or a published model by name
-            (wan2.1-t2v-1.3b, wan2.1-t2v-14b, wan2.2-ti2v-5b); the recipe's own by default.
+            (wan2.1-t2v-1.3b, wan2.1-t2v-14b, wan2.2-t2v-a14b, wan2.2-ti2v-5b); the recipe's own by default.
         lora: rank of adapters that student and fake score learn in place of all their weights.
         frames: of a clip, in place of the model's.
         height: pixels.
@@ -86,7 +86,7 @@ def pricing(
     clips: int = 15000,
 ):
     """A function ``(config, gpus, lora) -> Estimate`` that traces each variant of the networks once."""
-    shapes = read_shapes(model or ("lab" if "_lab" in config.recipe else "wan2.1-t2v-1.3b"))
+    shapes = read_shapes(model or ("lab" if "_lab" in config.recipe else _own_model(config.recipe)))
     shapes = resized(shapes, frames=frames, height=height, width=width)
 
     def say(what: str) -> None:
@@ -101,6 +101,12 @@ def pricing(
         return predict(changed, tracer, MACHINES[machine], gpus, clips=clips, lora=lora)
 
     return price
+
+
+def _own_model(recipe: str) -> str:
+    """The published model that a recipe is named for: ``..._wan_1_3b``."""
+    size = recipe.rpartition("_wan_")[2].replace("_", ".")
+    return next((name for name in PUBLISHED if name.endswith(f"-{size}")), "wan2.1-t2v-1.3b")
 
 
 def as_json(found: Estimate, changes: tuple[Change, ...]) -> dict[str, Any]:

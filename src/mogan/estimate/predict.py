@@ -195,7 +195,7 @@ def _bill(config: Config, update: Update, prices: Mapping[str, Price], tracer: T
     bills = [prices[name].bills[update.learns] for name in update.judges]
     calls, passes, repeated = [], 0.0, sum(bill.repeated for bill in bills)
     if config.lesson(update).rollout and not update.again:
-        before = (config.rollout or FewStep()).steps(config.sigmas)
+        before = (update.rollout or config.rollout or FewStep()).steps(config.sigmas)
         forward, learns = tracer.forward, update.learns == "student"
         calls.append(Call(forward.work * (before + (not learns)), 0.0, forward.peak, forward.copies))
         passes += before + 1
@@ -215,10 +215,11 @@ def _share(config: Config, updates: Sequence[Update]) -> float:
 def _networks(
     config: Config, prices: Mapping[str, Price], tracer: Tracer, gpus: int, lora: int | None
 ) -> tuple[Network, ...]:
-    whole, rank, told = tracer.parameters["transformer"], lora or 0, int(config.told)
-    layers = round((whole - tracer.parameters["rest"]) / tracer.parameters["block"])
+    one, rank, told = tracer.parameters["transformer"], lora or 0, int(config.told)
+    of_student = 1 if config.boundary is None and tracer.shapes.boundary is None else 2  # experts
+    layers = round((one - tracer.parameters["rest"]) / tracer.parameters["block"])
     blocks = layers * tracer.parameters["block"]
-    held = BF16 * blocks + FP32 * (whole - blocks) if lora else FP32 * whole  # of a frozen transformer
+    held_once = BF16 * blocks + FP32 * (one - blocks) if lora else FP32 * one  # a frozen transformer
 
     def optimizers(name: str) -> int:
         return len({u.optimizer_name for u in config.plan if u.learns == name})
@@ -227,24 +228,25 @@ def _networks(
         """With adapters, a transformer learns those over a frozen base, which it may share."""
         adapts = lora is not None and kept.transformer
         each = tracer.parameters["adapters"] + told * tracer.parameters["told_adapters"]
-        parameters = rank * each if adapts else kept.parameters
+        parameters = rank * each * (kept.parameters // one) if adapts else kept.parameters
         mine = FP32 * parameters / gpus
+        # two experts that start as the one transformer of a model share it
+        held = held_once * (kept.parameters // one if tracer.shapes.boundary else 1)
         weights = mine + kept.beside + (held / gpus if adapts and own_base else 0.0)
         return Network(kept.name, parameters, weights, mine, 2 * optimizers(kept.name) * mine, averaged * mine)
 
-    every = [kept for price in prices.values() for kept in price.kept]
+    every = list({kept.name: kept for price in prices.values() for kept in price.kept}.values())
     # adapters share the frozen weights of a network that starts as they do, unless the student starts elsewhere
     own_base = config.post_trains or not any(k.transformer and not k.learns for k in every)
     learns = any(update.learns == "student" for update in config.plan)
-    student = Kept("student", whole + told * tracer.parameters["told"], transformer=True)
+    student = Kept("student", of_student * (one + told * tracer.parameters["told"]), transformer=True)
     found = [trained(student, True, own_base)] if learns else []
     for kept in every:
         if kept.learns:
             found.append(trained(kept))
         elif kept.sharded:
-            found.append(
-                Network(kept.name, kept.parameters, held / gpus if kept.transformer else FP32 * kept.parameters / gpus)
-            )
+            frozen = held_once * (kept.parameters / one) if kept.transformer else FP32 * kept.parameters
+            found.append(Network(kept.name, kept.parameters, frozen / gpus))
     vae = tracer.parameters["vae"]
     found.append(Network("autoencoder", vae, (FP32 if config.precision == "fp32" else BF16) * vae))
     found += [Network(k.name, k.parameters, FP32 * k.parameters) for k in every if not k.learns and not k.sharded]

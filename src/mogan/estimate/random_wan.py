@@ -74,6 +74,8 @@ def random_wan(
             text_encoder=UMT5EncoderModel(UMT5Config(**shapes.text_encoder | {"vocab_size": len(tokenizer)})),
             vae=AutoencoderKLWan(**shapes.vae),
             transformer=WanTransformer3DModel(**shapes.transformer),
+            transformer_2=None if shapes.boundary is None else WanTransformer3DModel(**shapes.transformer),
+            boundary_ratio=shapes.boundary,
             scheduler=UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0),
         )
     finally:

@@ -1,10 +1,10 @@
-"""A stock Wan transformer seen as ``x0 = denoiser(x, sigma, text)``; guidance; feature taps.
+"""A stock Wan transformer, or two experts, seen as ``x0 = denoiser(x, sigma, text)``; guidance; feature taps.
 
 Every sampler and every objective talks to a network through this one contract. Shape letters: B C F H W latents,
 L text tokens, D width.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -22,21 +22,44 @@ from mogan.schedule import velocity_to_x0
 class Denoiser(nn.Module):
     """Wraps a ``WanTransformer3DModel``; weights stay in their dtype, the network computes in ``dtype``.
 
+    Or two, as in Wan2.2 A14B: an expert for levels from ``boundary`` on, and ``transformer_2`` for those below.
+
     Args:
         transformer: called as ``transformer(x, timestep, text, return_dict=False)[0]``, predicts velocity.
         dtype: dtype of the matrix products (autocast); the prediction is always returned in fp32.
+        transformer_2: the expert for low levels; ``None``: there is one transformer for all.
+        boundary: the level, stock ``WanPipeline``'s ``boundary_ratio``.
+        anywhere: whether a flag is up in any of the processes that share these weights: all of them must call an expert
+            that one of them needs.
 
     Attributes:
         told: the transformer reads where its step ends (see :mod:`mogan.models.step_condition`).
     """
 
     transformer: Any
+    transformer_2: Any
 
-    def __init__(self, transformer: Any, dtype: torch.dtype = torch.float32):
+    def __init__(
+        self,
+        transformer: Any,
+        dtype: torch.dtype = torch.float32,
+        transformer_2: Any = None,
+        boundary: float | None = None,
+        anywhere: Callable[[bool], bool] = lambda flag: flag,
+    ):
         super().__init__()
-        self.transformer = transformer
-        self.dtype = dtype
-        self.told = is_told(transformer)
+        self.transformer, self.transformer_2, self.boundary = transformer, transformer_2, boundary
+        self.dtype, self.anywhere, self.told = dtype, anywhere, is_told(transformer)
+
+    @property
+    def experts(self) -> list[Any]:
+        """The transformers, of high levels first."""
+        return [self.transformer] if self.transformer_2 is None else [self.transformer, self.transformer_2]
+
+    @property
+    def learner(self) -> nn.Module:
+        """Whose tensors a checkpoint's average names: the transformer, or this module where there are two."""
+        return self.transformer if self.transformer_2 is None else self
 
     def velocity(
         self,
@@ -48,17 +71,32 @@ class Denoiser(nn.Module):
         """Predict ``noise - x0`` at noise level ``sigma``, one per sample or one per sample and latent frame.
 
         ``to`` is the level at which the step ends, for a network that is told; ``None``: it ends where it begins, which is
-        the velocity of a network that is not.
+        the velocity of a network that is not. Of two experts each sees the samples of its levels (of a sample with several
+        the highest counts).
         """
+        if self.transformer_2 is None or self.boundary is None:
+            return self._call(self.transformer, x_BCFHW, sigma, text_BLD, to)
+        high_B = (sigma if sigma.ndim == 1 else sigma.amax(1)) >= self.boundary
+        out = torch.zeros(x_BCFHW.shape, device=x_BCFHW.device)
+        for expert, mine_B in ((self.transformer, high_B), (self.transformer_2, ~high_B)):
+            rows = mine_B.nonzero()[:, 0]  # the host waits here, as long as it takes to draw a level
+            if not self.anywhere(len(rows) > 0):
+                continue
+            called = rows if len(rows) else rows.new_zeros(1)  # nothing is kept of a call that others need
+            found = self._call(expert, x_BCFHW[called], sigma[called], text_BLD[called], to)
+            out = out.index_add(0, called, found if len(rows) else 0 * found)
+        return out
+
+    def _call(self, transformer: Any, x_BCFHW: Tensor, sigma: Tensor, text_BLD: Tensor, to: float | None) -> Tensor:
         if self.told:
             sigma = torch.cat([sigma, sigma if to is None else torch.full_like(sigma, to)])
         timestep = 1000.0 * sigma  # exact: no table look-up
         if timestep.ndim == 2:
-            patch_f, patch_h, patch_w = self.transformer.config.patch_size
+            patch_f, patch_h, patch_w = transformer.config.patch_size
             tokens = (x_BCFHW.shape[-2] // patch_h) * (x_BCFHW.shape[-1] // patch_w)
             timestep = timestep[:, ::patch_f].repeat_interleave(tokens, dim=1)
         with torch.autocast(x_BCFHW.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            out = self.transformer(x_BCFHW, timestep, text_BLD, return_dict=False)[0]
+            out = transformer(x_BCFHW, timestep, text_BLD, return_dict=False)[0]
         return out.float()
 
     def forward(self, x_BCFHW: Tensor, sigma: Tensor, text_BLD: Tensor, to: float | None = None) -> Tensor:

@@ -4,7 +4,6 @@ The stock diffusers classes are used as they are.
 """
 
 import hashlib
-import json
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,9 +16,11 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoTokenizer, UMT5EncoderModel
 
+from mogan.disk.files import read_json
 from mogan.errors import UserError
 from mogan.models.attention import TEXT_LENGTH, set_attention
 from mogan.models.defaults import WAN_22, Defaults, Geometry, read_defaults
+from mogan.models.experts import LOW, check_experts
 from mogan.models.step_condition import CLASS, from_stock
 
 TextEncoder = Callable[[list[str]], list[Tensor]]
@@ -66,17 +67,18 @@ def resolve_model(name: str | Path) -> Path:
 
 def check_parts(model: Path) -> None:
     """Read the configs of a folder and raise a UserError if its parts cannot belong together or cannot be trained here."""
-    index = _json(model / "model_index.json")
-    if any(index.get("transformer_2") or ()):  # a stock folder of one transformer says [null, null]
-        raise UserError(
-            f"{model} holds two transformers, one for high and one for low noise (Wan2.2 A14B); models with one are what can be trained here"
-        )
-    transformer, vae, text = (_config(model, part) for part in ("transformer", "vae", "text_encoder"))
-    if transformer is not None and not _from_text_alone(transformer):
-        raise UserError(f"{model} is image-conditioned; text-to-video transformers are what can be trained here")
-    for part, config, kind in (("transformer", transformer, class_of(transformer)), ("vae", vae, AutoencoderKLWan)):
+    index = read_json(model / "model_index.json")
+    transformer, low, vae, text = (_config(model, part) for part in ("transformer", LOW, "vae", "text_encoder"))
+    for part, config in (("transformer", transformer), (LOW, low)):
         if config is not None:
-            _check_class(model, part, config, kind)
+            _check_class(model, part, config, class_of(config))
+            if not _from_text_alone(config):
+                raise UserError(
+                    f"{model} is image-conditioned; text-to-video transformers are what can be trained here"
+                )
+    check_experts(model, index, transformer, low)
+    if vae is not None:
+        _check_class(model, "vae", vae, AutoencoderKLWan)
     if vae is not None:
         channels = vae.get("z_dim", 16)
         if transformer is not None and transformer.get("out_channels", 16) != channels:
@@ -100,14 +102,7 @@ def check_parts(model: Path) -> None:
 
 def _config(model: Path, part: str) -> dict | None:
     path = model / part / "config.json"
-    return _json(path) if path.is_file() else None
-
-
-def _json(path: Path) -> dict:
-    try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise UserError(f"{path} is no JSON ({error}): it was cut short, get it again") from error
+    return read_json(path) if path.is_file() else None
 
 
 def _check_class(model: Path, part: str, config: dict, kind: type) -> None:
@@ -135,7 +130,7 @@ def _from_text_alone(transformer: dict) -> bool:
 def model_facts(model: Path) -> dict:
     """What ``mogan.json`` beside ``model_index.json`` says; empty for a stock folder."""
     path = model / "mogan.json"
-    return _json(path) if path.is_file() else {}
+    return read_json(path) if path.is_file() else {}
 
 
 def defaults(model: Path) -> Defaults:

@@ -92,7 +92,7 @@ class Kept:
     """A network that stays in memory.
 
     Attributes:
-        name: of it; what learns is named as in the plan.
+        name: of it, the same for one that several objectives share; what learns is named as in the plan.
         parameters: how many; ``beside``: bytes of buffers.
         learns: it has gradients and moments.
         transformer: a whole transformer of the model, which adapters can take the place of and a frozen one can share.

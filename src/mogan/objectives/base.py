@@ -17,6 +17,7 @@ from mogan.errors import UserError
 from mogan.models import wan
 from mogan.models.attention import stack_text
 from mogan.models.denoiser import Denoiser
+from mogan.models.experts import boundary_of, experts, low_noise
 from mogan.models.lora import adapted
 from mogan.models.step_condition import tell_steps
 from mogan.motion import estimators
@@ -60,11 +61,30 @@ class Base:
 
     @cached_property
     def student(self) -> Denoiser:
-        """The network that learns."""
-        return self.denoiser(self.start, "transformer")
+        """The network that learns; two experts if the config or the start says so."""
+        boundary = boundary_of(self.start) if self.config.boundary is None else self.config.boundary
+        low = () if boundary is None else (low_noise(self.start),)
+        return self.denoiser(self.start, "transformer", *low, boundary=boundary)
 
-    def denoiser(self, folder: Path, part: str) -> Denoiser:
-        """A transformer that learns: all its weights, or adapters over the frozen one."""
+    def denoiser(self, folder: Path, *parts: str, boundary: float | None = None) -> Denoiser:
+        """A transformer that learns, or two experts: all its weights, or adapters over the frozen one."""
+        return self._together([self._learner(folder, part) for part in parts], boundary)
+
+    def follower(self, low: float, high: float) -> Denoiser:
+        """A network that learns and starts as the base model, for levels from ``low`` to ``high``."""
+        boundary = boundary_of(self.folder)
+        return self.denoiser(self.folder, *experts(boundary, low, high), boundary=boundary)
+
+    def teacher(self, low: float, high: float) -> Denoiser:
+        """The frozen base model, for levels from ``low`` to ``high``."""
+        boundary = boundary_of(self.folder)
+        return self._together([self.frozen(self.folder, part) for part in experts(boundary, low, high)], boundary)
+
+    def _together(self, transformers: list[Any], boundary: float | None) -> Denoiser:
+        first, low = transformers if len(transformers) == 2 else (*transformers, None)
+        return Denoiser(first, self.dtype, low, boundary, self.world.any)
+
+    def _learner(self, folder: Path, part: str) -> Any:
         config = self.config
         if wan.is_told(folder, part) and not config.told:
             raise UserError(
@@ -78,7 +98,7 @@ class Base:
             transformer = adapted(self.frozen(folder, part), config.lora, config.seed, config.told).train()
         if config.checkpointing:
             transformer.enable_gradient_checkpointing()
-        return Denoiser(spread(transformer, self.world, self.dtype), self.dtype)
+        return spread(transformer, self.world, self.dtype)
 
     def no_text(self, prompt: str) -> Tensor:
         """The embedding ``(1, L, D)`` of an unconditional branch's prompt."""

@@ -5,7 +5,7 @@ the difference is the gradient of KL(student || teacher) with respect to the sam
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from mogan.costs.trace import Call
 from mogan.data.batches import Batch
 from mogan.errors import UserError
 from mogan.models.denoiser import Denoiser, guided_velocity
+from mogan.models.experts import experts
 from mogan.objectives import Bill, Kept, Loss, Objective, Price, Randomness, guided_calls
 from mogan.objectives.base import Base
 from mogan.objectives.redmd import SHARE, WeightsConfig
@@ -40,6 +41,10 @@ class DMDConfig:
     """Distribution matching; see :class:`DMD`.
 
     Attributes:
+        low, high: levels at which samples are compared; a model of two experts has only those in memory that they take.
+        fake_score: name of the network, by default ``fake_score``; objectives with one each may judge a student in turn.
+        stable: weigh the fake score's errors by ``min(1, 10 b^2)``, ``b`` the noise between sample and level (Phased DMD,
+            arXiv 2510.27684, eq. 13): its target has a deviation of about ``1 / b``.
         motion_weight: lambda of motion score matching (see :mod:`mogan.objectives.msm`); 0 is plain DMD.
         huber: ``c`` of :func:`pseudo_huber` in the place of the student's squared error.
         reweighted: of samples above level 0 the fake score learns TDM's reweighted target (see :func:`reweighted_target`).
@@ -50,34 +55,40 @@ class DMDConfig:
     shift: float
     low: float = 0.02
     high: float = 0.98
+    fake_score: str | None = None
+    stable: bool | None = None
     motion_weight: float = 0.0
     huber: float | None = None
-    reweighted: bool = False
+    reweighted: bool | None = None
     weights: WeightsConfig | None = None
 
     def __post_init__(self):
         if self.weights is not None and self.huber is not None:
             raise ValueError("dmd: weights are of squared errors, and huber is another metric: leave one out")
 
+    @property
+    def follower(self) -> str:
+        """The name of the fake score."""
+        return self.fake_score or "fake_score"
+
     def terms(self, config: Config) -> Terms:
         """The student and the fake score learn from roll-outs alone."""
-        return Terms(
-            lessons={"student": Lesson(), "fake_score": Lesson()}, alarms=(LAGS, SHARE) if self.weights else (LAGS,)
-        )
+        lessons, lags = {"student": Lesson(), self.follower: Lesson()}, replace(LAGS, learns=self.follower)
+        return Terms(lessons=lessons, alarms=(lags, SHARE) if self.weights else (lags,))
 
     def build(self, base: Base, others: Mapping[str, Objective]) -> Objective:
         """Teacher and fake score; the latter is the start's own where it has one, else it begins as the teacher."""
         from mogan.objectives.msm import motion_direction
 
-        teacher = Denoiser(base.frozen(base.folder, "transformer"), base.dtype)
-        has_own = (base.start / "fake_score" / "config.json").is_file()
-        fake = base.denoiser(*((base.start, "fake_score") if has_own else (base.folder, "transformer")))
+        teacher = base.teacher(self.low, self.high)
+        has_own = (base.start / self.follower / "config.json").is_file()
+        fake = base.denoiser(base.start, self.follower) if has_own else base.follower(self.low, self.high)
         direction = motion_direction(self.motion_weight) if self.motion_weight else dmd_direction
-        own: dict[str, Any] = {k: getattr(self, k) for k in ("shift", "low", "high", "huber", "reweighted")}
+        own: dict[str, Any] = {k: getattr(self, k) for k in ("shift", "low", "high", "huber", "reweighted", "stable")}
         null = base.no_text(base.config.negative_prompt)
         dmd = DMD(teacher, fake, null, guidance=self.guidance, direction=direction, **own)
-        losses = {"student": dmd.student_loss, "fake_score": dmd.fake_score_loss}
-        found = Objective(dmd, losses, {"fake_score": fake}, frozen=(teacher.transformer,))
+        losses = {"student": dmd.student_loss, self.follower: dmd.fake_score_loss}
+        found = Objective(dmd, losses, {self.follower: fake}, frozen=tuple(teacher.experts))
         return self.weights.added(found, base) if self.weights else found
 
     def price(self, config: Config, tracer: Tracer) -> Price:
@@ -85,13 +96,13 @@ class DMDConfig:
         calls, forward = guided_calls(self.guidance), tracer.forward
         looks = (Call(forward.work * calls, 0.0, calls * forward.peak), forward.freed())
         again = forward.work.flops if config.checkpointing else 0.0
-        weights = tracer.parameters["transformer"]
+        one, parts = tracer.parameters["transformer"], experts(tracer.shapes.boundary, self.low, self.high)
         told = tracer.parameters["told"] if config.told else 0
         kept = (
-            Kept("teacher", weights, learns=False, transformer=True),
-            Kept("fake_score", weights + told, transformer=True),
+            *(Kept(part.replace("transformer", "teacher"), one, learns=False, transformer=True) for part in parts),
+            Kept(self.follower, len(parts) * (one + told), transformer=True),
         )
-        price = Price({"student": Bill(looks, 2), "fake_score": Bill((tracer.train,), 2, again)}, kept)
+        price = Price({"student": Bill(looks, 2), self.follower: Bill((tracer.train,), 2, again)}, kept)
         return self.weights.priced(price, config, tracer, self.guidance) if self.weights else price
 
 
@@ -130,7 +141,7 @@ class DMD:
         shift: shift of the levels at which samples are compared.
         low: least level, ``high`` largest; levels are clamped after shifting.
         direction: ``(x0, real, fake, sigma) -> gradient``; where variants of DMD differ.
-        huber, reweighted: see :class:`DMDConfig`.
+        huber, reweighted, stable: see :class:`DMDConfig`.
     """
 
     def __init__(
@@ -145,11 +156,12 @@ class DMD:
         high: float = 0.98,
         direction: Direction = dmd_direction,
         huber: float | None = None,
-        reweighted: bool = False,
+        reweighted: bool | None = None,
+        stable: bool | None = None,
     ):
         self.teacher, self.fake_score, self.null_1LD = teacher, fake_score, null_1LD
         self.guidance, self.shift, self.low, self.high = guidance, shift, low, high
-        self.direction, self.huber, self.reweighted = direction, huber, reweighted
+        self.direction, self.huber, self.reweighted, self.stable = direction, huber, reweighted, stable
 
     def _noised(self, rollout: Rollout, generator: Randomness) -> tuple[Tensor, Tensor, Tensor]:
         """The sample at a drawn level of the interval that the roll-out may be judged in, the noise, and the level.
@@ -199,8 +211,15 @@ class DMD:
         if self.reweighted and rollout.level:
             wanted, weight_B = reweighted_target(rollout, x_t, noise, sigma)
             return (weight_B * (velocity - wanted).square().flatten(1).mean(1)).mean(), {"weight": weight_B.mean()}
-        error = (velocity - target(rollout, noise, sigma)).square().mean()
-        return error * (1 - rollout.level) ** 2, {}
+        error = (velocity - target(rollout, noise, sigma)).square()
+        if self.stable:
+            error = error * broadcast((10 * added(rollout.level, sigma).square()).clamp(max=1.0), error)
+        return error.mean() * (1 - rollout.level) ** 2, {}
+
+
+def added(level: float, sigma: Tensor) -> Tensor:
+    """Deviation ``b`` of the noise that takes a sample from a level to ``sigma``: ``b^2 = t^2 - ((1 - t) s / (1 - s))^2``."""
+    return (sigma.square() - ((1 - sigma) * (level / (1 - level))).square()).sqrt()
 
 
 def _told(rollout: Rollout) -> dict[str, float]:
@@ -219,8 +238,7 @@ def target(rollout: Rollout, noise: Tensor, sigma: Tensor) -> Tensor:
     if s == 0.0:
         return noise - x
     ratio = s / (1 - s)
-    spread = (sigma.square() - ((1 - sigma) * ratio).square()).sqrt()
-    return broadcast((sigma + (1 - sigma) * ratio**2) / spread, x) * noise - x / (1 - s)
+    return broadcast((sigma + (1 - sigma) * ratio**2) / added(s, sigma), x) * noise - x / (1 - s)
 
 
 def reweighted_target(rollout: Rollout, x_t: Tensor, noise: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:

@@ -19,6 +19,7 @@ from mogan.errors import UserError
 from mogan.models import attention, wan
 from mogan.models.denoiser import frozen, recomputed
 from mogan.models.discriminator import PROMPT, Discriminator, approximate_penalty, discriminator_loss, generator_loss
+from mogan.models.experts import low_noise
 from mogan.motion.observation import Observed, full_scale, motion_amount, saturation
 from mogan.objectives import Bill, Kept, Loss, Objective, Price, Randomness
 from mogan.objectives.base import Base
@@ -146,7 +147,7 @@ class GANConfig:
     def _discriminator(self, base: Base) -> Discriminator:
         torch.manual_seed(base.config.seed)  # the heads start at random
         text = attention.stack_text(base.encode([self.prompt]))
-        trunk = wan.load_transformer(base.folder)
+        trunk = wan.load_transformer(base.folder, low_noise(base.folder))
         if self.blocks > len(trunk.blocks):
             raise UserError(
                 f"the recipe's discriminator takes {self.blocks} blocks and {base.folder} has {len(trunk.blocks)}: lower "

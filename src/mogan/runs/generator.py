@@ -10,6 +10,8 @@ from torch import Tensor
 from mogan.config import LCM
 from mogan.errors import UserError
 from mogan.models import wan
+from mogan.models.denoiser import Denoiser
+from mogan.models.experts import LOW, boundary_of, low_noise
 from mogan.models.lora import factors, merge
 from mogan.models.step_condition import tell_steps
 from mogan.runs.checkpoint import load_part, settings, student_checkpoint
@@ -32,6 +34,7 @@ class Generator:
     solver: str = LCM
     counts: tuple[int, ...] = ()
     told: bool = False
+    boundary: float | None = None
 
     def in_steps(self, count: int) -> "Generator":
         """The same generator, sampled in so many steps.
@@ -48,14 +51,17 @@ class Generator:
         """What is said of a few-step student's steps: their levels, and the solver where it is not the usual one."""
         return {"sigmas": list(self.sigmas or ())} | ({} if self.solver == LCM else {"solver": self.solver})
 
-    def load(self) -> torch.nn.Module:
-        """The transformer; of a run, with the averaged weights or adapters of its newest checkpoint, the latter merged."""
-        transformer = self.start()
+    def load(self, dtype: torch.dtype = torch.float32) -> Denoiser:
+        """The network, computing in ``dtype``; of a run, with the averaged weights or adapters of its newest checkpoint, the
+        latter merged.
+        """
+        low = None if self.boundary is None else self.start(low_noise(self.folder))
+        denoiser = Denoiser(self.start(), dtype, low, self.boundary)
         if self.lora is not None:
-            merge(transformer, factors(self.average()))
+            merge(denoiser.learner, factors(self.average()))
         elif self.run is not None:
-            transformer.load_state_dict(self.average())
-        return transformer
+            denoiser.learner.load_state_dict(self.average())
+        return denoiser
 
     def start(self, part: str = "transformer") -> torch.nn.Module:
         """A transformer of the folder as the run began with it."""
@@ -69,7 +75,8 @@ class Generator:
     def mark(self) -> str:
         """Sixteen hex digits that change with the weights that are sampled."""
         if self.run is None:
-            return wan.fingerprint(self.folder, "transformer")
+            parts = ["transformer"] if self.boundary is None else ["transformer", LOW]
+            return "-".join(wan.fingerprint(self.folder, part) for part in parts)
         checkpoint = self._checkpoint()
         return wan.fingerprint(checkpoint.parent, checkpoint.name)
 
@@ -88,14 +95,15 @@ def open_generator(name: str) -> Generator:
             raise UserError(
                 f"{name} is a motion model, not a generator: give it as --motion beside a teacher as --model"
             )
-        kind = config.get("rollout") or {}
+        kind, own_boundary = config.get("rollout") or {}, config.get("boundary")
         return Generator(
             folder, tuple(config["sigmas"]), wan.geometry(folder), run, config.get("lora"), config.get("solver", LCM),
             tuple(kind.get("counts", ())), bool(kind.get("told")),
+            boundary_of(folder) if own_boundary is None else own_boundary,
         )  # fmt: skip
     folder = wan.resolve_model(name)
     own = wan.defaults(folder)
-    return Generator(folder, own.sigmas, own.size, solver=own.solver, counts=own.counts)
+    return Generator(folder, own.sigmas, own.size, solver=own.solver, counts=own.counts, boundary=boundary_of(folder))
 
 
 def open_motion(run: Path, base: Path, frames: int) -> tuple[torch.nn.Module, int]:
@@ -116,4 +124,4 @@ def open_motion(run: Path, base: Path, frames: int) -> tuple[torch.nn.Module, in
     given = next((k for k in (1, 0) if [k, frames - 1] in windows), None)
     if given is None:
         raise UserError(f"{run} never saw a whole clip of {frames} latents (windows {windows}): add (1, {frames - 1})")
-    return Generator(folder, None, wan.geometry(folder), run).load(), given
+    return Generator(folder, None, wan.geometry(folder), run).load().transformer, given

@@ -14,6 +14,7 @@ from mogan.data.cache import Cache, open_cache
 from mogan.disk.files import write_atomically
 from mogan.errors import UserError
 from mogan.models import wan
+from mogan.models.experts import LOW
 from mogan.runs.checkpoint import checkpoints, settings
 
 WHOLE = 64 << 20  # a file up to this size is read whole
@@ -59,9 +60,9 @@ def of_file(path: Path) -> str:
 
 
 def of_model(folder: Path, parts: Iterable[str] = ("transformer", "vae", "text_encoder", "tokenizer")) -> str:
-    """Of the parts of a diffusers folder that are there, and of the clips it was made for."""
+    """Of the parts of a diffusers folder that are there, and of the clips it was made for; always of its second expert."""
     found: dict[str, Any] = {"geometry": vars(wan.geometry(folder))}
-    for part in parts:
+    for part in [*parts, *([LOW] if (folder / LOW).is_dir() else [])]:
         files = sorted((folder / part).iterdir()) if (folder / part).is_dir() else []
         found[part] = {path.name: of_file(path) for path in files if path.suffix in WEIGHTS}
     return _short(found)

@@ -83,21 +83,29 @@ class Euler:
 
     What lies at a level above 0 can be judged there only where it is noised further (Phased DMD, arXiv 2510.27684): a step
     above ``stop``, in the interval from ``gap`` above its level to 1. ``stop`` equal to the number of steps is the clean clip.
+
+    With ``since`` the last step is one drawn from number ``since`` on, which goes straight to the level of ``stop``.
     """
 
     stop: int
+    since: int | None = None
     gap: float = 0.02
     solver: ClassVar[str] = EULER
 
     def draw(self, sigmas: tuple[float, ...], generator: torch.Generator) -> int:
-        """The last step: nothing is drawn."""
-        return self.stop - 1
+        """The last step; only with ``since`` is anything drawn."""
+        if self.since is None:
+            return self.stop - 1
+        return int(torch.randint(self.since, self.stop, (1,), generator=generator))
 
     def steps(self, sigmas: tuple[float, ...]) -> float:
-        """Steps before the last. Raises ValueError if the student has not so many."""
-        if not 0 < self.stop <= len(sigmas):
-            raise ValueError(f"rollout: a student of {len(sigmas)} steps cannot stop after {self.stop}")
-        return self.stop - 1
+        """Steps before the last, a mean. Raises ValueError if the student has not so many."""
+        first = self.stop - 1 if self.since is None else self.since
+        if not 0 <= first < self.stop <= len(sigmas):
+            raise ValueError(
+                f"rollout: a student of {len(sigmas)} steps cannot stop after {self.stop}, its last one from {first} on"
+            )
+        return (first + self.stop - 1) / 2
 
     def make(
         self,
@@ -109,10 +117,9 @@ class Euler:
         step: int,
         grad: bool,
     ) -> Rollout:
-        """The sample at level ``(*sigmas, 0)[step + 1]``; ``generator`` is not used."""
-        levels = (*sigmas, 0.0)
-        x, clean = follow(student, noise, text, levels[: step + 2], grad)
-        end = levels[step + 1]
+        """The sample at level ``(*sigmas, 0)[stop]``; ``generator`` is not used."""
+        end = (*sigmas, 0.0)[self.stop]
+        x, clean = follow(student, noise, text, (*sigmas[: step + 1], end), grad)
         return Rollout(x, step, text, end, (end + self.gap, 1.0) if end else (0.0, 1.0), clean)
 
 

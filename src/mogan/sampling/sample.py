@@ -195,7 +195,7 @@ def _maker(
     auto = torch.float32 if teacher is None and device.type == "cpu" else wan.fast_dtype(device)
     dtype = {"auto": auto, "bf16": torch.bfloat16, "fp32": torch.float32}[precision]
     vae = wan.load_vae(source.folder, dtype).to(device)
-    denoiser = Denoiser(source.load().to(device).eval(), dtype)
+    denoiser = source.load(dtype).to(device).eval()
     shape, levels = wan.latent_shape(source.folder, source.geometry), source.sigmas or ()
     change = None
     if teacher is not None and teacher.motion is not None:

@@ -24,7 +24,6 @@ from mogan.errors import UserError
 from mogan.models import wan
 from mogan.models.attention import stack_text
 from mogan.models.defaults import Defaults
-from mogan.models.denoiser import Denoiser
 from mogan.ranges import above, at_least, between
 from mogan.runs.generator import Generator, open_generator
 from mogan.runs.identity import TEACHER, of_model
@@ -147,7 +146,7 @@ def _fill(store: data.Cache, source: Generator, dtype: torch.dtype, device: torc
     todo = [entry for entry in store.entries if not path_file(store.path, entry["id"]).is_file()]
     if not todo:
         return
-    facts, teacher = store.facts, Denoiser(source.load().to(device).eval(), dtype)
+    facts, teacher = store.facts, source.load(dtype).to(device).eval()
     null = stack_text([store.text(facts["negative_prompt"])], device)
     with tqdm(total=len(store), initial=len(store) - len(todo), desc=f"paths {store.path.name}", unit="path") as bar:
         for first in range(0, len(todo), batch):

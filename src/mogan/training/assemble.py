@@ -57,10 +57,9 @@ class Assembly:
         """The network being trained."""
         return cast(Denoiser, self.networks["student"])
 
-    @property
-    def rollout(self) -> RolloutKind:
-        """How the student makes the clips that are judged."""
-        return self.config.rollout or FewStep()
+    def rollout(self, update: Update) -> RolloutKind:
+        """How the student makes the clips that an update judges."""
+        return update.rollout or self.config.rollout or FewStep()
 
     def judges(self, update: Update) -> list[Objective]:
         """The objectives of an update."""
@@ -143,7 +142,9 @@ def assemble(
     if base.adapters_of is not None:
         _continue_adapters(networks, base.adapters_of)
     if config.compile:
-        own = [getattr(n, "transformer", None) for n in networks.values()]
+        own = [
+            t for n in networks.values() for t in (getattr(n, "transformer", None), getattr(n, "transformer_2", None))
+        ]
         called = [*filter(None, own), *(t for o in objectives.values() for t in o.frozen)]
         compile_blocks(called, world.device)
     return Assembly(
@@ -158,7 +159,7 @@ def assemble(
         networks,
         objectives,
         _optimizers(config, networks),
-        Average(base.student.transformer, config.ema),
+        Average(base.student.learner, config.ema),
     )
 
 
@@ -186,7 +187,7 @@ def _optimizers(config: Config, networks: dict[str, nn.Module]) -> dict[str, tor
 def _continue_adapters(networks: dict[str, nn.Module], run: Path) -> None:
     """Start the student with a run's averaged adapters, and what else has adapters there and here with its live ones."""
     start = student_checkpoint(run)
-    load_learned(cast(Denoiser, networks["student"]).transformer, load_part(start, "ema"))
+    load_learned(cast(Denoiser, networks["student"]).learner, load_part(start, "ema"))
     for name, network in networks.items():
         if name != "student" and isinstance(network, Denoiser) and (there := load_part(start, name)):
             load_learned(network, there)

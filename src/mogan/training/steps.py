@@ -115,8 +115,9 @@ def rolled_out(parts: Assembly, update: Update, batch: Batch, where: Position, *
         return None
     generators, sigmas = where.generators(NOISE, batch), parts.config.sigmas
     noise = normal(torch.Size((len(batch.prompts), *parts.latent_shape)), generators, parts.device)
-    text, step = stack_text(batch.text, parts.device), parts.rollout.draw(sigmas, where.generator(EXIT))
-    return parts.rollout.make(parts.student, noise, text, sigmas, generators, step, grad and update.learns == "student")
+    text, kind = stack_text(batch.text, parts.device), parts.rollout(update)
+    step = kind.draw(sigmas, where.generator(EXIT))
+    return kind.make(parts.student, noise, text, sigmas, generators, step, grad and update.learns == "student")
 
 
 def compared(parts: Assembly, update: Update, batch: Batch, where: Position, most: int) -> Batch:

@@ -1,0 +1,132 @@
+"""A student as one LoRA file that diffusers and ComfyUI read."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from safetensors.torch import save
+from torch import nn
+from tqdm import tqdm
+
+from mogan.disk.files import replacing, write_atomically
+from mogan.errors import UserError
+from mogan.exchange.card import model_card, model_name
+from mogan.exchange.layouts import original_module, split_leaf
+from mogan.exchange.schedulers import SCHEDULERS, scheduler_for
+from mogan.models import wan
+from mogan.models.experts import LOW, boundary_of, low_noise
+from mogan.models.lora import decompose, factors
+from mogan.runs.generator import Generator
+from mogan.runs.identity import part_of_run
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def save_lora(run: Path, source: Generator, out: Path, rank: int | None, dtype: torch.dtype, notes: list[str]) -> None:
+    """Write a student as one LoRA file that diffusers and ComfyUI both read, and its card beside it; two experts as two.
+
+    Names are the original Wan code's under ``diffusion_model.``, which ComfyUI takes as they are and diffusers converts;
+    there is no alpha, which both read as a scale of 1.
+    """
+    assert source.sigmas is not None
+    exactly = source.lora is not None and rank is None
+    base = source.folder if exactly else part_of_run(run, "model")
+    student = None if exactly else source.load()
+    files = [out] if source.boundary is None else [out.with_stem(f"{out.stem}-{level}") for level in ("high", "low")]
+    for number, file in enumerate(files):
+        if student is None:
+            prefix = "" if source.boundary is None else ("transformer.", f"{LOW}.")[number]
+            own = {k.removeprefix(prefix): v for k, v in source.average().items() if k.startswith(prefix)}
+            tensors: dict[str, torch.Tensor] = {}
+            for name, (a, b) in factors(own).items():
+                tensors |= {f"{name}.lora_A.weight": a, f"{name}.lora_B.weight": b}
+            print(f"the {len(tensors) // 2} adapters of rank {source.lora}, exactly")
+        else:
+            part = ("transformer", low_noise(base))[number]
+            tensors, summary = low_rank_difference(
+                student.experts[number], wan.load_transformer(base, part), rank or 64
+            )
+            notes = [*notes, f"- {summary}"]
+            print(summary)
+        _write_lora(file, tensors, dtype, {"base": model_name(base), "sigmas": source.sigmas, "notes": notes})
+    lines = lora_usage(base, source, [file.name for file in files])
+    write_atomically(
+        out.with_suffix(".md"), model_card("Few-step Wan LoRA", base, source.sigmas, notes, lines, source.solver)
+    )
+
+
+def _write_lora(out: Path, tensors: dict[str, torch.Tensor], dtype: torch.dtype, about: dict[str, Any]) -> None:
+    check_range(tensors, dtype)
+    named = {}
+    for name, tensor in tensors.items():
+        module, leaf = split_leaf(name)
+        named[f"diffusion_model.{original_module(module)}.{leaf}"] = tensor.to(dtype).contiguous()
+    with replacing(out) as temporary:  # save_file lets nobody else read it
+        temporary.write_bytes(save(named, {"format": "pt", "mogan": json.dumps(about)}))
+
+
+def lora_usage(base: Path, source: Generator, files: list[str]) -> list[str]:
+    """Lines of Python that put LoRA files and the levels they were trained for into a stock pipeline."""
+    assert source.sigmas is not None
+    config, name = scheduler_for(source.sigmas, source.solver).config, SCHEDULERS[source.solver].__name__
+    own, more, several = model_name(base), "", ", WanTransformer3DModel" if len(files) > 1 else ""
+    lines = [f"from diffusers import {name}, WanPipeline{several}\n"]
+    if len(files) > 1 and boundary_of(base) is None:
+        lines.append(f'low = WanTransformer3DModel.from_pretrained("{own}", subfolder="transformer")')
+        more = f", transformer_2=low, boundary_ratio={source.boundary}"
+    elif len(files) > 1:
+        more = f", boundary_ratio={source.boundary}"
+    lines += [
+        f'pipe = WanPipeline.from_pretrained("{own}"{more})',
+        f"pipe.scheduler = {name}(shift={config.shift}, shift_terminal={config.shift_terminal})",
+        f'pipe.load_lora_weights("{files[0]}")',
+    ]
+    return lines + [f'pipe.load_lora_weights("{file}", load_into_transformer_2=True)' for file in files[1:]]
+
+
+@torch.no_grad()
+def low_rank_difference(student: Any, base: Any, rank: int) -> tuple[dict[str, torch.Tensor], str]:
+    """The nearest LoRA of a rank to the difference of two transformers, and what it misses, in a sentence.
+
+    Matrices are approximated, their biases kept whole (``diff_b``). Norms, modulation tables and the patch embedding
+    have no place in a LoRA file that diffusers reads and are left out.
+    """
+    before = base.state_dict()
+    differences = {k: v - before[k].to(v.device) for k, v in student.state_dict().items()}
+    tensors: dict[str, torch.Tensor] = {}
+    errors: dict[str, float] = {}
+    missed = whole = sum(float(d.double().square().sum()) for d in differences.values())
+    layers = [n for n, m in student.named_modules() if isinstance(m, nn.Linear)]
+    for name in tqdm(layers, desc=f"rank {rank}", unit="matrix"):
+        difference, bias = differences[f"{name}.weight"], differences.get(f"{name}.bias")
+        if not difference.any() and (bias is None or not bias.any()):
+            continue
+        a, b = decompose(difference, rank)
+        left = float((difference - b @ a).double().square().sum())
+        squared = float(difference.double().square().sum())
+        errors[name] = (left / squared) ** 0.5 if squared else 0.0
+        missed -= squared - left
+        tensors |= {f"{name}.lora_A.weight": a, f"{name}.lora_B.weight": b}
+        if bias is not None:
+            tensors[f"{name}.diff_b"] = bias
+            missed -= float(bias.double().square().sum())
+    if not errors:
+        raise UserError("the student does not differ from the base model in any matrix: train it first")
+    worst = max(errors, key=errors.__getitem__)
+    total = (max(missed, 0.0) / whole) ** 0.5 if whole else 0.0
+    return tensors, (
+        f"approximated at rank {rank}: relative error (Frobenius) of the change of a matrix {median(errors.values()):.2g} "
+        f"in the median, {errors[worst]:.2g} at worst ({worst}); of the whole change, with what is left out, {total:.2g}"
+    )
+
+
+def check_range(tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) -> None:
+    """Refuse a precision in which a weight would become infinite."""
+    most = torch.finfo(dtype).max
+    for name, tensor in tensors.items():
+        if tensor.numel() and (largest := float(tensor.abs().max())) > most:
+            short = next(k for k, v in DTYPES.items() if v == dtype)
+            raise UserError(f"{name} holds {largest:.3g}, and {short} ends at {most:.5g}: give --dtype bf16 or fp32")
