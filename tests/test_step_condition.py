@@ -152,7 +152,9 @@ def test_the_student_hears_where_its_step_ends_and_the_fake_score_which_number_o
         (4, [0.9, 0.75], 0.9),
         (6, [0.9, 0.75, 0.5, 0.0], 0.9),
     ):
-        made = parts.rollout.make(parts.student, latents(), TEXT, parts.config.sigmas, None, stage, False)
+        made = parts.rollout(parts.config.plan[0]).make(
+            parts.student, latents(), TEXT, parts.config.sigmas, None, stage, False
+        )
         parts.objectives["dmd"].losses["fake_score"](made, None, torch.Generator())
         assert [level for call in heard["student"] for level in call] == pytest.approx(ends)
         assert heard["fake_score"] == [[pytest.approx(number)]]
