@@ -157,7 +157,11 @@ def learnt(seed: int, updates: int = 2000) -> Points:
 def distance(student: Denoiser, count: int, generator: torch.Generator) -> float:
     """Sliced Wasserstein-1 distance, over 64 directions, of samples in ``count`` steps to data."""
     noise = torch.randn(128, 2, 1, SIDE, SIDE, generator=generator)
-    made = follow(student, noise, TEXT, (*levels_of(SIGMAS, count), 0.0), told=student.told)[0].movedim(1, -1).reshape(-1, 2)
+    made = (
+        follow(student, noise, TEXT, (*levels_of(SIGMAS, count), 0.0), told=student.told)[0]
+        .movedim(1, -1)
+        .reshape(-1, 2)
+    )
     real = data(len(made), generator)
     turn = torch.arange(64) * math.pi / 64
     across = torch.stack([turn.cos(), turn.sin()])
@@ -170,9 +174,7 @@ def train(arm: Arm, start: Points, updates: int, seed: int) -> Denoiser:
     student, fake = denoiser(start, arm.told), denoiser(start, arm.told)
     average = copy.deepcopy(student)
     settings = tdm_lab().objectives["dmd"]
-    judge = DMD(
-        Denoiser(Exact()), fake, TEXT, guidance=1.0, shift=1.0, huber=settings.huber, reweighted=arm.reweighted
-    )
+    judge = DMD(Denoiser(Exact()), fake, TEXT, guidance=1.0, shift=1.0, huber=settings.huber, reweighted=arm.reweighted)
     learners = [
         torch.optim.AdamW(network.parameters(), lr, betas=betas, weight_decay=0.0)
         for network, lr, betas in ((student, 5e-4, (0.0, 0.999)), (fake, 1e-3, (0.0, 0.95)))
@@ -196,7 +198,9 @@ def train(arm: Arm, start: Points, updates: int, seed: int) -> Denoiser:
 
 def run(name: str, start: Points, updates: int, seed: int) -> list[float]:
     """Distances in 1, 2 and 4 steps."""
-    arms = [replace(ARMS[name], counts=(n,)) for n in COUNTS] if name == "one student each" else [ARMS[name]] * len(COUNTS)
+    arms = (
+        [replace(ARMS[name], counts=(n,)) for n in COUNTS] if name == "one student each" else [ARMS[name]] * len(COUNTS)
+    )
     made = {arm: train(arm, start, updates, seed) for arm in dict.fromkeys(arms)}
     generator = torch.Generator().manual_seed(1)
     return [distance(made[arm], count, generator) for arm, count in zip(arms, COUNTS, strict=True)]

@@ -1,8 +1,10 @@
 """TDM: its trajectories and intervals, its metric, what the fake score learns in an interval, and the recipe in the loop."""
 
 import json
+import runpy
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -303,6 +305,15 @@ def test_moving_against_the_direction_brings_samples_nearer_to_the_teachers_law(
 
     gradient = dmd_direction(made[None], denoised(0.0), denoised(1.0), to)[0]
     assert 0 < (made - 0.1 * gradient).mean() < made.mean() - 0.01
+
+
+@pytest.mark.slow
+def test_one_student_told_learns_every_number_of_steps_where_everything_is_known():
+    here = runpy.run_path(str(Path(__file__).parent.parent / "benchmarks" / "tdm_steps.py"))
+    start = here["learnt"](0, updates=1000)
+    before = [here["distance"](here["denoiser"](start, False), n, torch.Generator().manual_seed(1)) for n in (1, 2, 4)]
+    after = here["run"]("told", start, 300, 0)
+    assert all(now < 0.5 * was for now, was in zip(after, before, strict=True)), (before, after)
 
 
 # ------------------------------------------------------------------------------------------------ in the loop
