@@ -120,6 +120,7 @@ def assert_same_trajectory(before, one, two):
         "fake_score",
         "fake_score_low",
         "discriminator",
+        "critic",
         "reward",
         "ema",
     }:
@@ -151,6 +152,7 @@ def test_two_processes_follow_the_trajectory_of_one_and_each_resumes_the_other(f
         ("mogan", 2, ()),
         ("mogan", 2, ("--context-parallel", "2")),
         ("redmd", 2, ()),
+        ("vdot", 2, ()),
         ("shift", 2, ()),
         ("shift", 2, ("--context-parallel", "2")),
         ("dmd", 4, ("--hsdp", "2", "--context-parallel", "2")),

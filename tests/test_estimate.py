@@ -154,6 +154,8 @@ MADE_UP = SimpleNamespace(
     pixel_flux=Call(Work({(700e12, 1e9, "bf16"): 1}), 1 * GB, 22 * GB),
     reward=Call(Work({(30e12, 1e9, "bf16"): 1}), 1 * GB, 2 * GB),
     through_heads=Call(Work({(840e12, 3e9, "bf16"): 1}), 3 * GB, 7 * GB),
+    transport=Call(Work({(5e12, 1e9, "fp32"): 1}), 0.0, 1 * GB),
+    heads=Call(Work({(7e12, 1e9, "fp32"): 1}), 1 * GB, 2 * GB),
     parameters=network_parameters(PUBLISHED["wan2.1-t2v-1.3b"])
     | {"discriminator": 860_000_000, "flow": 5_000_000, "reward": 36_000_000, "surrogate": 1000, "remembered": 500},
 )
@@ -187,6 +189,9 @@ class MadeUp(Tracer):
             "surrogate": ((MADE_UP.predict, MADE_UP.predict_grad, MADE_UP.predict_learns), 1000, 500),
             "reward": (MADE_UP.reward, MADE_UP.parameters["reward"]),
             "heads": (MADE_UP.through_heads, MADE_UP.predict_learns, 70_000_000),
+            "transport": MADE_UP.transport,
+            "trunk": (MADE_UP.judge_frozen, None),
+            "token heads": (MADE_UP.heads, 80_000_000),
             "optical flow": NOTHING if len(rest) == 3 else (None, MADE_UP.parameters["flow"]),
         }[kind]
 

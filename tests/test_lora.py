@@ -20,7 +20,7 @@ from mogan.training.assemble import assemble
 from mogan.training.loop import run_training
 from mogan.training.steps import Position, step
 from test_train import assert_same
-from tiny_recipes import dmd, flow_matching, mogan, redmd, shift
+from tiny_recipes import dmd, flow_matching, mogan, redmd, shift, vdot
 
 RANK = 3
 
@@ -99,7 +99,7 @@ def test_matrices_held_in_bf16_give_the_bits_of_matrices_rounded_at_every_call(f
         assert torch.equal(Denoiser(whole, torch.bfloat16)(*inputs()), Denoiser(held, torch.bfloat16)(*inputs()))
 
 
-@pytest.mark.parametrize("recipe", [dmd, mogan, flow_matching, redmd, shift])
+@pytest.mark.parametrize("recipe", [dmd, mogan, flow_matching, redmd, shift, vdot])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_each_update_moves_its_own_adapters_and_nothing_else(recipe, checkpointing, family, cache):
     config = low_rank(recipe(), checkpointing=checkpointing)
@@ -109,7 +109,7 @@ def test_each_update_moves_its_own_adapters_and_nothing_else(recipe, checkpointi
         step(parts, Position(0, 0, index, 0))
         for name, network in parts.networks.items():
             for old, (key, new) in zip(before[name], network.named_parameters(), strict=True):
-                moves = name == update.learns and (name in ("discriminator", "reward") or "lora_" in key)
+                moves = name == update.learns and (name in ("critic", "discriminator", "reward") or "lora_" in key)
                 assert moves or torch.equal(old, new), (update.label, name, key)
             moved = [not torch.equal(a, b) for a, b in zip(before[name], network.parameters(), strict=True)]
             assert any(moved) == (name == update.learns), (update.label, name)

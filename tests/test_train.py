@@ -33,6 +33,7 @@ RECIPES = {
     "sft_i2v": sft_i2v,
     "shift": shift,
     "surrogate": surrogate,
+    "vdot": tiny_recipes.vdot,
     **{a: (lambda a=a: ablate(mogan, a)) for a in ABLATIONS},
 }
 

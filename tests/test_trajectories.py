@@ -46,6 +46,7 @@ RECIPES = {
     "redmd_lab": tiny_recipes.redmd,
     "sft_i2v_lab": tiny_recipes.sft_i2v,
     "shift_lab": tiny_recipes.shift,
+    "vdot_lab": tiny_recipes.vdot,
     "tdm_lab": tiny_recipes.tdm,
     **{f"mogan_lab {name}": (lambda name=name: ablate(tiny_recipes.mogan, name)) for name in ABLATIONS},
     "mogan_lab dmd+gan": together,

@@ -92,6 +92,18 @@ def redmd_wan() -> Config:
     return replace(config, plan=plan, save_every=1, sample_prompts=0).changed("dmd", weights=weights)
 
 
+def vdot() -> Config:
+    config = shrink(recipes.vdot_lab()).changed("relativistic", taps=(1, 2, 3))
+    return config.changed("dmd", transport=replace(config.objectives["dmd"].transport, iterations=20))
+
+
+def vdot_wan() -> Config:
+    """The full-size recipe with batches and depth that a CPU bears."""
+    config = recipes.vdot_wan_1_3b().changed("relativistic", taps=(0, 1))
+    plan = tuple(replace(u, batch=2, accumulate=2, times=1) for u in config.plan)
+    return replace(config, plan=plan, save_every=1, sample_prompts=0)
+
+
 def mogan_msm() -> Config:
     return shrink(recipes.mogan_msm_lab())
 

@@ -38,6 +38,28 @@ class TokenHead(nn.Module):
         return (token + self.mlp(token))[:, 0]
 
 
+class Heads(nn.Module):
+    """Token heads and their final MLP on somebody else's features: one logit per clip, in fp32.
+
+    Args:
+        width: of the features; ``heads``: of attention; ``count``: how many feature maps are read.
+    """
+
+    def __init__(self, width: int, heads: int, count: int):
+        super().__init__()
+        self.heads = nn.ModuleList(TokenHead(width, heads, 4 * width) for _ in range(count))
+        self.final = final_layers(width, count)
+
+    def forward(self, features: Sequence[Float[Tensor, "b l d"]]) -> Float[Tensor, " b"]:
+        """Logits."""
+        return self.final(torch.cat([head(f) for head, f in zip(self.heads, features, strict=True)], dim=-1))[:, 0]
+
+
+def final_layers(width: int, count: int) -> nn.Sequential:
+    """The MLP in which the answers of ``count`` heads meet."""
+    return nn.Sequential(nn.LayerNorm(width * count), nn.Linear(width * count, width), nn.SiLU(), nn.Linear(width, 1))
+
+
 class Discriminator(nn.Module):
     """Real or generated, as one logit per clip (positive = real).
 
@@ -73,9 +95,7 @@ class Discriminator(nn.Module):
         self.dtype = dtype
         heads = transformer.config.num_attention_heads
         self.heads = nn.ModuleList(TokenHead(width, heads, 4 * width) for _ in tap_at)
-        self.final = nn.Sequential(
-            nn.LayerNorm(width * len(tap_at)), nn.Linear(width * len(tap_at), width), nn.SiLU(), nn.Linear(width, 1)
-        )
+        self.final = final_layers(width, len(tap_at))
         self.text_1LD: Tensor
         self.register_buffer("text_1LD", text_1LD)
 

@@ -6,6 +6,7 @@ the difference is the gradient of KL(student || teacher) with respect to the sam
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,13 +14,14 @@ from torch import Tensor
 
 from mogan.config import Alarm, Config, Lesson, Terms
 from mogan.costs.calls import Tracer
-from mogan.costs.trace import Call
+from mogan.costs.trace import Call, fake, trace
 from mogan.data.batches import Batch
 from mogan.errors import UserError
 from mogan.models.denoiser import Denoiser, guided_velocity
 from mogan.models.experts import experts
 from mogan.objectives import Bill, Kept, Loss, Objective, Price, Randomness, guided_calls
 from mogan.objectives.base import Base
+from mogan.objectives.ot import UNSOLVED, Transport, TransportConfig
 from mogan.objectives.redmd import SHARE, WeightsConfig
 from mogan.sampling.rollout import Rollout, normal
 from mogan.schedule import add_noise, broadcast, draw_between, draw_sigma, renoise, velocity_to_x0
@@ -49,6 +51,7 @@ class DMDConfig:
         huber: ``c`` of :func:`pseudo_huber` in the place of the student's squared error.
         reweighted: of samples above level 0 the fake score learns TDM's reweighted target (see :func:`reweighted_target`).
         weights: of the student's clips, by reward (see :mod:`mogan.objectives.redmd`); ``None``: all weigh the same.
+        transport: optimal transport in the direction (see :mod:`mogan.objectives.ot`); ``None``: DMD's alone.
     """
 
     guidance: float
@@ -61,8 +64,11 @@ class DMDConfig:
     huber: float | None = None
     reweighted: bool | None = None
     weights: WeightsConfig | None = None
+    transport: TransportConfig | None = None
 
     def __post_init__(self):
+        if self.transport is not None and self.motion_weight:
+            raise ValueError("dmd: transport and motion_weight are directions of their own: leave one out")
         if self.weights is not None and self.huber is not None:
             raise ValueError("dmd: weights are of squared errors, and huber is another metric: leave one out")
 
@@ -74,7 +80,8 @@ class DMDConfig:
     def terms(self, config: Config) -> Terms:
         """The student and the fake score learn from roll-outs alone."""
         lessons, lags = {"student": Lesson(), self.follower: Lesson()}, replace(LAGS, learns=self.follower)
-        return Terms(lessons=lessons, alarms=(lags, SHARE) if self.weights else (lags,))
+        alarms = (lags, *((SHARE,) if self.weights else ()), *((UNSOLVED,) if self.transport else ()))
+        return Terms(lessons=lessons, alarms=alarms)
 
     def build(self, base: Base, others: Mapping[str, Objective]) -> Objective:
         """Teacher and fake score; the latter is the start's own where it has one, else it begins as the teacher."""
@@ -83,7 +90,9 @@ class DMDConfig:
         teacher = base.teacher(self.low, self.high)
         has_own = (base.start / self.follower / "config.json").is_file()
         fake = base.denoiser(base.start, self.follower) if has_own else base.follower(self.low, self.high)
-        direction = motion_direction(self.motion_weight) if self.motion_weight else dmd_direction
+        direction: Direction = motion_direction(self.motion_weight) if self.motion_weight else dmd_direction
+        if self.transport is not None:
+            direction = Transport(self.transport, dmd_direction, dmd_scale)
         own: dict[str, Any] = {k: getattr(self, k) for k in ("shift", "low", "high", "huber", "reweighted", "stable")}
         null = base.no_text(base.config.negative_prompt)
         dmd = DMD(teacher, fake, null, guidance=self.guidance, direction=direction, **own)
@@ -94,7 +103,10 @@ class DMDConfig:
     def price(self, config: Config, tracer: Tracer) -> Price:
         """A guided teacher and the fake score look at a roll-out; the fake score learns from one."""
         calls, forward = guided_calls(self.guidance), tracer.forward
-        looks = (Call(forward.work * calls, 0.0, calls * forward.peak), forward.freed())
+        looks = [Call(forward.work * calls, 0.0, calls * forward.peak), forward.freed()]
+        if self.transport is not None:
+            direction = Transport(self.transport, dmd_direction, dmd_scale)
+            looks.append(tracer.once(("transport", self.transport), lambda: direction_call(direction, tracer)))
         again = forward.work.flops if config.checkpointing else 0.0
         one, parts = tracer.parameters["transformer"], experts(tracer.shapes.boundary, self.low, self.high)
         told = tracer.parameters["told"] if config.told else 0
@@ -102,8 +114,15 @@ class DMDConfig:
             *(Kept(part.replace("transformer", "teacher"), one, learns=False, transformer=True) for part in parts),
             Kept(self.follower, len(parts) * (one + told), transformer=True),
         )
-        price = Price({"student": Bill(looks, 2), self.follower: Bill((tracer.train,), 2, again)}, kept)
+        price = Price({"student": Bill(tuple(looks), 2), self.follower: Bill((tracer.train,), 2, again)}, kept)
         return self.weights.priced(price, config, tracer, self.guidance) if self.weights else price
+
+
+def direction_call(direction: Direction, tracer: Tracer) -> Call:
+    """A direction of one clip."""
+    with fake():
+        clips = (torch.empty(1, *tracer.shapes.latent) for _ in range(3))
+        return trace((), partial(direction, *clips, torch.empty(1)), backward=False).freed()
 
 
 def dmd_scale(x0: Tensor, real: Tensor) -> Tensor:
@@ -140,7 +159,7 @@ class DMD:
         guidance: of the teacher, diffusers convention.
         shift: shift of the levels at which samples are compared.
         low: least level, ``high`` largest; levels are clamped after shifting.
-        direction: ``(x0, real, fake, sigma) -> gradient``; where variants of DMD differ.
+        direction: ``(x0, real, fake, sigma) -> gradient``; where variants of DMD differ. What it has as ``seen`` is logged.
         huber, reweighted, stable: see :class:`DMDConfig`.
     """
 
@@ -198,7 +217,7 @@ class DMD:
         gap = x - (x.detach() - gradient)
         error = broadcast(batch.more["weight"], x) * gap.square() if "weight" in batch.more else gap.square()
         loss = 0.5 * error.mean() if self.huber is None else pseudo_huber(gap, self.huber)
-        return loss, {"direction": gradient.square().mean().sqrt()}
+        return loss, {"direction": gradient.square().mean().sqrt()} | getattr(self.direction, "seen", {})
 
     def fake_score_loss(self, rollout: Rollout, batch: Batch, generator: Randomness) -> Loss:
         """Flow matching of the fake score on the student's samples: ``E ||v - (noise - x0)||^2`` (MoGAN eq. 3).

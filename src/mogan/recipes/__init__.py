@@ -20,6 +20,7 @@ from mogan.recipes.phased import phased_alternating_lab, phased_lab, phased_wan_
 from mogan.recipes.redmd import redmd_lab, redmd_wan_1_3b
 from mogan.recipes.shift import shift_lab, shift_wan_1_3b
 from mogan.recipes.tdm import tdm_lab, tdm_wan_1_3b
+from mogan.recipes.vdot import vdot_lab, vdot_wan_1_3b
 
 RECIPES: dict[str, Callable[[], Config]] = {
     recipe.__name__: recipe
@@ -28,6 +29,7 @@ RECIPES: dict[str, Callable[[], Config]] = {
         flow_matching_wan_1_3b, mogan_lab, mogan_msm_lab, mogan_surrogate_lab, mogan_wan_1_3b, motion_score_lab,
         motion_score_wan_1_3b, msm_lab, msm_wan_1_3b, phased_alternating_lab, phased_lab, phased_wan_1_3b, phased_wan_a14b,
         redmd_lab, redmd_wan_1_3b, sft_i2v_lab, sft_i2v_wan_1_3b, shift_lab, shift_wan_1_3b, tdm_lab, tdm_wan_1_3b,
+        vdot_lab, vdot_wan_1_3b,
     )
 }  # fmt: skip
 RECIPES |= {

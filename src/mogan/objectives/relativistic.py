@@ -1,0 +1,167 @@
+"""A relativistic discriminator on the trunk of the fake score (VDOT, arXiv 2512.06802; the loss: arXiv 1807.00734).
+
+The fake score's features of noised latents, at the level and under the prompt that it is told, are read by small heads, which
+alone learn. A clip need not be called real, only more so than the clip it is paired with, or less.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mogan.config import LATENT, Alarm, Config, Lesson, Terms
+from mogan.costs.calls import Tracer, build_transformer, judge_call
+from mogan.costs.shapes import Shapes
+from mogan.costs.trace import Call, fake, sizes, trace
+from mogan.data.batches import Batch
+from mogan.distributed import shard
+from mogan.errors import UserError
+from mogan.models.denoiser import Denoiser, frozen, recomputed, taps
+from mogan.models.discriminator import Heads
+from mogan.objectives import Bill, Kept, Loss, Objective, Price, Randomness
+from mogan.objectives.base import Base
+from mogan.sampling.rollout import Rollout, normal
+from mogan.schedule import add_noise, draw_sigma
+
+WINS = Alarm(
+    "gap",
+    lambda first, now: now > 6.0,
+    "the discriminator wins outright: real and generated logits are {now:.1f} apart; lower its learning rate",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RelativisticConfig:
+    """See :class:`Relativistic`.
+
+    Attributes:
+        taps: after which blocks of the fake score heads read.
+        shift: of the levels that latents are noised to; ``low``, ``high``: least and largest.
+        of: name of the objective whose fake score is the trunk.
+    """
+
+    taps: tuple[int, ...]
+    shift: float
+    low: float = 0.02
+    high: float = 0.98
+    of: str = "dmd"
+
+    def terms(self, config: Config) -> Terms:
+        """Real clips beside what the student makes of their captions."""
+        if "fake_score" not in (config.terms(self.of).lessons if self.of in config.objectives else ()):
+            raise ValueError(
+                f"a relativistic discriminator reads a fake score, and the config has no {self.of!r} with one"
+            )
+        lesson = Lesson(clips=(LATENT,), captions=True)
+        return Terms(lessons={"student": lesson, "critic": lesson}, alarms=(WINS,))
+
+    def build(self, base: Base, others: Mapping[str, Objective]) -> Objective:
+        """The heads, on a trunk that is there already."""
+        if self.of not in others:
+            raise UserError(f"the recipe builds its discriminator before {self.of}: name {self.of} first in objectives")
+        trunk = others[self.of].judge.fake_score
+        if max(self.taps) >= len(trunk.transformer.blocks):
+            raise UserError(
+                f"the recipe's heads read after block {max(self.taps)} and the fake score has "
+                f"{len(trunk.transformer.blocks)}: lower taps"
+            )
+        if base.world.sequence is not None:
+            raise UserError("--context-parallel splits the tokens that a discriminator's heads read: leave it out")
+        if base.config.checkpointing:
+            trunk.transformer.enable_gradient_checkpointing(recomputed)  # frozen or not as when it was called
+        torch.manual_seed(base.config.seed)  # the heads start at random
+        made = trunk.transformer.config
+        critic = Heads(made.num_attention_heads * made.attention_head_dim, made.num_attention_heads, len(self.taps))
+        critic = shard(critic, critic.heads, base.world, torch.float32).to(base.device).train()
+        found = Relativistic(trunk, critic, self)
+        return Objective(found, {"student": found.student_loss, "critic": found.critic_loss}, {"critic": critic})
+
+    def price(self, config: Config, tracer: Tracer) -> Price:
+        """The trunk on a real and a generated clip; the student's gradient passes through it, the heads learn beside it."""
+        layers, forward = tracer.shapes.transformer["num_layers"], tracer.forward
+        passes, _ = tracer.once(
+            ("trunk", len(self.taps)),
+            lambda: judge_call(
+                tracer.shapes,
+                layers,
+                len(self.taps),
+                tracer.shapes.latent[1],
+                tracer.checkpointing,
+                tracer.dtype,
+                learns=False,
+            ),
+        )
+        heads, parameters = tracer.once(("token heads", len(self.taps)), lambda: heads_call(tracer.shapes, len(self.taps)))
+        again = forward.work.flops if config.checkpointing else 0.0
+        bills = {
+            "student": Bill((forward.freed(), passes), 3, again),
+            "critic": Bill((forward.freed(), forward.freed(), heads.times(2).freed()), 2),
+        }
+        return Price(bills, (Kept("critic", parameters),))
+
+
+class Relativistic:
+    """``softplus(D(other) - D(own))``, of pairs that share a caption. Owns the heads.
+
+    Args:
+        trunk: the fake score, which does not learn here.
+        critic: heads on its features.
+        settings: taps and levels.
+    """
+
+    def __init__(self, trunk: Denoiser, critic: Heads, settings: RelativisticConfig):
+        self.trunk, self.critic, self.settings = trunk, critic, settings
+
+    def features(self, x_BCFHW: Tensor, text_BLD: Tensor, generator: Randomness) -> list[Tensor]:
+        """What the trunk makes of latents, noised to levels that are drawn and told."""
+        s = self.settings
+        sigma = draw_sigma(len(x_BCFHW), generator, low=s.low, high=s.high, k=s.shift).to(x_BCFHW.device)
+        x_t = add_noise(x_BCFHW, normal(x_BCFHW.shape, generator, x_BCFHW.device), sigma)
+        with frozen(self.trunk), taps(self.trunk.transformer.blocks, s.taps) as found:
+            self.trunk.velocity(x_t, sigma, text_BLD)
+        return found
+
+    def _logits(self, rollout: Rollout, batch: Batch, generator: Randomness, grad: bool) -> tuple[Tensor, Tensor]:
+        """Of the real clips and of the generated ones, at levels of their own."""
+        assert batch.latent_BCFHW is not None, "the batch holds no real clips"
+        if rollout.level:
+            raise UserError("real clips are clean, and this roll-out stops above level 0: leave the discriminator out")
+        with torch.no_grad():
+            real = self.features(batch.latent_BCFHW.to(rollout.sample_BCFHW), rollout.text_BLD, generator)
+        with torch.set_grad_enabled(grad):
+            made = self.features(rollout.sample_BCFHW, rollout.text_BLD, generator)
+        both = [torch.cat([a, b]).float() for a, b in zip(real, made, strict=True)]
+        of_real, of_made = self.critic(both).chunk(2)
+        return of_real, of_made
+
+    def student_loss(self, rollout: Rollout, batch: Batch, generator: Randomness) -> Loss:
+        """``E softplus(D(real) - D(made))``; gradient passes through trunk and heads, not into them."""
+        with frozen(self.critic):
+            real, made = self._logits(rollout, batch, generator, True)
+        return F.softplus(real - made).mean(), _numbers(real, made)
+
+    def critic_loss(self, rollout: Rollout, batch: Batch, generator: Randomness) -> Loss:
+        """``E softplus(D(made) - D(real))``."""
+        real, made = self._logits(rollout, batch, generator, False)
+        return F.softplus(made - real).mean(), _numbers(real, made)
+
+
+def _numbers(real_B: Tensor, made_B: Tensor) -> dict[str, Tensor]:
+    return {
+        "real_logit": real_B.detach().mean(),
+        "fake_logit": made_B.detach().mean(),
+        "gap": (real_B - made_B).detach().mean(),
+    }
+
+
+def heads_call(shapes: Shapes, count: int) -> tuple[Call, int]:
+    """Heads on the features of one clip, forward and backward; their parameters."""
+    with fake():
+        made = build_transformer(shapes, 1).config
+        width, _, frames, height, cross = made.num_attention_heads * made.attention_head_dim, *shapes.latent
+        _, patch_h, patch_w = made.patch_size
+        features = [torch.empty(1, frames * (height // patch_h) * (cross // patch_w), width) for _ in range(count)]
+        critic = Heads(width, made.num_attention_heads, count)
+        return trace(critic.parameters(), lambda: critic(features), backward=True), sizes(critic)[0]
