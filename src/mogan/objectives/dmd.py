@@ -6,7 +6,6 @@ the difference is the gradient of KL(student || teacher) with respect to the sam
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -121,8 +120,8 @@ class DMDConfig:
 def direction_call(direction: Direction, tracer: Tracer) -> Call:
     """A direction of one clip."""
     with fake():
-        clips = (torch.empty(1, *tracer.shapes.latent) for _ in range(3))
-        return trace((), partial(direction, *clips, torch.empty(1)), backward=False).freed()
+        x0, real, made = (torch.empty(1, *tracer.shapes.latent) for _ in range(3))
+        return trace((), lambda: direction(x0, real, made, torch.empty(1)), backward=False).freed()
 
 
 def dmd_scale(x0: Tensor, real: Tensor) -> Tensor:

@@ -34,12 +34,19 @@ def vdot_wan_1_3b() -> Config:
     GPUs, 1500 and 1200 steps) from a student that somebody else had accelerated.
     """
     base = dmd2_wan_1_3b()
-    size = {"batch": 64, "accumulate": 64}
     plan = (
-        Update(learns="student", by="dmd", every=2, **size),
-        Update(learns="student", by="relativistic", optimizer="student_adversarial", start=1, every=2, **size),
-        Update(learns="fake_score", by="dmd", times=5, **size),
-        Update(learns="critic", by="relativistic", start=1, every=2, **size),
+        Update(learns="student", by="dmd", every=2, batch=64, accumulate=64),
+        Update(
+            learns="student",
+            by="relativistic",
+            optimizer="student_adversarial",
+            start=1,
+            every=2,
+            batch=64,
+            accumulate=64,
+        ),
+        Update(learns="fake_score", by="dmd", times=5, batch=64, accumulate=64),
+        Update(learns="critic", by="relativistic", start=1, every=2, batch=64, accumulate=64),
     )
     transport = TransportConfig(rho=RHO, eps=0.5)  # the released code: 0.1, which 60 iterations leave unsolved
     # released code: blocks 23, 31 and 39 of 40, shift 12
