@@ -62,7 +62,7 @@ class WeightsConfig:
     limit: float = 2.0
     reward: str = NET_MOTION
     standard: tuple[float, float] | None = None
-    clips: int = 128
+    clips: int = 64
     flow: str
     flow_iterations: int = 12
 

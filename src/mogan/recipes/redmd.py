@@ -24,7 +24,6 @@ def redmd_wan_1_3b() -> Config:
     """
     weights = WeightsConfig(
         beta=BETA,
-        clips=64,  # chosen: of 50 guided steps each
         flow="raft_large_C_T_SKHT_V2.pth",  # as mogan_wan_1_3b; the paper's reward is a vision-language model's
         flow_iterations=12,
     )
