@@ -153,6 +153,7 @@ def test_two_processes_follow_the_trajectory_of_one_and_each_resumes_the_other(f
         ("mogan", 2, ("--context-parallel", "2")),
         ("redmd", 2, ()),
         ("vdot", 2, ()),
+        ("vdot", 2, ("--context-parallel", "2")),
         ("shift", 2, ()),
         ("shift", 2, ("--context-parallel", "2")),
         ("dmd", 4, ("--hsdp", "2", "--context-parallel", "2")),

@@ -16,7 +16,7 @@ from mogan.costs.calls import Tracer, build_transformer, judge_call
 from mogan.costs.shapes import Shapes
 from mogan.costs.trace import Call, fake, sizes, trace
 from mogan.data.batches import Batch
-from mogan.distributed import shard
+from mogan.distributed import all_tokens, shard
 from mogan.errors import UserError
 from mogan.models.denoiser import Denoiser, frozen, recomputed, taps
 from mogan.models.discriminator import Heads
@@ -67,8 +67,6 @@ class RelativisticConfig:
                 f"the recipe's heads read after block {max(self.taps)} and the fake score has "
                 f"{len(trunk.transformer.blocks)}: lower taps"
             )
-        if base.world.sequence is not None:
-            raise UserError("--context-parallel splits the tokens that a discriminator's heads read: leave it out")
         if base.config.checkpointing:
             trunk.transformer.enable_gradient_checkpointing(recomputed)  # frozen or not as when it was called
         torch.manual_seed(base.config.seed)  # the heads start at random
@@ -122,9 +120,10 @@ class Relativistic:
         x_t = add_noise(x_BCFHW, normal(x_BCFHW.shape, generator, x_BCFHW.device), sigma)
         with frozen(self.trunk), taps(self.trunk.transformer.blocks, s.taps) as found:
             out = self.trunk.velocity(x_t, sigma, text_BLD)
-        # sharded weights outside the blocks are gathered again when a gradient of what the transformer returns arrives
+        # sharded weights outside the blocks are gathered again when a gradient of what the transformer returns arrives. They
+        # cannot stay gathered, as those of a frozen trunk may (mogan.distributed.tapped): this one learns, elsewhere
         found[-1] = found[-1] + (0.0 * out.mean()).to(found[-1].dtype)
-        return found
+        return [all_tokens(features, self.trunk.transformer) for features in found]
 
     def _logits(self, rollout: Rollout, batch: Batch, generator: Randomness, grad: bool) -> tuple[Tensor, Tensor]:
         """Of the real clips and of the generated ones, at levels of their own."""
