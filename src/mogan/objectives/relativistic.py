@@ -92,7 +92,9 @@ class RelativisticConfig:
                 learns=False,
             ),
         )
-        heads, parameters = tracer.once(("token heads", len(self.taps)), lambda: heads_call(tracer.shapes, len(self.taps)))
+        heads, parameters = tracer.once(
+            ("token heads", len(self.taps)), lambda: heads_call(tracer.shapes, len(self.taps))
+        )
         again = forward.work.flops if config.checkpointing else 0.0
         bills = {
             "student": Bill((forward.freed(), passes), 3, again),
