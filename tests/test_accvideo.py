@@ -9,6 +9,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
 from torch import nn
 
+from conftest import CAPTIONS
 from mogan.cli import main
 from mogan.data.batches import Batch
 from mogan.data.cache import open_cache
@@ -24,6 +25,7 @@ from mogan.recipes import accvideo_lab, accvideo_lab_no_gan, accvideo_wan_1_3b
 from mogan.runs.checkpoint import latest_checkpoint, load_checkpoint, stored
 from mogan.sampling.rollout import normal
 from mogan.sampling.samplers import sample_student
+from mogan.sampling.trajectories import trajectories
 from mogan.schedule import shifted_levels, uniform
 from mogan.training.assemble import assemble
 from mogan.training.loop import run_training
@@ -382,6 +384,19 @@ def test_following_alone_is_a_recipe_of_its_own_and_both_may_judge_one_step(fami
         "student<trajectory+key_levels",
         "discriminator<key_levels",
     ]
+
+
+def test_paths_of_two_experts_are_followed_and_heads_on_them_refused(two, tmp_path):
+    (tmp_path / "prompts.txt").write_text("\n".join(CAPTIONS))
+    ask = {"keep": "0,2,4,6", "steps": 6, "guidance": 1.0, "shift": 3.0, "precision": "fp32", "device": "cpu"}
+    trajectories(prompts=tmp_path / "prompts.txt", out=tmp_path / "store", model=str(two), **ask)
+    data, model = open_cache(tmp_path / "store"), str(two)
+    with pytest.raises(UserError, match="holds two transformers, and heads read the features of one"):
+        assemble(accvideo(), data, model=model, run=None, device="cpu")
+    run = tmp_path / "run"
+    run.mkdir()
+    run_training(assemble(shrink(accvideo_lab_no_gan()), data, model=model, run=run, device="cpu"), run)
+    assert len((run / "metrics.jsonl").read_text().splitlines()) == 3
 
 
 @pytest.mark.slow

@@ -24,6 +24,7 @@ from mogan.errors import UserError
 from mogan.models.attention import stack_text
 from mogan.models.denoiser import Denoiser, frozen
 from mogan.models.discriminator import LevelHeads, discriminator_loss, features_of, generator_loss
+from mogan.models.experts import boundary_of
 from mogan.objectives import Bill, Kept, Loss, Objective, Price, Randomness
 from mogan.objectives.base import Base
 from mogan.objectives.flow_matching import learns_alone
@@ -138,6 +139,11 @@ class KeyLevelGANConfig:
 
     def build(self, base: Base, others: Mapping[str, Objective]) -> Objective:
         """Heads on the frozen teacher, and the queues."""
+        if boundary_of(base.folder) is not None:
+            raise UserError(
+                f"{base.folder} holds two transformers, and heads read the features of one: leave {base.config.recipe}'s "
+                "discriminator out, as accvideo_lab_no_gan does"
+            )
         config, teacher = base.config, Denoiser(tapped(base.frozen(base.folder, "transformer")), base.dtype)
         if max(self.block, self.clean_block) >= len(teacher.transformer.blocks):
             raise UserError(
