@@ -62,6 +62,10 @@ class RelativisticConfig:
         if self.of not in others:
             raise UserError(f"the recipe builds its discriminator before {self.of}: name {self.of} first in objectives")
         trunk = others[self.of].judge.fake_score
+        if trunk.transformer_2 is not None:
+            raise UserError(
+                f"{base.folder} has two experts, and heads read the features of one network: leave them out"
+            )
         if max(self.taps) >= len(trunk.transformer.blocks):
             raise UserError(
                 f"the recipe's heads read after block {max(self.taps)} and the fake score has "
