@@ -25,6 +25,7 @@ from tiny_recipes import dmd, flow_matching, mogan, motion_score, msm, redmd, sf
 
 RECIPES = {
     "mogan": mogan,
+    "accvideo": tiny_recipes.accvideo,
     "dmd": dmd,
     "flow_matching": flow_matching,
     "msm": msm,
@@ -33,6 +34,7 @@ RECIPES = {
     "sft_i2v": sft_i2v,
     "shift": shift,
     "surrogate": surrogate,
+    "phased": tiny_recipes.phased,
     "vdot": tiny_recipes.vdot,
     **{a: (lambda a=a: ablate(mogan, a)) for a in ABLATIONS},
 }
@@ -53,9 +55,9 @@ def weights(parts):
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_each_update_moves_its_own_network_and_no_other(recipe, family, cache):
+def test_each_update_moves_its_own_network_and_no_other(recipe, family, cache, paths):
     config = RECIPES[recipe]()
-    parts = build(config, family, cache)
+    parts = build(config, family, tiny_recipes.data(config, cache, paths))
     frozen = {
         "vae": parts.vae,
         "flow": parts.flow,
