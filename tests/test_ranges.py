@@ -14,6 +14,7 @@ NEEDED = {
     "prepare": ["x"],
     "train": ["mogan_lab", "--data", "x"],
     "sample": ["--prompts", "x"],
+    "trajectories": ["--prompts", "x"],
     "report": ["x"],
     "export": ["x"],
     "import": ["x", "--base", "x"],

@@ -74,6 +74,7 @@ def trajectories(
     above(0, shift=shift)
     at_least(0, guidance=guidance)
     whole(negative_prompt or "", "--negative-prompt")
+    between(0, 2**63 - seeds, first_seed=first_seed)  # torch takes 64 bits
     target = choose_device(device)
     lines = read_prompts(prompts)
     between(0, 2**63 - seeds * len(lines), first_seed=first_seed)
