@@ -79,7 +79,6 @@ def check_parts(model: Path) -> None:
     check_experts(model, index, transformer, low)
     if vae is not None:
         _check_class(model, "vae", vae, AutoencoderKLWan)
-    if vae is not None:
         channels = vae.get("z_dim", 16)
         if transformer is not None and transformer.get("out_channels", 16) != channels:
             raise UserError(
