@@ -1,206 +1,227 @@
-"""One GPU, no network: one full iteration of mogan_wan_1_3b on random weights, beside what `mogan estimate` said.
+"""One GPU, no network, random weights: what Wan2.1-1.3B's recipes take at 81 x 480 x 832, beside what `mogan estimate` says.
 
-Makes a random Wan2.1-T2V-1.3B folder (real configuration files, full depth, 7 GB) and a cache of random latents in --work,
-runs every update of the plan at batch 1 in bf16, at 81 x 480 x 832 or the largest clip that fits, samples with 3 and with 50
-steps, and writes the table between the markers of docs/performance.md. Without a GPU the same code runs narrow and small
-and writes nothing.
+    make gpu                                                    # all that nine minutes allow
+    python benchmarks/gpu.py --parts card,dmd,networks --budget 200
+    python benchmarks/gpu.py --tables docs/results/gpu.json     # measures nothing, writes the page again
 
-    make gpu
+Every part is a process of its own with a time limit and writes each number down when it has it (--work/results/PART.json):
+one that fails or hangs loses nothing but what it had not measured. Parts come in the order of what they are worth; those for
+which the budget has no time are skipped. The estimates are made on the CPU meanwhile. Without a GPU the same code runs on
+narrow networks and writes no page.
 """
 
 import argparse
 import json
-import math
 import os
+import signal
+import subprocess
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from gpu_inputs import NEIGHBOURS
+from gpu_tables import tables, write_tables
 
-from mogan.config import Config
 from mogan.costs.machines import MACHINES
-from mogan.data.cache import ensure_text, open_cache, save_latent, text_path
 from mogan.disk.files import write_atomically
-from mogan.estimate.command import pricing
-from mogan.estimate.random_wan import random_wan
-from mogan.models.attention import stack_text
-from mogan.models.discriminator import PROMPT
-from mogan.models.wan import fingerprint, geometry, latent_shape, load_text
-from mogan.motion.flow import RaftConfig, save_raft
-from mogan.recipes import find_recipe
-from mogan.sampling.rollout import roll_out
-from mogan.training.assemble import Assembly, assemble
-from mogan.training.steps import Position, step
 
-SIZES = ((81, 480, 832), (81, 320, 576), (49, 320, 576), (49, 256, 448))  # the next one where the last did not fit
-DRY = (49, 64, 64)
-NARROW = {
-    "transformer": {"num_attention_heads": 2, "attention_head_dim": 32, "ffn_dim": 128, "text_dim": 64, "freq_dim": 64},
-    "vae": {"base_dim": 8},
-    "text_encoder": {"d_model": 64, "d_ff": 128, "num_heads": 4, "d_kv": 16},
-}
-BEGIN, END = "<!-- make gpu writes below -->", "<!-- make gpu wrote above -->"
+HERE = Path(__file__).parent
 
 
-def one_clip(config: Config, frames: int) -> Config:
-    """The recipe at batch 1, each update once, one window in the middle, RAFT with random weights."""
-    plan = tuple(replace(u, batch=1, accumulate=1, times=1) for u in config.plan)
-    middle = (1 + (frames - 1) // 4 - config.objectives["gan"].window) // 2
-    return replace(config.changed("gan", starts=(middle,)), plan=plan, sample_prompts=0)
+@dataclass(frozen=True)
+class Part:
+    """Seconds of an H200: ``repeat``: repetitions that far; ``least``: what it needs to be worth starting; ``limit``: its end."""
+
+    name: str
+    repeat: float
+    least: float
+    limit: float
 
 
-def random_raft(path: Path) -> Path:
-    """A random raft_large of torchvision: time and memory do not depend on weights."""
-    from torchvision.models.optical_flow import raft_large
-
-    torch.manual_seed(0)
-    torch.save(raft_large().state_dict(), path)
-    return path
-
-
-def random_cache(folder: Path, model: Path, clip: tuple[int, int, int]) -> Path:
-    """Two clips of random latents, as `mogan prepare` would lay them out."""
-    folder.mkdir(parents=True)
-    size = replace(geometry(model), frames=clip[0], height=clip[1], width=clip[2])
-    captions = [
-        f"a random clip that is number {number} of two and moves well from left to right" for number in range(2)
-    ]
-    for number in range(2):
-        save_latent(folder, f"clip{number}", torch.randn(latent_shape(model, size)), {})
-    ensure_text(folder, ["", PROMPT, *captions], load_text(model))
-    facts = {"format": "mogan-cache", "version": 1, "contents": "clips", "vae": fingerprint(model, "vae")}
-    facts |= {"fps": size.fps, "frames": size.frames, "height": size.height, "width": size.width}
-    entries = [{"id": f"clip{number}", "caption": caption, "motion": 15.0} for number, caption in enumerate(captions)]
-    assert all(text_path(folder, c).exists() for c in captions)
-    write_atomically(folder / "index.jsonl", "".join(json.dumps(e) + "\n" for e in entries))
-    write_atomically(folder / "cache.json", json.dumps(facts))
-    return folder
+PARTS = (
+    Part("card", 5, 15, 60),
+    Part("dmd", 25, 40, 150),
+    Part("mogan_lora", 70, 90, 210),
+    Part("mogan", 40, 50, 150),
+    Part("networks", 30, 40, 150),
+    Part("penalty", 10, 30, 90),
+    Part("sample", 10, 30, 90),
+    Part("compile", 40, 60, 200),
+    *(Part(name, 20, 35, 90) for name in NEIGHBOURS),
+)
 
 
-def timed(call: Callable[[], object], device: torch.device) -> float:
-    """Seconds of one call, the GPU's queue included."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    began = time.perf_counter()
-    call()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - began
-
-
-def run_iteration(parts: Assembly) -> list[tuple[str, float, float, float]]:
-    """Label, loss, seconds (of the second time) and peak bytes of each update; raises if a loss is not finite."""
-    rows = []
-    for index, update in enumerate(parts.config.plan):
-        for iteration in (0, 1):  # the first one warms kernels up and makes the optimiser's moments
-            if parts.device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats()
-            record: dict[str, float] = {}
-            where = Position(0, iteration, index, 0)
-            seconds = timed(lambda r=record, w=where: r.update(step(parts, w)), parts.device)
-        peak = torch.cuda.max_memory_allocated() if parts.device.type == "cuda" else math.nan
-        assert math.isfinite(record["loss"]), f"{update.label}: the loss is {record['loss']}"
-        rows.append((update.label, record["loss"], seconds, float(peak)))
-    return rows
-
-
-@torch.no_grad()
-def sampling_seconds(parts: Assembly) -> tuple[float, float]:
-    """3 steps of the student, and 50 of a guided teacher (two calls a step), without decoding."""
-    text = stack_text([parts.cache.text(parts.cache.entries[0]["caption"])], parts.device)
-    noise = torch.randn(1, *parts.latent_shape, device=parts.device)
-    generator = torch.Generator().manual_seed(0)
-
-    def few() -> None:
-        roll_out(parts.student, noise, text, parts.config.sigmas, generator)
-
-    def many() -> None:
-        both, texts = torch.cat([noise, noise]), torch.cat([text, text])
-        for i in range(50):
-            parts.student.velocity(both, torch.full((2,), 1 - i / 50, device=parts.device), texts)
-
-    few()
-    return timed(few, parts.device), timed(many, parts.device)
-
-
-def measure(work: Path, clip: tuple[int, int, int], device: str, narrow: bool) -> list[str]:
-    """Lines of the table for one clip size."""
-    raft = random_raft(work / "raft.pth")
-    model = work / ("random-narrow" if narrow else "random-1.3b")
-    if not model.exists():
-        changes = NARROW if narrow else None
-        random_wan(model, layers=16 if narrow else None, text_layers=1, clip=clip, changes=changes)
-    config = one_clip(find_recipe("mogan_wan_1_3b"), clip[0])
-    config = config.changed("gan", flow=str(raft))
-    cache = work / f"cache-{'narrow-' if narrow else ''}{'x'.join(map(str, clip))}"
-    if not cache.exists():
-        random_cache(cache, model, clip)
-    if narrow:  # raft_large needs 128 pixels, a small one reads 64
-        save_raft(RaftConfig().build(), RaftConfig(), work / "raft")
-        config = config.changed("gan", flow=str(work / "raft"), flow_iterations=2)
-    parts = assemble(config, open_cache(cache), model=str(model), student=str(model), run=None, device=device)
-    rows = run_iteration(parts)
-    few, many = sampling_seconds(parts)
-    name = torch.cuda.get_device_name() if device == "cuda" else "CPU (dry run, narrow networks)"
-    gpu = next((g for g in MACHINES if g.split("-")[0] in name.lower()), "h200")
-    frames, height, width = clip
-    price = pricing(config, str(model), gpu, frames=frames, height=height, width=width, clips=0)
-    predicted = price(config, 1, None)
-    lines = [
-        f"{name}, torch {torch.__version__}, {frames} x {height} x {width}, batch 1, bf16, random weights, `make gpu`.",
-        "",
-    ]
-    lines += [
-        "| update | loss | seconds | estimated | peak GB | estimated | model FLOPs utilisation |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for (label, loss, seconds, peak), said in zip(rows, predicted.steps, strict=True):
-        share = said.model_flops / seconds / MACHINES[gpu].bf16
-        lines.append(
-            f"| {label} | {loss:.3g} | {seconds:.2f} | {said.seconds:.2f} | {peak / 1e9:.1f} | {said.peak / 1e9:.1f} "
-            f"| {f'{share:.0%}' if device == 'cuda' else '-'} |"
+@contextmanager
+def started(command: Sequence[str], log: Path, **environment: str) -> Iterator[subprocess.Popen]:
+    """A process that ends with the block, and its children with it."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("w") as file:
+        process = subprocess.Popen(
+            command, stdout=file, stderr=subprocess.STDOUT, env=os.environ | environment, start_new_session=True
         )
-    lines += [
-        "",
-        f"Sampling without decode: 3 steps {few:.2f} s, 50 guided steps {many:.2f} s, {many / few:.1f} times as long.",
-    ]
-    return lines
+        try:
+            yield process
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
 
 
-def write_table(page: Path, lines: list[str]) -> None:
-    """Replace what stands between the markers."""
-    text = page.read_text()
-    before, rest = text.split(BEGIN)
-    _, after = rest.split(END)
-    write_atomically(page, f"{before}{BEGIN}\n" + "\n".join(lines) + f"\n{END}{after}")
+def finished(process: subprocess.Popen, log: Path, limit: float) -> str:
+    """Wait; empty if it went well, else why not, in a line."""
+    try:
+        process.wait(limit)
+    except subprocess.TimeoutExpired:
+        return f"stopped after {limit:.0f} s"
+    if process.returncode == 0:
+        return ""
+    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    return (lines[-1] if lines else f"ended with {process.returncode} and said nothing")[:240]
+
+
+class Run:
+    """Parts one after the other, and what they found in one file that is written after each.
+
+    Args:
+        parts: which, in order.
+        work: where they write.
+        out: the file that holds everything.
+        budget: seconds for all.
+        command: of a part, given its name and for how long it may repeat.
+    """
+
+    def __init__(self, parts: Sequence[Part], work: Path, out: Path, budget: float, command):
+        self.parts, self.work, self.out, self.budget, self.command = parts, work, out, budget, command
+        self.began = time.monotonic()
+        self.failed: dict[str, str] = {}
+        self.skipped: list[str] = []
+
+    @property
+    def left(self) -> float:
+        """Seconds."""
+        return self.budget - (time.monotonic() - self.began)
+
+    def say(self, text: str) -> None:
+        """With the seconds since the start."""
+        print(f"[{time.monotonic() - self.began:6.1f} s] {text}", flush=True)
+
+    def all(self) -> None:
+        """Every part that the budget allows."""
+        for part in self.parts:
+            self.one(part)
+
+    def one(self, part: Part) -> None:
+        """A part, unless there is no time for it."""
+        if self.left < part.least:
+            self.skipped.append(part.name)
+            self.say(f"{part.name}: skipped, {self.left:.0f} s are left and it takes at least {part.least:.0f}")
+            self.merge()
+            return
+        limit, log = min(part.limit, self.left), self.work / "results" / f"{part.name}.log"
+        (self.work / "results" / f"{part.name}.json").unlink(missing_ok=True)
+        self.say(f"{part.name}: begins, at most {limit:.0f} s")
+        with started(self.command(part.name, part.repeat), log) as process:
+            why = finished(process, log, limit)
+        if why:
+            self.failed[part.name] = why
+            print("\n".join(log.read_text(errors="replace").splitlines()[-25:]), flush=True)
+        self.say(f"{part.name}: {why or 'done'}")
+        found = self.merge()["parts"].get(part.name, {})
+        for row in found.get("rows", []):
+            numbers = {
+                k: v for k, v in row.items() if k in ("clip", "seconds", "peak", "above", "error", "note", "time")
+            }
+            print(f"    {row['what']}: {json.dumps(numbers)}", flush=True)
+
+    def merge(self) -> dict[str, Any]:
+        """Everything so far."""
+        found: dict[str, Any] = {"date": time.strftime("%Y-%m-%d"), "parts": {}, "skipped": self.skipped}
+        for name in [part.name for part in PARTS] + [part.name for part in self.parts]:
+            if (one := read(self.work / "results" / f"{name}.json")) is not None:
+                found["parts"][name] = one
+        for name, why in self.failed.items():
+            found["parts"].setdefault(name, {"rows": []})["failed"] = why
+        found["predicted"] = read(self.work / "results" / "predicted.json") or {}
+        self.out.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(self.out, json.dumps(found, indent=1) + "\n")
+        return found
+
+
+def read(file: Path) -> Any:
+    """What a file says, if it is there and whole."""
+    try:
+        return json.loads(file.read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def chosen(names: str) -> list[Part]:
+    """Parts by name, in our order."""
+    known = {part.name: part for part in PARTS}
+    asked = names.split(",") if names else list(known)
+    if unknown := [name for name in asked if name not in known]:
+        sys.exit(f"no part {unknown[0]}: there are {', '.join(known)}")
+    return [part for part in PARTS if part.name in asked]
 
 
 def main() -> None:
     """Measure, print, and on a GPU write the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, default=Path("runs/gpu"))
+    parser.add_argument("--work", type=Path, default=Path("runs/gpu"), help="room for 4 GB of random weights")
     parser.add_argument("--page", type=Path, default=Path("docs/performance.md"))
+    parser.add_argument("--out", type=Path, help="docs/results/gpu.json, of a dry run --work/gpu.json")
+    parser.add_argument(
+        "--parts", default="", help="comma-separated; all by default: " + ", ".join(p.name for p in PARTS)
+    )
+    parser.add_argument("--budget", type=float, help="seconds in all; 540 on a GPU")
+    parser.add_argument("--tables", type=Path, metavar="JSON", help="write the page from this file and measure nothing")
     arguments = parser.parse_args()
-    arguments.work.mkdir(parents=True, exist_ok=True)
-    if not torch.cuda.is_available():
-        print("no GPU here: a dry run on narrow networks, nothing is written", file=sys.stderr)
-        print("\n".join(measure(arguments.work, DRY, "cpu", narrow=True)))
+    if arguments.tables:
+        write_tables(arguments.page, tables(read(arguments.tables)))
         return
-    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
-    for clip in SIZES:
-        try:
-            lines = measure(arguments.work, clip, "cuda", narrow=False)
-        except torch.cuda.OutOfMemoryError:
-            print(f"{clip} does not fit", file=sys.stderr)
-            torch.cuda.empty_cache()
-            continue
-        print("\n".join(lines))
-        write_table(arguments.page, lines)
-        return
-    sys.exit("no size fits this GPU; see `mogan estimate mogan_wan_1_3b --gpu ...` for what to change")
+    dry = not torch.cuda.is_available()
+    if dry:
+        print("no GPU here: a dry run on narrow networks, no page is written", file=sys.stderr)
+    machine = (
+        "h200"
+        if dry
+        else next((m for m in MACHINES if m.split("-")[0] in torch.cuda.get_device_name().lower()), "h200")
+    )
+    narrow = ["--narrow"] if dry else []
+
+    def script(name: str, *more: str) -> list[str]:
+        return [sys.executable, str(HERE / name), "--work", str(arguments.work), *narrow, *more]
+
+    def command(part: str, repeat: float) -> list[str]:
+        return script("gpu_parts.py", "--part", part, "--seconds", str(0.0 if dry else repeat))
+
+    out = arguments.out or (arguments.work / "gpu.json" if dry else Path("docs/results/gpu.json"))
+    budget = arguments.budget or (float("inf") if dry else 540.0)
+    run = Run(chosen(arguments.parts), arguments.work, out, budget, command)
+    log = arguments.work / "results" / "inputs.log"
+    with started(script("gpu_parts.py", "--part", "inputs"), log, CUDA_VISIBLE_DEVICES="") as inputs:
+        if run.parts[0].name == "card":  # needs no inputs
+            run.one(run.parts[0])
+            run.parts = run.parts[1:]
+        why = finished(inputs, log, min(200.0, run.left) if not dry else 600.0)
+    if why:
+        sys.exit(f"no random weights: {why} ({log})")
+    run.say("random weights: done")
+    estimates = arguments.work / "results" / "predicted.log"
+    beside = script("gpu_predicted.py", "--gpu", machine)
+    with started(["nice", *beside], estimates, CUDA_VISIBLE_DEVICES="") as predicted:
+        run.all()
+        why = finished(predicted, estimates, max(1.0, min(run.left, 900.0)))
+    run.say(f"estimates: {why or 'done'}")
+    lines = tables(run.merge())
+    print("\n".join(lines))
+    if not dry:
+        write_tables(arguments.page, lines)
 
 
 if __name__ == "__main__":

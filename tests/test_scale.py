@@ -277,25 +277,3 @@ def test_a_text_encoder_alone_is_written_in_parts_and_encodes_prompts(tmp_path):
     assert len(open_cache(tmp_path / "c")) == 2
     with pytest.raises(wan.UserError, match="exists already"):
         random_text_encoder(model)
-
-
-@pytest.mark.slow
-def test_make_gpu_runs_dry_without_a_gpu(tmp_path, capsys, monkeypatch):
-    import runpy
-    import sys
-    from pathlib import Path
-
-    if torch.cuda.is_available():
-        pytest.skip("there is a GPU: `make gpu` measures it")
-    script = Path(__file__).parent.parent / "benchmarks" / "gpu.py"
-    page = tmp_path / "page.md"
-    page.write_text("before\n<!-- make gpu writes below -->\nold\n<!-- make gpu wrote above -->\nafter\n")
-    monkeypatch.setattr(sys, "argv", [str(script), "--work", str(tmp_path / "work"), "--page", str(page)])
-    main_of = runpy.run_path(str(script))
-    main_of["main"]()
-    shown = capsys.readouterr().out
-    for label in ("student<dmd", "fake_score<dmd", "student<gan", "discriminator<gan"):
-        assert label in shown
-    assert "old" in page.read_text()  # a CPU writes no GPU table
-    main_of["write_table"](page, ["new"])
-    assert page.read_text() == "before\n<!-- make gpu writes below -->\nnew\n<!-- make gpu wrote above -->\nafter\n"
