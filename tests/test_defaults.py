@@ -226,6 +226,7 @@ def test_each_prompt_is_encoded_once_by_itself_and_on_the_device_asked_for(famil
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_prompts_are_encoded_on_a_gpu(family):
     used = []
     hook = torch.nn.modules.module.register_module_forward_hook(
