@@ -11,7 +11,9 @@ import pytest
 import torch
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
 
-if importlib.util.find_spec("av") is None:  # a lent GPU has no PyAV: what needs no video file is tested there all the same
+if (
+    importlib.util.find_spec("av") is None
+):  # a lent GPU has no PyAV: what needs no video file is tested there all the same
     nothing = MagicMock(__version__="none", missing=True, __path__=[])
     sys.modules |= dict.fromkeys(("av", "av.bitstream", "av.filter", "av.video", "av.video.reformatter"), nothing)
 

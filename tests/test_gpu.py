@@ -55,7 +55,10 @@ pytestmark = [
 needs_av = pytest.mark.skipif(getattr(sys.modules.get("av"), "missing", False), reason="needs PyAV")
 
 RECIPES = test_trajectories.RECIPES
-FIRST, LATER = 3e-3, 5e-2  # relative; a first gradient is divided by itself, which carries rounding into the second step
+FIRST, LATER = (
+    3e-3,
+    5e-2,
+)  # relative; a first gradient is divided by itself, which carries rounding into the second step
 SMALL = 0.05  # losses near 0 are differences of larger numbers: they differ relative to this
 
 
@@ -163,7 +166,9 @@ def test_a_run_that_was_stopped_is_the_run_that_was_not(recipe, deterministic, f
     train(config, family, data, runs[2])
     whole, again, stopped = map(final, runs)
     steady = same(whole, again)
-    off = {k: max(difference(other[k], whole[k]) for k in whole) for k, other in (("again", again), ("stopped", stopped))}
+    off = {
+        k: max(difference(other[k], whole[k]) for k in whole) for k, other in (("again", again), ("stopped", stopped))
+    }
     note(f"resume {recipe}", deterministic=deterministic, steady=steady, stopped=same(whole, stopped), off=off)
     if steady:  # the device gives the same bits twice, so a stopped run has no excuse
         assert same(whole, stopped)
@@ -277,7 +282,9 @@ def test_a_discriminator_that_is_penalised_computes_in_fp32(family, cache, tmp_p
     seen = {}
     for device in (NAME, "cpu"):
         network = build(config, family, cache, device=device).objectives["gan"].judge.discriminator
-        shown = torch.randn(2, 4, 2, 4, 4, generator=torch.Generator().manual_seed(0)).to(next(network.parameters()).device)
+        shown = torch.randn(2, 4, 2, 4, 4, generator=torch.Generator().manual_seed(0)).to(
+            next(network.parameters()).device
+        )
         with torch.no_grad():
             seen[device] = [network(shown, dtype=dtype).cpu() for dtype in (torch.float32, None)]
     assert_near("discriminator fp32", seen[NAME][0], seen["cpu"][0], 1e-5)
@@ -345,7 +352,9 @@ def test_raft_sees_what_it_sees_on_the_cpu(tf32, monkeypatch):
     video = to_video(rendered_clips(2, HELD_OUT_SEED))[:, :, :9]
     found, expected = (load_flow("lab", None, d)(video.to(d)).cpu() for d in (HERE, torch.device("cpu")))
     off = (found - expected).norm(dim=1)
-    note(f"raft tf32={tf32}", mean=float(off.mean()), largest=float(off.max()), speed=float(expected.norm(dim=1).mean()))
+    note(
+        f"raft tf32={tf32}", mean=float(off.mean()), largest=float(off.max()), speed=float(expected.norm(dim=1).mean())
+    )
     assert off.mean() < (0.02 if tf32 else 1e-3)  # px/frame
     assert net_motion([found.to(HERE)]).cpu() == pytest.approx(net_motion([expected]), abs=0.05 if tf32 else 5e-3)
 
@@ -459,7 +468,9 @@ def test_the_likelihood_is_the_cpus(family):
         motion = Denoiser(wan.load_transformer(folder).to(device).eval())
         probes = torch.Generator().manual_seed(1)
         found.append(
-            motion_log_likelihood(motion, latent.to(device), words.to(device), generator=probes, steps=2, probes=2).nats_B
+            motion_log_likelihood(
+                motion, latent.to(device), words.to(device), generator=probes, steps=2, probes=2
+            ).nats_B
         )
     assert_near("likelihood", *found, 1e-3)
 
@@ -537,4 +548,3 @@ def test_clips_are_evaluated_as_on_the_cpu(tmp_path):
         found.append(json.loads(out.read_text()))
     note("evaluate", found=[str(f)[:2000] for f in found])
     assert found[0].keys() == found[1].keys()
-
