@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerFast, UMT5EncoderModel
 from mogan.data.cache import open_cache
 from mogan.data.prepare_prompts import prepare_prompts
 from mogan.data.video import contact_sheet, flow_picture
+from mogan.devices import choose_device
 from mogan.disk.files import writable_folder, write_atomically
 from mogan.exchange.export import save_student
 from mogan.lab.clips import HELD_OUT_SEED, TRAIN_SEED, rendered_clips, to_video
@@ -35,7 +36,10 @@ def build(
     vae_steps: int = 2200,
     raft_steps: int = 6000,
     teacher_steps: int = 6500,
+    teacher_clips: int = 8000,
+    teacher_batch: int = 32,
     student_iterations: int = 400,
+    device: str = "auto",
     install: bool = False,
 ) -> None:
     """Train the laboratory's tiny Wan family from nothing: about three hours on two cores.
@@ -48,7 +52,10 @@ def build(
         vae_steps: of the autoencoder.
         raft_steps: of the flow network.
         teacher_steps: of text encoder and teacher.
+        teacher_clips: how many clips of the world they learn from, rendered by as many processes as there are cores.
+        teacher_batch: clips a step.
         student_iterations: of distilling the 3-step student (recipe dmd_lab).
+        device: auto (a GPU if there is one), cpu, cuda or cuda:N.
         install: replace the family inside the package with this one.
     """
     at_least(
@@ -56,19 +63,22 @@ def build(
         vae_steps=vae_steps,
         raft_steps=raft_steps,
         teacher_steps=teacher_steps,
+        teacher_clips=teacher_clips,
+        teacher_batch=teacher_batch,
         student_iterations=student_iterations,
     )
+    target = choose_device(device)
     writable_folder(out)
     work, teacher = out / "work", out / "teacher"
     work.mkdir(parents=True, exist_ok=True)
     if not (teacher / "vae" / "config.json").is_file():
-        train_vae(out, work, vae_steps)
+        train_vae(out, work, vae_steps, target)
     if not (out / "raft" / "model.safetensors").is_file():
-        train_raft(out, work, raft_steps)
+        train_raft(out, work, raft_steps, target)
     if not (teacher / "transformer" / "config.json").is_file():
-        train_teacher(out, work, teacher_steps)
+        train_teacher(out, work, teacher_steps, teacher_clips, teacher_batch, target)
     finish_teacher(teacher)
-    student = distil(out, student_iterations)
+    student = distil(out, student_iterations, target)
     family = out / "family"
     shutil.rmtree(family, ignore_errors=True)
     for source, name in ((teacher, "teacher"), (student, "student"), (out / "raft", "raft")):
@@ -99,7 +109,7 @@ def finish_teacher(folder: Path) -> None:
     write_atomically(folder / "mogan.json", json.dumps(facts, indent=2) + "\n")
 
 
-def distil(out: Path, iterations: int, prompts: int = 4000) -> Path:
+def distil(out: Path, iterations: int, device: torch.device, prompts: int = 4000) -> Path:
     """Stage 4: the 3-step student by DMD on the world's captions; returns its folder."""
     folder, run, cache = out / "student", out / "distil", out / "prompts"
     if (folder / "model_index.json").is_file():
@@ -115,7 +125,7 @@ def distil(out: Path, iterations: int, prompts: int = 4000) -> Path:
     run.mkdir(exist_ok=True)
     config = find_recipe("dmd_lab")
     config = config.with_budget(iterations)
-    parts = assemble(config, open_cache(cache), model=str(out / "teacher"), run=run)
+    parts = assemble(config, open_cache(cache), model=str(out / "teacher"), run=run, device=str(device))
     run_training(parts, run)
     resume(parts, run)
     student, fake = parts.student, parts.networks["fake_score"]

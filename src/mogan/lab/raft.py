@@ -15,7 +15,7 @@ from mogan.motion.flow import RaftConfig, refinements, save_raft
 from mogan.world.scenes import Scene, exact_flow, make_scene, render
 
 
-def train_raft(out: Path, work: Path, steps: int) -> None:
+def train_raft(out: Path, work: Path, steps: int, device: torch.device) -> None:
     """Stage 2: RAFT on exact flow; after a third of the steps half of the pairs went through the autoencoder.
 
     Moving and still pixels weigh the same: most pixels are still, and an unweighted loss is first lowered by answering
@@ -24,16 +24,16 @@ def train_raft(out: Path, work: Path, steps: int) -> None:
     """
     torch.manual_seed(0)
     config = RaftConfig()
-    raft = config.build()
+    raft = config.build().to(device)
     pools: dict[bool, tuple[Tensor, Tensor, Tensor]] = {}
 
     def loss_of(step: int, share: float) -> Tensor:
         decoded = share > 0.33 and step % 2 == 0
         if decoded not in pools:
-            vae = AutoencoderKLWan.from_pretrained(out / "teacher" / "vae") if decoded else None
+            vae = AutoencoderKLWan.from_pretrained(out / "teacher" / "vae").to(device) if decoded else None
             pools[decoded] = flow_pairs(400 if decoded else 1000, vae)
         index = torch.randint(len(pools[decoded][0]), (12,))
-        first, second, flow = (part[index] for part in pools[decoded])
+        first, second, flow = (part[index].to(device) for part in pools[decoded])
         first, second = _worn(*_mirrored(to_video(first), to_video(second), flow))
         predictions = [p[:, 0] for p in refinements(raft, torch.stack([first, second], 1), 6, every=True)]
         moving = flow.square().sum(1, keepdim=True) > 0.01
@@ -65,8 +65,9 @@ def flow_pairs(scenes: int, vae: AutoencoderKLWan | None) -> tuple[Tensor, Tenso
         scene = next(s for n in numbers if (s := make_scene(TRAIN_SEED, n, motion=motion)).kind == kind)
         video = torch.from_numpy(render(scene)).permute(3, 0, 1, 2)
         if vae is not None:
-            with torch.no_grad(), fast_products():
-                video = vae.decode(vae.encode(to_video(video)[None]).latent_dist.mean).sample[0].float()
+            with torch.no_grad(), fast_products(vae.device):
+                seen = to_video(video.to(vae.device))[None]
+                video = vae.decode(vae.encode(seen).latent_dist.mean).sample[0].float().cpu()
             video = ((video + 1) * 127.5).round().clamp(0, 255).byte()
         stride = 1 + number // len(wanted) % 2
         flow = torch.from_numpy(exact_flow(every(scene, stride))[0])

@@ -36,31 +36,32 @@ def _fast_convolutions(model: nn.Module) -> nn.Module:
     return model
 
 
-def train_vae(out: Path, work: Path, steps: int, pool: int = 1500) -> None:
+def train_vae(out: Path, work: Path, steps: int, device: torch.device, pool: int = 1500) -> None:
     """Stage 1: the autoencoder, by squared error with a faint pull of the latents towards unit scale.
 
     It learns fastest with channels to spare, and a generator learns best without them. So after two thirds of the steps
     the latents are turned to their principal axes, the strongest are kept, and the decoder alone trains on, under noise.
     """
     torch.manual_seed(0)
-    wide: Any = _fast_convolutions(build_vae(WIDE_CHANNELS))
+    wide: Any = _fast_convolutions(build_vae(WIDE_CHANNELS)).to(device)
     clips = torch.cat([rendered_clips(pool // 2, TRAIN_SEED), rendered_clips(pool // 2, TRAIN_SEED, "rich")])
 
     def loss_of(vae: Any, noise: float, step: int, share: float) -> Tensor:
         frames, batch = ((1, 24), (5, 8), (9, 5), (17, 3))[step % (3 if share < 0.5 else 4)]
         index = torch.randint(len(clips), (batch,))
         first = int(torch.randint(FRAMES - frames + 1, (1,)))
-        video = to_video(clips[index, :, first : first + frames])
+        video = to_video(clips[index, :, first : first + frames].to(device))
         if torch.rand(()) < 0.25:  # motion pictures go through the same codec: let it see smooth coloured fields too
             video = _as_motion_picture(video)
-        with fast_products():
+        with fast_products(device):
             mean = vae.encode(video).latent_dist.mean
             decoded = vae.decode(mean + noise * mean.detach().std() * torch.randn_like(mean), return_dict=False)[0]
         return F.mse_loss(decoded.float(), video) + 1e-4 * mean.float().square().mean()
 
     wide_steps = 2 * steps // 3
     run_stage("vae", wide, partial(loss_of, wide, 0.05), work, steps=wide_steps, lr=3e-3)
-    vae: Any = _fast_convolutions(narrow(wide, *principal_axes(wide, clips[:: len(clips) // 250]), CHANNELS))
+    axes = principal_axes(wide, clips[:: len(clips) // 250])
+    vae: Any = _fast_convolutions(narrow(wide.cpu(), *axes, CHANNELS)).to(device)
     vae.encoder.requires_grad_(False)
     vae.quant_conv.requires_grad_(False)
     run_stage("decoder", vae, partial(loss_of, vae, 0.1), work, steps=steps - wide_steps, lr=1.5e-3)
@@ -70,8 +71,10 @@ def train_vae(out: Path, work: Path, steps: int, pool: int = 1500) -> None:
 @torch.no_grad()
 def principal_axes(vae: AutoencoderKLWan, clips: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Mean ``(C,)``, variances ``(C,)`` and principal axes ``(C, C)`` (columns, strongest first) of clips' latents."""
-    with fast_products():
-        latents = torch.cat([vae.encode(to_video(part)).latent_dist.mean.float() for part in clips.split(16)])
+    device = vae.device
+    with fast_products(device):
+        parts = [vae.encode(to_video(part.to(device))).latent_dist.mean.float().cpu() for part in clips.split(16)]
+    latents = torch.cat(parts)
     flat = latents.transpose(0, 1).flatten(1)
     variances, axes = torch.linalg.eigh(torch.cov(flat).double())
     return flat.mean(1), variances.flip(0).float(), axes.flip(1).float()
@@ -115,8 +118,8 @@ def build_vae(channels: int, scale: float = 1.0) -> AutoencoderKLWan:
 
 def _as_motion_picture(video: Tensor) -> Tensor:
     """A stand-in for encoded flow: the clip's own shapes, flat-coloured on a flat ground with a saturated third channel."""
-    strength = torch.rand(len(video), 1, 1, 1, 1)
-    ground = torch.tensor([0.0, 0.0, -1.0]).view(1, 3, 1, 1, 1)
+    strength = torch.rand(len(video), 1, 1, 1, 1, device=video.device)
+    ground = torch.tensor([0.0, 0.0, -1.0], device=video.device).view(1, 3, 1, 1, 1)
     mask = (video.amax(1, keepdim=True) - video.amin(1, keepdim=True)).clamp(0, 1)
-    direction = torch.randn(len(video), 3, 1, 1, 1) * strength
+    direction = torch.randn(len(video), 3, 1, 1, 1, device=video.device) * strength
     return (ground + mask * direction).clamp(-1.5, 1.5)

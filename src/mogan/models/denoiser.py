@@ -172,10 +172,11 @@ def compile_blocks(transformers: Iterable[Any], device: torch.device) -> None:
     # by default the graph used last is tried first, and a recomputed block could meet another one than its forward pass
     # did, which the checkpoint refuses; torch's own message names this remedy
     torch._C._dynamo.eval_frame._set_lru_cache(False)
-    compiled: Any = torch.compile  # its annotations lack recompile_limit
+    limits: Any = torch._dynamo.config  # torch.compile takes the limit as an argument only in later versions than 2.11
+    limits.recompile_limit = max(limits.recompile_limit, VARIANTS)
     for transformer in transformers:
         for block in transformer.blocks:
-            block.forward = compiled(block.forward, recompile_limit=VARIANTS)
+            block.forward = torch.compile(block.forward)
 
 
 @contextmanager

@@ -181,6 +181,11 @@ def render(scene: Scene) -> np.ndarray:
     return clip
 
 
+def render_numbers(seed: int, numbers: range, motion: str = "all") -> np.ndarray:
+    """Clips of a world by number: uint8, shape ``(N, F, H, W, 3)``, RGB."""
+    return np.stack([render(make_scene(seed, number, motion=motion)) for number in numbers])
+
+
 def exact_flow(scene: Scene) -> tuple[np.ndarray, np.ndarray]:
     """True optical flow and where it can be seen.
 
