@@ -2,6 +2,7 @@
 
     make gpu                                                    # all that nine minutes allow
     python benchmarks/gpu.py --parts card,dmd,networks --budget 200
+    python benchmarks/gpu.py --parts tdm,vdot --add docs/results/gpu.json
     python benchmarks/gpu.py --tables docs/results/gpu.json     # measures nothing, writes the page again
 
 Every part is a process of its own with a time limit and writes each number down when it has it (--work/results/PART.json):
@@ -17,7 +18,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,10 +46,10 @@ class Part:
 
 PARTS = (
     Part("card", 5, 15, 60),
-    Part("dmd", 25, 40, 150),
+    Part("dmd", 22, 40, 150),
     Part("mogan_lora", 70, 90, 210),
-    Part("mogan", 40, 50, 150),
-    Part("networks", 30, 40, 150),
+    Part("mogan", 32, 50, 150),
+    Part("networks", 0, 40, 150),
     Part("penalty", 10, 30, 90),
     Part("sample", 10, 30, 90),
     Part("compile", 40, 60, 200),
@@ -93,10 +94,20 @@ class Run:
         out: the file that holds everything.
         budget: seconds for all.
         command: of a part, given its name and for how long it may repeat.
+        earlier: what another run found; parts of this one take their place.
     """
 
-    def __init__(self, parts: Sequence[Part], work: Path, out: Path, budget: float, command):
+    def __init__(
+        self,
+        parts: Sequence[Part],
+        work: Path,
+        out: Path,
+        budget: float,
+        command: Callable[[str, float], list[str]],
+        earlier: Mapping[str, Any] | None = None,
+    ):
         self.parts, self.work, self.out, self.budget, self.command = parts, work, out, budget, command
+        self.earlier = earlier or {}
         self.began = time.monotonic()
         self.failed: dict[str, str] = {}
         self.skipped: list[str] = []
@@ -140,13 +151,19 @@ class Run:
 
     def merge(self) -> dict[str, Any]:
         """Everything so far."""
-        found: dict[str, Any] = {"date": time.strftime("%Y-%m-%d"), "parts": {}, "skipped": self.skipped}
+        known = dict(self.earlier.get("parts", {}))
         for name in [part.name for part in PARTS] + [part.name for part in self.parts]:
             if (one := read(self.work / "results" / f"{name}.json")) is not None:
-                found["parts"][name] = one
+                known[name] = one
         for name, why in self.failed.items():
-            found["parts"].setdefault(name, {"rows": []})["failed"] = why
-        found["predicted"] = read(self.work / "results" / "predicted.json") or {}
+            known[name] = known.get(name, {"rows": []}) | {"failed": why}
+        order = {part.name: place for place, part in enumerate(PARTS)}
+        found: dict[str, Any] = {
+            "date": time.strftime("%Y-%m-%d"),
+            "parts": {name: known[name] for name in sorted(known, key=lambda name: order.get(name, len(order)))},
+            "skipped": [name for name in self.skipped if name not in known],
+            "predicted": self.earlier.get("predicted", {}) | (read(self.work / "results" / "predicted.json") or {}),
+        }
         self.out.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(self.out, json.dumps(found, indent=1) + "\n")
         return found
@@ -174,17 +191,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path("runs/gpu"), help="room for 4 GB of random weights")
     parser.add_argument("--page", type=Path, default=Path("docs/performance.md"))
-    parser.add_argument("--out", type=Path, help="docs/results/gpu.json, of a dry run --work/gpu.json")
+    parser.add_argument("--out", type=Path, help="docs/results/gpu.json, of a dry run dry/gpu.json in --work")
     parser.add_argument(
         "--parts", default="", help="comma-separated; all by default: " + ", ".join(p.name for p in PARTS)
     )
     parser.add_argument("--budget", type=float, help="seconds in all; 540 on a GPU")
+    parser.add_argument("--add", type=Path, metavar="JSON", help="what an earlier run found, whose other parts stay")
+    parser.add_argument(
+        "--predicted", type=Path, metavar="JSON", help="estimates that gpu_predicted.py has made already"
+    )
     parser.add_argument("--tables", type=Path, metavar="JSON", help="write the page from this file and measure nothing")
     arguments = parser.parse_args()
     if arguments.tables:
         write_tables(arguments.page, tables(read(arguments.tables)))
         return
     dry = not torch.cuda.is_available()
+    work = arguments.work / "dry" if dry else arguments.work
     if dry:
         print("no GPU here: a dry run on narrow networks, no page is written", file=sys.stderr)
     machine = (
@@ -195,29 +217,34 @@ def main() -> None:
     narrow = ["--narrow"] if dry else []
 
     def script(name: str, *more: str) -> list[str]:
-        return [sys.executable, str(HERE / name), "--work", str(arguments.work), *narrow, *more]
+        return [sys.executable, str(HERE / name), "--work", str(work), *narrow, *more]
 
     def command(part: str, repeat: float) -> list[str]:
         return script("gpu_parts.py", "--part", part, "--seconds", str(0.0 if dry else repeat))
 
-    out = arguments.out or (arguments.work / "gpu.json" if dry else Path("docs/results/gpu.json"))
+    out = arguments.out or (work / "gpu.json" if dry else Path("docs/results/gpu.json"))
     budget = arguments.budget or (float("inf") if dry else 540.0)
-    run = Run(chosen(arguments.parts), arguments.work, out, budget, command)
-    log = arguments.work / "results" / "inputs.log"
+    run = Run(chosen(arguments.parts), work, out, budget, command, read(arguments.add) if arguments.add else None)
+    results = work / "results"
+    log = results / "inputs.log"
     with started(script("gpu_parts.py", "--part", "inputs"), log, CUDA_VISIBLE_DEVICES="") as inputs:
         if run.parts[0].name == "card":  # needs no inputs
             run.one(run.parts[0])
             run.parts = run.parts[1:]
         why = finished(inputs, log, min(200.0, run.left) if not dry else 600.0)
     if why:
+        print(log.read_text(errors="replace")[-2000:])
         sys.exit(f"no random weights: {why} ({log})")
     run.say("random weights: done")
-    estimates = arguments.work / "results" / "predicted.log"
-    beside = script("gpu_predicted.py", "--gpu", machine)
-    with started(["nice", *beside], estimates, CUDA_VISIBLE_DEVICES="") as predicted:
+    if arguments.predicted:
+        write_atomically(results / "predicted.json", arguments.predicted.read_text())
         run.all()
-        why = finished(predicted, estimates, max(1.0, min(run.left, 900.0)))
-    run.say(f"estimates: {why or 'done'}")
+    else:
+        beside, log = script("gpu_predicted.py", "--gpu", machine), results / "predicted.log"
+        with started(["nice", *beside], log, CUDA_VISIBLE_DEVICES="") as predicted:
+            run.all()
+            why = finished(predicted, log, max(1.0, min(run.left, 900.0)))
+        run.say(f"estimates: {why or 'done'}")
     lines = tables(run.merge())
     print("\n".join(lines))
     if not dry:

@@ -4,6 +4,7 @@ import gc
 import json
 import statistics
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -39,11 +40,30 @@ class Report:
         print(f"[{time.perf_counter() - self.began:6.1f} s] {what}: {told}", flush=True)
         return row
 
+    def attempt(self, what: str, call: Callable[[], Any], **about: Any) -> BaseException | None:
+        """Do it, or note in a line of the row ``what`` why not, and go on; returns the error."""
+        failed: BaseException | None = None
+        try:
+            call()
+        except Exception as error:
+            traceback.print_exception(error)
+            self.add(what, **about, note=in_a_line(error))
+            failed = error.with_traceback(None)  # its frames hold what did not fit
+        forget()
+        return failed
+
     def write(self) -> None:
         """Put it on the disk."""
         self.file.parent.mkdir(parents=True, exist_ok=True)
         self.facts |= {"seconds": time.perf_counter() - self.began, "rows": self.rows}
         write_atomically(self.file, json.dumps(self.facts, indent=1) + "\n")
+
+
+def in_a_line(error: BaseException) -> str:
+    """What it is and the beginning of what it says."""
+    if isinstance(error, torch.cuda.OutOfMemoryError):
+        return "does not fit: " + str(error).partition(". ")[0].removeprefix("CUDA out of memory. ")
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
 
 
 def _short(value: Any) -> str:

@@ -2,10 +2,11 @@
 
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from gpu_inputs import Inputs
-from gpu_measure import DEVICE, FAST, Report, forget, measured
+from gpu_measure import DEVICE, FAST, Report, measured
 
 from mogan.costs.calls import TEXT_TOKENS, Tracer, observe_calls
 from mogan.costs.machines import Machine
@@ -45,16 +46,22 @@ def transformer_calls(network: torch.nn.Module, inputs: Inputs) -> tuple[Callabl
 
 def networks(report: Report, inputs: Inputs, seconds: float) -> None:
     """Transformer, discriminator, autoencoder, flow; memory is what a call takes above weights and their gradients."""
+    for what, call in (
+        ("transformer", _transformer),
+        ("decode", _decoder),
+        ("encode", _encoder),
+        ("flow", _flow),
+        ("discriminator", _discriminator),
+    ):
+        report.attempt(what, partial(call, report, inputs))
+
+
+def _transformer(report: Report, inputs: Inputs) -> None:
     network = load_transformer(inputs.model).to(DEVICE).train()
     network.enable_gradient_checkpointing()
     forward, train = transformer_calls(network, inputs)
-    report.add("transformer, forward", **measured(forward, 3.0))
-    report.add("transformer, forward and backward", **measured(train, 6.0))
-    del network, forward, train
-    forget()
-    _autoencoder(report, inputs)
-    _flow(report, inputs)
-    _discriminator(report, inputs)
+    report.add("transformer, forward", **measured(forward, 2.0))
+    report.add("transformer, forward and backward", **measured(train, 4.0))
 
 
 def _latent(inputs: Inputs) -> torch.Tensor:
@@ -67,9 +74,8 @@ def window_of(frames: int) -> tuple[int, int]:
     return window, (1 + (frames - 1) // 4 - window) // 2
 
 
-def _autoencoder(report: Report, inputs: Inputs) -> None:
-    frames, height, width = inputs.clip
-    window, start = window_of(frames)
+def _decoder(report: Report, inputs: Inputs) -> None:
+    window, start = window_of(inputs.clip[0])
     z = _latent(inputs).requires_grad_()
     vae = load_vae(inputs.model, FAST).to(DEVICE)
 
@@ -83,10 +89,23 @@ def _autoencoder(report: Report, inputs: Inputs) -> None:
     def decode() -> None:
         decode_window(vae, z, start, window).sum().backward()
 
-    report.add("window decode, forward and backward", **measured(decode, 6.0, warm=short))
-    report.add("decode of a clip, forward", **measured(clip, 5.0, warm=lambda: None))
-    del vae
-    forget()
+    report.add("window decode, forward and backward", **measured(decode, 4.0, warm=short))
+    report.add("decode of a clip, forward", **measured(clip, 0.0, warm=lambda: None))
+    for module in vae.modules():
+        if isinstance(module, torch.nn.Conv3d):
+            module.weight.data = module.weight.data.contiguous()
+    few = z[:, :, :4].detach()
+
+    def some() -> None:
+        with torch.no_grad():
+            decode_video(vae, few)
+
+    report.add("decode of a clip, forward, channels first", **measured(clip, 0.0, warm=some))
+
+
+def _encoder(report: Report, inputs: Inputs) -> None:
+    frames, height, width = inputs.clip
+    window, _ = window_of(frames)
     vae = load_vae(inputs.model, torch.float32).to(DEVICE)
     video = torch.rand(1, 3, 4 * window - 3, height, width, device=DEVICE).requires_grad_()
     tail = video[:, :, :9].detach().requires_grad_()
@@ -94,12 +113,10 @@ def _autoencoder(report: Report, inputs: Inputs) -> None:
         "picture encode in fp32, forward and backward",
         **measured(
             lambda: encode_video(vae, video).sum().backward(),
-            6.0,
+            4.0,
             warm=lambda: encode_video(vae, tail).sum().backward(),
         ),
     )
-    del vae, video
-    forget()
 
 
 def _flow(report: Report, inputs: Inputs) -> None:
@@ -108,10 +125,8 @@ def _flow(report: Report, inputs: Inputs) -> None:
     flow = RaftFlow(load_raft(inputs.raft), 2 if inputs.narrow else 12).to(DEVICE)
     video = (torch.rand(1, 3, 4 * window - 3, height, width, device=DEVICE) * 2 - 1).requires_grad_()
     few = video[:, :, :5].detach().requires_grad_()
-    call = measured(lambda: flow(video).sum().backward(), 4.0, warm=lambda: flow(few).sum().backward())
+    call = measured(lambda: flow(video).sum().backward(), 2.0, warm=lambda: flow(few).sum().backward())
     report.add("flow, forward and backward", **call)
-    del flow, video
-    forget()
 
 
 def discriminator_of(inputs: Inputs, heads_seed: int = 0) -> Discriminator:
@@ -132,16 +147,19 @@ def _discriminator(report: Report, inputs: Inputs) -> None:
     with_gradients(network)
     for name in ARITHMETICS:
         torch.set_float32_matmul_precision("high" if name.endswith("TF32") else "highest")
-        dtype = torch.bfloat16 if name == "bf16" else torch.float32
-        short = seen[:, :, :2]
-        report.add(
+        dtype, what = (
+            torch.bfloat16 if name == "bf16" else torch.float32,
             f"discriminator in {name}, forward and backward",
-            **measured(
-                lambda d=dtype: network(seen, dtype=d).sum().backward(),
-                4.0,
-                warm=lambda d=dtype, s=short: network(s, dtype=d).sum().backward(),
-            ),
         )
+
+        def call(shown: torch.Tensor, dtype: torch.dtype) -> None:
+            network(shown, dtype=dtype).sum().backward()
+
+        def one(what: str, dtype: torch.dtype) -> None:
+            warm = partial(call, seen[:, :, :2], dtype)
+            report.add(what, **measured(partial(call, seen, dtype), 3.0, warm=warm))
+
+        report.attempt(what, partial(one, what, dtype))
     torch.set_float32_matmul_precision("highest")
 
 
@@ -161,6 +179,7 @@ def predicted(tracer: Tracer, machine: Machine, inputs: Inputs) -> dict[str, dic
         "transformer, forward and backward": tracer.train,
         "window decode, forward and backward": stages["window decode"],
         "decode of a clip, forward": tracer.decode,
+        "decode of a clip, forward, channels first": tracer.decode,
         "picture encode in fp32, forward and backward": stages["encode"],
         "flow, forward and backward": stages["flow"],
         "discriminator in bf16, forward and backward": bf16,

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from gpu_inputs import FULL, NEIGHBOURS, SMALLER, Clip, Inputs, config_of, observe, recipe_key
-from gpu_measure import CUDA, DEVICE, FAST, Report, Row, forget, measured, timed
+from gpu_measure import CUDA, DEVICE, FAST, Report, Row, forget, in_a_line, measured, timed
 
 from mogan.costs.machines import usable
 from mogan.models.attention import stack_text
@@ -57,18 +57,20 @@ def recipe(
     compiled: bool = False,
 ) -> None:
     """Every update of a recipe, at the largest of the sizes that fits: once, and again while ``seconds`` last."""
+    wanted: set[int] | None = None
     for clip in sizes if CUDA else (inputs.clip,):
         about = {"recipe": name, "clip": clip, "lora": lora, "compiled": compiled}
         said = predicted_peak(inputs, name, clip, lora)
-        if CUDA and said > usable(torch.cuda.get_device_properties(0).total_memory):
+        if CUDA and wanted is None and said > usable(torch.cuda.get_device_properties(0).total_memory):
             report.add("size", **about, note=f"the estimate says {said / 1e9:.0f} GB: not tried")
             continue
-        try:
-            updates(report, inputs, about, seconds)
+        too_large: set[int] = set()
+        failed = report.attempt("start", partial(updates, report, inputs, about, seconds, wanted, too_large), **about)
+        if failed is not None and not isinstance(failed, torch.cuda.OutOfMemoryError):
+            raise SystemExit(in_a_line(failed))
+        if failed is None and not too_large:
             return
-        except torch.cuda.OutOfMemoryError as error:
-            report.add("size", **about, note=f"does not fit: {str(error)[:100]}")
-        forget()  # out here, where no traceback holds what did not fit
+        wanted = too_large or wanted  # smaller, what did not fit alone
     raise SystemExit("no size of clip fits")
 
 
@@ -81,8 +83,10 @@ def predicted_peak(inputs: Inputs, name: str, clip: Clip, lora: int | None) -> f
     return known.get(recipe_key(name, clip, lora), {}).get("peak", 0.0)
 
 
-def updates(report: Report, inputs: Inputs, about: Row, seconds: float) -> None:
-    """Assemble a recipe and run its updates."""
+def updates(
+    report: Report, inputs: Inputs, about: Row, seconds: float, wanted: set[int] | None, too_large: set[int]
+) -> None:
+    """Assemble a recipe and run its updates, or the ``wanted`` ones; numbers of those that do not fit go to ``too_large``."""
     name, clip, lora = about["recipe"], about["clip"], about["lora"]
     config = config_of(name, inputs, clip, lora, about["compiled"])
     model = str(inputs.model)
@@ -101,13 +105,24 @@ def updates(report: Report, inputs: Inputs, about: Row, seconds: float) -> None:
     report.add("assembled", **about, loading=time.perf_counter() - began, held=held)
     began = time.perf_counter()
     spent: dict[int, float] = {}
-    for round_ in range(3):
-        for index, update in enumerate(config.plan):
-            if round_ and time.perf_counter() - began + spent[index] > seconds:
+    plan = [(index, update.label) for index, update in enumerate(config.plan) if wanted is None or index in wanted]
+
+    def once(index: int, label: str, round_: int) -> None:
+        found = one_update(parts, index, round_)
+        spent[index] = found["seconds"]
+        report.add(label, **about, **found, time=round_ + 1)
+
+    for round_ in range(3):  # again from the end: what comes last has the most that is new
+        for index, label in reversed(plan) if round_ else plan:
+            if round_ and (index not in spent or time.perf_counter() - began + spent[index] > seconds):
                 continue
-            found = one_update(parts, index, round_)
-            spent[index] = found["seconds"]
-            report.add(update.label, **about, **found, time=round_ + 1)
+            failed = report.attempt(label, partial(once, index, label, round_), **about)
+            if failed is not None:
+                for optimizer in parts.optimizers.values():
+                    optimizer.zero_grad(set_to_none=True)
+                spent.pop(index, None)
+            if isinstance(failed, torch.cuda.OutOfMemoryError):
+                too_large.add(index)
 
 
 def prime(parts: Assembly) -> None:
@@ -198,11 +213,15 @@ def compile_(report: Report, inputs: Inputs, seconds: float) -> None:
     report.add("forward, eager", **measured(forward, 2.0))
     report.add("forward and backward, eager", **measured(train, 4.0))
     compile_blocks([network], DEVICE)
-    for name, call in (("forward, compiled", forward), ("forward and backward, compiled", train)):
+
+    def compiled(name: str, call: Callable[[], None]) -> None:
         first = timed(call)
         found = measured(call, 4.0, warm=lambda: None)
         report.add(name, **found, compiling=first["seconds"] - found["seconds"])
-    del network, forward, train
+
+    for name, call in (("forward, compiled", forward), ("forward and backward, compiled", train)):
+        report.attempt(name, partial(compiled, name, call))
+    del network, forward, train, call
     forget()
     recipe("dmd2_wan_1_3b", (FULL,), None, report, inputs, seconds / 2, compiled=True)
 

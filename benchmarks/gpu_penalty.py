@@ -5,6 +5,7 @@
 
 import copy
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,21 +33,25 @@ def penalty(report: Report, inputs: Inputs, seconds: float) -> None:
     """Value, relative error of the gradient and its cosine with fp64's, of each arithmetic."""
     network = discriminator_of(inputs)
     latent = inputs.cache(inputs.clip).latent("clip0")[None, :, :FRAMES].to(DEVICE)
-    exact = copy.deepcopy(network).double()
-    with doubles_stay():
-        value, truth, took = r1(exact, exact, latent.double())
-    del exact
+
+    def exactly() -> tuple[float, torch.Tensor, float]:
+        exact = copy.deepcopy(network).double()
+        with doubles_stay():
+            return r1(exact, exact, latent.double())
+
+    value, truth, took = exactly()
     forget()
     report.add("fp64", value=value, seconds=took, frames=FRAMES)
     own: Any = lambda shown, sigma, dtype: network(shown, sigma)  # noqa: E731  its own precision throughout
-    for name in ARITHMETICS:
+
+    def one(name: str) -> None:
         torch.set_float32_matmul_precision("high" if name.endswith("TF32") else "highest")
         network.dtype = torch.bfloat16 if name == "bf16" else torch.float32
         found, gradient, took = r1(network, own if name == "bf16" else network, latent)
-        off = gradient.sub_(truth)
-        error = (off.norm() / truth.norm()).item()
-        gradient = off.add_(truth)
+        error = ((gradient - truth).norm() / truth.norm()).item()
         cosine = F.cosine_similarity(gradient, truth, dim=0).item()
         report.add(name, value=found, ratio=found / value, error=error, cosine=cosine, seconds=took)
-        del gradient, off
+
+    for name in ARITHMETICS:
+        report.attempt(name, partial(one, name))
     torch.set_float32_matmul_precision("highest")

@@ -54,29 +54,23 @@ def _updates(parts: Found, predicted: Found) -> list[str]:
         "|---|---|---|---|---|---|---|---|",
     ]
     empty = len(lines)
-    for name, part in parts.items():
-        updates = [row for row in part.get("rows", []) if "loss" in row]
-        for row in updates:
+    for part in parts.values():
+        for row in part.get("rows", []):
+            if "recipe" not in row or not {"loss", "note"} & row.keys():
+                continue
             steps = predicted.get(recipe_key(row["recipe"], row["clip"], row["lora"]), {}).get("steps", [])
             said = next((step for step in steps if step["label"] == row["what"]), {})
-            # the estimate is of as many clips
-            share = said["model_flops"] / row["seconds"] / predicted["bf16"] if said else None
             recipe = f"`{row['recipe']}`" + (f", adapters of rank {row['lora']}" if row["lora"] else "")
-            recipe += ", compiled" if row["compiled"] else ""
-            cells = [
-                recipe,
-                " x ".join(map(str, row["clip"])),
-                row["what"],
-                _number(row["seconds"], ".2f") + ("" if row["time"] > 1 else " (first)"),
-                _number(said.get("seconds"), ".2f"),
-                _number(row.get("peak"), ".1f", 1e9),
-                _number(said.get("peak"), ".1f", 1e9),
-                _number(share, ".0%"),
-            ]
-            lines.append("| " + " | ".join(cells) + " |")
-        notes = [row["note"] for row in part.get("rows", []) if "note" in row]
-        if notes or ("failed" in part and not updates and name not in ("card", "networks", "penalty", "sample")):
-            lines.append(f"| `{name}` | " + "; ".join([*notes, part.get("failed", "")]).strip("; ") + " | | | | | | |")
+            cells = [recipe + (", compiled" if row["compiled"] else ""), " x ".join(map(str, row["clip"])), row["what"]]
+            if "loss" in row:
+                share = said["model_flops"] / row["seconds"] / predicted["bf16"] if said else None
+                cells.append(_number(row["seconds"], ".2f") + ("" if row["time"] > 1 else " (first)"))
+                peak = _number(row.get("peak"), ".1f", 1e9)
+            else:
+                share, peak = None, NONE
+                cells.append(row["note"])
+            cells += [_number(said.get("seconds"), ".2f"), peak, _number(said.get("peak"), ".1f", 1e9)]
+            lines.append("| " + " | ".join([*cells, _number(share, ".0%")]) + " |")
     return [*lines, ""] if len(lines) > empty else []
 
 
@@ -89,6 +83,9 @@ def _networks(part: Found, predicted: Found) -> list[str]:
     ]
     empty = len(lines)
     for row in part.get("rows", []):
+        if "seconds" not in row:
+            lines.append(f"| {row['what']} | {row['note']} | | | | | |")
+            continue
         said = predicted.get("networks", {}).get(row["what"], {})
         speed = said["flops"] / row["seconds"] if said else None
         cells = [
@@ -108,7 +105,7 @@ def _penalties(part: Found) -> list[str]:
     rows = [row for row in part.get("rows", []) if "cosine" in row]
     if not rows:
         return []
-    frames = part["rows"][0]["frames"]
+    frames = next(row["frames"] for row in part["rows"] if "frames" in row)
     lines = [
         f"R1 at sigma 0.01 and its gradient beside fp64's, {frames} latent frames:",
         "",
@@ -123,11 +120,14 @@ def _penalties(part: Found) -> list[str]:
 
 
 def _plain(title: str, part: Found, predicted: Found) -> list[str]:
-    rows = [row for row in part.get("rows", []) if "seconds" in row and "loss" not in row]
+    rows = [row for row in part.get("rows", []) if {"seconds", "note"} & row.keys() and "recipe" not in row]
     if not rows:
         return []
     lines = [title, "", "| | seconds | peak GB | |", "|---|---|---|---|"]
     for row in rows:
+        if "seconds" not in row:
+            lines.append(f"| {row['what']} | {row['note']} | | |")
+            continue
         more = f"{row['steps']} of them measured" if row.get("steps", 0) < row.get("of", 0) else ""
         more = f"{row['compiling']:.0f} s to compile" if "compiling" in row else more
         lines.append(f"| {row['what']} | {row['seconds']:.2f} | {_number(row.get('peak'), '.1f', 1e9)} | {more} |")

@@ -77,6 +77,17 @@ def test_an_estimate_stands_beside_what_was_measured(gpu, found):
     assert "| 2.00 | 1.50 | 3.0 | 2.5 | 50% |" in text
 
 
+def test_parts_of_an_earlier_run_stay_where_this_one_has_none(gpu, tmp_path, found):
+    file = tmp_path / "results" / "good.json"
+    file.parent.mkdir()
+    file.write_text('{"rows": []}')
+    merged = gpu.Run((), tmp_path, tmp_path / "out.json", 1.0, lambda name, repeat: [], found).merge()
+    assert merged["parts"] == found["parts"]  # of parts that are not ours nothing is read
+    file.rename(file.with_name("card.json"))
+    merged = gpu.Run((), tmp_path, tmp_path / "out.json", 1.0, lambda name, repeat: [], found).merge()
+    assert list(merged["parts"]) == ["card", *found["parts"]]
+
+
 def test_the_page_changes_between_the_markers_alone(gpu, tmp_path):
     page = tmp_path / "page.md"
     page.write_text("before\n<!-- make gpu writes below -->\nold\n<!-- make gpu wrote above -->\nafter\n")
@@ -104,7 +115,7 @@ def test_make_gpu_runs_dry_without_a_gpu(gpu, tmp_path, capsys, monkeypatch):
         assert label in shown
     assert "Failed" not in shown
     assert "old" in page.read_text()  # a CPU writes no GPU table
-    found = json.loads((work / "gpu.json").read_text())
+    found = json.loads((work / "dry" / "gpu.json").read_text())
     assert all(part["done"] for part in found["parts"].values())
     said = found["predicted"]["mogan_wan_1_3b 49x64x64 lora 0"]["steps"]
     assert [s["label"] for s in said] == ["student<dmd", "fake_score<dmd", "student<gan", "discriminator<gan"]
