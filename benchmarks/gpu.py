@@ -20,7 +20,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +53,7 @@ PARTS = (
     Part("penalty", 10, 30, 90),
     Part("sample", 10, 30, 90),
     Part("compile", 40, 60, 200),
-    *(Part(name, 20, 35, 90) for name in NEIGHBOURS),
+    *(Part(name, 0 if name == "shift" else 20, 35, 90) for name in NEIGHBOURS),  # SHIFT's first update samples for all
 )
 
 
@@ -224,7 +224,8 @@ def main() -> None:
 
     out = arguments.out or (work / "gpu.json" if dry else Path("docs/results/gpu.json"))
     budget = arguments.budget or (float("inf") if dry else 540.0)
-    run = Run(chosen(arguments.parts), work, out, budget, command, read(arguments.add) if arguments.add else None)
+    parts = [replace(part, limit=10 * part.limit) if dry else part for part in chosen(arguments.parts)]
+    run = Run(parts, work, out, budget, command, read(arguments.add) if arguments.add else None)
     results = work / "results"
     log = results / "inputs.log"
     with started(script("gpu_parts.py", "--part", "inputs"), log, CUDA_VISIBLE_DEVICES="") as inputs:

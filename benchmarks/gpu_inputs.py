@@ -12,13 +12,14 @@ from typing import Any
 import torch
 
 from mogan.config import OBSERVATION, PATH, Config
+from mogan.costs.calls import TEXT_TOKENS
 from mogan.data.cache import Cache, ensure_text, open_cache, save_latent, save_tensors, text_path
 from mogan.data.paths import path_file
 from mogan.disk.files import write_atomically
 from mogan.estimate.random_wan import random_wan
 from mogan.models.defaults import WAN_NEGATIVE_PROMPT
 from mogan.models.discriminator import PROMPT
-from mogan.models.wan import fingerprint, geometry, latent_shape, load_text
+from mogan.models.wan import fingerprint, geometry, latent_shape
 from mogan.motion.flow import RaftConfig, save_raft
 from mogan.recipes import find_recipe
 from mogan.runs.identity import TEACHER, of_model
@@ -96,7 +97,8 @@ class Inputs:
                 else:
                     save_latent(folder, f"clip{number}", torch.randn(shape), {})
             texts = ["", PROMPT, WAN_NEGATIVE_PROMPT, *CAPTIONS]
-            ensure_text(folder, texts, load_text(self.model))
+            width = json.loads((self.model / "text_encoder" / "config.json").read_text())["d_model"]
+            ensure_text(folder, texts, lambda prompts: [torch.randn(TEXT_TOKENS - 1, width) for _ in prompts])
             assert all(text_path(folder, text).exists() for text in texts)
             entries = [{"id": f"clip{n}", "caption": caption, "motion": 15.0} for n, caption in enumerate(CAPTIONS)]
             write_atomically(folder / "index.jsonl", "".join(json.dumps(e) + "\n" for e in entries))
@@ -140,6 +142,8 @@ def _with(block: Any, own: dict[str, Any], frames: int) -> Any:
             told[field.name] = own[field.name]
         elif field.name == "starts":
             told["starts"] = ((1 + (frames - 1) // 4 - block.window) // 2,)
+        elif field.name == "windows":  # of given frames and those to predict: as many as the clip has
+            told["windows"] = tuple((g, min(ahead, 1 + (frames - 1) // 4 - max(g, 1))) for g, ahead in value)
         elif is_dataclass(value):
             told[field.name] = _with(value, own, frames)
     return replace(block, **told)
