@@ -91,6 +91,14 @@ def test_the_line_through_small_depths_is_the_whole_network(whole):
     assert line.peak == pytest.approx(whole.peak, rel=0.05)
 
 
+def test_attention_is_counted_whatever_torch_counts():
+    """Two products of ``L x L x D`` for each of the heads, and five backwards."""
+    with fake():
+        query, key, value = (torch.empty(1, 2, 16, 8, requires_grad=True) for _ in range(3))
+        found = trace((), lambda: nn.functional.scaled_dot_product_attention(query, key, value), backward=True)
+    assert found.work.flops == 7 * 2 * (2 * 16 * 16 * 8)
+
+
 def test_attention_is_counted_in_the_precision_a_gpu_computes_it_in():
     """On a CPU it ignores autocast; what is traced there stands for a GPU."""
     for call in transformer_calls(TINY, False, torch.bfloat16):

@@ -18,6 +18,14 @@ from torch.utils.flop_counter import flop_registry
 
 from mogan.costs.machines import REACHED_BANDWIDTH, REACHED_COMPUTE, Machine
 
+_ATEN = torch.ops.aten
+# attention as a CPU computes it, which torch 2.11 does not count
+_FORMULAS = {
+    _ATEN._scaled_dot_product_flash_attention_for_cpu: flop_registry[_ATEN._scaled_dot_product_flash_attention],
+    _ATEN._scaled_dot_product_flash_attention_for_cpu_backward: flop_registry[
+        _ATEN._scaled_dot_product_flash_attention_backward
+    ],
+} | flop_registry
 _UNTOUCHED = ("aten.empty", "aten.new_empty", "aten.detach", "prim.")  # allocate or look, and move nothing
 
 
@@ -132,7 +140,7 @@ class Tape(TorchDispatchMode):
 
     def _note_work(self, func, args, kwargs, out, inputs: list[Tensor], outputs: list[Tensor]) -> None:
         moved = sum(min(x.numel() * x.element_size(), x.untyped_storage().nbytes()) for x in [*inputs, *outputs])
-        formula = flop_registry.get(func._overloadpacket)
+        formula = _FORMULAS.get(func._overloadpacket)
         flops = formula(*args, **kwargs, out_val=out) if formula else 0
         kind = "bf16"
         if flops and inputs[0].dtype == torch.float32:  # PyTorch's defaults: TF32 in convolutions, not in products
