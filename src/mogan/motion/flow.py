@@ -142,7 +142,11 @@ def load_raft(path: str | Path) -> RAFT:
     elif path.suffix in (".pth", ".pt", ".safetensors") and path.is_file():
         model = raft_large()
         try:
-            state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, weights_only=True)
+            state = (
+                load_file(path)
+                if path.suffix == ".safetensors"
+                else torch.load(path, map_location="cpu", weights_only=True)
+            )
             model.load_state_dict(torchvision_names(state))
         except (SafetensorError, UnpicklingError, RuntimeError, TypeError, AttributeError, EOFError) as error:
             raise UserError(

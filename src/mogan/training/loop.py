@@ -147,7 +147,7 @@ class _Clock:
     """How long each step took, by the device's own events: nothing waits for it before it is read."""
 
     def __init__(self, device: torch.device):
-        self.on_gpu = device.type == "cuda"
+        self.device, self.on_gpu = device, device.type == "cuda"
         self.spans: list[tuple] = []
 
     def __enter__(self):
@@ -160,7 +160,7 @@ class _Clock:
         if not self.on_gpu:
             return time.perf_counter(), time.process_time()
         event = torch.cuda.Event(enable_timing=True)
-        event.record()
+        event.record(torch.cuda.current_stream(self.device))
         return event
 
     def read(self) -> list[dict[str, float]]:
@@ -168,7 +168,7 @@ class _Clock:
         spans, self.spans = self.spans, []
         if not self.on_gpu:
             return [{"seconds": b[0] - a[0], "core_seconds": b[1] - a[1]} for a, b in spans]
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(self.device)
         return [{"seconds": a.elapsed_time(b) / 1000} for a, b in spans]
 
 
