@@ -26,7 +26,6 @@ from mogan.objectives.gan import GAN
 from mogan.recipes import find_recipe
 from mogan.recipes.mogan import gan_of
 from mogan.training.assemble import assemble
-from mogan.training.loop import resume
 
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "convolution", "convolution_backward")
 
@@ -61,6 +60,8 @@ def penalty(weights: Discriminator, network: Any, real: Tensor, sigma: float = 0
 
 def main() -> None:
     """Print a line per arithmetic."""
+    from mogan.training.loop import resume  # which reads videos; `make gpu` has no use for that
+
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--run", type=Path, required=True)
