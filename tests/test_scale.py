@@ -183,7 +183,10 @@ def test_every_published_model_runs_at_its_own_shape_without_its_weights(name):
     shapes = PUBLISHED[name]
     with fake():
         network = build_transformer(shapes, 1)
-        out = network(torch.empty(1, *shapes.latent), torch.empty(1), torch.empty(1, 20, 4096), return_dict=False)[0]
+        shown = {"control_hidden_states": torch.empty(1, 96, *shapes.latent[1:])} if "vace" in name else {}
+        out = network(
+            torch.empty(1, *shapes.latent), torch.empty(1), torch.empty(1, 20, 4096), return_dict=False, **shown
+        )[0]
     assert tuple(out.shape) == (1, *shapes.latent)
     forward, train = transformer_calls(resized(shapes, frames=9, height=64, width=64), True, torch.bfloat16)
     assert train.work.flops > 3 * forward.work.flops

@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from diffusers import AutoencoderKLWan, WanTransformer3DModel, WanVACETransformer3DModel
 from torchvision.models.optical_flow import raft_large
 
 from mogan.costs.shapes import Shapes
 from mogan.costs.trace import Call, Work, fake, sizes, trace
 from mogan.models.attention import set_attention
 from mogan.models.autoencoder import decode_window, encode_video, stream_video
+from mogan.models.conditions import conditioned, reads_controls
 from mogan.models.denoiser import Denoiser, recomputed
 from mogan.models.discriminator import Discriminator
 from mogan.models.step_condition import arguments_of
@@ -107,17 +108,44 @@ class Tracer:
 # ---------------------------------------------------------------------------------------------- transformers
 
 
-def build_transformer(shapes: Shapes, layers: int | None = None) -> Any:
-    """A Wan transformer of this shape (on whatever device is current), at another depth if asked."""
-    config = arguments_of(WanTransformer3DModel, shapes.transformer)
-    network = WanTransformer3DModel(**config | ({} if layers is None else {"num_layers": layers}))
-    return set_attention(network, fp32_on_cpu=False)
+def kind_of(shapes: Shapes) -> type:
+    """The stock class of the transformer."""
+    return WanVACETransformer3DModel if reads_controls(shapes.transformer) else WanTransformer3DModel
+
+
+def build_transformer(shapes: Shapes, layers: int | None = None, readers: int = 1) -> Any:
+    """A Wan transformer of this shape (on whatever device is current), at another depth if asked: a VACE then with so many
+    blocks that read a control.
+    """
+    config = arguments_of(kind_of(shapes), shapes.transformer)
+    if layers is not None:
+        more = {"vace_layers": list(range(readers))} if reads_controls(config) else {}
+        config |= {"num_layers": layers} | more
+    return set_attention(kind_of(shapes)(**config), fp32_on_cpu=False)
+
+
+def _depths(shapes: Shapes) -> list[tuple[int, int]]:
+    """Small depths, and numbers of blocks that read a control, through which :func:`_at_depth` draws its line."""
+    return [(1, 1), (2, 1), *([(2, 2)] if reads_controls(shapes.transformer) else [])]
+
+
+def _at_depth(found: list[Call], shapes: Shapes, layers: int) -> Call:
+    """A call of a transformer of so many layers, all blocks that read a control included."""
+    line = found[0].along(found[1], layers - 1)
+    readers = len(shapes.transformer.get("vace_layers") or ()) - 1
+    return line.along(found[2], readers, shorter=found[1]) if len(found) > 2 else line
+
+
+def _control(shapes: Shapes) -> torch.Tensor | None:
+    """A control of one clip, if the transformer reads any."""
+    channels = shapes.transformer.get("vace_in_channels", 96)
+    return torch.empty(1, channels, *shapes.latent[1:]) if reads_controls(shapes.transformer) else None
 
 
 def network_parameters(shapes: Shapes) -> dict[str, int]:
     """Exact counts, from two depths."""
     with torch.device("meta"):
-        one, two = (sizes(build_transformer(shapes, n))[0] for n in (1, 2))
+        one, two, *more = (sizes(build_transformer(shapes, *depth))[0] for depth in _depths(shapes))
         vae = sizes(AutoencoderKLWan(**_known(shapes.vae)))[0]
     width = shapes.transformer["num_attention_heads"] * shapes.transformer["attention_head_dim"]
     layers, ffn = shapes.transformer["num_layers"], shapes.transformer["ffn_dim"]
@@ -125,12 +153,15 @@ def network_parameters(shapes: Shapes) -> dict[str, int]:
     inner = text["num_heads"] * text["d_kv"]
     gated = 3 if str(text.get("feed_forward_proj", "gated-gelu")).startswith("gated") else 2
     buckets = text.get("relative_attention_num_buckets", 32) * text["num_heads"]
+    readers = len(shapes.transformer.get("vace_layers") or ())
+    rest = one - (two - one) + sum(more[0] - two for _ in range(readers - 1))
     layer = 4 * text["d_model"] * inner + gated * text["d_model"] * text["d_ff"] + 2 * text["d_model"] + buckets
     return {
-        "transformer": one + (layers - 1) * (two - one),
+        "transformer": rest + layers * (two - one),
         "block": two - one,
-        "rest": one - (two - one),
-        "adapters": layers * (8 * 2 * width + 2 * (width + ffn)),  # per rank; eight square matrices and two of the MLP
+        "rest": rest,
+        # per rank and block; eight square matrices and two of the MLP
+        "adapters": (layers + readers) * (8 * 2 * width + 2 * (width + ffn)),
         "told": waves * width + width + width * width + width,
         "told_adapters": waves + 3 * width,
         "vae": vae,
@@ -143,16 +174,15 @@ def transformer_calls(shapes: Shapes, checkpointing: bool, dtype: torch.dtype) -
     calls: dict[bool, list[Call]] = {False: [], True: []}
     with fake():
         x, sigma = torch.empty(1, *shapes.latent), torch.full((1,), 0.5)
-        text = torch.empty(1, TEXT_TOKENS, shapes.transformer["text_dim"])
-        for layers in (1, 2):
-            network = build_transformer(shapes, layers).train()
+        text = conditioned(torch.empty(1, TEXT_TOKENS, shapes.transformer["text_dim"]), _control(shapes))
+        for depth in _depths(shapes):
+            network = build_transformer(shapes, *depth).train()
             if checkpointing:
                 network.enable_gradient_checkpointing()
             denoiser = Denoiser(network, dtype)
             for backward, found in calls.items():
                 found.append(trace(network.parameters(), partial(denoiser, x, sigma, text), backward=backward))
-    more = shapes.transformer["num_layers"] - 1
-    forward, train = (one.along(two, more) for one, two in calls.values())
+    forward, train = (_at_depth(found, shapes, shapes.transformer["num_layers"]) for found in calls.values())
     return forward, train
 
 
@@ -165,9 +195,12 @@ def judge_call(
     with fake():
         seen = torch.empty(1, channels, frames, height, width, requires_grad=not learns)
         text = torch.empty(1, TEXT_TOKENS, shapes.transformer["text_dim"])
-        for depth in (1, 2):
+        for depth, readers in _depths(shapes):
             at = (depth - 1,) * heads  # heads cost the same wherever they read
-            network = Discriminator(build_transformer(shapes, depth), text, blocks=depth, tap_at=at, dtype=dtype)
+            trunk, control = build_transformer(shapes, depth, readers), _control(shapes)
+            if control is not None:
+                trunk.forward = partial(trunk.forward, control_hidden_states=control)
+            network = Discriminator(trunk, text, blocks=depth, tap_at=at, dtype=dtype)
             if checkpointing:
                 network.transformer.enable_gradient_checkpointing(recomputed)
             if not learns:
@@ -175,7 +208,7 @@ def judge_call(
             network.train()
             counts.append(sizes(network)[0])
             calls.append(trace(network.parameters(), partial(network, seen), backward=True))
-    return calls[0].along(calls[1], blocks - 1), counts[0] + (blocks - 1) * (counts[1] - counts[0])
+    return _at_depth(calls, shapes, blocks), counts[0] + (blocks - 1) * (counts[1] - counts[0])
 
 
 # ---------------------------------------------------------------------------------------------- autoencoder and flow

@@ -47,6 +47,11 @@ def _transformer(heads: int, ffn: int, layers: int, channels: int = 16) -> dict[
     }
 
 
+def _vace(transformer: dict[str, Any], every: int) -> dict[str, Any]:
+    """With a block that reads a control beside every so-maniest."""
+    return transformer | {"vace_layers": list(range(0, transformer["num_layers"], every)), "vace_in_channels": 96}
+
+
 # google/umt5-xxl, the encoder of every Wan model (5.7 B parameters)
 UMT5_XXL = {
     "vocab_size": 256384,
@@ -93,6 +98,8 @@ PUBLISHED = {
         UMT5_XXL,
         WAN_22,
     ),
+    "wan2.1-vace-1.3b": Shapes("Wan2.1-VACE-1.3B", _vace(_transformer(12, 8960, 30), 2), VAE_21, UMT5_XXL, WAN_21),
+    "wan2.1-vace-14b": Shapes("Wan2.1-VACE-14B", _vace(_transformer(40, 13824, 40), 5), VAE_21, UMT5_XXL, WAN_21),
 }
 
 

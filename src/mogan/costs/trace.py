@@ -85,15 +85,16 @@ class Call:
         """The call, of whose tensors nothing stays."""
         return Call(self.work, 0.0, self.peak, self.copies)
 
-    def along(self, longer: "Call", steps: float) -> "Call":
-        """What the call costs after ``steps`` more of the step that leads from it to ``longer``.
+    def along(self, longer: "Call", steps: float, shorter: "Call | None" = None) -> "Call":
+        """What the call costs after ``steps`` more of the step that leads from it (or from ``shorter``) to ``longer``.
 
         Depth, window and clip length repeat equal pieces, so cost is a straight line in them.
         """
+        start = shorter or self
         line = {
-            k: getattr(self, k) + steps * (getattr(longer, k) - getattr(self, k)) for k in ("held", "peak", "copies")
+            k: getattr(self, k) + steps * (getattr(longer, k) - getattr(start, k)) for k in ("held", "peak", "copies")
         }
-        return Call(self.work + (longer.work - self.work) * steps, **line)
+        return Call(self.work + (longer.work - start.work) * steps, **line)
 
 
 class Tape(TorchDispatchMode):

@@ -10,14 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
+from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanVACEPipeline
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
+from mogan.costs.calls import kind_of
 from mogan.costs.shapes import PUBLISHED, Shapes
 from mogan.errors import UserError
+from mogan.models.conditions import reads_controls
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
@@ -69,12 +71,13 @@ def random_wan(
     usual = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
-        pipeline = WanPipeline(
+        kind = kind_of(shapes)
+        pipeline = (WanVACEPipeline if reads_controls(shapes.transformer) else WanPipeline)(
             tokenizer=tokenizer,
             text_encoder=UMT5EncoderModel(UMT5Config(**shapes.text_encoder | {"vocab_size": len(tokenizer)})),
             vae=AutoencoderKLWan(**shapes.vae),
-            transformer=WanTransformer3DModel(**shapes.transformer),
-            transformer_2=None if shapes.boundary is None else WanTransformer3DModel(**shapes.transformer),
+            transformer=kind(**shapes.transformer),
+            transformer_2=None if shapes.boundary is None else kind(**shapes.transformer),
             boundary_ratio=shapes.boundary,
             scheduler=UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0),
         )
@@ -160,6 +163,8 @@ def _changed(
     changes: dict[str, dict[str, Any]],
 ) -> Shapes:
     transformer = shapes.transformer | ({} if layers is None else {"num_layers": layers})
+    if reads_controls(transformer):
+        transformer["vace_layers"] = [i for i in transformer["vace_layers"] if i < transformer["num_layers"]]
     text = shapes.text_encoder | {"num_layers": text_layers}
     size = shapes.size
     if clip is not None:

@@ -57,7 +57,10 @@ def import_student(
     if sigmas[:1] != (1.0,) or any(not 0 < low < high for high, low in pairwise(sigmas)):
         raise UserError(f"--sigmas fall from 1 to above 0 (a timestep of 757 is 0.757), not {list(sigmas)}")
     scheduler_for(sigmas)  # refuse before reading gigabytes
-    files, folder = files_of(file), wan.resolve_model(base)
+    files, folder = (
+        files_of(file),
+        wan.refuse_controls(wan.resolve_model(base), "files of students have no part for them"),
+    )
     state, critic, part = read_student(files)
     refuse_unread(state, file)
     transformer = wan.load_transformer(folder)

@@ -2,15 +2,17 @@
 
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import WanTransformer3DModel
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from jaxtyping import Float
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
+
+from mogan.models.conditions import blocks_of
 
 TEXT_LENGTH = 512  # WanPipeline pads every prompt to this many tokens and attends to the padding
 
@@ -82,14 +84,14 @@ class _Fp32Attention(TorchFunctionMode):
             return func(*args, **kwargs)
 
 
-def set_attention(transformer: WanTransformer3DModel, fp32_on_cpu: bool = True) -> WanTransformer3DModel:
-    """Give every block our attention and its norms, in place; text must then come from :func:`stack_text`.
+def set_attention(transformer: Any, fp32_on_cpu: bool = True) -> Any:
+    """Give every block of a Wan transformer our attention and its norms, in place; text must then come from :func:`stack_text`.
 
     Parameters and their names stay. Cross-attention folds the padding. On a CPU both kinds ignore autocast;
     ``fp32_on_cpu=False`` leaves that out where a CPU is to do what a GPU does.
     """
     products = _Fp32Attention if fp32_on_cpu else nullcontext
-    for block in transformer.blocks:
+    for block in blocks_of(transformer):
         block.attn1.set_processor(SelfAttention(products))
         block.attn2.set_processor(FoldedPadding(products))
         for attention in (block.attn1, block.attn2):

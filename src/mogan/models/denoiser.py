@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mogan.errors import UserError
+from mogan.models.conditions import conditioned, parted
 from mogan.models.step_condition import is_told
 from mogan.schedule import velocity_to_x0
 
@@ -25,7 +26,8 @@ class Denoiser(nn.Module):
     Or two, as in Wan2.2 A14B: an expert for levels from ``boundary`` on, and ``transformer_2`` for those below.
 
     Args:
-        transformer: called as ``transformer(x, timestep, text, return_dict=False)[0]``, predicts velocity.
+        transformer: called as ``transformer(x, timestep, text, return_dict=False)[0]``, predicts velocity; of a VACE
+            ``control_hidden_states`` come with it.
         dtype: dtype of the matrix products (autocast); the prediction is always returned in fp32.
         transformer_2: the expert for low levels; ``None``: there is one transformer for all.
         boundary: the level, stock ``WanPipeline``'s ``boundary_ratio``.
@@ -71,7 +73,8 @@ class Denoiser(nn.Module):
         """Predict ``noise - x0`` at noise level ``sigma``, one per sample or one per sample and latent frame.
 
         ``to`` is the level at which the step ends, for a network that is told; ``None``: it ends where it begins, which is
-        the velocity of a network that is not. Of two experts each sees the samples of its levels (of a sample with several
+        the velocity of a network that is not. Text is :class:`mogan.models.conditions.Conditioned` where clips are made under
+        more than words. Of two experts each sees the samples of its levels (of a sample with several
         the highest counts).
         """
         if self.transformer_2 is None or self.boundary is None:
@@ -95,8 +98,10 @@ class Denoiser(nn.Module):
             patch_f, patch_h, patch_w = transformer.config.patch_size
             tokens = (x_BCFHW.shape[-2] // patch_h) * (x_BCFHW.shape[-1] // patch_w)
             timestep = timestep[:, ::patch_f].repeat_interleave(tokens, dim=1)
+        text, control = parted(text_BLD)
+        more = {} if control is None else {"control_hidden_states": control}
         with torch.autocast(x_BCFHW.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            out = transformer(x_BCFHW, timestep, text_BLD, return_dict=False)[0]
+            out = transformer(x_BCFHW, timestep, text, return_dict=False, **more)[0]
         return out.float()
 
     def forward(self, x_BCFHW: Tensor, sigma: Tensor, text_BLD: Tensor, to: float | None = None) -> Tensor:
@@ -110,13 +115,16 @@ def guided_velocity(
     """Classifier-free guidance in the diffusers convention, ``uncond + guidance (cond - uncond)``.
 
     DMD code often writes ``cond + w (cond - uncond)``; that is ``guidance = w + 1``. Both halves run as one batch:
-    ``null_BLD`` may hold one row for all, and the shorter text is padded (rows past the last token are padding anyway).
+    ``null_BLD`` may hold one row for all, and the shorter text is padded (rows past the last token are padding anyway). Controls
+    are the same on both sides.
     """
     if guidance == 1.0:
         return denoiser.velocity(x, sigma, text_BLD)
-    length = max(text_BLD.shape[1], null_BLD.shape[1])
-    text, null = (F.pad(t, (0, 0, 0, length - t.shape[1])) for t in (text_BLD, null_BLD.to(text_BLD)))
+    words, control = parted(text_BLD)
+    length = max(words.shape[1], null_BLD.shape[1])
+    text, null = (F.pad(t, (0, 0, 0, length - t.shape[1])) for t in (words, null_BLD.to(words)))
     both_texts = torch.cat([text, null.expand(len(text), -1, -1)])
+    both_texts = conditioned(both_texts, None if control is None else torch.cat([control, control]))
     both = denoiser.velocity(torch.cat([x, x]), torch.cat([sigma, sigma]), both_texts)
     cond, uncond = both.chunk(2)
     return uncond + guidance * (cond - uncond)

@@ -9,9 +9,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import torch
-from diffusers import AnyFlowTransformer3DModel, AutoencoderKLWan, WanTransformer3DModel
+from diffusers import AnyFlowTransformer3DModel, AutoencoderKLWan, WanTransformer3DModel, WanVACETransformer3DModel
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoTokenizer, UMT5EncoderModel
@@ -19,6 +20,7 @@ from transformers import AutoTokenizer, UMT5EncoderModel
 from mogan.disk.files import read_json
 from mogan.errors import UserError
 from mogan.models.attention import TEXT_LENGTH, set_attention
+from mogan.models.conditions import channels_of, reads_controls
 from mogan.models.defaults import WAN_22, Defaults, Geometry, read_defaults
 from mogan.models.experts import LOW, check_experts
 from mogan.models.step_condition import CLASS, from_stock
@@ -92,10 +94,23 @@ def check_parts(model: Path) -> None:
                 f"{model}/vae/config.json needs {channels} numbers in latents_mean and {channels} positive ones in latents_std: "
                 "latents would be scaled wrongly, get the file again"
             )
+    if reads_controls(transformer) and vae is not None:
+        _check_controls(model, transformer or {}, vae)
     if transformer is not None and text is not None and transformer.get("text_dim", 4096) != text.get("d_model"):
         raise UserError(
             f"{model}: the text encoder gives {text.get('d_model')} numbers per token and the transformer reads "
             f"{transformer.get('text_dim', 4096)}: they belong to different models, take both from one"
+        )
+
+
+def _check_controls(model: Path, transformer: dict, vae: dict) -> None:
+    """Stock ``WanVACEPipeline`` prepares controls for Wan 2.1's autoencoder, and so do we."""
+    if vae.get("patch_size") is not None:
+        raise UserError(f"{model} is a VACE with the autoencoder of Wan 2.2, which stock WanVACEPipeline cannot use")
+    if transformer.get("vace_in_channels", 96) != channels_of(vae):
+        raise UserError(
+            f"{model}: the transformer reads controls of {transformer.get('vace_in_channels', 96)} channels and those of its "
+            f"autoencoder have {channels_of(vae)}: they belong to different models, take both from one"
         )
 
 
@@ -111,8 +126,14 @@ def _check_class(model: Path, part: str, config: dict, kind: type) -> None:
 
 
 def class_of(transformer: dict | None) -> type:
-    """The stock class of a transformer's config: Wan's, or of one that is told where its step ends."""
-    return AnyFlowTransformer3DModel if (transformer or {}).get("_class_name") == CLASS else WanTransformer3DModel
+    """The stock class of a transformer's config: Wan's, VACE's, or of one that is told where its step ends."""
+    others = {CLASS: AnyFlowTransformer3DModel, WanVACETransformer3DModel.__name__: WanVACETransformer3DModel}
+    return others.get((transformer or {}).get("_class_name", ""), WanTransformer3DModel)
+
+
+def has_controls(model: Path) -> bool:
+    """Whether a folder's transformer reads controls beside text (VACE; see :mod:`mogan.models.conditions`)."""
+    return reads_controls(_config(model, "transformer"))
 
 
 def is_told(model: Path, part: str = "transformer") -> bool:
@@ -121,9 +142,18 @@ def is_told(model: Path, part: str = "transformer") -> bool:
 
 
 def _from_text_alone(transformer: dict) -> bool:
-    """False for transformers that read an image: through attention (Wan2.1 I2V) or more channels (I2V, VACE)."""
+    """False for transformers that cannot do without an image: through attention (Wan2.1 I2V) or more channels (I2V)."""
     extra = transformer.get("image_dim") or transformer.get("added_kv_proj_dim")
     return not extra and transformer.get("in_channels", 16) == transformer.get("out_channels", 16)
+
+
+def refuse_controls(model: Path, who: str) -> Path:
+    """The folder, unless its transformer reads controls, which ``who`` has none of."""
+    if has_controls(model):
+        raise UserError(
+            f"{model} is a VACE, which reads control videos, and {who}: take a Wan that makes clips from text"
+        )
+    return model
 
 
 def model_facts(model: Path) -> dict:
@@ -209,7 +239,7 @@ def load_vae(model: Path, dtype: torch.dtype | None = None) -> AutoencoderKLWan:
     return vae.eval().requires_grad_(False)
 
 
-def load_transformer(model: Path, part: str = "transformer") -> WanTransformer3DModel:
+def load_transformer(model: Path, part: str = "transformer") -> Any:
     """A transformer in fp32 whose cross-attention folds the text padding (see :class:`FoldedPadding`)."""
     transformer = _from_pretrained(class_of(_config(model, part)), model, part, torch.float32)
     if not _from_text_alone(transformer.config):

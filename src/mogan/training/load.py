@@ -68,7 +68,7 @@ def dtype_of(config: Config, device: torch.device) -> torch.dtype:
 
 def find_models(config: Config, model: str, student: str | None) -> tuple[Path, Path, Path | None]:
     """Folders of the base model and of the student's start, and the run whose adapters it starts with, if any."""
-    base = wan.resolve_model("lab-teacher" if model == "lab" else model)
+    base = wan.refuse_controls(wan.resolve_model("lab-teacher" if model == "lab" else model), "recipes have none yet")
     if wan.is_told(base):
         raise UserError(
             f"{model} is told where its steps end, which a teacher is not: name the model it was made from with --model"
