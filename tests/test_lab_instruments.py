@@ -1,5 +1,7 @@
 """The trackers against the world's own truth, on clean and on degraded clips."""
 
+from dataclasses import replace
+
 import cv2
 import numpy as np
 import pytest
@@ -177,3 +179,59 @@ def test_a_caption_of_another_world_is_refused():
     with pytest.raises(ValueError, match="not a caption"):
         read_instruments(np.zeros((5, 64, 64, 3), np.uint8), "a red fox running")
     assert Caption("red", "circle", "still", None, ()) == parse_caption("a red circle at rest")
+
+
+def test_things_of_the_world_are_there_all_the_way_and_as_many_as_said(measured):
+    travels = [values["travels"] for scene, values in measured if scene.kind != "rotating"]
+    assert np.nanmin(travels) == 1
+    assert np.mean(np.isnan(travels)) < 0.25  # two things that overlap in every frame
+    assert all(np.isnan(values["travels"]) for scene, values in measured if scene.kind == "rotating")
+    assert np.mean([values["count"] for _, values in measured]) > 0.95
+
+
+@pytest.fixture(scope="module")
+def crossing():
+    """One thing alone that crosses the picture: the scene and its clip."""
+    found = (make_scene(2, i, motion="rich") for i in range(300))
+    scene = next(s for s in found if s.kind == "linear" and len(s.sprites) == 1 and s.speed > 1.2)
+    return scene, render(scene)
+
+
+def without_subject(scene):
+    return render(replace(scene, sprites=()))
+
+
+def test_a_subject_that_fades_out_and_in_again_does_not_travel(crossing):
+    scene, clip = crossing
+    empty = without_subject(scene)
+    for presence, travels in ((1.0, 1), (0.75, 1), (0.1, 0), (0.0, 0)):
+        faded = clip.copy()
+        faded[7:10] = np.rint(presence * clip[7:10] + (1 - presence) * empty[7:10]).astype(np.uint8)
+        assert read_instruments(faded, scene.caption)["travels"] == travels, presence
+
+
+def test_a_subject_that_appears_twice_does_not_travel_and_is_counted_twice(crossing):
+    scene, clip = crossing
+    twice = clip.copy()
+    moved = np.roll(clip, 28, axis=1 + int(scene.sprites[0].phrase.endswith(("up", "down"))))
+    only = np.abs(moved.astype(int) - np.roll(without_subject(scene), 28, 1)).max(-1) > 40
+    twice[only] = moved[only]
+    alone, both = read_instruments(clip, scene.caption), read_instruments(twice, scene.caption)
+    assert (alone["travels"], alone["count"]) == (1, 1)
+    assert (both["travels"], both["count"]) == (0, 0)
+    short = clip.copy()
+    short[5:7][only[5:7]] = moved[5:7][only[5:7]]
+    ghost = read_instruments(short, scene.caption)
+    assert (ghost["travels"], ghost["count"]) == (0, 1)
+
+
+def test_a_subject_behind_another_thing_is_hidden_and_not_gone(crossing):
+    scene, clip = crossing
+    subject = scene.sprites[0]
+    other = next(c for c in COLOURS if c != subject.colour)
+    place = np.repeat(subject.centres_F2[12:13], len(clip), 0)
+    front = replace(subject, colour=other, shape="square", phrase=" at rest", centres_F2=place, radius=9.0)
+    covered = render(replace(scene, sprites=(subject, front)))
+    values = read_instruments(covered, f"{scene.caption} and a {other} square at rest")
+    assert (values["travels"], values["count"]) == (1, 1)
+    assert read_instruments(covered, scene.caption)["count"] == 0

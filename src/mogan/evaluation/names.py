@@ -67,6 +67,10 @@ METRICS: dict[str, Metric] = {
     "lab_identity": Metric(
         "Identity kept", "", "higher", "share of frames where the subject keeps its area and colour"
     ),
+    "lab_travels": Metric(
+        "Travels", "", "higher", "share of moving subjects that are there all the way, and only once"
+    ),
+    "lab_count": Metric("Number agrees", "", "higher", "share of clips with as many things as the caption names"),
     "lab_speed_wasserstein": Metric(
         "Speed histogram distance", "px/frame", "lower", "Wasserstein, to the reference set"
     ),

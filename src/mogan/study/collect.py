@@ -15,6 +15,7 @@ Record = dict[str, Any]
 SHOWN = (
     "dynamic_degree", "motion_smoothness", "motion_score", "lab_net", "lab_speed", "lab_path", "lab_wobble",
     "lab_pulsing", "lab_straightness", "lab_still", "lab_physics", "lab_identity", "lab_colour", "lab_shape",
+    "lab_travels", "lab_count",
     "saturation", "appearance_distance", "speed_to_rich", "speed_to_world",
 )  # fmt: skip
 COMPARED = (

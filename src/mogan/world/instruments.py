@@ -12,6 +12,7 @@ import numpy as np
 
 from mogan.world.captions import Caption, parse_caption
 from mogan.world.laws import CHORD, chord_speed, lawful_path, path_length, physics_residual
+from mogan.world.presence import counted, there_all_the_way, things
 from mogan.world.scenes import DIRECTIONS, SHAPES, SIZE, Sprite, _distance
 from mogan.world.tracking import Track, camera_path, cover, largest, track
 
@@ -23,7 +24,7 @@ def read_instruments(frames: Sequence[np.ndarray] | np.ndarray, caption: str) ->
 
     ``speed`` (over chords of a quarter second, so that shimmer does not count: of the camera in a pan, of the rim in a
     spin, of the centroid otherwise), ``net``, ``path``, ``wobble``, ``straightness``, ``pulsing``, ``spin``, ``pan``,
-    ``still``, ``physics``, ``direction``, ``colour``, ``shape``, ``identity``.
+    ``still``, ``physics``, ``direction``, ``colour``, ``shape``, ``identity``, ``travels``, ``count``.
     """
     said = parse_caption(caption)
     if said is None:
@@ -31,10 +32,14 @@ def read_instruments(frames: Sequence[np.ndarray] | np.ndarray, caption: str) ->
     clip = np.stack(list(frames))
     subject = track(clip, said)
     scale = min(clip.shape[1:3]) / SIZE
-    names = "speed net path wobble straightness pulsing spin pan still physics direction shape"
+    names = "speed net path wobble straightness pulsing spin pan still physics direction shape travels"
     values = dict.fromkeys(names.split(), np.nan)
     values["colour"] = float(subject.found_F.mean())
     values["identity"] = _identity(subject)
+    shown = things(clip)
+    values["count"] = float(counted(shown) == 1 + len(said.other_colours))
+    if said.kind not in ("still", "rotating"):
+        values["travels"] = there_all_the_way(shown, subject, said)
     camera = camera_path(clip, said, subject) if said.kind == "pan" else np.zeros((len(clip), 2))
     if said.kind == "pan":
         values["pan"] = float(np.linalg.norm(camera[-1] - camera[0]) / max(len(clip) - 1, 1))
