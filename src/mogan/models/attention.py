@@ -45,9 +45,16 @@ class FoldedPadding:
 
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None):
         """Same contract as diffusers' ``WanAttnProcessor`` for text cross-attention."""
+        return self.attend(attn, hidden_states, *self.keys(attn, encoder_hidden_states))
+
+    def keys(self, attn, text: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of a text, each ``(B, heads, L, width of a head)``."""
+        key = attn.norm_k(attn.to_k(text)).unflatten(2, (attn.heads, -1)).transpose(1, 2)
+        return key, attn.to_v(text).unflatten(2, (attn.heads, -1)).transpose(1, 2)
+
+    def attend(self, attn, hidden_states: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Attention to them."""
         query = attn.norm_q(attn.to_q(hidden_states)).unflatten(2, (attn.heads, -1)).transpose(1, 2)
-        key = attn.norm_k(attn.to_k(encoder_hidden_states)).unflatten(2, (attn.heads, -1)).transpose(1, 2)
-        value = attn.to_v(encoder_hidden_states).unflatten(2, (attn.heads, -1)).transpose(1, 2)
         bias, length = None, key.shape[2]
         if length < TEXT_LENGTH:
             # a tensor, not math.log of a number: one compiled graph then serves every length

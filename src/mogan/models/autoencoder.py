@@ -4,7 +4,7 @@ Latents are always normalised by the autoencoder's stored mean and deviation. Sh
 latents ``B C F H W``.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 
 import torch
@@ -96,6 +96,22 @@ def stream_video(vae: AutoencoderKLWan, latent_BCFHW: Tensor) -> Iterator[Float[
     The same frames as :func:`decode_video`, bit for bit, and never more than those of one latent frame in memory.
     """
     yield from _window(vae, latent_BCFHW, 0, None, checkpointing=False)
+
+
+@torch.no_grad()
+def stream_chunks(
+    vae: AutoencoderKLWan, chunks: Iterable[Float[Tensor, "b c f h w"]]
+) -> Iterator[Float[Tensor, "b 3 g h w"]]:
+    """:func:`stream_video` of a clip whose latents come a few at a time: each is decoded as soon as it is there."""
+    cache, first = _empty_cache(vae.decoder), True
+    for latents in chunks:
+        mean, deviation = _statistics(vae, latents)
+        x = vae.post_quant_conv((latents.float() * deviation + mean).to(vae.dtype))
+        for i in range(x.shape[2]):
+            frames, cache = _decoder_step(vae, x[:, :, i : i + 1], cache, first)
+            video = frames if vae.config.patch_size is None else unpatchify(frames, patch_size=vae.config.patch_size)
+            yield video.float().clamp(-1.0, 1.0)
+            first = False
 
 
 def decode_video(vae: AutoencoderKLWan, latent_BCFHW: Tensor) -> Tensor:

@@ -1,0 +1,145 @@
+"""A causal student's roll-out: chunk after chunk, each by the student's few steps, each on what it made before.
+
+Self-Forcing (arXiv 2506.08009): what was made is clean when the next chunk sees it, through a pass of its own whose keys and
+values are kept. Gradient flows through every chunk's judged step and through nothing else.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from mogan.models.autoencoder import stream_chunks
+from mogan.models.causal import FULL, CausalDenoiser
+from mogan.models.causal_cache import Causal, Policy
+from mogan.sampling.rollout import Rollout, normal
+from mogan.schedule import add_noise
+
+Generators = torch.Generator | list[torch.Generator]
+
+
+def roll_out_causal(
+    student: CausalDenoiser,
+    noise_BCFHW: Float[Tensor, "b c f h w"],
+    text_BLD: Float[Tensor, "b l d"],
+    sigmas: tuple[float, ...],
+    generator: Generators,
+    *,
+    chunks: Sequence[int],
+    policy: Policy = FULL,
+    exit_step: int | None = None,
+    grad: bool = False,
+    judged: int | None = None,
+    steps_of: Callable[[int], tuple[float, ...]] | None = None,
+    given_BCFHW: Float[Tensor, "b c g h w"] | None = None,
+    context_sigma: float = 0.0,
+) -> Rollout:
+    """:func:`mogan.sampling.rollout.roll_out`, chunk by chunk; in one chunk the same bit for bit.
+
+    The step that ends one chunk ends them all, and its prediction, however early, is the chunk and the next one's past.
+
+    Args:
+        student: the few-step generator.
+        noise_BCFHW: starting noise of the whole clip; fresh noise is drawn chunk by chunk, step by step.
+        text_BLD: as of ``roll_out``.
+        sigmas: as of ``roll_out``.
+        generator: as of ``roll_out``.
+        exit_step: as of ``roll_out``.
+        grad: as of ``roll_out``.
+        chunks: latent frames of each chunk.
+        policy: what a chunk sees of the past.
+        judged: of a longer clip only chunks that begin among the last so many frames carry gradient; ``None``: all.
+        steps_of: levels of a chunk by its number, where they are not ``sigmas``.
+        given_BCFHW: first frames, in whole chunks; they stay as they are.
+        context_sigma: level to which a finished chunk is noised for those after it to see.
+    """
+    step = len(sigmas) - 1 if exit_step is None else exit_step
+    parts = _chunks(
+        student, noise_BCFHW, text_BLD, sigmas, generator, chunks=chunks, policy=policy, exit_step=exit_step, grad=grad,
+        judged=judged, steps_of=steps_of, given_BCFHW=given_BCFHW, context_sigma=context_sigma,
+    )  # fmt: skip
+    return Rollout(torch.cat(list(parts), 2), step, text_BLD)
+
+
+@torch.no_grad()
+def stream_causal(
+    student: CausalDenoiser,
+    text_BLD: Float[Tensor, "b l d"],
+    shape: tuple[int, ...],
+    sigmas: tuple[float, ...],
+    seeds: Sequence[int],
+    how: Causal,
+    given_BCFHW: Float[Tensor, "b c g h w"] | None = None,
+) -> Iterator[Float[Tensor, "b c f h w"]]:
+    """Latents of one clip per seed, chunk by chunk as they are made; given ones come first. ``shape``: C, F, H, W of clips."""
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    noise = normal(torch.Size((len(seeds), *shape)), generators, text_BLD.device)
+    yield from _chunks(
+        student, noise, text_BLD, sigmas, generators, chunks=how.chunks(shape[1]), policy=how.policy,
+        given_BCFHW=given_BCFHW, context_sigma=how.context_sigma,
+    )  # fmt: skip
+
+
+def sample_causal(
+    student: CausalDenoiser,
+    vae: Any,
+    text_BLD: Float[Tensor, "b l d"],
+    shape: tuple[int, ...],
+    sigmas: tuple[float, ...],
+    seeds: Sequence[int],
+    how: Causal,
+) -> Iterator[Float[Tensor, "b 3 g h w"]]:
+    """Frames of :func:`stream_causal`'s clips: a chunk's are decoded before the next is begun, as in the whole clip's decode."""
+    return stream_chunks(vae, stream_causal(student, text_BLD, shape, sigmas, seeds, how))
+
+
+def _chunks(
+    student: CausalDenoiser,
+    noise: Tensor,
+    text: Tensor,
+    sigmas: tuple[float, ...],
+    generator: Generators,
+    *,
+    chunks: Sequence[int],
+    policy: Policy,
+    exit_step: int | None = None,
+    grad: bool = False,
+    judged: int | None = None,
+    steps_of: Callable[[int], tuple[float, ...]] | None = None,
+    given_BCFHW: Tensor | None = None,
+    context_sigma: float = 0.0,
+) -> Iterator[Tensor]:
+    total, given, start = sum(chunks), 0 if given_BCFHW is None else given_BCFHW.shape[2], 0
+    if total != noise.shape[2]:
+        raise ValueError(f"chunks {tuple(chunks)} are {total} frames, the noise {noise.shape[2]}")
+    if given not in [sum(chunks[:number]) for number in range(len(chunks))]:
+        raise ValueError(f"{given} given frames are not the first of chunks {tuple(chunks)}")
+    cache = student.begin(text, policy)
+    for number, frames in enumerate(chunks):
+        stop = start + frames
+        if given_BCFHW is not None and stop <= given:
+            x0 = given_BCFHW[:, :, start:stop]
+        else:
+            levels = sigmas if steps_of is None else steps_of(number)
+            last = len(levels) - 1 if exit_step is None else min(exit_step, len(levels) - 1)
+            learns = grad and (judged is None or start >= total - judged)
+            cache = cache.make_room(frames)
+            x = noise[:, :, start:stop]
+            for step in range(last + 1):
+                with torch.set_grad_enabled(learns and step == last):
+                    x0 = student.chunk(x, _level(x, levels[step]), text, cache)
+                if step < last:
+                    x = add_noise(x0, normal(x0.shape, generator, x0.device), _level(x, levels[step + 1]))
+        yield x0
+        if stop < total:
+            seen = x0.detach()
+            if context_sigma and stop > given:
+                seen = add_noise(seen, normal(seen.shape, generator, seen.device), _level(seen, context_sigma))
+            cache = student.remember(seen, text, cache, context_sigma if stop > given else 0.0)
+        start = stop
+
+
+def _level(x: Tensor, sigma: float) -> Tensor:
+    return torch.full((len(x),), sigma, device=x.device)
