@@ -27,7 +27,7 @@ bench: $(READY)
 	$(PY) benchmarks/observation.py
 	$(PY) benchmarks/step.py
 
-# One GPU, no network: one iteration of the full-size recipe on random weights; without a GPU a dry run.
+# One GPU, no network, random weights: what full-size recipes take, part by part; without a GPU a dry run.
 gpu: $(READY)
 	$(PY) benchmarks/gpu.py
 
