@@ -9,7 +9,14 @@ from unittest.mock import MagicMock
 
 import pytest
 import torch
-from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
+from diffusers import (
+    AutoencoderKLWan,
+    UniPCMultistepScheduler,
+    WanPipeline,
+    WanTransformer3DModel,
+    WanVACEPipeline,
+    WanVACETransformer3DModel,
+)
 
 if (
     importlib.util.find_spec("av") is None
@@ -58,6 +65,16 @@ TRANSFORMER = {
     "rope_max_seq_len": 32,
 }
 BOUNDARY = 0.7  # of the family with two experts
+VAE21 = {k: v for k, v in VAE.items() if k.startswith("latents")} | {
+    "base_dim": 8,
+    "z_dim": 4,
+    "dim_mult": [1, 1, 1, 1],
+    "num_res_blocks": 1,
+    "attn_scales": [],
+    "temperal_downsample": [False, True, True],
+}
+VACE = TRANSFORMER | {"vace_layers": [0, 2], "vace_in_channels": 2 * 4 + 64}
+SIZE = {"fps": 16, "height": 32, "width": 48, "frames": 13}
 
 
 @pytest.fixture(scope="session")
@@ -96,6 +113,23 @@ def two(family, tmp_path_factory):
     index = json.loads((folder / "model_index.json").read_text())
     index |= {"transformer_2": ["diffusers", "WanTransformer3DModel"], "boundary_ratio": BOUNDARY}
     (folder / "model_index.json").write_text(json.dumps(index))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def vace(tmp_path_factory) -> Path:
+    """A stock folder of a tiny VACE, random."""
+    folder = tmp_path_factory.mktemp("vace") / "teacher"
+    torch.manual_seed(0)
+    transformer = WanVACETransformer3DModel(**VACE)
+    WanVACEPipeline(
+        tokenizer=build_tokenizer(),
+        text_encoder=build_text_encoder(),
+        vae=AutoencoderKLWan(**VAE21),
+        transformer=transformer,
+        scheduler=UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0),
+    ).save_pretrained(folder)
+    (folder / "mogan.json").write_text(json.dumps(SIZE))
     return folder
 
 

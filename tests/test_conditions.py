@@ -7,22 +7,16 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from diffusers import (
-    AutoencoderKLWan,
-    UniPCMultistepScheduler,
-    WanVACEPipeline,
-    WanVACETransformer3DModel,
-)
+from diffusers import WanVACEPipeline, WanVACETransformer3DModel
 
 import tiny_recipes
-from conftest import TRANSFORMER, VAE
+from conftest import SIZE, VACE, VAE21
 from mogan.cli import main
 from mogan.costs.calls import build_transformer, network_parameters, transformer_calls
 from mogan.costs.shapes import PUBLISHED, Shapes
 from mogan.costs.trace import fake, sizes, trace
 from mogan.errors import UserError
 from mogan.estimate.random_wan import random_wan
-from mogan.lab.teacher import build_text_encoder, build_tokenizer
 from mogan.models import attention, wan
 from mogan.models.conditions import (
     Conditioned,
@@ -35,34 +29,6 @@ from mogan.models.conditions import (
 from mogan.models.denoiser import Denoiser, guided_velocity
 from mogan.models.wan import Geometry
 from mogan.training.load import find_models
-
-VAE21 = {k: v for k, v in VAE.items() if k.startswith("latents")} | {
-    "base_dim": 8,
-    "z_dim": 4,
-    "dim_mult": [1, 1, 1, 1],
-    "num_res_blocks": 1,
-    "attn_scales": [],
-    "temperal_downsample": [False, True, True],
-}
-VACE = TRANSFORMER | {"vace_layers": [0, 2], "vace_in_channels": 2 * 4 + 64}
-SIZE = {"fps": 16, "height": 32, "width": 48, "frames": 13}
-
-
-@pytest.fixture(scope="module")
-def vace(tmp_path_factory):
-    """A stock folder of a tiny VACE, random."""
-    folder = tmp_path_factory.mktemp("vace") / "teacher"
-    torch.manual_seed(0)
-    transformer = WanVACETransformer3DModel(**VACE)
-    WanVACEPipeline(
-        tokenizer=build_tokenizer(),
-        text_encoder=build_text_encoder(),
-        vae=AutoencoderKLWan(**VAE21),
-        transformer=transformer,
-        scheduler=UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0),
-    ).save_pretrained(folder)
-    (folder / "mogan.json").write_text(json.dumps(SIZE))
-    return folder
 
 
 def random_control(seed=0, references=0):

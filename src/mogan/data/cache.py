@@ -5,6 +5,7 @@ import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -37,7 +38,7 @@ class Cache:
     facts: dict
     entries: list[dict]
     _hold: bool = False
-    _held: dict[Path | tuple[Path, tuple[int, ...]], Tensor] = field(default_factory=dict, repr=False)
+    _held: dict[tuple[Path, Any], Tensor] = field(default_factory=dict, repr=False)
     _shape: torch.Size | None = None
 
     def __len__(self) -> int:
@@ -69,6 +70,21 @@ class Cache:
                 "is wrong and run the same `mogan prepare` command again"
             )
         return latent
+
+    @property
+    def has_controls(self) -> bool:
+        """Whether its clips have controls (see :mod:`mogan.data.controls`)."""
+        return "controls" in self.facts
+
+    @property
+    def references(self) -> int:
+        """Reference pictures of every clip, which stand before it as latent frames."""
+        return int(self.facts.get("references", 0))
+
+    def control(self, clip: str) -> Float[Tensor, "k f h w"]:
+        """Control of a clip, as the transformer reads it, references first."""
+        path = control_path(self.path, clip)
+        return torch.cat([self._read(path, "latent"), self._read(path, "places").float()])
 
     def path_to(self, clip: str, levels: Sequence[float]) -> Float[Tensor, "k c f h w"]:
         """What the teacher's path to a clip passes at these levels, in the precision it was kept in."""
@@ -115,7 +131,7 @@ class Cache:
         rows_of(self.facts["levels"], levels, self.path)
 
     def _read(self, path: Path, name: str) -> Tensor:
-        if path not in self._held:
+        if (path, name) not in self._held:
             try:
                 tensor = load_file(path)[name]
             except (SafetensorError, OSError, KeyError) as error:
@@ -128,8 +144,8 @@ class Cache:
                 )
             if not self._hold:
                 return tensor
-            self._held[path] = tensor
-        return self._held[path]
+            self._held[path, name] = tensor
+        return self._held[path, name]
 
 
 def open_cache(path: str | Path) -> Cache:
@@ -154,7 +170,13 @@ def open_cache(path: str | Path) -> Cache:
             raise UserError(
                 f"{path} lacks {len(missing)} {contents}, first {missing[0]}: run `{_command(facts)}` again"
             )
-    size = sum(p.stat().st_size for kind in (contents, "text") for p in (path / kind).glob("*.safetensors"))
+    if "controls" in facts:
+        there = {p.stem for p in (path / "controls").glob("*.safetensors")}
+        if missing := [e["id"] for e in entries if e["id"] not in there]:
+            raise UserError(
+                f"{path} lacks {len(missing)} controls, first {missing[0]}: run the same `mogan prepare` command again"
+            )
+    size = sum(p.stat().st_size for kind in (contents, "text", "controls") for p in (path / kind).glob("*.safetensors"))
     return Cache(path, facts, entries, size < HOLD_BYTES)
 
 
@@ -241,6 +263,19 @@ def save_latent(cache: Path, clip: str, latent: Float[Tensor, "c f h w"], facts:
 def clip_path(cache: Path, clip: str) -> Path:
     """Where the latent of a clip lies."""
     return cache / "clips" / f"{clip}.safetensors"
+
+
+def control_path(cache: Path, clip: str) -> Path:
+    """Where the control of a clip lies."""
+    return cache / "controls" / f"{clip}.safetensors"
+
+
+def save_control(cache: Path, clip: str, control: Float[Tensor, "k f h w"], pixels: int, mark: str) -> None:
+    """Store a clip's control: latents in full, the mask's channels, the last ``pixels``, 0 or 1, in a byte each; ``mark``: of what
+    it was made.
+    """
+    parts = {"latent": control[:-pixels], "places": control[-pixels:].byte()}
+    save_tensors(control_path(cache, clip), parts, {"mark": mark})
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], facts: dict[str, str], shared: bool = False) -> None:

@@ -11,6 +11,7 @@ import tyro
 
 from mogan.data import cache as data
 from mogan.data.choice import vbench_threshold
+from mogan.data.controls import KINDS, Show, own
 from mogan.data.folder import claimed_by_work_alone
 from mogan.data.lists import SUFFIXES, whole
 from mogan.data.prepare_clips import Summary, prepare_clips
@@ -19,6 +20,7 @@ from mogan.data.tokens import load_tokens
 from mogan.disk.files import writable_folder
 from mogan.disk.locks import alone_in
 from mogan.errors import UserError
+from mogan.models.conditions import encode_control
 from mogan.models.defaults import WITHOUT_WEIGHTS, Geometry, usual_flow
 from mogan.models.discriminator import PROMPT
 from mogan.motion import estimators
@@ -43,6 +45,8 @@ def prepare(
     width: int | None = None,
     frames: int | None = None,
     extra_prompts: tuple[str, ...] = (PROMPT,),
+    controls: str | None = None,
+    references: Path | None = None,
     shard: str | None = None,
     workers: int = 2,
     device: str = "auto",
@@ -77,6 +81,11 @@ def prepare(
         width: instead of the model's, pixels.
         frames: of a clip, 4 k + 1, instead of the model's.
         extra_prompts: prompts to embed besides the captions and the empty prompt.
+        controls: what a VACE is shown of each clip: nothing, inpaint (a box is to be made), extend (the first quarter is given),
+            edges, flow; a folder of videos named as these are (and of masks, name.mask.mp4, white where something is to be made); or
+            your own module:function from frames, uint8 (F, H, W, 3), to such frames, or to frames and a mask, bool (F, H, W).
+        references: for a VACE, a folder of pictures of what is to be seen, named as the videos are: name.png, or name.1.png,
+            name.2.png; as many for each.
         shard: i/n takes every n-th video, starting with the i-th: for many GPUs, into the same folder. When all are done, the
             command without a shard adds what is missing and lists the clips. With motion-quantile every shard runs twice: how
             much is enough is known when all are measured.
@@ -95,6 +104,7 @@ def prepare(
         raise UserError("--min-motion and --motion-quantile choose among clips: add --motion-rich")
     folder = wan.resolve_model(model)
     target = choose_device(device)
+    _check_controls(folder, model, source, controls, references)
     text = once(lambda: wan.load_text(folder, target))
     tokens = load_tokens(folder)
     text_facts = {"model": model} | {part: wan.fingerprint(folder, part) for part in ("text_encoder", "tokenizer")}
@@ -110,6 +120,19 @@ def prepare(
     measures = _flow_of(flow, out, wan.defaults(folder).flow)
     estimator = once(lambda: estimators.load_flow(measures, device=target))
     flow_facts = {"flow_name": measures, "flow": estimators.flow_fingerprint(measures)}
+    show = None
+    if controls is not None:
+        kind, of_files = ("files", Path(controls)) if _is_folder(controls) else (controls, None)
+        show = Show(
+            kind,
+            lambda video, mask, pictures: encode_control(
+                vae(), video.to(target), mask.to(target), None if pictures is None else pictures.to(target)
+            ).cpu(),
+            lambda video: estimator()(video.to(target)).cpu(),
+            wan.mask_pixels(folder),
+            of_files,
+            references,
+        )
     if motion_rich and min_motion is None:
         min_motion = 0.0 if motion_quantile is not None else vbench_threshold(geometry)
     writable_folder(out)
@@ -130,8 +153,41 @@ def prepare(
             extra_prompts=extra_prompts,
             shard=shard,
             workers=workers,
+            show=show,
         )
     print(summary.notes[-1] if shard is not None else _in_words(summary, out))
+
+
+def _is_folder(controls: str) -> bool:
+    return controls not in KINDS and ":" not in controls
+
+
+def _check_controls(folder: Path, model: str, source: Path, controls: str | None, references: Path | None) -> None:
+    """Refuse controls that cannot be read, or by nobody."""
+    from mogan.models import wan
+
+    if references is not None and controls is None:
+        raise UserError("--references stand beside a control: add --controls, nothing for text and references alone")
+    if controls is None:
+        return
+    if not wan.has_controls(folder):
+        raise UserError(f"{model} reads no controls: leave out --controls, or give a VACE as --model")
+    if source.suffix.lower() in SUFFIXES and not os.path.isdir(source):
+        raise UserError("--controls belong to videos, and a list of prompts has none: leave them out")
+    for option, path in (
+        ("--controls", Path(controls) if _is_folder(controls) else None),
+        ("--references", references),
+    ):
+        if path is None:
+            continue
+        if not path.is_dir():
+            kinds = f"{', '.join(KINDS)}, module:function or " if option == "--controls" else ""
+            raise UserError(f"{option} {path} is not there: give {kinds}a folder")
+        here, there = path.resolve(), source.resolve()
+        if option == "--controls" and source.is_dir() and here != there and here.is_relative_to(there):
+            raise UserError(f"--controls {path} lies in {source}, whose videos are all clips: move it elsewhere")
+    if ":" in controls:
+        own(controls)
 
 
 def _in_words(summary: Summary, out: Path) -> str:

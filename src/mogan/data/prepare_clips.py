@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mogan.data import cache as data
 from mogan.data.choice import choose, draw_motion, dropped, entries
+from mogan.data.controls import Show, encode_controls
 from mogan.data.encode import encode
 from mogan.data.folder import claim, tell, write_lines
 from mogan.data.listing import Source, scan
@@ -54,6 +55,7 @@ def prepare_clips(
     extra_prompts: Sequence[str] = (),
     shard: str | None = None,
     workers: int = 2,
+    show: Show | None = None,
 ) -> Summary:
     """Fill a cache from a folder of videos; see :func:`mogan.data.prepare.prepare` for what the options mean.
 
@@ -74,9 +76,10 @@ def prepare_clips(
         extra_prompts: embedded besides the captions and "".
         shard: of many processes that share the work; the clips are listed by the call without one.
         workers: videos decoded at a time; each holds about two clips in memory.
+        show: how clips get controls; ``None``: they have none.
 
     Raises:
-        UserError: the cache was made with other settings, or no clip is left.
+        UserError: the cache was made with other settings, no clip is left, or a video has no control that fits.
     """
     out = Path(out)
     if motion_quantile is not None and not 0 <= motion_quantile < 1:
@@ -85,13 +88,12 @@ def prepare_clips(
         raise UserError("--workers must be at least 1")
     sources = scan(source, caption, uncaptioned)
     size = {k: getattr(geometry, k) for k in ("fps", "height", "width", "frames")}
-    claim(out, {"contents": "clips"} | size | fingerprints)
-
     usable = [s for s in sources if s.problem is None]
+    claim(out, {"contents": "clips"} | size | fingerprints | (show.facts(usable) if show else {}))
     if shard is not None:
         return _prepare_share(
             usable, shard, out, geometry, encode_video, encode_text, estimate_flow,
-            min_motion=min_motion, motion_quantile=motion_quantile, extra_prompts=extra_prompts, workers=workers,
+            min_motion=min_motion, motion_quantile=motion_quantile, extra_prompts=extra_prompts, workers=workers, show=show,
         )  # fmt: skip
     records = measure(usable, out, geometry, estimate_flow, workers)
     found = entries(usable, records)
@@ -109,6 +111,7 @@ def prepare_clips(
         first = f"; first of the skipped: {printable(skipped[0]['source'])}: {skipped[0]['reason']}" if skipped else ""
         raise UserError(f"no clip is left of {source} (see {out}/dropped.jsonl and skipped.jsonl){most}{first}")
     encoded = encode(usable, kept, out, geometry, encode_video, workers)
+    encoded = max(encoded, encode_controls(usable, kept, out, geometry, show, workers) if show else 0)
     captions = {e["source"]: e["caption"] for e in kept if e["caption"] is not None}
     data.ensure_text(out, [*captions.values(), "", *extra_prompts], encode_text)
     write_lines(out / "index.jsonl", kept)
@@ -130,6 +133,7 @@ def _prepare_share(
     motion_quantile: float | None,
     extra_prompts: Sequence[str],
     workers: int,
+    show: Show | None,
 ) -> Summary:
     """Measure and encode a shard's videos, and embed the captions of which it has the first video."""
     mine = share_of(usable, shard)
@@ -144,6 +148,7 @@ def _prepare_share(
         motions = [clip["motion"] for record in everyone if record for clip in record["clips"]]
     kept, threshold = choose(found, motions, min_motion, motion_quantile)
     encoded = encode(mine, kept, out, geometry, encode_video, workers)
+    encoded = max(encoded, encode_controls(mine, kept, out, geometry, show, workers) if show else 0)
     first = {s.caption: s.name for s in reversed(usable)}
     captions = [e["caption"] for e in kept if e["caption"] is not None and first[e["caption"]] == e["source"]]
     data.ensure_text(out, [*captions, *share_of(["", *extra_prompts], shard)], encode_text, shared=True)

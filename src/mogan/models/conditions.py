@@ -16,8 +16,6 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from mogan.models.autoencoder import encode_video
-
 
 @dataclass(frozen=True)
 class Conditioned:
@@ -105,6 +103,10 @@ def encode_control(
         mask_B1FHW: 0 or 1.
         references_BR3HW: see :func:`pictures_of_references`.
     """
+    from mogan.models.autoencoder import (
+        encode_video,
+    )  # diffusers takes seconds to import, and commands begin with this module
+
     kept, shown = (encode_video(vae, video_B3FHW * part, False) for part in (1 - mask_B1FHW, mask_B1FHW))
     places = mask_places(mask_B1FHW, vae.config.scale_factor_spatial, vae.config.scale_factor_temporal)
     control = torch.cat([kept, shown, places.to(kept)], 1)

@@ -147,6 +147,11 @@ def _from_text_alone(transformer: dict) -> bool:
     return not extra and transformer.get("in_channels", 16) == transformer.get("out_channels", 16)
 
 
+def mask_pixels(model: Path) -> int:
+    """Pixels of a mask under each place of a latent, channels of a control."""
+    return (_config(model, "vae") or {}).get("scale_factor_spatial", 8) ** 2
+
+
 def refuse_controls(model: Path, who: str) -> Path:
     """The folder, unless its transformer reads controls, which ``who`` has none of."""
     if has_controls(model):

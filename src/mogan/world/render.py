@@ -7,7 +7,8 @@ from typing import Literal
 import numpy as np
 from tqdm import tqdm
 
-from mogan.data.video import write_video
+from mogan.data.controls import FASTEST
+from mogan.data.video import flow_picture, write_video
 from mogan.disk.files import replacing, writable_folder
 from mogan.errors import UserError
 from mogan.ranges import at_least, is_seed
@@ -20,6 +21,7 @@ def render(
     motion: Literal["all", "rich"] = "all",
     seed: int = 0,
     truth: bool = False,
+    controls: Path | None = None,
 ) -> None:
     """Render captioned clips of moving sprites: a folder that `mogan prepare` reads like any other.
 
@@ -33,12 +35,25 @@ def render(
         motion: "all" has many still and slow clips, as the web has; in "rich" every clip moves.
         seed: of the world.
         truth: also write `truth/<name>.npz` with the exact optical flow, where it is visible, and every sprite's path.
+        controls: another folder, for the world's exact maps as videos: `depth` (nearer is brighter), `flow` (as colours) and `mask`
+            (of everything that is not background), each of which `mogan prepare --controls` takes.
     """
-    made = render_folder(out, clips, motion, seed, truth)
+    if controls is not None and controls.resolve().is_relative_to(out.resolve()):
+        raise UserError(f"--controls {controls} lies in {out}, whose videos are all clips: give another folder")
+    if controls is not None:
+        writable_folder(controls, "--controls")
+    made = render_folder(out, clips, motion, seed, truth, controls)
     print(f"{clips} clips in {out} ({made} new, {clips - made} were there)")
 
 
-def render_folder(out: str | Path, clips: int, motion: str = "all", seed: int = 0, truth: bool = False) -> int:
+def render_folder(
+    out: str | Path,
+    clips: int,
+    motion: str = "all",
+    seed: int = 0,
+    truth: bool = False,
+    controls: Path | None = None,
+) -> int:
     """What :func:`render` does, silently but for the progress bar; returns the number of clips that were not there yet.
 
     ``truth/<name>.npz`` holds ``flow`` (F-1 2 H W, float16, pixels per frame), ``visible`` (F-1 H W), ``centres``
@@ -51,7 +66,8 @@ def render_folder(out: str | Path, clips: int, motion: str = "all", seed: int = 
     at_least(1, clips=clips)
     is_seed(seed=seed)
     writable_folder(out)
-    _claim(out, {"world": {"motion": motion, "seed": seed}})
+    for folder in filter(None, (out, controls)):
+        _claim(folder, {"world": {"motion": motion, "seed": seed}})
     there = len(list(out.glob("[0-9]*.mp4")))
     if there > clips:
         raise UserError(f"{out} already holds {there} clips: ask for --clips {there} or more, or give another --out")
@@ -62,6 +78,8 @@ def render_folder(out: str | Path, clips: int, motion: str = "all", seed: int = 
         video, facts = out / f"{name}.mp4", out / "truth" / f"{name}.npz"
         if truth and not facts.exists():
             _write_truth(facts, scene)
+        if controls is not None:
+            _write_controls(controls, name, scene)
         if not video.exists():
             write_video(video, world.render(scene), world.FPS)
             made += 1
@@ -83,6 +101,21 @@ def _claim(out: Path, settings: dict) -> None:
     else:
         with replacing(path) as temporary:
             temporary.write_text(json.dumps(settings) + "\n")
+
+
+def _write_controls(folder: Path, name: str, scene: world.Scene) -> None:
+    """Exact maps, without loss but for colours' half resolution."""
+    paths = [folder / "depth" / f"{name}.mp4", folder / "flow" / f"{name}.mp4", folder / "mask" / f"{name}.mask.mp4"]
+    if all(path.exists() for path in paths):
+        return
+    owners = np.stack([world.owner(scene, frame) for frame in range(scene.frames)])
+    depth = np.array([0, 128, 255], np.uint8)[np.minimum(owners, 1) + 1]  # sprites later in the scene are nearer
+    flow, _ = world.exact_flow(scene)
+    fields = flow_picture(np.concatenate([flow[:1], flow]), scene.size / FASTEST)
+    mask = np.where(owners >= 0, np.uint8(255), np.uint8(0))
+    maps = [np.repeat(depth[..., None], 3, -1), fields, np.repeat(mask[..., None], 3, -1)]
+    for path, frames in zip(paths, maps, strict=True):
+        write_video(path, frames, world.FPS, crf=0)
 
 
 def _write_truth(path: Path, scene: world.Scene) -> None:
