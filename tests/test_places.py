@@ -23,6 +23,7 @@ def commands(family, cache, prompts, run):
     return {
         "train": ["tiny_recipes:flow_matching", "--data", cache, "--model", family / "teacher"],
         "sample": ["--prompts", prompts, "--model", family / "student"],
+        "attention": ["--prompts", prompts, "--model", family / "teacher"],
         "trajectories": ["--prompts", prompts, "--model", family / "teacher"],
         "prepare": [prompts, "--model", family / "teacher"],
         "evaluate": [family],

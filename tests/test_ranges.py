@@ -15,6 +15,7 @@ NEEDED = {
     "train": ["mogan_lab", "--data", "x"],
     "sample": ["--prompts", "x"],
     "trajectories": ["--prompts", "x"],
+    "attention": ["--prompts", "x"],
     "report": ["x"],
     "export": ["x"],
     "import": ["x", "--base", "x"],

@@ -24,6 +24,10 @@ COMMANDS = {
     "train": ("mogan.training.train:train", "train a recipe on a cache; the same command resumes"),
     "sample": ("mogan.sampling.sample:sample", "prompts and seeds -> folders of mp4"),
     "trajectories": ("mogan.sampling.trajectories:trajectories", "prompts -> a teacher's paths from noise to clip"),
+    "attention": (
+        "mogan.sampling.frame_attention:attention",
+        "where a model's attention goes, frame by frame, and what leaving most of it out would cost",
+    ),
     "evaluate": ("mogan.evaluation.evaluate:evaluate", "folders of clips -> results.json"),
     "vbench": ("mogan.evaluation.vbench:vbench", "check that a folder holds every clip VBench wants, by name"),
     "report": ("mogan.report.page:report", "results and runs -> one HTML page"),

@@ -1,0 +1,229 @@
+"""Frame-sparse self-attention: a frame sees itself and a few reference frames, which see all and are seen by all.
+
+Efficient-vDiT (arXiv 2502.06155) found the attention of video transformers to repeat from frame to frame: what a frame gives
+to itself differs, what it gives to others looks alike whichever others they are. A few references then stand for all, and the
+cost is linear in the number of frames. Shape letters: B batch, H heads, N tokens of F frames, D width of a head.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from mogan.errors import UserError
+from mogan.models.attention import SelfAttention
+
+Attend = Callable[..., Tensor]
+
+
+def references(frames: int, count: int) -> tuple[int, ...]:
+    """Which frames all others see: ``count`` of them, evenly spaced, the first among them."""
+    if not 1 <= count <= frames:
+        raise ValueError(f"of {frames} frames from 1 to {frames} may be references, not {count}")
+    return tuple((2 * i * frames + count) // (2 * count) for i in range(count))
+
+
+def kept_share(frames: int, count: int) -> float:
+    """Share of the pairs of frames that see each other: ``F + 2k(F - k) + k(k - 1)`` of ``F^2``."""
+    return (frames + 2 * count * (frames - count) + count * (count - 1)) / frames**2
+
+
+def sees(frames: int, count: int) -> Tensor:
+    """True where a frame (row) sees another (column), ``(F, F)``."""
+    mask = torch.eye(frames, dtype=torch.bool)
+    for reference in references(frames, count):
+        mask[reference] = mask[:, reference] = True
+    return mask
+
+
+def attend(
+    query_BHND: Float[Tensor, "b h n d"],
+    key_BHND: Float[Tensor, "b h n d"],
+    value_BHND: Float[Tensor, "b h n d"],
+    frames: int,
+    count: int,
+    **settings: Any,
+) -> Float[Tensor, "b h n d"]:
+    """Exact masked attention without a mask: two dense ones, of the references over everything and of the others over few.
+
+    With all frames or all but one as references it is dense attention itself. ``settings`` go to ``scaled_dot_product_attention``.
+    """
+    if count >= frames - 1:
+        return F.scaled_dot_product_attention(query_BHND, key_BHND, value_BHND, **settings)
+    chosen = references(frames, count)
+    others = [frame for frame in range(frames) if frame not in chosen]
+    query, key, value = (x.unflatten(2, (frames, -1)) for x in (query_BHND, key_BHND, value_BHND))
+    of_references = F.scaled_dot_product_attention(
+        query[:, :, chosen].flatten(2, 3), key_BHND, value_BHND, **settings
+    ).unflatten(2, (count, -1))
+
+    def shown(x: Tensor) -> Tensor:
+        """What each other frame sees, the references and itself, as samples of their own: ``(B O, H, (k + 1) n, D)``."""
+        shared = x[:, :, chosen].flatten(2, 3)[:, None].expand(-1, len(others), -1, -1, -1)
+        return torch.cat([shared, x[:, :, others].transpose(1, 2)], 3).flatten(0, 1)
+
+    own = query[:, :, others].transpose(1, 2).flatten(0, 1)
+    of_others = F.scaled_dot_product_attention(own, shown(key), shown(value), **settings)
+    of_others = of_others.unflatten(0, (-1, len(others))).transpose(1, 2)
+    order = torch.tensor([*chosen, *others]).argsort().tolist()
+    return torch.cat([of_references, of_others], 2)[:, :, order].flatten(2, 3)
+
+
+def tiles(query_BHND: Tensor, key_BHND: Tensor, frames: int) -> tuple[Float[Tensor, "f f"], Float[Tensor, " f"]]:
+    """How attention is spread over frames, and how much it repeats: means over samples and heads.
+
+    First the attention that the tokens of a frame (row) give to those of another (column); rows sum to 1. Then of each frame
+    the cosine between the tiles, token by token, by which it sees one and another frame, itself left out: 1 if it sees all
+    others alike. That is what the paper calls the attention tile. NaN of clips with less than three frames.
+    """
+    shares = torch.zeros(frames, frames, device=query_BHND.device)
+    alike = torch.zeros(frames, device=query_BHND.device)
+    heads = list(zip(query_BHND.flatten(0, 1), key_BHND.flatten(0, 1), strict=True))
+    for number, query_ND in enumerate(zip(*(q.unflatten(0, (frames, -1)) for q, _ in heads), strict=True)):
+        for q, (_, k) in zip(query_ND, heads, strict=True):  # one at a time: at Wan's size a frame's is 0.2 GB
+            found = (q.float() @ k.float().mT * q.shape[-1] ** -0.5).softmax(-1).unflatten(-1, (frames, -1))
+            shares[number] += found.sum(-1).mean(0)
+            others = torch.cat([found[:, :number], found[:, number + 1 :]], 1)
+            units = others / others.square().sum((0, 2), keepdim=True).sqrt()
+            alike[number] += (units.sum(1).square().sum() - (frames - 1)) / (
+                (frames - 1) * (frames - 2) or float("nan")
+            )
+    return shares / len(heads), alike / len(heads)
+
+
+class _Instead(TorchFunctionMode):
+    """Within it attention is computed by a function of our own."""
+
+    def __init__(self, attend: Attend):
+        super().__init__()
+        self.attend = attend
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is not F.scaled_dot_product_attention:
+            return func(*args, **kwargs)
+        settings = {name: value for name, value in kwargs.items() if value is not None}
+        return self.attend(*args, **settings)
+
+
+@contextmanager
+def _both(products: Callable[[], AbstractContextManager], attend: Attend) -> Iterator[None]:
+    with products(), _Instead(attend):
+        yield
+
+
+def _within(stock: SelfAttention, attend: Attend) -> SelfAttention:
+    """A block's self-attention with another function in the place of the product, computed in the same arithmetic."""
+    return SelfAttention(partial(_both, stock.products, attend))
+
+
+class FrameSparse(SelfAttention):
+    """A block's self-attention, of frames that see themselves and ``count`` references."""
+
+    def __init__(self, before: SelfAttention, frames: int, count: int):
+        self.stock: SelfAttention = before.stock if isinstance(before, FrameSparse) else before
+        super().__init__(partial(_both, self.stock.products, partial(_sparse, frames=frames, count=count)))
+
+
+def _sparse(query: Tensor, key: Tensor, value: Tensor, frames: int, count: int, **settings: Any) -> Tensor:
+    return attend(query, key, value, frames, count, **settings)
+
+
+def set_frame_sparse(transformer: Any, frames: int, counts: Sequence[int]) -> Any:
+    """Make the self-attention of every block frame-sparse, in place, with so many references each; names stay.
+
+    ``frames`` are latent frames of the clips: the mask is static, and others are refused. ``counts`` of ``frames`` leave a
+    block dense. What was set before is replaced.
+    """
+    if len(counts) != len(transformer.blocks):
+        raise ValueError(f"{len(transformer.blocks)} blocks need as many numbers of references, not {len(counts)}")
+    for block, count in zip(transformer.blocks, counts, strict=True):
+        references(frames, count)
+        block.attn1.set_processor(FrameSparse(block.attn1.processor, frames, count))
+    for number, hook in list(transformer._forward_pre_hooks.items()):
+        if isinstance(hook, _OfLength):
+            del transformer._forward_pre_hooks[number], transformer._forward_pre_hooks_with_kwargs[number]
+    transformer.register_forward_pre_hook(_OfLength(frames), with_kwargs=True)
+    return transformer
+
+
+class _OfLength:
+    """Refuses clips of another length: their tokens would be cut into frames wrongly."""
+
+    def __init__(self, frames: int):
+        self.frames = frames
+
+    def __call__(self, transformer: Any, args: tuple, kwargs: dict) -> None:
+        clip: Tensor = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        if clip.shape[2] // transformer.config.patch_size[0] != self.frames:
+            raise UserError(
+                f"this model's attention is frame-sparse for clips of {self.frames} latent frames, and one has {clip.shape[2]}"
+            )
+
+
+@contextmanager
+def watched(transformer: Any, see: Callable[[int, Tensor, Tensor], None]) -> Iterator[None]:
+    """Within the block ``see`` gets each block's number, queries and keys ``(B, H, N, D)`` as attention is computed.
+
+    Dense or sparse, it is computed as it was.
+    """
+    stock = [block.attn1.processor for block in transformer.blocks]
+
+    def look(query: Tensor, key: Tensor, value: Tensor, number: int, **settings: Any) -> Tensor:
+        see(number, query, key)
+        return F.scaled_dot_product_attention(query, key, value, **settings)
+
+    for number, block in enumerate(transformer.blocks):
+        block.attn1.set_processor(_within(block.attn1.processor, partial(look, number=number)))
+    try:
+        yield
+    finally:
+        for block, processor in zip(transformer.blocks, stock, strict=True):
+            block.attn1.set_processor(processor)
+
+
+@torch.no_grad()
+def errors(transformer: Any, frames: int, call: Callable[[], object]) -> Float[Tensor, "l f"]:
+    """What frame-sparseness costs each block alone, for 1 to all frames as references: of what the block adds to its input,
+    the squared error over the square, summed over all that ``call`` makes of the dense transformer.
+
+    Inputs are the dense model's, so a block's error does not hang on what is chosen for those before it.
+    """
+    blocks = transformer.blocks
+    wrong, whole = torch.zeros(len(blocks), frames), torch.zeros(len(blocks))
+
+    def measure(number: int, block: Any, args: tuple, kwargs: dict, out: Tensor) -> None:
+        stock, before = block.attn1.processor, args[0]
+        added = (out - before).float()
+        whole[number] += added.square().sum().cpu()
+        try:
+            for count in range(1, frames):
+                block.attn1.set_processor(FrameSparse(stock, frames, count))
+                wrong[number, count - 1] += (block.forward(*args, **kwargs) - out).float().square().sum().cpu()
+        finally:
+            block.attn1.set_processor(stock)
+
+    handles = [
+        block.register_forward_hook(
+            lambda module, args, kwargs, out, number=number: measure(number, module, args, kwargs, out),
+            with_kwargs=True,
+        )
+        for number, block in enumerate(blocks)
+    ]
+    try:
+        call()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return wrong / whole[:, None]
+
+
+def search(errors_LF: Tensor, threshold: float) -> list[int]:
+    """The fewest references of each block whose error is at most ``threshold``: Efficient-vDiT's layer-wise search."""
+    return [int((row <= threshold).nonzero()[0]) + 1 for row in errors_LF]
