@@ -72,6 +72,8 @@ class Terms:
         alone: why it trains in one process; empty where it does not matter.
         fill: the block with what it leaves to the run's data; refuses data that do not fit.
         smaller: blocks that need less and less memory, each with a word for what is smaller.
+        controls: it asks networks under what the batch or the roll-out says and nothing else, and looks at latents alone: it also
+            trains models that are told controls and references beside text (:mod:`mogan.models.conditions`).
     """
 
     lessons: Mapping[str, Lesson]
@@ -79,6 +81,7 @@ class Terms:
     alone: str = ""
     fill: "Callable[[Any], Block] | None" = None
     smaller: "tuple[tuple[str, Block], ...]" = ()
+    controls: bool = False
 
 
 class Block(Protocol):

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from mogan.config import KINDS, LATENT, OBSERVATION, PATH
 from mogan.data.cache import Cache
+from mogan.models.attention import stack_text
+from mogan.models.conditions import conditioned
 
 Item = TypeVar("Item")
 Made = TypeVar("Made")
@@ -23,7 +25,8 @@ class Batch:
 
     ``path_BKCFHW`` is what a teacher passed on its way to each clip, at the student's levels, most noisy first, the clip last.
     ``places`` numbers the clips within the whole batch, whichever process holds them. ``more`` is what an objective made of
-    the batch, by name: a list or tensor with one entry per clip, or anything else that a slice cuts.
+    the batch, by name: a list or tensor with one entry per clip, or anything else that a slice cuts. ``control_BKFHW`` are the
+    controls of a VACE, whose references stand before ``latent_BCFHW`` too.
     """
 
     ids: list[str]
@@ -35,6 +38,12 @@ class Batch:
     places: list[int] = field(default_factory=list)
     more: dict[str, Any] = field(default_factory=dict)
     path_BKCFHW: Tensor | None = None
+    control_BKFHW: Tensor | None = None
+
+    def told(self, device: torch.device | str, text_BLD: Tensor | None = None) -> Any:
+        """What a network is told of the clips (see :mod:`mogan.models.conditions`): text, here or another, and controls."""
+        text = stack_text(self.text, device) if text_BLD is None else text_BLD
+        return conditioned(text, None if self.control_BKFHW is None else self.control_BKFHW.to(device))
 
 
 def draw_batch(
@@ -52,6 +61,7 @@ def draw_batch(
     starts: Sequence[int] = (),
     prompts: Cache | None = None,
     levels: Sequence[float] = (),
+    controls: bool = False,
 ) -> Batch:
     """The batch of one update: a pure function of its arguments, so a resumed run sees what it would have seen.
 
@@ -72,6 +82,7 @@ def draw_batch(
         starts: where a window may start, latent frames; one is drawn, the same for all ranks.
         prompts: where the text comes from, if not from the clips' captions: a walk of its own.
         levels: at which paths are read.
+        controls: those of the clips whose captions are the text come too.
 
     Raises:
         UserError: a clip whose caption is needed has none.
@@ -88,7 +99,8 @@ def draw_batch(
     said = walk(prompts or cache)
     ids = [entry["id"] for entry in (walk(cache) if want else said)]
     start = start_at(starts, seed, iteration, update, repeat) if starts else None
-    latent = torch.stack([cache.latent(i) for i in ids]) if LATENT in want else None
+    latent = torch.stack([cache.whole(i) if controls else cache.latent(i) for i in ids]) if LATENT in want else None
+    shown = torch.stack([(prompts or cache).control(entry["id"]) for entry in said]) if controls else None
     passed = torch.stack([cache.path_to(i, levels) for i in ids]) if PATH in want else None
     seen = None
     if OBSERVATION in want:
@@ -99,7 +111,7 @@ def draw_batch(
     captions = [entry["caption"] for entry in said]
     text = [(prompts or cache).text(caption) for caption in captions]
     places = list(range(rank * size, (rank + 1) * size))
-    return Batch(ids, captions, text, latent, seen, start, places, path_BKCFHW=passed)
+    return Batch(ids, captions, text, latent, seen, start, places, path_BKCFHW=passed, control_BKFHW=shown)
 
 
 def start_at(starts: Sequence[int], seed: int, iteration: int, update: int, repeat: int) -> int:

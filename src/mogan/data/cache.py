@@ -86,6 +86,11 @@ class Cache:
         path = control_path(self.path, clip)
         return torch.cat([self._read(path, "latent"), self._read(path, "places").float()])
 
+    def whole(self, clip: str) -> Float[Tensor, "c f h w"]:
+        """Latent of a clip with controls, after those of its references."""
+        latent = self.latent(clip)
+        return torch.cat([self.control(clip)[: len(latent), : self.references], latent], 1)
+
     def path_to(self, clip: str, levels: Sequence[float]) -> Float[Tensor, "k c f h w"]:
         """What the teacher's path to a clip passes at these levels, in the precision it was kept in."""
         kept, file = self.facts["levels"], path_file(self.path, clip)

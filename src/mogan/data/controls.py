@@ -4,6 +4,7 @@ Controls come from files of the user's own, named as the videos are, from a func
 way. However they come, a control is frames and a mask of what is to be made; see :mod:`mogan.models.conditions`.
 """
 
+import hashlib
 import json
 import zlib
 from collections.abc import Callable, Iterator
@@ -214,13 +215,17 @@ def encode_controls(
 ) -> int:
     """Store the controls of kept clips that are not there yet, or are of other files; returns how many.
 
+    Each entry gets a ``control``, which changes with what its control is made of.
+
     Raises:
         UserError: a control does not fit its clip.
     """
     by_name = {source.name: source for source in sources}
     missing: dict[str, list[dict]] = {}
     for entry in kept:
-        if _mark_of(data.control_path(out, entry["id"])) != show.mark(by_name[entry["source"]], entry):
+        mark = show.mark(by_name[entry["source"]], entry)
+        entry["control"] = hashlib.sha256(mark.encode()).hexdigest()[:16]
+        if _mark_of(data.control_path(out, entry["id"])) != mark:
             missing.setdefault(entry["source"], []).append(entry)
     jobs, total = [s for s in sources if s.name in missing], sum(map(len, missing.values()))
 

@@ -30,6 +30,7 @@ from mogan.runs.generator import Generator, open_generator
 from mogan.schedule import levels_of
 
 FOLDER_USAGE = ["from diffusers import WanPipeline\n", 'pipe = WanPipeline.from_pretrained("PATH")']
+CONTROLLED_USAGE = [line.replace("WanPipeline", "WanVACEPipeline") for line in FOLDER_USAGE]
 TOLD_INDEX = {"_class_name": "AnyFlowPipeline", "transformer": ["diffusers", "AnyFlowTransformer3DModel"]}
 TOLD_USAGE = [line.replace("WanPipeline", "AnyFlowPipeline") for line in FOLDER_USAGE]
 
@@ -79,10 +80,12 @@ def export(
             raise UserError(
                 f"{run} trained a student that is told where its steps end, which no LoRA of a stock Wan can be: leave out --to lora"
             )
+        if wan.has_controls(source.folder):
+            raise UserError(f"{run} trained a VACE, of which no LoRA file is written here: leave out --to lora")
         save_lora(run, source, out, rank, precision, notes)
         print(f"exported to {out}; use it with: pipe.load_lora_weights({str(out)!r})")
         return
-    usage = TOLD_USAGE if source.told else FOLDER_USAGE
+    usage = TOLD_USAGE if source.told else CONTROLLED_USAGE if wan.has_controls(source.folder) else FOLDER_USAGE
     notes = counts_notes(source) + notes
     card = model_card("Few-step Wan student", source.folder, source.sigmas, notes, usage, source.solver)
     fake = _fake_score(run, source) if fake_score else None

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mogan.errors import UserError
-from mogan.models.conditions import conditioned, parted
+from mogan.models.conditions import conditioned, parted, reads_controls
 from mogan.models.step_condition import is_told
 from mogan.schedule import velocity_to_x0
 
@@ -36,6 +36,7 @@ class Denoiser(nn.Module):
 
     Attributes:
         told: the transformer reads where its step ends (see :mod:`mogan.models.step_condition`).
+        controlled: it reads a control beside the text (see :mod:`mogan.models.conditions`).
     """
 
     transformer: Any
@@ -52,6 +53,7 @@ class Denoiser(nn.Module):
         super().__init__()
         self.transformer, self.transformer_2, self.boundary = transformer, transformer_2, boundary
         self.dtype, self.anywhere, self.told = dtype, anywhere, is_told(transformer)
+        self.controlled = reads_controls(getattr(transformer, "config", None))
 
     @property
     def experts(self) -> list[Any]:

@@ -29,7 +29,7 @@ class FlowMatchingConfig:
 
     def terms(self, config: Config) -> Terms:
         """The student learns from clips and their captions."""
-        return Terms(lessons={"student": OF_CLIPS})
+        return Terms(lessons={"student": OF_CLIPS}, controls=True)
 
     def build(self, base: Base, others: Mapping[str, Objective]) -> Objective:
         """On the student."""
@@ -90,6 +90,6 @@ class FlowMatching:
         device = next(self.student.parameters()).device
         x0 = x0.float().to(device)
         sigma = draw_sigma(len(x0), generator, k=self.shift).to(device)
-        text = stack_some(batch.text, self.null, self.drop_text, generator, device)
+        text = batch.told(device, stack_some(batch.text, self.null, self.drop_text, generator, device))
         noise = normal(x0.shape, generator, device)
         return velocity_error(self.student, x0, noise, sigma, text, given=self.given).mean(), {}

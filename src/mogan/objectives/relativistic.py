@@ -55,7 +55,7 @@ class RelativisticConfig:
                 f"a relativistic discriminator reads a fake score, and the config has no {self.of!r} with one"
             )
         lesson = Lesson(clips=(LATENT,), captions=True)
-        return Terms(lessons={"student": lesson, "critic": lesson}, alarms=(WINS,))
+        return Terms(lessons={"student": lesson, "critic": lesson}, alarms=(WINS,), controls=True)
 
     def build(self, base: Base, others: Mapping[str, Objective]) -> Objective:
         """The heads, on a trunk that is there already."""

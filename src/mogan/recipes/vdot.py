@@ -28,7 +28,7 @@ def vdot_lab() -> Config:
 
 
 def vdot_wan_1_3b() -> Config:
-    """VDOT without its conditions, text to video, on Wan2.1-T2V-1.3B; steps, levels and learning rates of ``dmd2_wan_1_3b``.
+    """VDOT on Wan2.1-T2V-1.3B, or with conditions on Wan2.1-VACE-1.3B; steps, levels and learning rates of ``dmd2_wan_1_3b``.
 
     The paper distils VACE of 14 B in four steps (Adam, lr 2e-6, of the critic 4e-7, a student's update every fifth, batch 1 on 4
     GPUs, 1500 and 1200 steps) from a student that somebody else had accelerated.

@@ -101,7 +101,7 @@ def open_generator(name: str) -> Generator:
             tuple(kind.get("counts", ())), bool(kind.get("told")),
             boundary_of(folder) if own_boundary is None else own_boundary,
         )  # fmt: skip
-    folder = wan.refuse_controls(wan.resolve_model(name), "nothing samples with them yet")
+    folder = wan.resolve_model(name)
     own = wan.defaults(folder)
     return Generator(folder, own.sigmas, own.size, solver=own.solver, counts=own.counts, boundary=boundary_of(folder))
 

@@ -23,6 +23,8 @@ WEIGHTS = (".json", ".safetensors", ".bin", ".model")
 TEACHER = ("transformer", "transformer_2")  # what makes the paths of a teacher
 BATCHES = (
     "contents",
+    "controls",
+    "references",
     "vae",
     "text_encoder",
     "tokenizer",
@@ -76,7 +78,8 @@ def of_student(folder: Path) -> str:
 def of_cache(cache: Cache) -> str:
     """Of what batches depend on: how the cache was made, and its clips with their captions, in order."""
     facts = {key: cache.facts[key] for key in BATCHES if key in cache.facts}
-    return _short([facts, [[entry["id"], entry["caption"]] for entry in cache.entries]])
+    rows = [[entry["id"], entry["caption"], *filter(None, [entry.get("control")])] for entry in cache.entries]
+    return _short([facts, rows])
 
 
 def of_run(run: Path) -> str:

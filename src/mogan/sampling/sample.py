@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from mogan.data.cache import Cache, open_cache
 from mogan.data.lists import read_prompts, whole
 from mogan.data.prompts import KNOWN, fingerprint, warn_if_changed
 from mogan.data.tokens import about_tokens, load_tokens
@@ -20,6 +21,7 @@ from mogan.disk.locks import alone_in
 from mogan.disk.shards import share_of
 from mogan.errors import UserError
 from mogan.models import attention, wan
+from mogan.models.conditions import conditioned, encode_control, nothing_shown
 from mogan.models.defaults import Defaults
 from mogan.models.denoiser import Denoiser
 from mogan.ranges import above, at_least, between
@@ -47,6 +49,7 @@ def sample(
     motion: Path | None = None,
     motion_ratio: float = 0.5,
     first_frames: Path | None = None,
+    controls: Path | None = None,
     batch: int | None = None,
     limit: int | None = None,
     shard: str | None = None,
@@ -76,6 +79,8 @@ def sample(
         motion_ratio: 0 is the teacher's own motion, 1 the motion model's.
         first_frames: folder of captioned clips, for a model trained to be given the first frame: every prompt is the
             caption of one and starts from its first frame. Sampled by Euler steps at the model's own levels.
+        controls: of a VACE, a cache made with `mogan prepare --controls`: every prompt is the caption of one of its clips and is made
+            under that clip's control and reference pictures. Without it a VACE makes clips from text.
         batch: clips made at once; by default as many as fit into the pixels of one clip of 81 x 480 x 832, at most 16.
             They are decoded one after the other.
         limit: use only so many prompts.
@@ -101,12 +106,14 @@ def sample(
     _refuse_what_does_not_go_together(model, source, few_steps, flowmo, motion, first_frames)
     if few_steps and source.counts and steps is not None:
         source, steps = source.in_steps(steps), None
+    shown = _open_controls(model, source, controls, lines[:limit], first_frames, motion)
     own = {"steps": steps, "guidance": guidance, "shift": shift, "negative_prompt": negative_prompt}
     guided = _guided(model, source, few_steps, first_frames, {k: v for k, v in own.items() if v is not None})
     as_teacher = None if few_steps else TeacherSteps(guided, solver, flowmo, motion, motion_ratio)
     how = as_teacher.told() if as_teacher else source.steps_told()
     if first_frames:
         how |= {"first_frames": str(first_frames)} | (_guidance_told(guided) if guided.guidance != 1 else {})
+    how |= {"controls": str(controls)} if controls else {}
     starts = clip_of_prompts(first_frames, lines[:limit]) if first_frames else None
     about_all = {"system": out.name, "fps": source.geometry.fps, **how, "weights": source.mark()}
     about_all["prompts_sha256"] = list_sha
@@ -117,7 +124,7 @@ def sample(
             jobs,
             about_all,
             batch or clips_at_once(source.geometry),
-            lambda todo: _maker(source, as_teacher, guided, starts, todo, target, precision),
+            lambda todo: _maker(source, as_teacher, guided, starts, todo, target, precision, shown),
         )
 
 
@@ -140,6 +147,35 @@ def _refuse_what_does_not_go_together(
         raise UserError("--first-frames is for a model trained with them: give the export of such a run, and no --mode")
     if flowmo and few_steps:
         raise UserError("--flowmo guides a teacher's many steps; leave it out for a few-step student")
+
+
+def _open_controls(
+    model: str,
+    source: Generator,
+    controls: Path | None,
+    prompts: list[str],
+    first_frames: Path | None,
+    motion: Path | None,
+) -> Cache | None:
+    """The cache that holds a control for every prompt, if there is one."""
+    if not wan.has_controls(source.folder):
+        if controls is not None:
+            raise UserError(f"{model} reads no controls: leave out --controls, or name a VACE with --model")
+        return None
+    if first_frames is not None or motion is not None:
+        raise UserError(f"{model} is a VACE: give --controls in place of --{'motion' if motion else 'first-frames'}")
+    if controls is None:
+        return None
+    cache = open_cache(controls)
+    if not cache.has_controls:
+        raise UserError(f"the clips of {controls} have no controls: prepare them with `mogan prepare --controls`")
+    cache.require(vae=wan.fingerprint(source.folder, "vae"), **vars(source.geometry))
+    captions = {entry["caption"] for entry in cache.entries}
+    if lacking := [prompt for prompt in prompts if prompt not in captions]:
+        raise UserError(
+            f"{controls} has no clip with the caption {lacking[0]!r}: give --prompts that are captions of its clips"
+        )
+    return cache
 
 
 def _guided(model: str, source: Generator, few_steps: bool, first_frames: Path | None, own: dict[str, Any]) -> Defaults:
@@ -183,6 +219,7 @@ def _maker(
     prompts: list[str],
     device: torch.device,
     precision: str,
+    shown: Cache | None,
 ) -> Callable[[list[Job]], list[Iterator[np.ndarray]]]:
     """Load a generator's networks; what comes back makes the clips of a few jobs at once, each as a stream of frames."""
     nulls = [guided.negative_prompt] if teacher is not None or starts is not None else []
@@ -197,6 +234,9 @@ def _maker(
     vae = wan.load_vae(source.folder, dtype).to(device)
     denoiser = source.load(dtype).to(device).eval()
     shape, levels = wan.latent_shape(source.folder, source.geometry), source.sigmas or ()
+    control_of = _controls(denoiser, vae, source.geometry, shown, device)
+    references = shown.references if shown else 0
+    shape = (shape[0], shape[1] + references, *shape[2:])
     change = None
     if teacher is not None and teacher.motion is not None:
         network, given = open_motion(teacher.motion, source.folder, shape[1])
@@ -208,7 +248,7 @@ def _maker(
 
     @torch.no_grad()
     def make(jobs: list[Job]) -> list[Iterator[np.ndarray]]:
-        text = stacked(*(job.prompt for job in jobs))
+        text = conditioned(stacked(*(job.prompt for job in jobs)), control_of(jobs))
         numbers = [job.seed for job in jobs]
         if teacher is not None:
             latents = sample_teacher(
@@ -224,9 +264,23 @@ def _maker(
                 denoiser, vae, first, text, shape, levels, seeded(numbers), source.geometry,
                 null_1LD=stacked(guided.negative_prompt), guidance=guided.guidance,
             )  # fmt: skip
-        return clips_of(vae, latents)
+        return clips_of(vae, latents[:, :, references:])
 
     return make
+
+
+def _controls(
+    denoiser: Denoiser, vae: Any, size: wan.Geometry, shown: Cache | None, device: torch.device
+) -> Callable[[list[Job]], Tensor | None]:
+    """Gives jobs their controls; without a cache, those of text to video."""
+    if not denoiser.controlled:
+        return lambda jobs: None
+    if shown is None:
+        video, mask = (t.to(device) for t in nothing_shown(size.frames, size.height, size.width))
+        grey = encode_control(vae, video, mask)
+        return lambda jobs: grey.expand(len(jobs), -1, -1, -1, -1)
+    first = {entry["caption"]: entry["id"] for entry in reversed(shown.entries)}
+    return lambda jobs: torch.stack([shown.control(first[job.prompt]) for job in jobs]).to(device)
 
 
 def encode_each(prompts: list[str], model: Path, device: torch.device) -> dict[str, Tensor]:

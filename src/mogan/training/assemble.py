@@ -53,6 +53,11 @@ class Assembly:
         return self.prompts or self.cache
 
     @property
+    def references(self) -> int:
+        """Latent frames that stand before every clip, of reference pictures."""
+        return self.texts.references if self.student.controlled else 0
+
+    @property
     def student(self) -> Denoiser:
         """The network being trained."""
         return cast(Denoiser, self.networks["student"])

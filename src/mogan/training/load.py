@@ -53,6 +53,9 @@ def load(
         cache.require(vae=wan.fingerprint(folder, "vae"))
         size = wan.Geometry(**{k: cache.facts[k] for k in ("fps", "height", "width", "frames")})
     shape = wan.latent_shape(folder, size)
+    if wan.has_controls(folder) or wan.has_controls(start):
+        _check_controls(config, cache, prompts, world, folder, start)
+        shape = (shape[0], shape[1] + (prompts or cache).references, *shape[2:])
     _check_clips(config, cache, folder)
     _check_captions(config, cache, prompts)
     dtype = dtype_of(config, world.device)
@@ -68,7 +71,7 @@ def dtype_of(config: Config, device: torch.device) -> torch.dtype:
 
 def find_models(config: Config, model: str, student: str | None) -> tuple[Path, Path, Path | None]:
     """Folders of the base model and of the student's start, and the run whose adapters it starts with, if any."""
-    base = wan.refuse_controls(wan.resolve_model("lab-teacher" if model == "lab" else model), "recipes have none yet")
+    base = wan.resolve_model("lab-teacher" if model == "lab" else model)
     if wan.is_told(base):
         raise UserError(
             f"{model} is told where its steps end, which a teacher is not: name the model it was made from with --model"
@@ -128,6 +131,37 @@ def _check_clips(config: Config, cache: Cache, model: Path) -> None:
                 f"{update.label} takes {update.batch} clips at a time and {cache.path} holds {len(cache)}: make more, or "
                 f"give --batch {len(cache)}"
             )
+
+
+def _check_controls(config: Config, cache: Cache, prompts: Cache | None, world: World, base: Path, start: Path) -> None:
+    """A VACE learns from who passes its controls on, of clips that have them."""
+    if wan.has_controls(base) != wan.has_controls(start):
+        raise UserError(
+            f"of {base} and {start} one is a VACE, which reads controls, and one is not: take both of one kind"
+        )
+    for name in config.objectives:
+        if not config.terms(name).controls:
+            raise UserError(
+                f"{config.recipe}: {name} asks networks under text alone, and {base} is a VACE, which reads controls: take another "
+                "recipe, or a model that makes clips from text"
+            )
+    if config.given or config.told:
+        told = "is told where its steps end" if config.told else "is given its first frame by its level"
+        raise UserError(f"the student of {config.recipe} {told}, and a VACE cannot be: take another recipe")
+    if world.sequence is not None:
+        raise UserError(
+            "--context-parallel does not go with a VACE, whose stock class has no plan for it: leave it out"
+        )
+    for texts in filter(None, (cache, prompts)):
+        if not texts.has_controls:
+            raise UserError(
+                f"{base} is a VACE, and the clips of {texts.path} have no controls: prepare them with `mogan prepare --controls`"
+            )
+    if prompts is not None and prompts.references != cache.references:
+        raise UserError(
+            f"clips of {cache.path} have {cache.references} reference pictures and those of {prompts.path} "
+            f"{prompts.references}: prepare them with as many"
+        )
 
 
 def _check_captions(config: Config, cache: Cache, prompts: Cache | None) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from mogan.data.video import contact_sheet, flow_picture, write_video
 from mogan.models.attention import stack_text
 from mogan.models.autoencoder import stream_video
+from mogan.models.conditions import conditioned
 from mogan.motion.flow import RaftFlow, flow_of_pieces
 from mogan.sampling.rollout import animate, normal
 from mogan.sampling.samplers import clips_at_once, sample_student, seeded, to_frames
@@ -33,6 +34,9 @@ def sample_sheet(parts: Assembly, run: Path, iteration: int) -> None:
             part = prompts[begin : begin + together]
             seeds = list(range(begin, begin + len(part)))
             text = stack_text([texts.text(p) for p in part], parts.device)
+            if parts.student.controlled:
+                shown = torch.stack([texts.control(first[p]) for p in part])
+                text = conditioned(text, shown.to(parts.device))
             if config.given:
                 noise = normal(torch.Size((len(seeds), *parts.latent_shape)), seeded(seeds), parts.device)
                 real = torch.stack([parts.cache.latent(first[p]) for p in part]).to(noise)
@@ -41,7 +45,7 @@ def sample_sheet(parts: Assembly, run: Path, iteration: int) -> None:
                 )
             else:
                 made = sample_student(parts.student, text, parts.latent_shape, config.sigmas, seeds, config.solver)
-            latents += made.split(1)
+            latents += made[:, :, parts.references :].split(1)
     if not parts.world.main:
         return
     folder = run / "samples" / f"{iteration:06d}"

@@ -16,7 +16,6 @@ from mogan.config import OBSERVATION, Config, Update
 from mogan.data.batches import Batch, draw_batch
 from mogan.distributed import whole
 from mogan.errors import UserError
-from mogan.models.attention import stack_text
 from mogan.objectives import Loss, Objective, Randomness
 from mogan.runs.checkpoint import latest_checkpoint
 from mogan.sampling.rollout import Rollout, normal
@@ -85,6 +84,7 @@ def draw(parts: Assembly, where: Position) -> Batch:
         starts=lesson.starts,
         prompts=None if lesson.captions else parts.prompts,
         levels=(*parts.config.sigmas, 0.0),
+        controls=parts.student.controlled,
         **more,
     )
 
@@ -103,7 +103,18 @@ def split(batch: Batch, parts: int) -> list[Batch]:
         window = slice(i * size, (i + 1) * size)
         cut: dict[str, Any] = {
             name: None if (value := getattr(batch, name)) is None else value[window]
-            for name in ("prompts", "text", "ids", "latent_BCFHW", "observation_BCFHW", "path_BKCFHW", "places")
+            for name in (
+                *(
+                    "prompts",
+                    "text",
+                    "ids",
+                    "latent_BCFHW",
+                    "observation_BCFHW",
+                    "path_BKCFHW",
+                    "places",
+                    "control_BKFHW",
+                ),
+            )
         }
         pieces.append(replace(batch, more={name: value[window] for name, value in batch.more.items()}, **cut))
     return pieces
@@ -115,7 +126,7 @@ def rolled_out(parts: Assembly, update: Update, batch: Batch, where: Position, *
         return None
     generators, sigmas = where.generators(NOISE, batch), parts.config.sigmas
     noise = normal(torch.Size((len(batch.prompts), *parts.latent_shape)), generators, parts.device)
-    text, kind = stack_text(batch.text, parts.device), parts.rollout(update)
+    text, kind = batch.told(parts.device), parts.rollout(update)
     step = kind.draw(sigmas, where.generator(EXIT))
     return kind.make(parts.student, noise, text, sigmas, generators, step, grad and update.learns == "student")
 
