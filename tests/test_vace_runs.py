@@ -21,13 +21,14 @@ from mogan.estimate.random_wan import random_wan
 from mogan.exchange.export import export, save_student
 from mogan.models import wan
 from mogan.models.autoencoder import encode_video
-from mogan.models.conditions import Conditioned, encode_control, pictures_of_references
+from mogan.models.conditions import Conditioned, encode_control, nothing_shown, pictures_of_references
 from mogan.runs.checkpoint import latest_checkpoint
 from mogan.runs.generator import open_generator
 from mogan.runs.identity import of_cache
 from mogan.training.assemble import assemble
 from mogan.training.loop import run_training
 from mogan.training.steps import Position, draw, split, step
+from pretended import a_pretended_gpu
 from test_distributed import assert_same_trajectory, train_alone, train_together
 from test_scale import CLIP, NARROW, videos
 
@@ -173,6 +174,17 @@ def test_checkpointing_changes_nothing(shown, vace):
     for one, two in zip(*losses, strict=True):
         assert two["loss"] == pytest.approx(one["loss"], rel=1e-5)
         assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["flow_matching", "vdot"])
+def test_controls_lie_where_the_networks_are(name, shown, vace, tmp_path):
+    config = replace(RECIPES[name](), iterations=2, sample_prompts=1, sample_every=2)
+    with a_pretended_gpu() as places:
+        run_training(assemble(config, open_cache(shown), model=str(vace), run=tmp_path, device="cuda"), tmp_path)
+        assert all("dropout" in name or "attention" in name for name in places.undetermined), places.undetermined
+        vae = wan.load_vae(vace, torch.float32).to("cuda")
+        video, mask = (t.to("cuda") for t in nothing_shown(*SHAPE))
+        assert encode_control(vae, video, mask, torch.zeros(1, 2, 3, *SHAPE[1:]).to("cuda")).device.type == "cuda"
 
 
 @pytest.mark.slow
