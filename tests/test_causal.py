@@ -1,14 +1,19 @@
 """A causal student: cache = mask = prefix run again; policies; where gradient goes; chunk after chunk to a clip and its frames."""
 
+import json
 from dataclasses import replace
 from itertools import accumulate
 
 import pytest
 import torch
 import torch.nn.functional as F
-from diffusers import SkyReelsV2Transformer3DModel
+from diffusers import DiffusionPipeline, SkyReelsV2Transformer3DModel, WanPipeline, WanTransformer3DModel
 
+import tiny_recipes
+from conftest import CAPTIONS
+from mogan.cli import main
 from mogan.errors import UserError
+from mogan.exchange.export import save_student
 from mogan.models import causal, wan
 from mogan.models.attention import set_attention
 from mogan.models.autoencoder import decode_video, stream_chunks
@@ -16,8 +21,11 @@ from mogan.models.causal import CausalDenoiser, block_causal, is_causal, make_ca
 from mogan.models.causal_cache import Cache, Causal, Policy, read_causal
 from mogan.models.denoiser import Denoiser
 from mogan.models.lora import adapted, hold_in
+from mogan.runs.generator import open_generator
 from mogan.sampling.causal_rollout import roll_out_causal, sample_causal, stream_causal
 from mogan.sampling.rollout import normal, roll_out
+from mogan.sampling.samplers import sample_student
+from mogan.training.load import find_models
 
 CHUNKS = (2, 2, 2)
 LEVELS = (1.0, 6 / 7, 0.6)  # of the chunks
@@ -369,8 +377,6 @@ def test_names_stay_and_again_changes_nothing(stock, student):
 
 
 def test_stock_attention_without_folded_text_will_do(family):
-    from diffusers import WanTransformer3DModel
-
     bare = WanTransformer3DModel.from_pretrained(family / "teacher" / "transformer").eval()
     full, x = F.pad(TEXT, (0, 0, 0, 507)), latents()
     with torch.no_grad():
@@ -542,22 +548,23 @@ def test_a_chunk_may_have_steps_of_its_own_and_a_noisy_context(student):
 
 def test_frames_that_stream_are_those_of_the_whole_clip(student, family):
     vae = wan.load_vae(family / "teacher", torch.float32)
-    how = Causal(1, 2, Policy(window=4, sink=1, relative=True))
-    assert how.chunks(6) == (1, 2, 2, 1)
-    parts = list(stream_causal(student, TEXT, (4, 6, 4, 4), SIGMAS, [3, 4], how))
+    student.how = Causal(1, 2, Policy(window=4, sink=1, relative=True))
+    assert student.how.chunks(6) == (1, 2, 2, 1)
+    parts = list(stream_causal(student, TEXT, (4, 6, 4, 4), SIGMAS, [3, 4]))
     assert [p.shape[2] for p in parts] == [1, 2, 2, 1]
-    frames = list(sample_causal(student, vae, TEXT, (4, 6, 4, 4), SIGMAS, [3, 4], how))
+    frames = list(sample_causal(student, vae, TEXT, (4, 6, 4, 4), SIGMAS, [3, 4]))
     assert [f.shape[2] for f in frames] == [1, 4, 4, 4, 4, 4]
     with torch.no_grad():
         whole = decode_video(vae, torch.cat(parts, 2))
     assert torch.equal(torch.cat(frames, 2), whole)
+    assert torch.equal(sample_student(student, TEXT, (4, 6, 4, 4), SIGMAS, [3, 4]), torch.cat(parts, 2))
 
 
 def test_a_chunk_is_decoded_before_the_next_is_made(student, family):
     vae, made = wan.load_vae(family / "teacher", torch.float32), []
 
     def chunks():
-        for part in stream_causal(student, TEXT, (4, 4, 4, 4), SIGMAS, [0, 1], Causal(1, 1)):
+        for part in stream_causal(student, TEXT, (4, 4, 4, 4), SIGMAS, [0, 1]):
             made.append(part)
             yield part
 
@@ -579,3 +586,93 @@ def test_the_labs_teacher_obeys_too():
         blocked = student.masked(noisy, PER_FRAME, TEXT, CHUNKS)
     assert far(found, whole) < 2e-5
     assert far(whole, blocked) > 0.5  # clean or noisy pasts are two tasks
+
+
+# ------------------------------------------------------------------------------------------------- a folder
+
+
+HOW = Causal(1, 2, Policy(window=3, sink=1, decay=0.9, relative=True), 0.1)
+
+
+@pytest.fixture
+def folder(family, tmp_path):
+    """A causal student as it lies on disk."""
+    save_student(
+        make_causal(loaded(family)),
+        family / "teacher",
+        tmp_path / "causal",
+        SIGMAS,
+        torch.float32,
+        "a test",
+        causal=HOW,
+    )
+    return tmp_path / "causal"
+
+
+def test_a_folder_says_how_its_clips_come_about_and_they_come_about_so(folder, student, tmp_path):
+    source = open_generator(str(folder))
+    assert source.causal == HOW
+    student.how = HOW
+    made = [sample_student(s, TEXT, (4, 4, 4, 4), SIGMAS, [0, 1]) for s in (source.load().eval(), student)]
+    assert torch.equal(*made)
+    (tmp_path / "prompts.txt").write_text(CAPTIONS[0] + "\n")
+    sample = [
+        "sample",
+        "--model",
+        str(folder),
+        "--prompts",
+        str(tmp_path / "prompts.txt"),
+        "--out",
+        str(tmp_path / "clips"),
+    ]
+    assert main(sample) == 0
+    row = json.loads((tmp_path / "clips" / "samples.jsonl").read_text().splitlines()[0])
+    assert row["causal"] == HOW.facts()
+    assert (tmp_path / "clips" / row["file"]).is_file()
+    own = student.transformer.state_dict()
+    stored = WanTransformer3DModel.from_pretrained(folder / "transformer").state_dict()
+    assert own.keys() == stored.keys()
+    assert all(torch.equal(own[k], stored[k]) for k in own)
+
+
+@pytest.mark.parametrize("pipeline", [WanPipeline, DiffusionPipeline])
+def test_stock_pipelines_refuse_what_they_would_sample_wrongly(folder, pipeline):
+    with pytest.raises((AttributeError, ValueError, ModuleNotFoundError, OSError)):
+        pipeline.from_pretrained(folder)
+
+
+def test_what_sees_whole_clips_does_not_take_it(folder, family, tmp_path, capsys):
+    (tmp_path / "p.txt").write_text(CAPTIONS[0] + "\n")
+    sample = ["sample", "--model", str(folder), "--prompts", str(tmp_path / "p.txt"), "--out", str(tmp_path / "clips")]
+    for more in (["--mode", "teacher"], ["--first-frames", str(tmp_path)]):
+        assert main([*sample, *more]) == 2
+        assert "chunk by chunk" in capsys.readouterr().err
+    paths = [
+        "trajectories",
+        "--model",
+        str(folder),
+        "--prompts",
+        str(tmp_path / "p.txt"),
+        "--out",
+        str(tmp_path / "store"),
+    ]
+    assert main(paths) == 2
+    assert "sees the past alone" in capsys.readouterr().err
+    with pytest.raises(UserError, match="sees the past alone, which a teacher does not"):
+        find_models(tiny_recipes.dmd(), str(folder), None)
+    with pytest.raises(UserError, match="one that sees whole clips"):
+        find_models(tiny_recipes.dmd(), str(family / "teacher"), str(folder))
+
+
+def test_facts_that_cannot_be_meant_are_refused(folder):
+    facts = json.loads((folder / "mogan.json").read_text())
+    for wrong in ({"chunks": 3}, {"chunks": {"first": 0, "rest": 1}}, "frames", {}, HOW.facts() | {"window": 1}):
+        (folder / "mogan.json").write_text(json.dumps(facts | {"causal": wrong}))
+        with pytest.raises(UserError, match="causal must be chunks"):
+            wan.defaults(folder)
+
+
+def test_a_vace_is_refused(student):
+    student.transformer.vace_blocks = []
+    with pytest.raises(UserError, match="VACE"):
+        make_causal(student.transformer)

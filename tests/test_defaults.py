@@ -49,6 +49,7 @@ STOCK = {
     "sigmas": None,
     "solver": "lcm",
     "counts": (),
+    "causal": None,
 }
 LABS = {
     "size": Geometry(16, 64, 64, 17),
@@ -61,6 +62,7 @@ LABS = {
     "sigmas": None,
     "solver": "lcm",
     "counts": (),
+    "causal": None,
 }
 
 

@@ -21,6 +21,7 @@ from mogan.exchange.card import metrics_table, model_card, run_notes
 from mogan.exchange.lora_file import DTYPES, check_range, save_lora
 from mogan.exchange.schedulers import flow_map_scheduler, scheduler_for
 from mogan.models import wan
+from mogan.models.causal_cache import Causal
 from mogan.models.experts import LOW
 from mogan.models.lora import factors, merge
 from mogan.models.step_condition import is_told, to_stock
@@ -32,6 +33,7 @@ from mogan.schedule import levels_of
 FOLDER_USAGE = ["from diffusers import WanPipeline\n", 'pipe = WanPipeline.from_pretrained("PATH")']
 CONTROLLED_USAGE = [line.replace("WanPipeline", "WanVACEPipeline") for line in FOLDER_USAGE]
 TOLD_INDEX = {"_class_name": "AnyFlowPipeline", "transformer": ["diffusers", "AnyFlowTransformer3DModel"]}
+CAUSAL_INDEX = {"_class_name": "MoganCausalStudent", "transformer": ["mogan", "CausalWan"]}  # names that are nowhere
 TOLD_USAGE = [line.replace("WanPipeline", "AnyFlowPipeline") for line in FOLDER_USAGE]
 
 
@@ -147,8 +149,11 @@ def save_student(
     fake_score: Any = None,
     low: Any = None,
     boundary: float | None = None,
+    causal: Causal | None = None,
 ) -> None:
     """Write a student's folder under a temporary name, then rename it.
+
+    A causal student's folder is one that no stock pipeline opens: they make whole clips, which would look plausible and be wrong.
 
     A student of two experts has a ``low`` one for levels below ``boundary``. Text encoder, tokenizer and autoencoder are the
     base model's own files, hard-linked where the disk allows it.
@@ -173,8 +178,10 @@ def save_student(
         if told:
             others = ("_diffusers_version", "vae", "text_encoder", "tokenizer", "scheduler")
             index = {k: v for k, v in index.items() if k in others} | TOLD_INDEX
+        if causal is not None:
+            index |= CAUSAL_INDEX
         write_atomically(temporary / "model_index.json", json.dumps(index, indent=2) + "\n")
-        facts = replace(wan.defaults(base), sigmas=sigmas, solver=solver, counts=counts).facts()
+        facts = replace(wan.defaults(base), sigmas=sigmas, solver=solver, counts=counts, causal=causal).facts()
         write_atomically(temporary / "mogan.json", json.dumps(facts, indent=2) + "\n")
         write_atomically(temporary / "README.md", card)
 

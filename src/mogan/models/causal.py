@@ -19,11 +19,11 @@ from torch import Tensor, nn
 
 from mogan.errors import UserError
 from mogan.models.attention import FoldedPadding, SelfAttention
-from mogan.models.causal_cache import KV, Cache, Policy, Words
+from mogan.models.causal_cache import KV, Cache, Causal, Policy, Words
 from mogan.models.denoiser import Denoiser
 from mogan.schedule import velocity_to_x0
 
-FULL = Policy()
+FULL, FRAMEWISE = Policy(), Causal(1, 1)
 
 
 # ------------------------------------------------------------------------------------------------- masked passes
@@ -273,6 +273,10 @@ def make_causal(transformer: Any) -> Any:
     """
     if any(getattr(a, "fused_projections", False) for block in transformer.blocks for a in (block.attn1, block.attn2)):
         raise UserError("the transformer's projections are fused: call unfuse_projections() on it first")
+    if hasattr(transformer, "vace_blocks"):
+        raise UserError(
+            "a VACE's control blocks see whole clips: a causal student starts from a text-to-video transformer"
+        )
     if getattr(transformer, "_parallel_config", None) is not None:
         raise UserError("a causal student's tokens cannot be split over processes: leave --context-parallel out")
     fresh = not is_causal(transformer)
@@ -303,10 +307,12 @@ class CausalDenoiser(Denoiser):
     Args:
         transformer: made causal.
         dtype: as of :class:`Denoiser`.
+        how: its clips come about.
     """
 
-    def __init__(self, transformer: Any, dtype: torch.dtype = torch.float32):
+    def __init__(self, transformer: Any, dtype: torch.dtype = torch.float32, how: Causal = FRAMEWISE):
         super().__init__(make_causal(transformer), dtype)
+        self.how = how
 
     def begin(self, text_BLD: Float[Tensor, "b l d"], policy: Policy = FULL) -> Cache:
         """The cache of a roll-out that has no past yet."""

@@ -90,7 +90,7 @@ class Causal:
 
 
 def read_causal(facts: Mapping[str, Any]) -> Causal:
-    """The inverse of :meth:`Causal.facts`. Raises ValueError, TypeError or KeyError if it is none."""
+    """The inverse of :meth:`Causal.facts`. Raises ValueError, TypeError or KeyError if they are none."""
     policy = Policy(facts["window"], facts["sink"], facts["sink_decay"], facts["relative"])
     return Causal(facts["chunks"]["first"], facts["chunks"]["rest"], policy, facts["context_sigma"])
 

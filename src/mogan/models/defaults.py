@@ -15,6 +15,7 @@ from typing import Any
 
 from mogan.config import EULER, LCM
 from mogan.errors import UserError
+from mogan.models.causal_cache import Causal, read_causal
 from mogan.models.weights import is_here
 
 WAN_NEGATIVE_PROMPT = (  # sample_neg_prompt
@@ -46,6 +47,7 @@ class Defaults:
         sigmas: levels of a few-step student, which needs no guidance; ``None``: a model of many guided steps.
         solver: how its steps follow one another, ``lcm`` (fresh noise between them) or ``euler``.
         counts: numbers of steps it was trained for, where there are several; of fewer than ``sigmas`` every so-maniest is taken.
+        causal: how a student that sees the past alone makes clips; ``None``: it sees whole ones.
         steps, guidance, shift: of those.
         negative_prompt: what guidance leads away from.
         first_frame_guidance: of a model that is given the first frame, at its own levels; 1 is none.
@@ -56,6 +58,7 @@ class Defaults:
     sigmas: tuple[float, ...] | None = None
     solver: str = LCM
     counts: tuple[int, ...] = ()
+    causal: Causal | None = None
     steps: int = 50
     guidance: float = 5.0
     shift: float = 5.0
@@ -66,6 +69,7 @@ class Defaults:
     def facts(self) -> dict[str, Any]:
         """As ``mogan.json`` holds it: sizes in full, of the others what is not stock Wan's."""
         own = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "size"}
+        own["causal"] = self.causal and self.causal.facts()
         return vars(self.size) | {k: v for k, v in own.items() if v != getattr(Defaults, k)}
 
 
@@ -90,7 +94,8 @@ def read_defaults(facts: dict[str, Any], usual: Geometry, path: Path) -> Default
     size = replace(usual, **{f.name: facts[f.name] for f in fields(Geometry) if f.name in facts})
     own = {f.name: facts[f.name] for f in fields(Defaults) if f.name in facts}
     lists = {"sigmas": tuple(own["sigmas"]) if own.get("sigmas") else None, "counts": tuple(own.get("counts", ()))}
-    return Defaults(**own | lists | {"size": size})
+    causal = read_causal(own["causal"]) if own.get("causal") else None
+    return Defaults(**own | lists | {"size": size, "causal": causal})
 
 
 def _whole(value: Any) -> bool:
@@ -106,6 +111,13 @@ def _levels(value: Any) -> bool:
     return value is None or (numbers and all(high > low for high, low in pairwise([*value, 0.0])))
 
 
+def _causal(value: Any) -> bool:
+    try:
+        return value is None or read_causal(value).facts() == value
+    except (ValueError, TypeError, KeyError):
+        return False
+
+
 _CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     **dict.fromkeys(("fps", "height", "width", "frames", "steps"), (_whole, "a whole number above 0")),
     "guidance": (_number, "a number"),
@@ -116,6 +128,10 @@ _CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "solver": (lambda value: value in (LCM, EULER), f"{LCM} or {EULER}"),
     "counts": (lambda value: isinstance(value, list) and all(map(_whole, value)), "whole numbers above 0"),
     "sigmas": (_levels, "numbers that fall to above 0"),
+    "causal": (
+        _causal,
+        "chunks (first, rest), window, sink, sink_decay, relative and context_sigma of a causal student",
+    ),
 }
 
 

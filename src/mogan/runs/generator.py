@@ -10,6 +10,8 @@ from torch import Tensor
 from mogan.config import LCM
 from mogan.errors import UserError
 from mogan.models import wan
+from mogan.models.causal import CausalDenoiser
+from mogan.models.causal_cache import Causal
 from mogan.models.denoiser import Denoiser
 from mogan.models.experts import LOW, boundary_of, low_noise
 from mogan.models.lora import factors, merge
@@ -24,6 +26,7 @@ class Generator:
     """Where a generator's parts lie: a diffusers folder, or a training run on top of one.
 
     ``told``: the run's student reads where its steps end. ``counts``: numbers of steps it was trained for, if several.
+    ``causal``: how it makes clips, if it sees the past alone.
     """
 
     folder: Path
@@ -35,6 +38,7 @@ class Generator:
     counts: tuple[int, ...] = ()
     told: bool = False
     boundary: float | None = None
+    causal: Causal | None = None
 
     def in_steps(self, count: int) -> "Generator":
         """The same generator, sampled in so many steps.
@@ -47,14 +51,25 @@ class Generator:
             raise UserError(f"the student was trained for {offered} steps, not for {count}: give --steps one of these")
         return replace(self, sigmas=levels_of(self.sigmas, count))
 
+    def require_whole_clips(self, name: str) -> None:
+        """Refuse a student that sees the past alone. Raises UserError."""
+        if self.causal is not None:
+            raise UserError(
+                f"{name} sees the past alone, which a teacher does not: name the model it was made from with --model"
+            )
+
     def steps_told(self) -> dict[str, Any]:
         """What is said of a few-step student's steps: their levels, and the solver where it is not the usual one."""
-        return {"sigmas": list(self.sigmas or ())} | ({} if self.solver == LCM else {"solver": self.solver})
+        told: dict[str, Any] = {"sigmas": list(self.sigmas or ())}
+        told |= {} if self.solver == LCM else {"solver": self.solver}
+        return told | ({"causal": self.causal.facts()} if self.causal else {})
 
     def load(self, dtype: torch.dtype = torch.float32) -> Denoiser:
         """The network, computing in ``dtype``; of a run, with the averaged weights or adapters of its newest checkpoint, the
         latter merged.
         """
+        if self.causal is not None:
+            return CausalDenoiser(self.start(), dtype, self.causal)
         low = None if self.boundary is None else self.start(low_noise(self.folder))
         denoiser = Denoiser(self.start(), dtype, low, self.boundary)
         if self.lora is not None:
@@ -103,7 +118,15 @@ def open_generator(name: str) -> Generator:
         )  # fmt: skip
     folder = wan.resolve_model(name)
     own = wan.defaults(folder)
-    return Generator(folder, own.sigmas, own.size, solver=own.solver, counts=own.counts, boundary=boundary_of(folder))
+    return Generator(
+        folder,
+        own.sigmas,
+        own.size,
+        solver=own.solver,
+        counts=own.counts,
+        boundary=boundary_of(folder),
+        causal=own.causal,
+    )
 
 
 def open_motion(run: Path, base: Path, frames: int) -> tuple[torch.nn.Module, int]:

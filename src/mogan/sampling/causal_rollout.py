@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mogan.models.autoencoder import stream_chunks
 from mogan.models.causal import FULL, CausalDenoiser
-from mogan.models.causal_cache import Causal, Policy
+from mogan.models.causal_cache import Policy
 from mogan.sampling.rollout import Rollout, normal
 from mogan.schedule import add_noise
 
@@ -70,11 +70,10 @@ def stream_causal(
     shape: tuple[int, ...],
     sigmas: tuple[float, ...],
     seeds: Sequence[int],
-    how: Causal,
     given_BCFHW: Float[Tensor, "b c g h w"] | None = None,
 ) -> Iterator[Float[Tensor, "b c f h w"]]:
     """Latents of one clip per seed, chunk by chunk as they are made; given ones come first. ``shape``: C, F, H, W of clips."""
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    how, generators = student.how, [torch.Generator().manual_seed(seed) for seed in seeds]
     noise = normal(torch.Size((len(seeds), *shape)), generators, text_BLD.device)
     yield from _chunks(
         student, noise, text_BLD, sigmas, generators, chunks=how.chunks(shape[1]), policy=how.policy,
@@ -89,10 +88,9 @@ def sample_causal(
     shape: tuple[int, ...],
     sigmas: tuple[float, ...],
     seeds: Sequence[int],
-    how: Causal,
 ) -> Iterator[Float[Tensor, "b 3 g h w"]]:
     """Frames of :func:`stream_causal`'s clips: a chunk's are decoded before the next is begun, as in the whole clip's decode."""
-    return stream_chunks(vae, stream_causal(student, text_BLD, shape, sigmas, seeds, how))
+    return stream_chunks(vae, stream_causal(student, text_BLD, shape, sigmas, seeds))
 
 
 def _chunks(

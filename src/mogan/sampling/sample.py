@@ -141,6 +141,10 @@ def _refuse_what_does_not_go_together(
 ) -> None:
     if few_steps and source.sigmas is None:
         raise UserError(f"{model} does not say at which levels it samples (no mogan.json): use --mode teacher")
+    if source.causal is not None and (not few_steps or first_frames is not None):
+        raise UserError(
+            f"{model} makes clips chunk by chunk, at its own levels and from text: leave out --mode teacher and --first-frames"
+        )
     if motion is not None and few_steps:
         raise UserError("--motion is mixed into a teacher's steps: name a teacher with --model, or use --mode teacher")
     if first_frames is not None and not few_steps:

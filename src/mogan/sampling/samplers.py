@@ -16,8 +16,10 @@ from torch import Tensor
 from mogan.config import EULER, LCM
 from mogan.errors import UserError
 from mogan.models import autoencoder
+from mogan.models.causal import CausalDenoiser
 from mogan.models.denoiser import Denoiser, guided_velocity
 from mogan.models.wan import Geometry
+from mogan.sampling.causal_rollout import stream_causal
 from mogan.sampling.flowmo import FLOWMO_STEPS, FlowMo
 from mogan.sampling.rollout import follow, normal, roll_out
 from mogan.schedule import shifted_levels
@@ -47,8 +49,10 @@ def sample_student(
 ) -> Tensor:
     """Latents of one clip per seed, by the student's own steps: fresh noise between them, or by Euler along its flow.
 
-    A student that reads where its steps end is told.
+    A student that reads where its steps end is told; a causal one makes them chunk by chunk.
     """
+    if isinstance(student, CausalDenoiser):
+        return torch.cat(list(stream_causal(student, text_BLD, shape, sigmas, seeds)), 2)
     generators = seeded(seeds)
     noise = normal(torch.Size((len(seeds), *shape)), generators, text_BLD.device)
     if solver == EULER:

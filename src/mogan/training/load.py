@@ -76,6 +76,10 @@ def find_models(config: Config, model: str, student: str | None) -> tuple[Path, 
         raise UserError(
             f"{model} is told where its steps end, which a teacher is not: name the model it was made from with --model"
         )
+    if wan.defaults(base).causal is not None:
+        raise UserError(
+            f"{model} sees the past alone, which a teacher does not: name the model it was made from with --model"
+        )
     if student is None and config.post_trains and model != "lab":
         raise UserError(
             f"{config.recipe} post-trains a student: name it with --student (the export of the run that made it)"
@@ -88,6 +92,10 @@ def find_models(config: Config, model: str, student: str | None) -> tuple[Path, 
             f"{student} is a run with "
             + (f"adapters of rank {source.lora}: give --lora {source.lora}, or" if source.lora else "full weights:")
             + " export it with `mogan export` and name the export with --student"
+        )
+    if source.causal is not None:
+        raise UserError(
+            f"{student} is a causal student, and {config.recipe} trains one that sees whole clips: name another --student"
         )
     if config.post_trains and source.sigmas and not _agree(source.sigmas, config.sigmas):
         raise UserError(
