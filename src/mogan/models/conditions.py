@@ -103,9 +103,8 @@ def encode_control(
         mask_B1FHW: 0 or 1.
         references_BR3HW: see :func:`pictures_of_references`.
     """
-    from mogan.models.autoencoder import (
-        encode_video,
-    )  # diffusers takes seconds to import, and commands begin with this module
+    # diffusers takes seconds to import, and commands begin with this module
+    from mogan.models.autoencoder import encode_video
 
     kept, shown = (encode_video(vae, video_B3FHW * part, False) for part in (1 - mask_B1FHW, mask_B1FHW))
     places = mask_places(mask_B1FHW, vae.config.scale_factor_spatial, vae.config.scale_factor_temporal)

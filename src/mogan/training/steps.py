@@ -22,6 +22,16 @@ from mogan.sampling.rollout import Rollout, normal
 from mogan.training.assemble import Assembly
 
 EXIT, NOISE, LOSS = 0, 2, 3  # what randomness of a step is for
+CUT = (
+    "prompts",
+    "text",
+    "ids",
+    "latent_BCFHW",
+    "observation_BCFHW",
+    "path_BKCFHW",
+    "control_BKFHW",
+    "places",
+)  # row by row
 
 
 def generator_for(*keys: int) -> torch.Generator:
@@ -101,21 +111,7 @@ def split(batch: Batch, parts: int) -> list[Batch]:
     pieces = []
     for i in range(parts):
         window = slice(i * size, (i + 1) * size)
-        cut: dict[str, Any] = {
-            name: None if (value := getattr(batch, name)) is None else value[window]
-            for name in (
-                *(
-                    "prompts",
-                    "text",
-                    "ids",
-                    "latent_BCFHW",
-                    "observation_BCFHW",
-                    "path_BKCFHW",
-                    "places",
-                    "control_BKFHW",
-                ),
-            )
-        }
+        cut: dict[str, Any] = {name: None if (value := getattr(batch, name)) is None else value[window] for name in CUT}
         pieces.append(replace(batch, more={name: value[window] for name, value in batch.more.items()}, **cut))
     return pieces
 
