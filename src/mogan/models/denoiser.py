@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mogan.errors import UserError
-from mogan.models.conditions import conditioned, parted, reads_controls
+from mogan.models.conditions import conditioned, parted
 from mogan.models.step_condition import is_told
 from mogan.schedule import velocity_to_x0
 
@@ -53,7 +53,7 @@ class Denoiser(nn.Module):
         super().__init__()
         self.transformer, self.transformer_2, self.boundary = transformer, transformer_2, boundary
         self.dtype, self.anywhere, self.told = dtype, anywhere, is_told(transformer)
-        self.controlled = reads_controls(getattr(transformer, "config", None))
+        self.controlled = hasattr(transformer, "vace_blocks")
 
     @property
     def experts(self) -> list[Any]:
