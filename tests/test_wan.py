@@ -8,24 +8,17 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
 
-from conftest import VAE
+from conftest import VAE, VAE21
 from mogan.errors import UserError
 from mogan.models import attention, autoencoder, wan
 
-WAN21 = {
-    "base_dim": 8,
-    "z_dim": 4,
-    "dim_mult": [1, 2, 2, 2],
-    "num_res_blocks": 1,
-    "attn_scales": [],
-    "temperal_downsample": [False, True, True],
-}
+WAN21 = VAE21 | {"dim_mult": [1, 2, 2, 2]}
 
 
 @pytest.fixture(scope="module", params=["wan2.1", "wan2.2"])
 def vae(request):
     torch.manual_seed(0)
-    config = WAN21 | {k: VAE[k] for k in ("latents_mean", "latents_std")} if request.param == "wan2.1" else VAE
+    config = WAN21 if request.param == "wan2.1" else VAE
     return AutoencoderKLWan(**config).eval().requires_grad_(False)
 
 

@@ -222,8 +222,9 @@ def encode_controls(
     """
     by_name = {source.name: source for source in sources}
     missing: dict[str, list[dict]] = {}
+    marks = {entry["id"]: show.mark(by_name[entry["source"]], entry) for entry in kept}
     for entry in kept:
-        mark = show.mark(by_name[entry["source"]], entry)
+        mark = marks[entry["id"]]
         entry["control"] = hashlib.sha256(mark.encode()).hexdigest()[:16]
         if _mark_of(data.control_path(out, entry["id"])) != mark:
             missing.setdefault(entry["source"], []).append(entry)
@@ -252,7 +253,7 @@ def encode_controls(
             pictures = [_picture(path) for path in show.pictures_of(source)]
             references = pictures_of_references(pictures, geometry.height, geometry.width)[None] if pictures else None
             made = show.encode(to_video(control.frames_FHWC), mask, references)[0]
-            data.save_control(out, entry["id"], made, show.pixels, show.mark(source, entry))
+            data.save_control(out, entry["id"], made, show.pixels, marks[entry["id"]])
             bar.update()
     return total
 
