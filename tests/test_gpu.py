@@ -35,7 +35,6 @@ from mogan.models.denoiser import Denoiser
 from mogan.motion.estimators import load_flow
 from mogan.motion.flow import load_raft
 from mogan.motion.pixel_flux import PixelFlux, net_motion
-from mogan.runs.checkpoint import latest_checkpoint, load_checkpoint, stored
 from mogan.runs.generator import open_generator
 from mogan.sampling.sample import encode_each
 from mogan.sampling.samplers import pictures, sample_student, sample_teacher
@@ -44,6 +43,7 @@ from mogan.training.assemble import assemble
 from mogan.training.held_out import Gain
 from mogan.training.loop import _Clock, run_training
 from mogan.training.steps import Position, complete, draw, step
+from test_train import final
 
 NAME = os.environ.get("MOGAN_TEST_DEVICE", "cuda")
 HERE = torch.device("cuda", 0) if NAME == "cuda" else torch.device(NAME)
@@ -103,14 +103,6 @@ def train(config, family, data, run, device=NAME):
     run.mkdir(exist_ok=True)
     run_training(build(config, family, data, run, device), run)
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
-def final(run):
-    """Every tensor of the newest checkpoint."""
-    path = latest_checkpoint(run)
-    state = {name: torch.full(shape, torch.nan) for name, shape in stored(path).items()}
-    load_checkpoint(path, state)
-    return state
 
 
 def same(a, b):
