@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from mogan.config import OBSERVATION, PATH, Config
+from mogan.config import Config
 from mogan.costs.calls import TEXT_TOKENS
 from mogan.data.cache import Cache, ensure_text, open_cache, save_latent, save_tensors, text_path
 from mogan.data.paths import path_file
@@ -24,6 +24,7 @@ from mogan.motion.flow import RaftConfig, save_raft
 from mogan.recipes import find_recipe
 from mogan.runs.identity import TEACHER, of_model
 from mogan.schedule import shifted_levels
+from mogan.terms import OBSERVATION, PATH
 from mogan.training.assemble import Assembly
 
 Clip = tuple[int, int, int]  # frames, height, width

@@ -12,6 +12,7 @@ ORDER = [  # a room may use those before it
         "own",
         "schedule",
         "ranges",
+        "terms",
         "config",
         "disk",
         "devices",

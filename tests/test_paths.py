@@ -11,7 +11,6 @@ from safetensors.torch import load_file, save_file
 
 from conftest import CAPTIONS, SIGMAS
 from mogan.cli import main
-from mogan.config import LATENT, PATH, Lesson, Terms
 from mogan.data.batches import draw_batch
 from mogan.data.cache import open_cache
 from mogan.errors import UserError
@@ -23,6 +22,7 @@ from mogan.runs.identity import of_cache
 from mogan.sampling.samplers import sample_teacher
 from mogan.sampling.trajectories import kept_of, trajectories
 from mogan.schedule import shift as shifted
+from mogan.terms import LATENT, PATH, Lesson, Terms
 from mogan.training.assemble import assemble
 from mogan.training.loop import run_training
 from mogan.training.steps import Position, draw, split

@@ -13,7 +13,6 @@ import torch
 
 import tiny_recipes
 from mogan.cli import main
-from mogan.config import Lesson
 from mogan.data.batches import Batch
 from mogan.data.cache import open_cache
 from mogan.errors import UserError
@@ -27,6 +26,7 @@ from mogan.objectives.relativistic import Relativistic, RelativisticConfig, head
 from mogan.recipes import vdot_lab, vdot_wan_1_3b
 from mogan.runs.checkpoint import latest_checkpoint
 from mogan.sampling.rollout import Euler, Rollout
+from mogan.terms import Lesson
 from mogan.training.assemble import assemble
 from mogan.training.loop import run_training
 from mogan.training.steps import Position, step

@@ -6,7 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from mogan import recipes
-from mogan.config import PATH, Config
+from mogan.config import Config
+from mogan.terms import PATH
 from mogan.training.load import find_models
 
 

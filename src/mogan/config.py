@@ -4,84 +4,12 @@ An objective is described by a block of its own, which lies beside it in :mod:`m
 block answers. So nothing in this file, in the loop or in the price of a run knows a method by name.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, is_dataclass, replace
 from itertools import pairwise
 from typing import Any, ClassVar, Protocol
 
-LATENT, OBSERVATION = "latent", "observation"  # what an update may need of real clips
-PATH = "path"  # or of a teacher's: what its way from noise to a clip passes at the student's levels
-KINDS = (LATENT, OBSERVATION, PATH)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Lesson:
-    """What a network needs in order to learn by an objective.
-
-    Attributes:
-        rollout: what the student makes of the batch's prompts.
-        clips: of real clips: ``latent``, ``observation`` or both; or ``path``, of those that a teacher made.
-        captions: it reads the captions of those clips; else the batch's text may come from another set of prompts.
-        starts: latent frames at one of which a window begins; one is drawn per update.
-        least: clips of a batch at least.
-    """
-
-    rollout: bool = True
-    clips: tuple[str, ...] = ()
-    captions: bool = False
-    starts: tuple[int, ...] = ()
-    least: int = 1
-
-    def __post_init__(self):
-        if unknown := set(self.clips) - {*KINDS}:
-            raise ValueError(f"a lesson has clips of kind {', '.join(KINDS)}, not {', '.join(sorted(unknown))}")
-
-
-@dataclass(frozen=True)
-class Alarm:
-    """A warning in words about one number of a run's records.
-
-    Attributes:
-        key: the number.
-        wrong: of its mean at the start and now, whether to warn.
-        text: the sentence; ``{first}`` and ``{now}`` are those means.
-        learns: only records of updates of this network count; ``None``: all.
-        since: records of earlier iterations do not count.
-    """
-
-    key: str
-    wrong: Callable[[float, float], bool]
-    text: str
-    learns: str | None = None
-    since: int = 0
-
-    def __post_init__(self):
-        try:
-            self.text.format(first=0.0, now=0.0)
-        except (LookupError, ValueError) as error:
-            raise ValueError(f"an alarm's text may hold {{first}} and {{now}}, not {error}: {self.text}") from error
-
-
-@dataclass(frozen=True, kw_only=True)
-class Terms:
-    """What an objective asks of a run, known before anything is loaded.
-
-    Attributes:
-        lessons: by the network that learns: ``student``, or one of the objective's own.
-        alarms: what to watch in the records.
-        alone: why it trains in one process; empty where it does not matter.
-        fill: the block with what it leaves to the run's data; refuses data that do not fit.
-        smaller: blocks that need less and less memory, each with a word for what is smaller.
-        controls: it asks networks under what the batch or the roll-out says and nothing else, and looks at latents alone: it also
-            trains models that are told controls and references beside text (:mod:`mogan.models.conditions`).
-    """
-
-    lessons: Mapping[str, Lesson]
-    alarms: tuple[Alarm, ...] = ()
-    alone: str = ""
-    fill: "Callable[[Any], Block] | None" = None
-    smaller: "tuple[tuple[str, Block], ...]" = ()
-    controls: bool = False
+from mogan.terms import Lesson, Terms, joined
 
 
 class Block(Protocol):
@@ -288,7 +216,7 @@ class Config:
 
     def lesson(self, update: Update) -> Lesson:
         """What an update needs: all that any of the objectives in ``by`` does."""
-        return _joined(self.terms(name).lessons[update.learns] for name in update.judges)
+        return joined(self.terms(name).lessons[update.learns] for name in update.judges)
 
     def __post_init__(self):
         levels = (*self.sigmas, 0.0)
@@ -340,20 +268,6 @@ class Config:
                 f"{update.label}: only the student learns by several objectives at once, by each of them once"
             )
         self.lesson(update)
-
-
-def _joined(lessons: Iterable[Lesson]) -> Lesson:
-    several = list(lessons)
-    starts = {lesson.starts for lesson in several if lesson.starts}
-    if len(starts) > 1:
-        raise ValueError(f"objectives that judge together must draw their windows from the same starts, not {starts}")
-    return Lesson(
-        rollout=any(lesson.rollout for lesson in several),
-        clips=tuple(kind for kind in KINDS if any(kind in lesson.clips for lesson in several)),
-        captions=any(lesson.captions for lesson in several),
-        starts=next(iter(starts), ()),
-        least=max(lesson.least for lesson in several),
-    )
 
 
 def _check_numbers(update: Update) -> None:

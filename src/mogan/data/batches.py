@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mogan.config import KINDS, LATENT, OBSERVATION, PATH
 from mogan.data.cache import Cache
 from mogan.models.attention import stack_text
 from mogan.models.conditions import conditioned
+from mogan.terms import KINDS, LATENT, OBSERVATION, PATH
 
 Item = TypeVar("Item")
 Made = TypeVar("Made")

@@ -14,11 +14,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from mogan.config import OBSERVATION, Config
+from mogan.config import Config
 from mogan.data.batches import Batch, clip_at, start_at
 from mogan.data.cache import Cache, save_tensors
 from mogan.disk.files import replacing
 from mogan.errors import UserError
+from mogan.terms import OBSERVATION
 
 DISK_MARGIN = 2_000_000_000  # bytes that filling a cache leaves free
 

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mogan.config import EULER, PATH, Alarm, Config, Lesson, Terms
+from mogan.config import EULER, Config
 from mogan.costs.calls import TEXT_TOKENS, Tracer, build_transformer
 from mogan.costs.shapes import Shapes
 from mogan.costs.trace import Call, fake, sizes, trace
@@ -31,6 +31,7 @@ from mogan.objectives.flow_matching import learns_alone
 from mogan.objectives.queues import Queues
 from mogan.sampling.rollout import normal
 from mogan.schedule import uniform
+from mogan.terms import PATH, Alarm, Lesson, Terms
 
 OF_PATHS = Lesson(rollout=False, clips=(PATH,), captions=True)
 WINS = Alarm(

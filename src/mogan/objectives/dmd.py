@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mogan.config import Alarm, Config, Lesson, Terms
+from mogan.config import Config
 from mogan.costs.calls import Tracer
 from mogan.costs.trace import Call, fake, trace
 from mogan.data.batches import Batch
@@ -24,6 +24,7 @@ from mogan.objectives.ot import UNSOLVED, Transport, TransportConfig
 from mogan.objectives.redmd import SHARE, WeightsConfig
 from mogan.sampling.rollout import Rollout, normal
 from mogan.schedule import add_noise, broadcast, draw_between, draw_sigma, renoise, velocity_to_x0
+from mogan.terms import Alarm, Lesson, Terms
 
 Direction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 SETTLED = 50  # iterations a fake score that starts from the teacher needs to find the student at all

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mogan.config import LATENT, Config, Lesson, Terms
+from mogan.config import Config
 from mogan.costs.calls import Tracer
 from mogan.data.batches import Batch
 from mogan.models.attention import stack_text
@@ -16,6 +16,7 @@ from mogan.objectives import Bill, Loss, Objective, Price, Randomness
 from mogan.objectives.base import Base
 from mogan.sampling.rollout import Rollout, normal
 from mogan.schedule import add_noise, draw_sigma, uniform
+from mogan.terms import LATENT, Lesson, Terms
 
 OF_CLIPS = Lesson(rollout=False, clips=(LATENT,), captions=True)
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from mogan.config import LATENT, OBSERVATION, Alarm, Config, Lesson, Terms
+from mogan.config import Config
 from mogan.costs.calls import Tracer, judge_call
 from mogan.costs.trace import Call
 from mogan.data.batches import Batch
@@ -26,6 +26,7 @@ from mogan.objectives.base import Base
 from mogan.objectives.motion_view import observation_of, of_real_clips, price_observation
 from mogan.sampling.rollout import Rollout, normal
 from mogan.schedule import add_noise, uniform
+from mogan.terms import LATENT, OBSERVATION, Alarm, Lesson, Terms
 
 ALARMS = (
     Alarm(

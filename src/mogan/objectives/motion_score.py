@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mogan.config import Config, Terms
+from mogan.config import Config
 from mogan.costs.calls import Tracer
 from mogan.data.batches import Batch
 from mogan.errors import UserError
@@ -17,6 +17,7 @@ from mogan.objectives.flow_matching import OF_CLIPS, learns_alone, stack_some
 from mogan.sampling.motion_score import differences, motion_velocity
 from mogan.sampling.rollout import Rollout, normal
 from mogan.schedule import add_noise, draw_sigma, uniform
+from mogan.terms import Terms
 
 
 @dataclass(frozen=True, kw_only=True)

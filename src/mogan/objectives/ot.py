@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from mogan.config import Alarm
+from mogan.terms import Alarm
 
 Base = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 UNSOLVED = Alarm(

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from mogan.config import Alarm, Config
+from mogan.config import Config
 from mogan.costs.calls import Tracer, one_after_the_other
 from mogan.costs.trace import Call, Work
 from mogan.data.batches import Batch
@@ -29,6 +29,7 @@ from mogan.objectives.base import Base
 from mogan.own import own_function
 from mogan.sampling.rollout import FewStep, Rollout
 from mogan.sampling.samplers import clips_at_once, sample_teacher
+from mogan.terms import Alarm
 
 Reward = Callable[[Tensor, list[str]], Tensor]  # clips (B, 3, F, H, W) in [-1, 1] and their prompts -> (B,)
 NET_MOTION = "net_motion"

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mogan.config import LATENT, Alarm, Config, Lesson, Terms
+from mogan.config import Config
 from mogan.costs.calls import Tracer, build_transformer, judge_call
 from mogan.costs.shapes import Shapes
 from mogan.costs.trace import Call, fake, sizes, trace
@@ -24,6 +24,7 @@ from mogan.objectives import Bill, Kept, Loss, Objective, Price, Randomness
 from mogan.objectives.base import Base
 from mogan.sampling.rollout import Rollout, normal
 from mogan.schedule import add_noise, draw_sigma
+from mogan.terms import LATENT, Alarm, Lesson, Terms
 
 WINS = Alarm(
     "gap",

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from mogan.config import Alarm, Config, Terms
+from mogan.config import Config
 from mogan.costs.calls import Tracer, one_after_the_other
 from mogan.costs.shapes import Shapes
 from mogan.costs.trace import Call, fake, sizes, trace
@@ -33,6 +33,7 @@ from mogan.objectives.flow_matching import OF_CLIPS, learns_alone, velocity_erro
 from mogan.objectives.rewards import MotionRewards
 from mogan.sampling.rollout import animate, normal
 from mogan.schedule import draw_sigma, uniform
+from mogan.terms import Alarm, Terms
 
 STILLER = Alarm(
     "motion",

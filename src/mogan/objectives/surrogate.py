@@ -7,7 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from mogan.config import LATENT, OBSERVATION, Alarm, Config, Lesson, Terms
+from mogan.config import Config
 from mogan.costs.calls import Tracer
 from mogan.costs.shapes import Shapes
 from mogan.costs.trace import Call, fake, sizes, trace
@@ -18,6 +18,7 @@ from mogan.objectives.base import Base
 from mogan.objectives.gan import GAN, GANConfig
 from mogan.objectives.surrogate_network import MotionSurrogate, Remembered, relative_error, window_of
 from mogan.sampling.rollout import Rollout
+from mogan.terms import LATENT, OBSERVATION, Alarm, Lesson, Terms
 
 ALARM = Alarm(
     "surrogate_error",

@@ -2,7 +2,8 @@
 
 from collections import defaultdict, deque
 
-from mogan.config import Alarm, Config
+from mogan.config import Config
+from mogan.terms import Alarm
 
 FIRST, RECENT = 5, 10  # records that make "the start" and "now"
 EARLY, DROWNED = 20, 0.05  # iterations in which gradients are compared, and steps that are too short to count

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mogan.config import PATH, Config
+from mogan.config import Config
 from mogan.data.cache import Cache, ensure_text
 from mogan.distributed import World
 from mogan.errors import UserError
@@ -20,6 +20,7 @@ from mogan.models.lora import hold_in
 from mogan.objectives.base import Base, spread
 from mogan.runs.generator import open_generator
 from mogan.runs.identity import TEACHER, of_model
+from mogan.terms import PATH
 
 
 def filled(config: Config, cache: Cache) -> Config:

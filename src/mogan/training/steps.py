@@ -12,13 +12,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mogan.config import OBSERVATION, Config, Update
+from mogan.config import Config, Update
 from mogan.data.batches import Batch, draw_batch
 from mogan.distributed import whole
 from mogan.errors import UserError
 from mogan.objectives import Loss, Objective, Randomness
 from mogan.runs.checkpoint import latest_checkpoint
 from mogan.sampling.rollout import Rollout, normal
+from mogan.terms import OBSERVATION
 from mogan.training.assemble import Assembly
 
 EXIT, NOISE, LOSS = 0, 2, 3  # what randomness of a step is for
