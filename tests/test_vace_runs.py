@@ -153,8 +153,20 @@ def test_another_control_is_another_loss(shown, vace):
     assert losses[0] == losses[1] != losses[2]
 
 
-@pytest.mark.parametrize("lora", [None, 3])
-@pytest.mark.parametrize("name", ["dmd", "vdot", "phased"])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    ("name", "lora"),
+    [
+        ("dmd", 3),
+        pytest.param("dmd", None, marks=SLOW),
+        pytest.param("vdot", None, marks=SLOW),
+        pytest.param("vdot", 3, marks=SLOW),
+        pytest.param("phased", None, marks=SLOW),
+        pytest.param("phased", 3, marks=SLOW),
+    ],
+)
 def test_a_run_goes_on_bit_for_bit(name, lora, shown, vace, tmp_path):
     config = replace(getattr(tiny_recipes, name)(), iterations=2, lora=lora)
     whole = trained(config, vace, shown, tmp_path / "whole")
@@ -176,7 +188,7 @@ def test_checkpointing_changes_nothing(shown, vace):
         assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-4)
 
 
-@pytest.mark.parametrize("name", ["flow_matching", "vdot"])
+@pytest.mark.parametrize("name", ["flow_matching", pytest.param("vdot", marks=SLOW)])
 def test_controls_lie_where_the_networks_are(name, shown, vace, tmp_path):
     config = replace(RECIPES[name](), iterations=2, sample_prompts=1, sample_every=2)
     with a_pretended_gpu() as places:
