@@ -2,12 +2,15 @@
 
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cache as once
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
+import torch
 import tyro
+from torch import Tensor
 
 from mogan.data import cache as data
 from mogan.data.choice import vbench_threshold
@@ -24,6 +27,7 @@ from mogan.models.conditions import encode_control
 from mogan.models.defaults import WITHOUT_WEIGHTS, Geometry, usual_flow
 from mogan.models.discriminator import PROMPT
 from mogan.motion import estimators
+from mogan.motion.flow import FlowEstimator
 from mogan.ranges import at_least, between
 
 TRAINS = "raft_large_C_T_SKHT_V2"  # the flow network of the full-size recipes
@@ -119,22 +123,14 @@ def prepare(
     vae = once(lambda: wan.load_vae(folder, wan.fast_dtype(target)).to(target))
     measures = _flow_of(flow, out, wan.defaults(folder).flow)
     estimator = once(lambda: estimators.load_flow(measures, device=target))
+
+    def measure(video: Tensor) -> Tensor:
+        return estimator()(video.to(target)).cpu()
+
     flow_facts = {"flow_name": measures, "flow": estimators.flow_fingerprint(measures)}
-    show = None
-    if controls is not None:
-        kind, of_files = ("files", Path(controls)) if _is_folder(controls) else (controls, None)
-        show = Show(
-            kind,
-            lambda video, mask, pictures: encode_control(
-                vae(), video.to(target), mask.to(target), None if pictures is None else pictures.to(target)
-            ).cpu(),
-            lambda video: estimator()(video.to(target)).cpu(),
-            wan.mask_pixels(folder),
-            of_files,
-            references,
-        )
     if motion_rich and min_motion is None:
         min_motion = 0.0 if motion_quantile is not None else vbench_threshold(geometry)
+    show = None if controls is None else _show(controls, references, folder, target, vae, measure)
     writable_folder(out)
     with alone_in(out, shard), claimed_by_work_alone(out, shard):
         summary = prepare_clips(
@@ -145,7 +141,7 @@ def prepare(
             encode_video=lambda video: autoencoder.encode_video(vae(), video.to(target)).cpu(),
             encode_text=lambda prompts: text()(prompts),
             tokens=tokens,
-            estimate_flow=lambda video: estimator()(video.to(target)).cpu(),
+            estimate_flow=measure,
             min_motion=min_motion,
             motion_quantile=motion_quantile,
             caption=caption,
@@ -156,6 +152,25 @@ def prepare(
             show=show,
         )
     print(summary.notes[-1] if shard is not None else _in_words(summary, out))
+
+
+def _show(
+    controls: str,
+    references: Path | None,
+    folder: Path,
+    target: torch.device,
+    vae: Callable[[], Any],
+    estimate_flow: FlowEstimator,
+) -> Show:
+    """How clips of a VACE get their controls; the networks are loaded when the first is needed."""
+    from mogan.models import wan
+
+    def encode(video: Tensor, mask: Tensor, pictures: Tensor | None) -> Tensor:
+        shown = None if pictures is None else pictures.to(target)
+        return encode_control(vae(), video.to(target), mask.to(target), shown).cpu()
+
+    kind, of_files = ("files", Path(controls)) if _is_folder(controls) else (controls, None)
+    return Show(kind, encode, estimate_flow, wan.mask_pixels(folder), of_files, references)
 
 
 def _is_folder(controls: str) -> bool:
