@@ -12,7 +12,7 @@ from mogan.errors import UserError
 from mogan.evaluation.evaluate import evaluate
 from mogan.report import report
 from mogan.report.figures import curve_figure
-from mogan.report.footage import choose
+from mogan.report.footage import by_difference, choose
 from mogan.report.sources import Curves, Result, distinct_names, read_sources
 from mogan.world.scenes import make_scene, render
 
@@ -75,7 +75,7 @@ def test_the_page_is_well_formed_and_asks_nothing_of_the_network(page):
     assert all("url(#" in use for use in outside), outside
 
 
-def test_every_clip_loops_silently_beside_its_flow(page):
+def test_every_clip_loops_silently_under_its_flow(page):
     reader = Reader()
     reader.feed(page)
     videos = [attrs for tag, attrs in reader.tags if tag == "video"]
@@ -148,6 +148,28 @@ def test_clips_are_chosen_by_position_and_not_by_score():
     many = [f"p{i:02}" for i in range(20)]
     assert choose([result("a", many), result("b", many[:11])], 3) == [("p00", 0), ("p05", 0), ("p10", 0)]
     assert len(choose([result("a", ["x"]), result("b", ["x"])], 4)) == 2
+
+
+def test_rows_whose_systems_differ_most_in_speed_come_first():
+    def row(name, **values):
+        return name, 0, [(None, {"values": {m: pair[i] for m, pair in values.items()}}) for i in (0, 1)]
+
+    some = [
+        row("same", lab_speed=(1.0, 1.0), flow_top5=(0.0, 9.0)),
+        row("far", lab_speed=(0.0, 3.0), flow_top5=(1.0, 1.0)),
+        row("near", lab_speed=(2.0, 1.0), flow_top5=(1.0, 1.0)),
+    ]
+    rows, by = by_difference(some)
+    assert ([r[0] for r in rows], by) == (["far", "near", "same"], "true speed")
+    rows, by = by_difference([*some, row("untracked", lab_speed=(None, 1.0), flow_top5=(1.0, 1.0))])
+    assert (rows[0][0], by) == ("same", "flow, top 5 %")
+    assert by_difference([row("b"), row("a")]) == ([row("b"), row("a")], "")
+
+
+def test_clips_lead_and_a_sentence_says_what_is_clear(page):
+    order = [page.index(f"<section id={name}") for name in ('"clips"', '"numbers"', '"spread"')]
+    assert order == sorted(order)
+    assert page.index('<ul class="lead">') < order[0]
 
 
 GOOD = {"prompt": "p", "index": 0, "file": "a.mp4", "width": 64, "fps": 16, "values": {"flow_top5": 1.0, "cuts": None}}

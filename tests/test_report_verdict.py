@@ -9,7 +9,7 @@ from mogan.evaluation.motion import dynamic_degree
 from mogan.evaluation.sets import paired
 from mogan.evaluation.statistics import mean_interval
 from mogan.report.sources import Result
-from mogan.report.verdict import prompts_to_lose, prompts_to_win, threshold_table, verdicts
+from mogan.report.verdict import in_a_sentence, prompts_to_lose, prompts_to_win, threshold_table, verdicts
 
 
 def result(name: str, values, metric="flow_top5", **more) -> Result:
@@ -94,3 +94,27 @@ def test_thresholds_use_the_rule_of_dynamic_degree():
     assert (name, cells) == ("a", ["1", "1", "1", "1", "0"])  # 2 px against 1.125 px times a half to two
     assert (other, empty) == ("b", ["–"] * 5)
     assert threshold_table([result("b", [1.0])]) == []
+
+
+def test_a_sentence_tells_motion_better_and_worse_apart_and_leaves_out_what_is_open():
+    def system(name, **shift):
+        base = {"flow_top5": 1.0, "lab_identity": 0.5, "lab_wobble": 0.5, "saturation": 0.2, "lab_net": 1.0}
+        clips = [
+            {
+                "prompt": f"p{i}",
+                "index": 0,
+                "values": {m: v + shift.get(m, 0) + 0.01 * (-1) ** i for m, v in base.items()},
+            }
+            for i in range(8)
+        ]
+        for clip in clips[::2]:
+            clip["values"]["lab_net"] += 2 * shift.get("noise", 0)
+        for clip in clips[1::2]:
+            clip["values"]["lab_net"] -= 2 * shift.get("noise", 0)
+        return Result(name, None, {}, {}, clips)
+
+    metrics = ("flow_top5", "lab_net", "lab_identity", "lab_wobble", "saturation")
+    other = system("b", flow_top5=-0.5, lab_identity=0.25, lab_wobble=0.125, saturation=1.0, noise=0.5)
+    said = in_a_sentence(system("a"), other, metrics)
+    assert said == "Against a: moves less (flow, top 5 % -0.5), better (identity kept +0.25), worse (wobble +0.125)."
+    assert in_a_sentence(system("a"), system("c"), metrics) == "Against a: no difference is clear."

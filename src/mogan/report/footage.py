@@ -16,6 +16,7 @@ from mogan.data.video import flow_picture, write_video
 from mogan.devices import choose_device
 from mogan.errors import UserError
 from mogan.evaluation.frames import Clip
+from mogan.evaluation.names import METRICS
 from mogan.evaluation.pairs import flow_of_pairs, neighbours
 from mogan.evaluation.tools import estimator
 from mogan.motion.flow import FlowEstimator
@@ -34,7 +35,7 @@ class Shot:
     system: str
     video: str
     flow: str
-    width: int
+    fps: float
     small: bool
     words: str
 
@@ -50,13 +51,18 @@ class Row:
 
 @dataclass(frozen=True)
 class Footage:
-    """Everything that moves in the page. ``scale`` is the speed of full colour in the flow pictures."""
+    """Everything that moves in the page.
+
+    ``scale`` is the speed of full colour in the flow pictures; ``order`` the metric in which systems differ most in the first
+    rows, empty where none was measured of all.
+    """
 
     rows: tuple[Row, ...]
     extremes: tuple[Row, ...]
     scale: float
     unit: str
     flow_name: str
+    order: str
     left_out: int
 
 
@@ -71,6 +77,20 @@ def choose(results: list[Result], count: int) -> list[tuple[str, int]]:
     if len(pool) <= count:
         return pool
     return [pool[int(i)] for i in np.linspace(0, len(pool) - 1, count).round()]
+
+
+SPEEDS = ("lab_speed", "flow_top5", "dynamic_degree")  # by which rows and prompts are sorted
+
+
+def by_difference(rows: list[tuple[str, int, list[tuple[Result, Record]]]]) -> tuple[list, str]:
+    """Rows in which the systems' speeds differ most first, and the metric by which; as they were if none is there for all."""
+    for metric in SPEEDS:
+        values = [[clip["values"].get(metric) for _, clip in cells] for *_, cells in rows]
+        if rows and all(value is not None for row in values for value in row):
+            spread = [max(row) - min(row) for row in values]
+            order = sorted(range(len(rows)), key=lambda i: -spread[i])
+            return [rows[i] for i in order], METRICS[metric].label.lower()
+    return rows, ""
 
 
 EXTREMES = (
@@ -88,6 +108,7 @@ def gather(results: list[Result], count: int) -> Footage:
     clips = {(r.name, c["prompt"], c["index"]): (r, c) for r in results for c in r.good}
     keys = choose(results, count)
     wanted = [(f"{prompt}", index, [clips[r.name, prompt, index] for r in results]) for prompt, index in keys]
+    wanted, order = by_difference(wanted)
     edges = []
     for metric, pick, words in EXTREMES:
         cells = []
@@ -103,7 +124,7 @@ def gather(results: list[Result], count: int) -> Footage:
     extremes = [row for title, index, cells in edges if (row := camera.row(title, index, cells))]
     left = len(wanted) + len(edges) - len(rows) - len(extremes)
     unit = "px/frame" if camera.native else f"px/frame at {FLOW_SIDE} px"
-    return Footage(tuple(rows), tuple(extremes), camera.scale, unit, name, left)
+    return Footage(tuple(rows), tuple(extremes), camera.scale, unit, name, order, left)
 
 
 def _flow_of(results: list[Result]) -> tuple[FlowEstimator, str]:
@@ -153,7 +174,7 @@ class _Camera:
     def _shot(self, result: Result, clip: Record, *, with_prompt: bool) -> Shot:
         path = result.base / clip["file"]
         if str(path) not in self._fields:
-            return Shot(result.name, "", "", 192, False, f"{clip['file']} is not there any more")
+            return Shot(result.name, "", "", 0.0, False, f"{clip['file']} is not there any more")
         if str(path) not in self._cache:
             fps = clip["fps"] or 8.0
             fields = self._fields[str(path)]
@@ -165,9 +186,8 @@ class _Camera:
             self._spent += len(flow) + len(video)
             self._cache[str(path)] = (video, flow)
         video, flow = self._cache[str(path)]
-        width = int(clip["width"])
-        width_shown = max(width, 192)
-        return Shot(result.name, video, flow, width_shown, width < 192, _words(clip, with_prompt=with_prompt))
+        small = int(clip["width"]) < 192
+        return Shot(result.name, video, flow, clip["fps"] or 8.0, small, _words(clip, with_prompt=with_prompt))
 
 
 def _words(clip: Record, *, with_prompt: bool) -> str:

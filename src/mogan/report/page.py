@@ -18,9 +18,9 @@ from mogan.evaluation.sets import paired
 from mogan.evaluation.statistics import mean_interval
 from mogan.ranges import at_least
 from mogan.report.figures import COLOURS, curve_figure, interval_figure, spread_figure, to_svg
-from mogan.report.footage import Footage, gather
+from mogan.report.footage import SPEEDS, Footage, gather
 from mogan.report.sources import Curves, Result, read_sources
-from mogan.report.verdict import FACTORS, signed, threshold_table, verdicts
+from mogan.report.verdict import FACTORS, in_a_sentence, signed, threshold_table, verdicts
 
 GROUPS = {
     "Motion by VBench's rules": (
@@ -47,9 +47,11 @@ COMPARED = (
     "lab_speed",
     "lab_wobble",
     "lab_pulsing",
+    "lab_identity",
+    "lab_travels",
+    "lab_shape",
     "saturation",
 )
-FIRST = ("lab_speed", "flow_top5", "dynamic_degree")
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,7 @@ def report(
         writable_folder(figures, "--figures")
     results, curves = read_sources(inputs)
     shown = [r for r in results if r.clips]
-    footage = gather(shown, clips) if shown else Footage((), (), 1.0, "px/frame", "", 0)
+    footage = gather(shown, clips) if shown else Footage((), (), 1.0, "px/frame", "", "", 0)
     pictures = {
         "intervals": (interval_figure(results), "Means and 95 % intervals of the headline metrics, by system"),
         "spread": (spread_figure(shown), "Distributions over clips, by system"),
@@ -110,6 +112,7 @@ def report(
         title=title,
         version=__version__,
         systems=[(r.name, COLOURS[i % len(COLOURS)], len(r.good)) for i, r in enumerate(results)],
+        lead=_lead(shown),
         groups=_groups(results),
         differences=_differences(shown),
         verdicts=verdicts(shown, COMPARED),
@@ -160,6 +163,12 @@ def _line(name: str, results: list[Result]) -> Line:
     return Line(metric.label, metric.unit, arrow, metric.about, tuple(cells))
 
 
+def _lead(results: list[Result]) -> list[tuple[str, list[str]]]:
+    """Of every system, what is clear about it against the first and against the one before it."""
+    pairs = [(other, {0: results[0], i: results[i]}.values()) for i, other in enumerate(results[1:])]
+    return [(other.name, [in_a_sentence(first, other, COMPARED) for first in firsts]) for other, firsts in pairs]
+
+
 def _differences(results: list[Result]) -> list[tuple[str, str, list[tuple[str, str, bool]]]]:
     """Every other system minus the first, clip by clip on the same prompt and number, with an interval."""
     if len(results) < 2:
@@ -189,7 +198,7 @@ def _prompts(results: list[Result]) -> dict[str, Any]:
     measured = [n for n in METRICS if any(c["values"].get(n) is not None for r in results for c in r.good)]
     if not measured:
         return {}
-    names = [n for n in FIRST if n in measured] + [n for n in measured if n not in FIRST]
+    names = [n for n in SPEEDS if n in measured] + [n for n in measured if n not in SPEEDS]
     rows = []
     for prompt in sorted({c["prompt"] for r in results for c in r.good}):
         row: dict[str, list[float | None]] = {}

@@ -11,6 +11,7 @@ from mogan.evaluation.sets import paired
 from mogan.evaluation.statistics import Interval, mean_interval
 from mogan.report.sources import Result
 
+MOTION = ("dynamic_degree", "flow_top5", "lab_net", "lab_speed")  # of which neither more nor less is better in itself
 FACTORS = (0.5, 0.75, 1.0, 1.5, 2.0)  # of VBench's threshold
 
 
@@ -38,6 +39,28 @@ def verdicts(results: Sequence[Result], metrics: Sequence[str]) -> list[Verdict]
             change = _prompts_to_lose(gaps, prompts) if clear else _prompts_to_win(gaps, prompts)
             found.append(Verdict(other.name, METRICS[metric].label, _words(interval), clear, change))
     return found
+
+
+def in_a_sentence(first: Result, other: Result, metrics: Sequence[str]) -> str:
+    """What is clear about a system beside the first: does it move more, what became better, what worse."""
+    said: dict[str, list[str]] = {"moves more": [], "moves less": [], "better": [], "worse": []}
+    for metric in metrics:
+        gaps, prompts = paired(first.good, other.good, metric)
+        found = mean_interval(gaps, prompts)
+        better = METRICS[metric].better
+        if not _clear(found) or (metric not in MOTION and better is None):
+            continue
+        up = found.mean > 0
+        how = ("moves more" if up else "moves less") if metric in MOTION else _way(up, better == "higher")
+        said[how].append(f"{METRICS[metric].label.lower()} {signed(found.mean)}")
+    parts = [f"{how} ({', '.join(what)})" for how, what in said.items() if what]
+    if not parts:
+        return f"Against {first.name}: no difference is clear."
+    return f"Against {first.name}: {', '.join(parts)}."
+
+
+def _way(up: bool, higher_is_better: bool) -> str:
+    return "better" if up == higher_is_better else "worse"
 
 
 def _clear(found: Interval) -> bool:
