@@ -6,6 +6,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from mogan.data.video import write_video
 from mogan.errors import UserError
@@ -112,6 +113,9 @@ def test_the_same_input_gives_the_same_page(inputs, page, tmp_path):
 def test_figures_and_sheets_are_written_for_papers(inputs, page):
     names = {path.name for path in (inputs / "figures").iterdir()}
     assert {"intervals.png", "spread.png", "curves.png", "clips-0.png", "clips-2.png"} <= names
+    with Image.open(inputs / "figures" / "clips.gif") as moving:
+        assert (moving.n_frames, moving.info["duration"], moving.info["loop"]) == (5, 60, 0)
+        assert moving.size == (2 * 112 + 4, 18 + 3 * (112 + 18))
 
 
 def test_text_from_outside_cannot_become_markup(tmp_path):

@@ -191,6 +191,45 @@ def contact_sheet(
         sheet.save(temporary)
 
 
+def moving_sheet(
+    rows: Sequence[tuple[str, Sequence[str | Path]]],
+    path: str | Path,
+    heads: Sequence[str],
+    fps: float,
+    height: int = 112,
+) -> None:
+    """Write a GIF that loops: a row per title, in it one clip under each head, all playing in step.
+
+    Args:
+        rows: a title and the videos of each row, one per head; a shorter clip rests on its last frame.
+        path: where to write.
+        heads: a word above each column.
+        fps: frames per second; GIF rounds the time of a frame to hundredths of a second.
+        height: of a clip, pixels.
+    """
+    clips = [[read_video(video)[0] for video in videos] for _, videos in rows]
+    widths = [max(round(height * row[i].shape[2] / row[i].shape[1]) for row in clips) for i in range(len(heads))]
+    lefts = np.cumsum([0, *(width + 4 for width in widths)]).tolist()
+    font, line = ImageFont.load_default(size=13), 18
+    blank = Image.new("RGB", (lefts[-1] - 4, line + len(rows) * (height + line)), "white")
+    draw = ImageDraw.Draw(blank)
+    for head, left in zip(heads, lefts, strict=False):
+        draw.text((left + 2, 1), head, fill="black", font=font)
+    for number, (title, _) in enumerate(rows):
+        draw.text((2, line + number * (height + line) + 1), title, fill="#5b6b78", font=font)
+    pages = []
+    for time in range(max(len(clip) for row in clips for clip in row)):
+        page = blank.copy()
+        for number, row in enumerate(clips):
+            for clip, left, width in zip(row, lefts, widths, strict=False):
+                way = Image.Resampling.NEAREST if clip.shape[1] < height else Image.Resampling.BOX
+                shown = Image.fromarray(clip[min(time, len(clip) - 1)]).resize((width, height), way)
+                page.paste(shown, (left, 2 * line + number * (height + line)))
+        pages.append(page)
+    with replacing(Path(path).with_suffix(".gif")) as temporary:
+        pages[0].save(temporary, save_all=True, append_images=pages[1:], duration=round(1000 / fps, -1), loop=0)
+
+
 def flow_picture(flow: np.ndarray | Tensor, max_flow: float) -> np.ndarray:
     """Flow as colours on a fixed scale: hue is direction, saturation is speed, white is still.
 

@@ -10,7 +10,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from mogan import __version__
 from mogan.data.lists import whole
-from mogan.data.video import contact_sheet
+from mogan.data.video import contact_sheet, moving_sheet
 from mogan.disk.files import replacing, writable_file, writable_folder
 from mogan.errors import UserError
 from mogan.evaluation.names import METRICS
@@ -80,7 +80,7 @@ def report(
         out: the page.
         clips: prompts shown side by side.
         title: heading of the page.
-        figures: folder for the figures and sheets of clips as PNG, for papers.
+        figures: folder for the figures and sheets of clips as PNG, for papers, and the clips side by side as a GIF.
 
     Raises:
         UserError: nothing to show, or an input of another format.
@@ -253,9 +253,15 @@ def _write_pictures(folder: Path, pictures: dict[str, Any], results: list[Result
         if figure is not None:
             with replacing(folder / f"{name}.png") as temporary:
                 figure.savefig(temporary, dpi=200)
+    complete = []
     for number, row in enumerate(footage.rows):
         chosen = [(r, c) for r in results for c in r.good if (c["prompt"], c["index"]) == (row.title, row.index)]
         present = [(r, r.base / c["file"]) for r, c in chosen if (r.base / c["file"]).is_file()]
         if present:
             titles = [f"{r.name}: {row.title}" for r, _ in present]
             contact_sheet([path for _, path in present], folder / f"clips-{number}.png", titles=titles)
+        if len(present) == len(results):
+            complete.append((row.title, [path for _, path in present]))
+    if complete:
+        rate = next((c["fps"] for r in results for c in r.good if c["fps"]), 8.0)
+        moving_sheet(complete, folder / "clips.gif", [r.name for r in results], rate)
