@@ -36,7 +36,7 @@ def table(recipe: str, clip: tuple[int, int, int]) -> list[str]:
         for number in NUMBERS:
             cells = []
             for lora in (None, 64):
-                if lora and number > 1:  # adapters train in one process
+                if lora and number > 1:  # as large on each, and as many times faster
                     cells.append("- | -")
                     continue
                 found = price(split_over(config, number), number, lora, gpu)

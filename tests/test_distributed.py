@@ -173,6 +173,23 @@ def test_sharded_run_follows_the_trajectory_of_one(recipe, ranks, more, family, 
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("recipe", "more"),
+    [("mogan", ()), ("vdot", ("--context-parallel", "2")), ("phased", ()), ("tdm", ("--context-parallel", "2"))],
+)
+def test_adapters_on_two_processes_follow_the_run_of_one_and_are_resumed_by_one(recipe, more, family, cache, tmp_path):
+    """Every process holds all of the frozen weights and all adapters, whose gradients are averaged."""
+    config = replace(getattr(tiny_recipes, recipe)(), lora=3, iterations=2)
+    more = ("--lora", "3", *more)
+    before = train_alone(config, family, cache, tmp_path / "one")
+    train_together(2, recipe, family, cache, tmp_path / "two", *more, "--iterations", "2")
+    assert_same_trajectory(before, tmp_path / "one", tmp_path / "two")
+    for run in ("one", "two"):
+        train_alone(replace(config, iterations=3), family, cache, tmp_path / run)
+    assert_same_trajectory(before, tmp_path / "one", tmp_path / "two")
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["flow_matching", "dmd"])
 def test_processes_whose_samples_meet_other_experts_do_not_wait_for_each_other(recipe, two, cache, tmp_path):
     """Levels are drawn per sample: a pass over sharded weights takes all processes all the same."""

@@ -302,6 +302,26 @@ def shard(
     return network
 
 
+def average_gradients(network: nn.Module, world: World, partial: bool) -> None:
+    """Average over the processes, in place, the gradients of weights that each of them holds whole, as adapters are.
+
+    FSDP2 has done so with those it shards; the others are alike on all processes before and, added up in one order, after.
+
+    Args:
+        network: that learns; its backward pass is done.
+        world: the processes.
+        partial: as for :func:`shard`.
+    """
+    found = [p.grad for p in network.parameters() if p.grad is not None and not isinstance(p.grad, DTensor)]
+    if world.mesh is None or not found:
+        return
+    flat = torch.cat([gradient.flatten() for gradient in found])
+    dist.all_reduce(flat)
+    flat /= world.shares if partial else world.ranks
+    for gradient, mean in zip(found, flat.split([g.numel() for g in found]), strict=True):
+        gradient.copy_(mean.view_as(gradient))
+
+
 def tapped(network: nn.Module) -> nn.Module:
     """A sharded network that is left by its features, and gradient comes back through them.
 

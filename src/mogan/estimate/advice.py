@@ -42,7 +42,7 @@ def advise(
         lora = 64
         if attempt("learn adapters instead of all weights: --lora 64", config, gpus, lora):
             return tuple(changes)
-    for number in (2, 4, 8, 16, 32, 64):  # adapters train in one process
+    for number in (2, 4, 8, 16, 32, 64):  # which makes adapters faster, and no smaller
         if number > gpus and price(config, number, None).fits:
             attempt(f"shard all weights over {number} GPUs", config, number, None)
             return tuple(changes)

@@ -44,7 +44,7 @@ def estimate(
     Args:
         recipe: a name such as mogan_wan_1_3b, or your own module:function.
         gpu: h200, h100, a100-80, a100-40, l40s or 4090.
-        gpus: how many, sharded over with FSDP2.
+        gpus: how many; networks are sharded over them with FSDP2, but for frozen weights that adapters share.
         model: a folder with transformer, vae and text_encoder config.json, lab, or a published model by name
             (wan2.1-t2v-1.3b, wan2.1-t2v-14b, wan2.2-t2v-a14b, wan2.2-ti2v-5b); the recipe's own by default.
         lora: rank of adapters that student and fake score learn in place of all their weights.
@@ -61,8 +61,6 @@ def estimate(
     at_least(1, lora=lora, frames=frames, height=height, width=width)
     between(1, 4096, gpus=gpus)
     at_least(0, clips=clips)
-    if lora is not None and gpus > 1:
-        raise UserError("--lora trains in one process: leave out --gpus, or --lora")
     config = find_recipe(recipe)
     if gpus > 1 and config.alone:
         raise UserError(f"{config.alone}: leave out --gpus, or estimate another recipe")

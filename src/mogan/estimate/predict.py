@@ -112,7 +112,8 @@ def predict(
     """Price a recipe.
 
     Sharding is FSDP2's: weights, gradients, moments and averages are divided by the GPUs; two blocks are gathered in bf16 at
-    a time; autoencoder and flow network are on every GPU. One GPU keeps everything, and autocast's copies of the weights.
+    a time; autoencoder and flow network are on every GPU. One GPU keeps everything, and autocast's copies of the weights. So
+    do many with adapters: the weights that they share lie whole on every GPU.
 
     Args:
         config: the recipe.
@@ -127,7 +128,7 @@ def predict(
     stays = sum(n.weights + n.moments + n.average for n in networks)
     gradients = {n.name: n.gradients for n in networks}
     steps = [
-        _step(tracer, machine, gpus, update, _share(config, [update]), _bill(config, update, prices, tracer), stays,
+        _step(tracer, machine, gpus, lora, update, _share(config, [update]), _bill(config, update, prices, tracer), stays,
               gradients.get(update.learns, 0.0))
         for update in config.plan
     ]  # fmt: skip
@@ -135,10 +136,10 @@ def predict(
         if price.prepare is not None:
             those = [u for u in config.plan if name in u.judges]
             first = replace(those[0], learns=PREPARE, times=1)
-            steps.insert(0, _step(tracer, machine, gpus, first, _share(config, those), price.prepare, stays, 0.0))
+            steps.insert(0, _step(tracer, machine, gpus, lora, first, _share(config, those), price.prepare, stays, 0.0))
     odd = [u.batch for u in config.plan if u.batch % gpus]
     stages = {name: call for price in prices.values() for name, call in price.stages.items()}
-    more = sum(n.average for n in networks) + _gathered(tracer, gpus)
+    more = sum(n.average for n in networks) + _gathered(tracer, gpus, lora)
     return Estimate(
         config.recipe,
         shapes.name,
@@ -163,6 +164,7 @@ def _step(
     tracer: Tracer,
     machine: Machine,
     gpus: int,
+    lora: int | None,
     update: Update,
     share: float,
     bill: Bill,
@@ -173,8 +175,8 @@ def _step(
     clips_here = update.batch / gpus
     part = max(1, min(update.batch // update.accumulate, math.ceil(clips_here)))
     call = one_after_the_other(bill.calls)
-    activations = call.peak * part + _gathered(tracer, gpus)
-    waiting = _communication(tracer, machine, gpus, bill.passes) * math.ceil(clips_here / part)
+    activations = call.peak * part + _gathered(tracer, gpus, lora)
+    waiting = _communication(tracer, machine, gpus, lora, bill.passes) * math.ceil(clips_here / part)
     return Step(
         update.label,
         update.times,
@@ -229,10 +231,10 @@ def _networks(
         adapts = lora is not None and kept.transformer
         each = tracer.parameters["adapters"] + told * tracer.parameters["told_adapters"]
         parameters = rank * each * (kept.parameters // one) if adapts else kept.parameters
-        mine = FP32 * parameters / gpus
+        mine = FP32 * parameters / (1 if adapts else gpus)
         # two experts that start as the one transformer of a model share it
         held = held_once * (kept.parameters // one if tracer.shapes.boundary else 1)
-        weights = mine + kept.beside + (held / gpus if adapts and own_base else 0.0)
+        weights = mine + kept.beside + (held if adapts and own_base else 0.0)
         return Network(kept.name, parameters, weights, mine, 2 * optimizers(kept.name) * mine, averaged * mine)
 
     every = list({kept.name: kept for price in prices.values() for kept in price.kept}.values())
@@ -246,24 +248,29 @@ def _networks(
             found.append(trained(kept))
         elif kept.sharded:
             frozen = held_once * (kept.parameters / one) if kept.transformer else FP32 * kept.parameters
-            found.append(Network(kept.name, kept.parameters, frozen / gpus))
+            whole = lora is not None and kept.transformer
+            found.append(Network(kept.name, kept.parameters, frozen if whole else frozen / gpus))
     vae = tracer.parameters["vae"]
     found.append(Network("autoencoder", vae, (FP32 if config.precision == "fp32" else BF16) * vae))
     found += [Network(k.name, k.parameters, FP32 * k.parameters) for k in every if not k.learns and not k.sharded]
     return tuple(found)
 
 
-def _gathered(tracer: Tracer, gpus: int) -> float:
+def _gathered(tracer: Tracer, gpus: int, lora: int | None) -> float:
     """Weights in the precision of the matrix products, beside the fp32 ones."""
-    if gpus == 1:
+    if gpus == 1 or lora is not None:
         return max(tracer.train.copies, tracer.forward.copies)
     block, rest = tracer.parameters["block"], tracer.parameters["rest"]
     return 2 * BF16 * block + FP32 * block + FP32 * rest  # two gathered blocks, one block's gradients, what is outside
 
 
-def _communication(tracer: Tracer, machine: Machine, gpus: int, passes: float) -> float:
-    """Seconds a part's collectives take: bf16 weights gathered at every pass, fp32 gradients reduced once."""
+def _communication(tracer: Tracer, machine: Machine, gpus: int, lora: int | None, passes: float) -> float:
+    """Seconds a part's collectives take: bf16 weights gathered at every pass, fp32 gradients reduced once.
+
+    Of adapters the gradients alone are reduced, and given back; what a sharded discriminator gathers beside them is not counted.
+    """
     if gpus == 1:
         return 0.0
-    moved = tracer.parameters["transformer"] * (BF16 * passes + FP32) * (gpus - 1) / gpus
+    whole = tracer.parameters["transformer"] * (BF16 * passes + FP32)
+    moved = (whole if lora is None else 2 * FP32 * lora * tracer.parameters["adapters"]) * (gpus - 1) / gpus
     return moved / (REACHED_LINK * (machine.link if gpus <= GPUS_PER_NODE else machine.network))

@@ -35,6 +35,11 @@ def hold_in(transformer: Any, dtype: torch.dtype) -> Any:
     return transformer.eval().requires_grad_(False)
 
 
+def twin(base: Any) -> Any:
+    """Another module tree over the same tensors."""
+    return copy.deepcopy(base, {id(t): t for t in (*base.parameters(), *base.buffers())})
+
+
 def adapted(base: Any, rank: int, seed: int, told: bool = False) -> Any:
     """A second module tree over the frozen parameters of ``base``, with trainable fp32 adapters that start at nothing.
 
@@ -46,9 +51,7 @@ def adapted(base: Any, rank: int, seed: int, told: bool = False) -> Any:
     """
     from peft import LoraConfig
 
-    shared = {id(t): t for t in (*base.parameters(), *base.buffers())}
-    tree = copy.deepcopy(base, shared)
-    tree = tell_steps(tree) if told else tree
+    tree = tell_steps(twin(base)) if told else twin(base)
     torch.manual_seed(seed)
     tree.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=TARGETS))
     for parameter in tree.parameters():

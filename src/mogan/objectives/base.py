@@ -37,7 +37,7 @@ class Base:
         vae: frozen, on the device.
         encode: prompts to text, through the cache.
         prompts: a second cache, of the prompts that the student makes clips of; ``None``: the captions of ``cache``.
-        frozen: a frozen transformer by folder and part, each loaded once.
+        frozen: a frozen transformer by folder and part, each loaded once; ``held``: its weights, which adapters learn beside.
     """
 
     config: Config
@@ -52,6 +52,7 @@ class Base:
     vae: Any
     encode: wan.TextEncoder
     frozen: Callable[[Path, str], Any]
+    held: Callable[[Path, str], Any]
     prompts: Cache | None = None
 
     @property
@@ -95,10 +96,10 @@ class Base:
             transformer = wan.load_transformer(folder, part)
             transformer = (tell_steps(transformer) if config.told else transformer).train()
         else:
-            transformer = adapted(self.frozen(folder, part), config.lora, config.seed, config.told).train()
+            transformer = adapted(self.held(folder, part), config.lora, config.seed, config.told).train()
         if config.checkpointing:
             transformer.enable_gradient_checkpointing()
-        return spread(transformer, self.world, self.dtype)
+        return spread(transformer, self.world, self.dtype, whole=config.lora is not None)
 
     def no_text(self, prompt: str) -> Tensor:
         """The embedding ``(1, L, D)`` of an unconditional branch's prompt."""
@@ -118,7 +119,10 @@ class Base:
         return flow
 
 
-def spread(transformer: Any, world: World, dtype: torch.dtype) -> Any:
-    """Over the processes, then to the device: a GPU never holds a whole network."""
+def spread(transformer: Any, world: World, dtype: torch.dtype, *, whole: bool = False) -> Any:
+    """Over the processes, then to the device: a GPU never holds a whole network, unless it is ``whole`` on each, as those are
+    that share their weights.
+    """
     split_tokens(transformer, world)
-    return shard(transformer, transformer.blocks, world, dtype, partial=True).to(world.device)
+    sharded = transformer if whole else shard(transformer, transformer.blocks, world, dtype, partial=True)
+    return sharded.to(world.device)

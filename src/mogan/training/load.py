@@ -16,7 +16,7 @@ from mogan.data.cache import Cache, ensure_text
 from mogan.distributed import World
 from mogan.errors import UserError
 from mogan.models import wan
-from mogan.models.lora import hold_in
+from mogan.models.lora import hold_in, twin
 from mogan.objectives.base import Base, spread
 from mogan.runs.generator import open_generator
 from mogan.runs.identity import TEACHER, of_model
@@ -61,8 +61,10 @@ def load(
     _check_captions(config, cache, prompts)
     dtype = dtype_of(config, world.device)
     vae = wan.load_vae(folder, dtype).to(world.device)
-    encode, frozen = _text_encoder(cache, folder, world), _frozen_weights(config, dtype, world)
-    return Base(config, cache, world, folder, start, adapters_of, size, shape, dtype, vae, encode, frozen, prompts)
+    encode, (frozen, held) = _text_encoder(cache, folder, world), _frozen_weights(config, dtype, world)
+    return Base(
+        config, cache, world, folder, start, adapters_of, size, shape, dtype, vae, encode, frozen, held, prompts
+    )
 
 
 def dtype_of(config: Config, device: torch.device) -> torch.dtype:
@@ -110,15 +112,30 @@ def _agree(sigmas: tuple[float, ...], others: tuple[float, ...]) -> bool:
     return len(sigmas) == len(others) and all(abs(a - b) < 1e-4 for a, b in zip(sigmas, others, strict=True))
 
 
-def _frozen_weights(config: Config, dtype: torch.dtype, world: World) -> Callable[[Path, str], Any]:
-    """Load frozen transformers, each once: with adapters, networks of the same start share them."""
+Frozen = Callable[[Path, str], Any]
+
+
+def _frozen_weights(config: Config, dtype: torch.dtype, world: World) -> tuple[Frozen, Frozen]:
+    """Load frozen transformers, each once: to be called, and as weights that networks with adapters share.
+
+    What is shared lies whole on every process.
+    """
 
     @once
-    def load(folder: Path, part: str) -> Any:
-        transformer = hold_in(wan.load_transformer(folder, part), dtype if config.lora else torch.float32)
-        return spread(transformer, world, dtype)
+    def held(folder: Path, part: str) -> Any:
+        kept_in = dtype if config.lora else torch.float32
+        return hold_in(wan.load_transformer(folder, part), kept_in).to(world.device if config.lora else "cpu")
 
-    return load
+    @once
+    def frozen(folder: Path, part: str) -> Any:
+        if config.lora is None:
+            return spread(held(folder, part), world, dtype)
+        # splitting tokens changes a module tree, and adapters need it as it was
+        return (
+            held(folder, part) if world.sequence is None else spread(twin(held(folder, part)), world, dtype, whole=True)
+        )
+
+    return frozen, held
 
 
 def _check_clips(config: Config, cache: Cache, model: Path) -> None:
@@ -195,11 +212,8 @@ def check_processes(config: Config, world: World) -> None:
         raise UserError(
             "--compile does not go with --context-parallel, whose hooks lie inside the blocks: leave one out"
         )
-    if world.ranks > 1:
-        if config.alone:
-            raise UserError(f"{config.alone}: start one, or choose another recipe")
-        if config.lora is not None:
-            raise UserError("--lora trains in one process: start one, or leave --lora out")
+    if world.ranks > 1 and config.alone:
+        raise UserError(f"{config.alone}: start one, or choose another recipe")
     for update in config.plan:
         if update.batch % world.shares:
             raise UserError(

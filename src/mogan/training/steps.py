@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from mogan.config import Config, Update
 from mogan.data.batches import Batch, draw_batch
-from mogan.distributed import whole
+from mogan.distributed import average_gradients, whole
 from mogan.errors import UserError
+from mogan.models.denoiser import Denoiser
 from mogan.objectives import Loss, Objective, Randomness
 from mogan.runs.checkpoint import latest_checkpoint
 from mogan.sampling.rollout import Rollout, normal
@@ -199,6 +200,7 @@ def learn(parts: Assembly, where: Position, batch: Batch, again: Sequence[Rollou
                 f"{update.label} sends gradient into {name}, which does not learn by it: call it within "
                 "mogan.models.denoiser.frozen, or on what is detached"
             )
+    average_gradients(network, parts.world, partial=isinstance(network, Denoiser))
     trained = [p for p in network.parameters() if p.grad is not None]
     norm = nn.utils.clip_grad_norm_(trained, parts.config.optimizers[update.optimizer_name].clip)
     optimizer.step()
