@@ -26,22 +26,18 @@ from mogan.models.denoiser import Denoiser, frozen
 from mogan.models.discriminator import LevelHeads, discriminator_loss, features_of, generator_loss
 from mogan.models.experts import boundary_of
 from mogan.objectives import Bill, Kept, Loss, Objective, Price, Randomness
-from mogan.objectives.base import Base
+from mogan.objectives.base import Base, wins_outright
 from mogan.objectives.flow_matching import learns_alone
 from mogan.objectives.queues import Queues
 from mogan.sampling.rollout import normal
 from mogan.schedule import uniform
-from mogan.terms import PATH, Alarm, Lesson, Terms
+from mogan.terms import PATH, Lesson, Terms
 
 OF_PATHS = Lesson(rollout=False, clips=(PATH,), captions=True)
-WINS = Alarm(
-    "gap",
-    lambda first, now: now > 6.0,
-    "the discriminator wins outright: the teacher's and the student's logits are {now:.1f} apart; lower its learning rate",
-)
+WINS = wins_outright("lower its learning rate", "the teacher's and the student's")
 
 
-def levels_of(config: Config) -> tuple[float, ...]:
+def key_levels(config: Config) -> tuple[float, ...]:
     """The key levels, 0 included.
 
     Raises:
@@ -63,12 +59,12 @@ class TrajectoryConfig:
 
     def terms(self, config: Config) -> Terms:
         """The student learns from a teacher's paths and their captions."""
-        levels_of(config)
+        key_levels(config)
         return Terms(lessons={"student": OF_PATHS})
 
     def build(self, base: Base, others: Mapping[str, Objective]) -> Objective:
         """On the student."""
-        found = Trajectory(base.student, levels_of(base.config))
+        found = Trajectory(base.student, key_levels(base.config))
         return Objective(found, {"student": found.student_loss})
 
     def price(self, config: Config, tracer: Tracer) -> Price:
@@ -121,7 +117,7 @@ class KeyLevelGANConfig:
 
     def terms(self, config: Config) -> Terms:
         """Both learn from a teacher's paths and their captions; the student's latents wait in queues."""
-        levels_of(config), self.batch(config)
+        key_levels(config), self.batch(config)
         lessons = {"student": replace(OF_PATHS, clips=()), "discriminator": OF_PATHS}
         return Terms(lessons=lessons, alarms=(WINS,))
 
@@ -160,7 +156,7 @@ class KeyLevelGANConfig:
         shard(heads, heads.heads, base.world, torch.float32)
         heads.to(base.device)
         queues = Queues(base.cache, base.world, len(config.sigmas), self.batch(config), base.latent_shape)
-        found = KeyLevelGAN(base.student, teacher, heads, queues, levels_of(config), self.weight)
+        found = KeyLevelGAN(base.student, teacher, heads, queues, key_levels(config), self.weight)
         return Objective(
             found,
             {"student": found.student_loss, "discriminator": found.judge_loss},

@@ -22,6 +22,13 @@ from mogan.models.lora import adapted
 from mogan.models.step_condition import tell_steps
 from mogan.motion import estimators
 from mogan.motion.flow import FlowEstimator, RaftFlow
+from mogan.terms import Alarm
+
+
+def wins_outright(remedy: str, pair: str = "real and generated") -> Alarm:
+    """What to say of a discriminator whose ``gap``, the difference of its mean logits, leaves the student nothing to learn."""
+    text = f"the discriminator wins outright: {pair} logits are {{now:.1f}} apart; {remedy}"
+    return Alarm("gap", lambda first, now: now > 6.0, text)
 
 
 @dataclass(frozen=True)

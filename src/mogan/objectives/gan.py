@@ -22,7 +22,7 @@ from mogan.models.discriminator import PROMPT, Discriminator, approximate_penalt
 from mogan.models.experts import low_noise
 from mogan.motion.observation import Observed, full_scale, motion_amount, saturation
 from mogan.objectives import Bill, Kept, Loss, Objective, Price, Randomness
-from mogan.objectives.base import Base
+from mogan.objectives.base import Base, wins_outright
 from mogan.objectives.motion_view import observation_of, of_real_clips, price_observation
 from mogan.sampling.rollout import Rollout, normal
 from mogan.schedule import add_noise, uniform
@@ -40,12 +40,7 @@ ALARMS = (
         lambda first, now: now - first > 0.1,
         "colours are saturating: {now:.2f}, at first {first:.2f}; lower the learning rate of the student or the guidance of dmd",
     ),
-    Alarm(
-        "gap",
-        lambda first, now: now > 6.0,
-        "the discriminator wins outright: real and generated logits are {now:.1f} apart; raise r1 and r2, or lower its "
-        "learning rate",
-    ),
+    wins_outright("raise r1 and r2, or lower its learning rate"),
 )
 
 

@@ -21,16 +21,10 @@ from mogan.errors import UserError
 from mogan.models.denoiser import Denoiser, frozen, recomputed, taps
 from mogan.models.discriminator import Heads
 from mogan.objectives import Bill, Kept, Loss, Objective, Price, Randomness
-from mogan.objectives.base import Base
+from mogan.objectives.base import Base, wins_outright
 from mogan.sampling.rollout import Rollout, normal
 from mogan.schedule import add_noise, draw_sigma
-from mogan.terms import LATENT, Alarm, Lesson, Terms
-
-WINS = Alarm(
-    "gap",
-    lambda first, now: now > 6.0,
-    "the discriminator wins outright: real and generated logits are {now:.1f} apart; lower its learning rate",
-)
+from mogan.terms import LATENT, Lesson, Terms
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +50,11 @@ class RelativisticConfig:
                 f"a relativistic discriminator reads a fake score, and the config has no {self.of!r} with one"
             )
         lesson = Lesson(clips=(LATENT,), captions=True)
-        return Terms(lessons={"student": lesson, "critic": lesson}, alarms=(WINS,), controls=True)
+        return Terms(
+            lessons={"student": lesson, "critic": lesson},
+            alarms=(wins_outright("lower its learning rate"),),
+            controls=True,
+        )
 
     def build(self, base: Base, others: Mapping[str, Objective]) -> Objective:
         """The heads, on a trunk that is there already."""
