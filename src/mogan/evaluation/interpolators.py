@@ -20,7 +20,7 @@ from mogan.motion.flow import FlowEstimator, warp
 
 
 def blend(first_BCHW: Tensor, second_BCHW: Tensor) -> Tensor:
-    """The mean of both frames. Foretells fades perfectly and motion not at all."""
+    """The mean of both frames. Predicts fades perfectly and motion not at all."""
     return (first_BCHW + second_BCHW) / 2
 
 

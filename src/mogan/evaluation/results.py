@@ -1,4 +1,4 @@
-"""Reading a ``results.json``: all that other commands take from one is looked at before they begin."""
+"""Reading a ``results.json``: all that other commands take from one is checked before they begin."""
 
 import json
 import math

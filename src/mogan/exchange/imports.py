@@ -42,7 +42,7 @@ def import_student(
     """Make a diffusers folder of a few-step student that another program trained.
 
     Reads weights (Self-Forcing, CausVid, FastVideo, the original Wan code, ComfyUI, diffusers) and LoRA files (diffusers,
-    peft, ComfyUI, kohya), which are merged into the base. Nothing in a file is executed, and every number is looked at.
+    peft, ComfyUI, kohya), which are merged into the base. Nothing in a file is executed, and every number is checked.
 
     Args:
         file: .safetensors, .sft, .pt, .pth, .ckpt or .bin, or a folder with the .safetensors of one model.

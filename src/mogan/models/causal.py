@@ -189,7 +189,7 @@ class CausalAttention(SelfAttention):
         return dispatch_attention_fn(query, key, value, backend=self._attention_backend)
 
     def _masked(self, query: Tensor, key: Tensor, value: Tensor, sight: Sight) -> Tensor:
-        """Of each group what it sees is gathered: no mask is looked at; or flex attention, which skips what it hides."""
+        """Of each group what it sees is gathered: no mask is read; or flex attention, which skips what it hides."""
         if flex := _flex(query.device.type):
             return flex_masked(flex, query, key, value, sight)
         tokens, found = query.shape[1] // sight.frames, []

@@ -59,7 +59,7 @@ def attention(
     target = choose_device(device)
     lines = list(dict.fromkeys(read_prompts(prompts)))
     source = open_generator("lab-teacher" if model == "lab" else model)
-    wan.refuse_controls(source.folder, "attention is looked at without them")
+    wan.refuse_controls(source.folder, "attention is measured without them")
     source.require_whole_clips(model)
     writable_folder(out)
     frames = wan.latent_shape(source.folder, source.geometry)[1]

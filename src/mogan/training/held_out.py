@@ -28,7 +28,7 @@ class Gain:
         run: folder of the run; what was measured is kept there in ``held_out.json``.
         cache: cache whose prompts are used, those that are also trained on left out.
         parts: the run.
-        patience: checks without a new highest motion after which the gain is over.
+        patience: checks without a new highest motion after which training stops.
 
     Raises:
         UserError: the cache has no prompt of its own, or texts of another encoder; or the run has no flow network.

@@ -97,7 +97,7 @@ def _by_iteration(walk: Iterator[Step], start: int) -> Iterator[Iterator[Step]]:
 
 
 def _keep(parts: Assembly, run: Path, done: int, gain: Gain | None, records: "_Records", leaving: bool) -> bool:
-    """What is due after so many iterations: held-out motion, a checkpoint, a sheet. Returns whether the gain is over."""
+    """What is due after so many iterations: held-out motion, a checkpoint, a sheet. Returns whether motion no longer rises."""
     config, over = parts.config, False
     last = done == config.iterations
     due = last or done % config.save_every == 0
