@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 from itertools import accumulate
 
 import pytest
@@ -12,6 +13,12 @@ from diffusers import DiffusionPipeline, SkyReelsV2Transformer3DModel, WanPipeli
 import tiny_recipes
 from conftest import CAPTIONS
 from mogan.cli import main
+from mogan.config import Update
+from mogan.costs.calls import TEXT_TOKENS, build_transformer, causal_calls
+from mogan.costs.shapes import read_shapes
+from mogan.costs.trace import fake, trace
+from mogan.data.cache import open_cache
+from mogan.distributed import World
 from mogan.errors import UserError
 from mogan.exchange.export import save_student
 from mogan.models import causal, wan
@@ -21,11 +28,16 @@ from mogan.models.causal import CausalDenoiser, block_causal, is_causal, make_ca
 from mogan.models.causal_cache import Cache, Causal, Policy, read_causal
 from mogan.models.denoiser import Denoiser
 from mogan.models.lora import adapted, hold_in
+from mogan.objectives.flow_matching import FlowMatchingConfig
+from mogan.runs.checkpoint import latest_checkpoint, load_part
 from mogan.runs.generator import open_generator
-from mogan.sampling.causal_rollout import roll_out_causal, sample_causal, stream_causal
-from mogan.sampling.rollout import normal, roll_out
+from mogan.sampling.causal_rollout import Chunked, roll_out_causal, sample_causal, stream_causal
+from mogan.sampling.rollout import FewStep, normal, roll_out
 from mogan.sampling.samplers import sample_student
-from mogan.training.load import find_models
+from mogan.training.assemble import assemble
+from mogan.training.load import check_processes, find_models
+from mogan.training.loop import run_training
+from test_train import build
 
 CHUNKS = (2, 2, 2)
 LEVELS = (1.0, 6 / 7, 0.6)  # of the chunks
@@ -676,3 +688,116 @@ def test_a_vace_is_refused(student):
     student.transformer.vace_blocks = []
     with pytest.raises(UserError, match="VACE"):
         make_causal(student.transformer)
+
+
+# ------------------------------------------------------------------------------------------------- a run
+
+
+def trained(config, family, cache, run):
+    run.mkdir(exist_ok=True)
+    student = tiny_recipes.start(config, family)
+    (run / "config.json").write_text(json.dumps(config.as_json()))
+    (run / "run.json").write_text(tiny_recipes.places(config, family, cache, student))
+    run_training(build(config, family, cache, run), run)
+    return run
+
+
+WINDOWED = replace(tiny_recipes.self_forcing_windowed(), iterations=2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "config",
+    [
+        WINDOWED,
+        replace(WINDOWED, lora=3),
+        replace(tiny_recipes.self_forcing(), iterations=2),
+    ],
+    ids=["windowed", "adapters", "frame by frame"],
+)
+def test_a_run_goes_on_bit_for_bit(config, family, cache, tmp_path):
+    whole = trained(config, family, cache, tmp_path / "whole")
+    part = trained(replace(config, iterations=1), family, cache, tmp_path / "part")
+    parts = build(config, family, cache, part)
+    run_training(parts, part)
+    found = [load_part(latest_checkpoint(run), "ema") for run in (whole, part)]
+    assert found[0].keys() == found[1].keys()
+    assert all(torch.equal(found[0][k], found[1][k]) for k in found[0])
+    assert isinstance(parts.student, CausalDenoiser)
+    assert type(parts.networks["fake_score"]) is Denoiser  # it sees whole clips, as the teacher does
+
+
+def test_a_run_and_its_export_are_sampled_alike_and_taken_up(family, cache, tmp_path, capsys):
+    config = replace(WINDOWED, iterations=1)
+    run, out = trained(config, family, cache, tmp_path / "run"), tmp_path / "export"
+    assert main(["export", str(run), "--out", str(out)]) == 0
+    first, second = open_generator(str(run)), open_generator(str(out))
+    assert first.causal == second.causal == config.causal
+    assert first.steps_told() == second.steps_told()
+    made = [sample_student(g.load().eval(), TEXT, (4, 4, 4, 4), g.sigmas, [0, 1]) for g in (first, second)]
+    assert torch.equal(*made)
+    card = (out / "README.md").read_text()
+    assert "mogan sample --model PATH" in card
+    assert "pipe(" not in card
+    assert main(["export", str(run), "--out", str(tmp_path / "a.safetensors"), "--to", "lora"]) == 2
+    assert "causal" in capsys.readouterr().err
+    teacher = str(family / "teacher")
+    assert find_models(config, teacher, str(out))[1] == out
+    for other in (tiny_recipes.self_forcing(), tiny_recipes.dmd()):
+        with pytest.raises(UserError, match="go on with the recipe that made it"):
+            find_models(other, teacher, str(out))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"given": 1},
+        {"boundary": 0.7},
+        {"objectives": {"dmd": FlowMatchingConfig(shift=3.0)}, "plan": (Update(learns="student", by="dmd", batch=2),)},
+        {"plan": (replace(tiny_recipes.self_forcing().plan[0], rollout=FewStep()),)},
+    ],
+    ids=["given", "two experts", "on whole clips", "another roll-out"],
+)
+def test_configs_that_no_causal_student_can_be_trained_by_are_refused(change):
+    with pytest.raises(ValueError, match="causal"):
+        replace(tiny_recipes.self_forcing(), **change)
+
+
+def test_two_experts_and_split_tokens_are_refused(two, cache):
+    with pytest.raises(UserError, match="two experts"):
+        assemble(
+            tiny_recipes.self_forcing(),
+            open_cache(cache),
+            model=str(two),
+            run=None,
+            device="cpu",
+        )
+    alone = World(torch.device("cpu"))
+    with pytest.raises(UserError, match="leave out --context-parallel"):
+        check_processes(tiny_recipes.self_forcing(), replace(alone, sequence=object()))
+    with pytest.raises(UserError, match="leave out --compile"):
+        check_processes(replace(tiny_recipes.self_forcing(), compile=True), alone)
+
+
+@pytest.mark.slow
+def test_a_causal_roll_out_costs_what_it_computes():
+    shapes, how = read_shapes("lab"), Causal(2, 3, Policy(window=4))
+    found = causal_calls(shapes, how, False, torch.float32)
+    with fake():
+        network = build_transformer(shapes).train()
+        student, noise = CausalDenoiser(network), torch.empty(1, *shapes.latent)
+        text = torch.empty(1, TEXT_TOKENS, shapes.transformer["text_dim"])
+
+        def clip(sigmas):
+            kind, last, draws = Chunked(how), len(sigmas) - 1, torch.Generator()
+            return kind.make(student, noise, text, sigmas, draws, last, torch.is_grad_enabled()).sample_BCFHW
+
+        once, twice, learns = (
+            trace(network.parameters(), partial(clip, sigmas), backward=backward)
+            for sigmas, backward in (((1.0,), False), ((1.0, 0.5), False), ((1.0,), True))
+        )
+    assert found[0].work.flops == pytest.approx(twice.work.flops - once.work.flops, rel=1e-6)
+    assert found[1].work.flops == pytest.approx(once.work.flops, rel=1e-6)
+    assert found[2].work.flops == pytest.approx(learns.work.flops, rel=1e-6)
+    assert (found[1].peak, found[2].peak) == pytest.approx((once.peak, learns.peak), rel=0.1)
+    assert found[0].work.flops < found[1].work.flops  # which makes the passes that keep, too

@@ -192,6 +192,7 @@ class MadeUp(Tracer):
             return judge if learns else MADE_UP.judge_frozen, MADE_UP.parameters["discriminator"]
         return {
             "transformer": (MADE_UP.forward, MADE_UP.train),
+            "chunks": (MADE_UP.forward, MADE_UP.forward, MADE_UP.train),
             "parameters": MADE_UP.parameters,
             "observe": {"all": MADE_UP.observe_grad if rest and rest[-1] else MADE_UP.observe},
             "surrogate": ((MADE_UP.predict, MADE_UP.predict_grad, MADE_UP.predict_learns), 1000, 500),

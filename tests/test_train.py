@@ -36,6 +36,7 @@ RECIPES = {
     "surrogate": surrogate,
     "phased": tiny_recipes.phased,
     "vdot": tiny_recipes.vdot,
+    "self_forcing_windowed": tiny_recipes.self_forcing_windowed,
     **{a: (lambda a=a: ablate(mogan, a)) for a in ABLATIONS},
 }
 

@@ -7,6 +7,8 @@ from pathlib import Path
 
 from mogan import recipes
 from mogan.config import Config
+from mogan.models.causal_cache import Causal, Policy
+from mogan.sampling.causal_rollout import Chunked
 from mogan.terms import PATH
 from mogan.training.load import find_models
 
@@ -142,6 +144,16 @@ def phased_a14b() -> Config:
         for u in config.plan
     )
     return replace(config, plan=plan, save_every=1, sample_prompts=0)
+
+
+def self_forcing() -> Config:
+    return shrink(recipes.self_forcing_lab())
+
+
+def self_forcing_windowed() -> Config:
+    """Chunks of one and two latents, a window that drops some, an EMA sink, noisy contexts."""
+    how = Causal(1, 1, Policy(window=3, sink=1, decay=0.9, relative=True), 0.1)
+    return replace(self_forcing(), rollout=Chunked(how))
 
 
 def sft_i2v() -> Config:

@@ -35,7 +35,8 @@ class RolloutKind(Protocol):
     """How a student makes clips while it is trained; see :mod:`mogan.sampling.rollout`.
 
     ``solver`` is how a student that was trained so is sampled: ``lcm`` or ``euler``. A kind whose ``told`` is true tells the
-    student, and what chases it, where each of its steps ends; one with ``counts`` trains it for several numbers of steps.
+    student, and what chases it, where each of its steps ends; one with ``counts`` trains it for several numbers of steps; one
+    with ``causal`` makes clips chunk by chunk, by a student that sees the past alone.
     """
 
     solver: ClassVar[str]
@@ -206,6 +207,11 @@ class Config:
         return tuple(getattr(self.rollout, "counts", ()))
 
     @property
+    def causal(self) -> Any:
+        """How a student that sees the past alone makes clips (:class:`mogan.models.causal_cache.Causal`); ``None``: it sees all."""
+        return getattr(self.rollout, "causal", None)
+
+    @property
     def alone(self) -> str:
         """Why an objective trains in one process; empty where none minds."""
         return next(filter(None, (self.terms(name).alone for name in self.objectives)), "")
@@ -231,6 +237,10 @@ class Config:
                 )
         for kind in filter(None, (self.rollout, *(update.rollout for update in self.plan))):
             kind.steps(self.sigmas)
+        if self.causal is not None and (self.given or self.boundary is not None):
+            raise ValueError(
+                "rollout: a causal student is one transformer and makes clips from text: leave out given and boundary"
+            )
         if self.boundary is not None and not self.sigmas[-1] < self.boundary <= 1:
             raise ValueError(
                 f"boundary must lie among the levels {self.sigmas} for both experts to have one, not {self.boundary}"
@@ -267,7 +277,11 @@ class Config:
             raise ValueError(
                 f"{update.label}: only the student learns by several objectives at once, by each of them once"
             )
-        self.lesson(update)
+        lesson = self.lesson(update)
+        if update.rollout is not None and getattr(update.rollout, "causal", None) != self.causal:
+            raise ValueError(f"{update.label}: a causal student makes all its clips chunk by chunk, in the same way")
+        if self.causal is not None and update.learns == "student" and not lesson.rollout:
+            raise ValueError(f"{update.label}: it calls a student on whole clips, which a causal one cannot be")
 
 
 def _check_numbers(update: Update) -> None:

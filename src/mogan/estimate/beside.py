@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from mogan.config import Config
 from mogan.costs.calls import Tracer
 from mogan.costs.machines import Machine
-from mogan.costs.trace import Work
+from mogan.costs.trace import Call, Work
 from mogan.data.observations import drawn
 from mogan.models.defaults import Defaults
 from mogan.objectives import Price
@@ -55,8 +55,7 @@ def beside(
     sampled: the live ones beside them, and what is gathered for a forward pass. The rest is as in
     :func:`mogan.estimate.predict.predict`.
     """
-    shapes, forward = tracer.shapes, tracer.forward
-    few = forward.work * len(config.sigmas)
+    shapes, (few, forward) = tracer.shapes, _few_steps(config, tracer)
     observe = next((p.observe for p in prices if p.observe), None)
     check = next((p.check for p in prices if p.check), None)
     found = []
@@ -82,6 +81,14 @@ def beside(
     return tuple(found)
 
 
+def _few_steps(config: Config, tracer: Tracer) -> tuple[Work, Call]:
+    """What the student's steps compute per clip, and a call whose peak is theirs."""
+    if config.causal is None:
+        return tracer.forward.work * len(config.sigmas), tracer.forward
+    more, made, _ = tracer.chunks(config.causal)
+    return more.work * (len(config.sigmas) - 1) + made.work, made
+
+
 def sampling(config: Config, tracer: Tracer, machine: Machine) -> tuple[Beside, ...]:
     """``mogan sample`` on one GPU, per clip: the student's steps and, where a model is guided, the teacher's."""
     parameters, forward = tracer.parameters, tracer.forward
@@ -90,15 +97,15 @@ def sampling(config: Config, tracer: Tracer, machine: Machine) -> tuple[Beside, 
     text = text_encoder_bytes(tracer)  # has gone when the others come
     together = clips_at_once(tracer.shapes.size)
 
-    def row(name: str, calls: int, steps: int) -> Beside:
-        peak = weights + max(calls * together * forward.peak, tracer.stream.peak)
-        work: Work = forward.work * (steps * calls) + tracer.stream.work
-        return Beside(name, 0, max(text, peak), work.seconds(machine), asked=True)
+    def row(name: str, calls: int, work: Work, held: float) -> Beside:
+        peak = weights + max(calls * together * held, tracer.stream.peak)
+        seconds = (work + tracer.stream.work).seconds(machine)
+        return Beside(name, 0, max(text, peak), seconds, asked=True)
 
-    steps = len(config.sigmas)
-    found = [row(f"mogan sample, {steps} steps", 1, steps)] if steps > 1 else []
+    steps, (few, call) = len(config.sigmas), _few_steps(config, tracer)
+    found = [row(f"mogan sample, {steps} steps", 1, few, call.peak)] if steps > 1 else []
     usual = Defaults().steps
-    return (*found, row(f"mogan sample, {usual} guided steps", 2, usual))
+    return (*found, row(f"mogan sample, {usual} guided steps", 2, forward.work * (2 * usual), forward.peak))
 
 
 def text_encoder_bytes(tracer: Tracer) -> float:

@@ -6,6 +6,7 @@ from pathlib import Path
 from mogan.config import LCM
 from mogan.evaluation.results import read_results
 from mogan.models import wan
+from mogan.models.causal_cache import Causal
 from mogan.runs.checkpoint import student_checkpoint
 from mogan.runs.identity import read_config
 
@@ -14,7 +15,13 @@ the pipeline does not hand it to the scheduler, which draws new noise at every s
 
 
 def model_card(
-    title: str, base: Path, sigmas: tuple[float, ...], notes: list[str], load: list[str], solver: str = LCM
+    title: str,
+    base: Path,
+    sigmas: tuple[float, ...],
+    notes: list[str],
+    load: list[str],
+    solver: str = LCM,
+    causal: Causal | None = None,
 ) -> str:
     """The card as Markdown with the front matter that the Hugging Face Hub reads.
 
@@ -25,6 +32,7 @@ def model_card(
         notes: list entries and tables about where it came from; see :func:`run_notes` and :func:`metrics_table`.
         load: lines of Python that make ``pipe``.
         solver: between the student's steps.
+        causal: of a student that sees the past alone; ``load`` is then the command that samples it.
     """
     size, name, licence = wan.geometry(base), model_name(base), licence_of(base)
     front = ["library_name: diffusers", "pipeline_tag: text-to-video", "tags: [text-to-video, distillation, mogan]"]
@@ -37,7 +45,29 @@ def model_card(
         f"- base: `{name}`; its licence holds for these weights{said}",
         f"- frames: {size.frames} at {size.fps} fps, {size.height} x {size.width}",
     ]
+    if causal is not None:
+        entries.append(
+            f"- causal: a first chunk of {causal.first} latent frames, then {causal.rest} at a time, each of which sees the past by "
+            f"{causal.policy}, noised to {causal.context_sigma:g}"
+        )
     facts = "\n".join(sorted(entries, key=lambda line: line.startswith("\n")))  # tables after the list
+    if causal is not None:
+        return f"""---
+{head}
+---
+
+# {title}
+
+```bash
+{code}
+```
+
+It makes clips chunk by chunk, each chunk at noise levels {", ".join(f"{s:.4g}" for s in sigmas)} and without guidance. `WanPipeline`
+makes whole clips: with these weights they would look plausible and be wrong, so this folder does not open there.
+Programs round differently in bf16, and the difference grows from chunk to chunk: compare in fp32.
+
+{facts}
+"""
     return f"""---
 {head}
 ---

@@ -1,6 +1,7 @@
 """Out to what people run: a diffusers folder that stock ``WanPipeline`` samples in a few steps, or one LoRA file.
 
-A student that is told where its steps end is a folder of stock ``AnyFlowPipeline``.
+A student that is told where its steps end is a folder of stock ``AnyFlowPipeline``. A causal one is a folder that no stock
+pipeline opens, since none samples it as it was trained: its clips would look plausible and be wrong.
 """
 
 import json
@@ -34,6 +35,10 @@ FOLDER_USAGE = ["from diffusers import WanPipeline\n", 'pipe = WanPipeline.from_
 CONTROLLED_USAGE = [line.replace("WanPipeline", "WanVACEPipeline") for line in FOLDER_USAGE]
 TOLD_INDEX = {"_class_name": "AnyFlowPipeline", "transformer": ["diffusers", "AnyFlowTransformer3DModel"]}
 CAUSAL_INDEX = {"_class_name": "MoganCausalStudent", "transformer": ["mogan", "CausalWan"]}  # names that are nowhere
+CAUSAL_USAGE = [
+    "# chunk by chunk, which WanPipeline does not: it would sample whole clips, and wrongly\n",
+    "mogan sample --model PATH --prompts prompts.txt --out clips",
+]
 TOLD_USAGE = [line.replace("WanPipeline", "AnyFlowPipeline") for line in FOLDER_USAGE]
 
 
@@ -84,12 +89,25 @@ def export(
             )
         if wan.has_controls(source.folder):
             raise UserError(f"{run} trained a VACE, of which no LoRA file is written here: leave out --to lora")
+        if source.causal:
+            raise UserError(
+                f"{run} trained a causal student, which a stock Wan with a LoRA would sample wrongly: leave out --to lora"
+            )
         save_lora(run, source, out, rank, precision, notes)
         print(f"exported to {out}; use it with: pipe.load_lora_weights({str(out)!r})")
         return
-    usage = TOLD_USAGE if source.told else CONTROLLED_USAGE if wan.has_controls(source.folder) else FOLDER_USAGE
+    controlled = wan.has_controls(source.folder)
+    usage = (
+        CAUSAL_USAGE
+        if source.causal
+        else TOLD_USAGE
+        if source.told
+        else CONTROLLED_USAGE
+        if controlled
+        else FOLDER_USAGE
+    )
     notes = counts_notes(source) + notes
-    card = model_card("Few-step Wan student", source.folder, source.sigmas, notes, usage, source.solver)
+    card = model_card("Few-step Wan student", source.folder, source.sigmas, notes, usage, source.solver, source.causal)
     fake = _fake_score(run, source) if fake_score else None
     student = source.load()
     save_student(
@@ -104,6 +122,7 @@ def export(
         fake_score=fake,
         low=student.transformer_2,
         boundary=source.boundary,
+        causal=source.causal,
     )
     print(f"exported to {out}; use it with: {usage[-1].removeprefix('pipe = ').replace('PATH', str(out))}")
 

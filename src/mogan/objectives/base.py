@@ -16,6 +16,7 @@ from mogan.distributed import World, shard, split_tokens
 from mogan.errors import UserError
 from mogan.models import wan
 from mogan.models.attention import stack_text
+from mogan.models.causal import CausalDenoiser
 from mogan.models.denoiser import Denoiser
 from mogan.models.experts import boundary_of, experts, low_noise
 from mogan.models.lora import adapted
@@ -69,8 +70,12 @@ class Base:
 
     @cached_property
     def student(self) -> Denoiser:
-        """The network that learns; two experts if the config or the start says so."""
+        """The network that learns; two experts if the config or the start says so; one that sees the past alone if the config does."""
         boundary = boundary_of(self.start) if self.config.boundary is None else self.config.boundary
+        if self.config.causal is not None:
+            if boundary is not None:
+                raise UserError(f"{self.start} has two experts, and a causal student is one: start from another model")
+            return CausalDenoiser(self._learner(self.start, "transformer"), self.dtype, self.config.causal)
         low = () if boundary is None else (low_noise(self.start),)
         return self.denoiser(self.start, "transformer", *low, boundary=boundary)
 

@@ -18,6 +18,7 @@ from mogan.recipes.motion_score import motion_score_lab, motion_score_wan_1_3b
 from mogan.recipes.msm import mogan_msm_lab, msm_lab, msm_wan_1_3b
 from mogan.recipes.phased import phased_alternating_lab, phased_lab, phased_wan_1_3b, phased_wan_a14b
 from mogan.recipes.redmd import redmd_lab, redmd_wan_1_3b
+from mogan.recipes.self_forcing import self_forcing_lab, self_forcing_wan_1_3b
 from mogan.recipes.shift import shift_lab, shift_wan_1_3b
 from mogan.recipes.tdm import tdm_lab, tdm_wan_1_3b
 from mogan.recipes.vdot import vdot_lab, vdot_wan_1_3b
@@ -28,7 +29,7 @@ RECIPES: dict[str, Callable[[], Config]] = {
         accvideo_lab, accvideo_lab_no_gan, accvideo_wan_1_3b, dmd_lab, dmd2_wan_1_3b, dmd2_long_wan_1_3b, flow_matching_lab,
         flow_matching_wan_1_3b, mogan_lab, mogan_msm_lab, mogan_surrogate_lab, mogan_wan_1_3b, motion_score_lab,
         motion_score_wan_1_3b, msm_lab, msm_wan_1_3b, phased_alternating_lab, phased_lab, phased_wan_1_3b, phased_wan_a14b,
-        redmd_lab, redmd_wan_1_3b, sft_i2v_lab, sft_i2v_wan_1_3b, shift_lab, shift_wan_1_3b, tdm_lab, tdm_wan_1_3b,
+        redmd_lab, redmd_wan_1_3b, self_forcing_lab, self_forcing_wan_1_3b, sft_i2v_lab, sft_i2v_wan_1_3b, shift_lab, shift_wan_1_3b, tdm_lab, tdm_wan_1_3b,
         vdot_lab, vdot_wan_1_3b,
     )
 }  # fmt: skip

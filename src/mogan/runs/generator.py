@@ -11,7 +11,7 @@ from mogan.config import LCM
 from mogan.errors import UserError
 from mogan.models import wan
 from mogan.models.causal import CausalDenoiser
-from mogan.models.causal_cache import Causal
+from mogan.models.causal_cache import Causal, Policy
 from mogan.models.denoiser import Denoiser
 from mogan.models.experts import LOW, boundary_of, low_noise
 from mogan.models.lora import factors, merge
@@ -68,10 +68,11 @@ class Generator:
         """The network, computing in ``dtype``; of a run, with the averaged weights or adapters of its newest checkpoint, the
         latter merged.
         """
-        if self.causal is not None:
-            return CausalDenoiser(self.start(), dtype, self.causal)
         low = None if self.boundary is None else self.start(low_noise(self.folder))
-        denoiser = Denoiser(self.start(), dtype, low, self.boundary)
+        if self.causal is not None:
+            denoiser: Denoiser = CausalDenoiser(self.start(), dtype, self.causal)
+        else:
+            denoiser = Denoiser(self.start(), dtype, low, self.boundary)
         if self.lora is not None:
             merge(denoiser.learner, factors(self.average()))
         elif self.run is not None:
@@ -114,7 +115,7 @@ def open_generator(name: str) -> Generator:
         return Generator(
             folder, tuple(config["sigmas"]), wan.geometry(folder), run, config.get("lora"), config.get("solver", LCM),
             tuple(kind.get("counts", ())), bool(kind.get("told")),
-            boundary_of(folder) if own_boundary is None else own_boundary,
+            boundary_of(folder) if own_boundary is None else own_boundary, causal_of_config(kind.get("causal")),
         )  # fmt: skip
     folder = wan.resolve_model(name)
     own = wan.defaults(folder)
@@ -127,6 +128,11 @@ def open_generator(name: str) -> Generator:
         boundary=boundary_of(folder),
         causal=own.causal,
     )
+
+
+def causal_of_config(kept: dict[str, Any] | None) -> Causal | None:
+    """What a run's config keeps of a causal roll-out."""
+    return None if kept is None else Causal(**kept | {"policy": Policy(**kept["policy"])})
 
 
 def open_motion(run: Path, base: Path, frames: int) -> tuple[torch.nn.Module, int]:

@@ -5,19 +5,54 @@ values are kept. Gradient flows through every chunk's judged step and through no
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mogan.config import LCM
 from mogan.models.autoencoder import stream_chunks
 from mogan.models.causal import FULL, CausalDenoiser
-from mogan.models.causal_cache import Policy
-from mogan.sampling.rollout import Rollout, normal
+from mogan.models.causal_cache import Causal, Policy
+from mogan.sampling.rollout import FewStep, Rollout, normal
 from mogan.schedule import add_noise
 
 Generators = torch.Generator | list[torch.Generator]
+
+
+@dataclass(frozen=True)
+class Chunked:
+    """Chunk by chunk, each by the student's few steps, all of them stopped after the one step that is drawn (Self-Forcing)."""
+
+    causal: Causal
+    solver: ClassVar[str] = LCM
+
+    def draw(self, sigmas: tuple[float, ...], generator: torch.Generator) -> int:
+        """The step that is judged: uniform over the student's steps."""
+        return FewStep().draw(sigmas, generator)
+
+    def steps(self, sigmas: tuple[float, ...]) -> float:
+        """Steps before it, a mean."""
+        return FewStep().steps(sigmas)
+
+    def make(
+        self,
+        student: CausalDenoiser,
+        noise: Tensor,
+        text: Tensor,
+        sigmas: tuple[float, ...],
+        generator: Generators,
+        step: int,
+        grad: bool,
+    ) -> Rollout:
+        """:func:`roll_out_causal`."""
+        how = self.causal
+        return roll_out_causal(
+            student, noise, text, sigmas, generator, chunks=how.chunks(noise.shape[2]), policy=how.policy,
+            exit_step=step, grad=grad, context_sigma=how.context_sigma,
+        )  # fmt: skip
 
 
 def roll_out_causal(

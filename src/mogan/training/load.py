@@ -96,9 +96,11 @@ def find_models(config: Config, model: str, student: str | None) -> tuple[Path, 
             + (f"adapters of rank {source.lora}: give --lora {source.lora}, or" if source.lora else "full weights:")
             + " export it with `mogan export` and name the export with --student"
         )
-    if source.causal is not None:
+    if source.causal not in (None, config.causal):
         raise UserError(
-            f"{student} is a causal student, and {config.recipe} trains one that sees whole clips: name another --student"
+            f"{student} is a causal student of {source.causal} and {config.recipe} trains "
+            + (f"one of {config.causal}" if config.causal else "one that sees whole clips")
+            + ": go on with the recipe that made it, or name another --student"
         )
     if config.post_trains and source.sigmas and not _agree(source.sigmas, config.sigmas):
         raise UserError(
@@ -208,6 +210,13 @@ def _check_captions(config: Config, cache: Cache, prompts: Cache | None) -> None
 
 def check_processes(config: Config, world: World) -> None:
     """Refuse what cannot be spread over these processes."""
+    if config.causal is not None and world.sequence is not None:
+        raise UserError(
+            "a causal student's tokens are not split over processes, since its past would have to be: leave out "
+            "--context-parallel"
+        )
+    if config.causal is not None and config.compile:
+        raise UserError("a causal student's blocks would be compiled once per length of the past: leave out --compile")
     if config.compile and world.sequence is not None:
         raise UserError(
             "--compile does not go with --context-parallel, whose hooks lie inside the blocks: leave one out"
