@@ -193,6 +193,7 @@ class MadeUp(Tracer):
         return {
             "transformer": (MADE_UP.forward, MADE_UP.train),
             "chunks": (MADE_UP.forward, MADE_UP.forward, MADE_UP.train),
+            "forced": (MADE_UP.forward, MADE_UP.train),
             "parameters": MADE_UP.parameters,
             "observe": {"all": MADE_UP.observe_grad if rest and rest[-1] else MADE_UP.observe},
             "surrogate": ((MADE_UP.predict, MADE_UP.predict_grad, MADE_UP.predict_learns), 1000, 500),

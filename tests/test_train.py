@@ -36,6 +36,8 @@ RECIPES = {
     "surrogate": surrogate,
     "phased": tiny_recipes.phased,
     "vdot": tiny_recipes.vdot,
+    "causal_teacher": tiny_recipes.causal_teacher,
+    "causal_cd": tiny_recipes.causal_cd,
     "self_forcing_windowed": tiny_recipes.self_forcing_windowed,
     **{a: (lambda a=a: ablate(mogan, a)) for a in ABLATIONS},
 }

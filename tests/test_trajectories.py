@@ -47,6 +47,8 @@ RECIPES = {
     "sft_i2v_lab": tiny_recipes.sft_i2v,
     "shift_lab": tiny_recipes.shift,
     "tdm_lab": tiny_recipes.tdm,
+    "causal_teacher_lab": tiny_recipes.causal_teacher,
+    "causal_cd_lab": tiny_recipes.causal_cd,
     "self_forcing_lab": tiny_recipes.self_forcing,
     "vdot_lab": tiny_recipes.vdot,
     **{f"mogan_lab {name}": (lambda name=name: ablate(tiny_recipes.mogan, name)) for name in ABLATIONS},

@@ -146,6 +146,14 @@ def phased_a14b() -> Config:
     return replace(config, plan=plan, save_every=1, sample_prompts=0)
 
 
+def causal_teacher() -> Config:
+    return shrink(recipes.causal_teacher_lab())
+
+
+def causal_cd() -> Config:
+    return shrink(recipes.causal_cd_lab())
+
+
 def self_forcing() -> Config:
     return shrink(recipes.self_forcing_lab())
 

@@ -277,10 +277,11 @@ class Config:
             raise ValueError(
                 f"{update.label}: only the student learns by several objectives at once, by each of them once"
             )
-        lesson = self.lesson(update)
+        self.lesson(update)
         if update.rollout is not None and getattr(update.rollout, "causal", None) != self.causal:
             raise ValueError(f"{update.label}: a causal student makes all its clips chunk by chunk, in the same way")
-        if self.causal is not None and update.learns == "student" and not lesson.rollout:
+        whole = [j for j in update.judges if not (self.terms(j).lessons[update.learns].rollout or self.terms(j).forces)]
+        if self.causal is not None and update.learns == "student" and whole:
             raise ValueError(f"{update.label}: it calls a student on whole clips, which a causal one cannot be")
 
 

@@ -71,6 +71,10 @@ class Tracer:
         """
         return self.once(("chunks", causal), lambda: causal_calls(self.shapes, causal, self.checkpointing, self.dtype))
 
+    def forced(self, causal: Causal) -> tuple[Call, Call]:
+        """A causal student on a clip whose chunks see the clean ones before them; without gradient and with."""
+        return self.once(("forced", causal), lambda: forced_calls(self.shapes, causal, self.checkpointing, self.dtype))
+
     @property
     def parameters(self) -> dict[str, int]:
         """Numbers of parameters: ``transformer``, ``block`` (one of its blocks), ``rest`` (what is outside them), ``adapters``
@@ -226,6 +230,24 @@ def _roll_out(student: CausalDenoiser, parts: Iterable[Tensor], sigma: Tensor, t
         if number < len(chunks) - 1:
             cache = student.remember(x0.detach(), text, cache)
     return torch.cat(made, 2)
+
+
+def forced_calls(shapes: Shapes, causal: Causal, checkpointing: bool, dtype: torch.dtype) -> tuple[Call, Call]:
+    """Of :meth:`Tracer.forced`, at full depth."""
+    frames, found = shapes.latent[1], []
+    with fake():
+        x, sigma = torch.empty(1, *shapes.latent), torch.full((1, frames), 0.5)
+        text = torch.empty(1, TEXT_TOKENS, shapes.transformer["text_dim"])
+        for layers in (1, 2):
+            network = build_transformer(shapes, layers).train()
+            if checkpointing:
+                network.enable_gradient_checkpointing()
+            student = CausalDenoiser(network, dtype, causal)
+            call = partial(student.teacher_forced, x, x, sigma, text, causal.chunks(frames), causal.policy)
+            found.append([trace(network.parameters(), call, backward=backward) for backward in (False, True)])
+    more = shapes.transformer["num_layers"] - 1
+    forward, train = (one.along(two, more) for one, two in zip(*found, strict=True))
+    return forward, train
 
 
 def judge_call(
