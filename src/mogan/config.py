@@ -149,6 +149,8 @@ class Config:
         keep: checkpoints kept.
         checkpointing: recompute activations in the backward pass, of the transformers and of the whole motion observation.
         compile: compile the transformers' blocks (torch.compile); changes a run by rounding alone.
+        offload: what is kept for the backward pass waits in the host's memory, and decoder, encoder, flow and discriminator take
+            the smallest steps (:mod:`mogan.models.host`); goes with ``checkpointing``. Slower, and changes a run by rounding alone.
     """
 
     recipe: str
@@ -167,6 +169,7 @@ class Config:
     precision: str = "auto"
     checkpointing: bool = False
     compile: bool = False
+    offload: bool | None = None
     seed: int = 0
     save_every: int = 50
     sample_every: int = 50

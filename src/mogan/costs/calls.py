@@ -24,6 +24,7 @@ from mogan.models.causal_cache import Causal
 from mogan.models.conditions import conditioned, reads_controls
 from mogan.models.denoiser import Denoiser, recomputed
 from mogan.models.discriminator import Discriminator
+from mogan.models.host import in_pieces, kept_on_host
 from mogan.models.step_condition import arguments_of
 from mogan.motion.flow import RaftConfig, RaftFlow, motion_picture, read_raft_config
 
@@ -37,19 +38,26 @@ class Tracer:
         shapes: of the model.
         checkpointing: activations are recomputed in the backward pass.
         dtype: networks compute in it.
+        offload: as :attr:`mogan.config.Config.offload`.
     """
 
     def __init__(
-        self, shapes: Shapes, checkpointing: bool, dtype: torch.dtype, say: Callable[[str], None] = lambda text: None
+        self,
+        shapes: Shapes,
+        checkpointing: bool,
+        dtype: torch.dtype,
+        say: Callable[[str], None] = lambda text: None,
+        offload: bool = False,
     ):
-        self.shapes, self.checkpointing, self.dtype, self.say = shapes, checkpointing, dtype, say
+        self.shapes, self.checkpointing, self.dtype, self.say, self.offload = shapes, checkpointing, dtype, say, offload
         self._known: dict[tuple, Any] = {}
 
     def once(self, key: tuple, call: Callable[[], Any]) -> Any:
         """What ``call`` returns, made the first time that ``key`` is asked for; its first word is what is being traced."""
         if key not in self._known:
             self.say(str(key[0]))
-            self._known[key] = call()
+            with kept_on_host(self.offload):
+                self._known[key] = call()
         return self._known[key]
 
     @property
@@ -85,7 +93,8 @@ class Tracer:
 
     def codec(self, dtype: torch.dtype | None = None) -> "Codec":
         """The autoencoder."""
-        return self.once(("autoencoder", dtype or self.dtype), lambda: Codec(self.shapes, dtype or self.dtype))
+        dtype = dtype or self.dtype
+        return self.once(("autoencoder", dtype), lambda: Codec(self.shapes, dtype, self.offload))
 
     def encoder_parameters(self) -> int:
         """Of the autoencoder's encoder."""
@@ -103,7 +112,7 @@ class Tracer:
 
     def flow(self, name: str, iterations: int) -> tuple[RaftFlow | None, int]:
         """The recipe's RAFT with random weights, and its parameters; None for a classical estimator, whose cost is the CPU's."""
-        return self.once(("optical flow", name, iterations), lambda: _flow(name, iterations))
+        return self.once(("optical flow", name, iterations), lambda: _flow(name, iterations, self.offload))
 
     def flow_fields(self, name: str, iterations: int, frames: int) -> Call:
         """Flow between so many frames, without gradient."""
@@ -284,9 +293,9 @@ def _known(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class Codec:
-    """The autoencoder of some shapes, on the meta device; every call is traced once."""
+    """The autoencoder of some shapes, on the meta device; every call is traced once. ``pieces``: in the smallest."""
 
-    def __init__(self, shapes: Shapes, dtype: torch.dtype):
+    def __init__(self, shapes: Shapes, dtype: torch.dtype, pieces: bool = False):
         self.shapes = shapes
         usual = torch.get_default_dtype()
         torch.set_default_dtype(dtype)
@@ -295,6 +304,7 @@ class Codec:
                 self.vae: Any = AutoencoderKLWan(**_known(shapes.vae)).eval().requires_grad_(False)
         finally:
             torch.set_default_dtype(usual)
+        self.vae = in_pieces(self.vae) if pieces else self.vae
         self._traced: dict[tuple, Call] = {}
 
     def decode(self, length: int, start: int = 0, grad: bool = False, checkpointing: bool = False) -> Call:
@@ -310,14 +320,14 @@ class Codec:
             return self._decode(start, length, True, checkpointing)
         window = self._decode(2, 2, True, checkpointing).along(self._decode(2, 3, True, checkpointing), length - 2)
         prefix = self._decode(0, 3).work - self._decode(0, 2).work
-        return Call(window.work + prefix * (start - 2), window.held, window.peak)
+        return replace(window, work=window.work + prefix * (start - 2))
 
     def encode(self, frames: int, grad: bool = False, checkpointing: bool = False) -> Call:
-        """Encode of ``4 k + 1`` frames. From the second chunk on all cost the same."""
-        if frames <= 13:
+        """Encode of ``4 k + 1`` frames. From the third chunk on all cost the same: the second one's memories are shorter."""
+        if frames <= 17:
             return self._encode(frames, grad, checkpointing)
-        three, four = (self._encode(n, grad, checkpointing) for n in (9, 13))
-        return three.along(four, (frames - 9) / 4)
+        four, five = (self._encode(n, grad, checkpointing) for n in (13, 17))
+        return four.along(five, (frames - 13) / 4)
 
     def stream(self) -> Call:
         """Decode of a clip whose frames are given away as they come: from the fourth latent frame on none needs more memory."""
@@ -354,7 +364,7 @@ class Codec:
         return self._traced[key]
 
 
-def _flow(name: str, iterations: int) -> tuple[RaftFlow | None, int]:
+def _flow(name: str, iterations: int, one_by_one: bool) -> tuple[RaftFlow | None, int]:
     """The recipe's RAFT with random weights; None for a classical estimator, whose cost is the CPU's."""
     if name == "farneback":
         return None, 0
@@ -363,7 +373,7 @@ def _flow(name: str, iterations: int) -> tuple[RaftFlow | None, int]:
         network = read_raft_config(settings).build()
     else:
         network = RaftConfig().build() if name == "lab" else raft_large()
-    return RaftFlow(network, iterations), sizes(network)[0]
+    return RaftFlow(network, iterations, 1 if one_by_one else 16), sizes(network)[0]
 
 
 def estimate_flow(flow: RaftFlow | None, shapes: Shapes, frames: int, grad: bool, checkpointing: bool) -> Call:
@@ -382,7 +392,7 @@ def estimate_flow(flow: RaftFlow | None, shapes: Shapes, frames: int, grad: bool
     chunk = calls[0].along(calls[1], wanted - 1)
     chunks = (frames - 1) / pairs
     held = chunk.held * chunks
-    return Call(chunk.work * chunks, held, held - chunk.held + chunk.peak)
+    return Call(chunk.work * chunks, held, held - chunk.held + chunk.peak, host=chunk.host * chunks)
 
 
 def observe_calls(tracer: Tracer, flow: RaftFlow | None, window: int, start: int, *, grad: bool) -> dict[str, Call]:
@@ -399,8 +409,8 @@ def observe_calls(tracer: Tracer, flow: RaftFlow | None, window: int, start: int
 
 def one_after_the_other(stages: Iterable[Call]) -> Call:
     """A call made of stages: what each holds stays while the next one runs."""
-    held, peak, work = 0.0, 0.0, Work()
+    held, peak, host, work = 0.0, 0.0, 0.0, Work()
     for stage in stages:
         peak = max(peak, held + stage.peak)
-        held, work = held + stage.held, work + stage.work
-    return Call(work, held, peak)
+        held, host, work = held + stage.held, host + stage.host, work + stage.work
+    return Call(work, held, peak, host=host)

@@ -6,7 +6,7 @@ The code that is traced is the code that trains. Nothing is allocated: a 14 B ne
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from mogan.costs.machines import REACHED_BANDWIDTH, REACHED_COMPUTE, Machine
+from mogan.costs.machines import HOST_LINK, REACHED_BANDWIDTH, REACHED_COMPUTE, Machine
 
 _ATEN = torch.ops.aten
 # attention as a CPU computes it, which torch 2.11 does not count
@@ -53,10 +53,13 @@ class Work:
         return sum(flops * n for (flops, _, _), n in self.operations.items())
 
     def seconds(self, machine: Machine) -> float:
-        """Each operation takes what its slower limit says: arithmetic or memory traffic (a roofline per kernel)."""
-        peak = {"bf16": machine.bf16, "tf32": machine.tf32, "fp32": machine.fp32}
+        """Each operation takes what its slower limit says: arithmetic or memory traffic (a roofline per kernel). What goes to
+        the host and back crosses :data:`HOST_LINK`.
+        """
+        peak = {"bf16": machine.bf16, "tf32": machine.tf32, "fp32": machine.fp32, "host": machine.fp32}
+        memory = REACHED_BANDWIDTH * machine.bandwidth
         return sum(
-            n * max(flops / (REACHED_COMPUTE * peak[kind]), moved / (REACHED_BANDWIDTH * machine.bandwidth))
+            n * max(flops / (REACHED_COMPUTE * peak[kind]), moved / (HOST_LINK if kind == "host" else memory))
             for (flops, moved, kind), n in self.operations.items()
         )
 
@@ -70,20 +73,26 @@ class Call:
         held: bytes alive after the forward pass for the backward pass to use.
         peak: most bytes alive at once.
         copies: bytes of weights that autocast keeps in lower precision while the call is alive (in neither of the above).
+        host: bytes in the host's memory after the forward pass (see :mod:`mogan.models.host`), also in neither.
     """
 
     work: Work
     held: float
     peak: float
     copies: float = 0.0
+    host: float = 0.0
 
     def times(self, count: float) -> "Call":
         """The call on so many inputs at once."""
-        return Call(self.work * count, self.held * count, self.peak * count, self.copies)
+        return Call(self.work * count, self.held * count, self.peak * count, self.copies, self.host * count)
+
+    def apart(self, count: int) -> "Call":
+        """The call on so many inputs one by one, and the backward pass of all."""
+        return replace(self.times(count), peak=(count - 1) * self.held + self.peak)
 
     def freed(self) -> "Call":
         """The call, of whose tensors nothing stays."""
-        return Call(self.work, 0.0, self.peak, self.copies)
+        return Call(self.work, 0.0, self.peak, self.copies, self.host)
 
     def along(self, longer: "Call", steps: float, shorter: "Call | None" = None) -> "Call":
         """What the call costs after ``steps`` more of the step that leads from it (or from ``shorter``) to ``longer``.
@@ -92,7 +101,8 @@ class Call:
         """
         start = shorter or self
         line = {
-            k: getattr(self, k) + steps * (getattr(longer, k) - getattr(start, k)) for k in ("held", "peak", "copies")
+            k: getattr(self, k) + steps * (getattr(longer, k) - getattr(start, k))
+            for k in ("held", "peak", "copies", "host")
         }
         return Call(self.work + (longer.work - start.work) * steps, **line)
 
@@ -106,6 +116,7 @@ class Tape(TorchDispatchMode):
         self.events: list[tuple[int, int]] = []  # (storage number, bytes born or -bytes freed)
         self.numbers: dict[int, int] = {}  # id of a living storage -> its number
         self.copies: set[int] = set()
+        self.on_host: set[int] = set()
         self.born = 0
         self.weights = {id(w.untyped_storage()) for w in weights}
         self.known = set(self.weights)
@@ -131,6 +142,8 @@ class Tape(TorchDispatchMode):
         self.events.append((number, size))
         if str(func).startswith("aten._to_copy") and id(inputs[0].untyped_storage()) in self.weights:
             self.copies.add(number)
+        if str(func).startswith("mogan.to_host"):
+            self.on_host.add(number)
         weakref.finalize(storage, self._note_death, key, number, size)
         return True
 
@@ -144,7 +157,9 @@ class Tape(TorchDispatchMode):
         formula = _FORMULAS.get(func._overloadpacket)
         flops = formula(*args, **kwargs, out_val=out) if formula else 0
         kind = "bf16"
-        if flops and inputs[0].dtype == torch.float32:  # PyTorch's defaults: TF32 in convolutions, not in products
+        if str(func).startswith("mogan."):
+            kind, moved = "host", moved // 2  # read here and written there
+        elif flops and inputs[0].dtype == torch.float32:  # PyTorch's defaults: TF32 in convolutions, not in products
             kind = "tf32" if "conv" in str(func) else "fp32"
         self.work[flops, moved, kind] += 1
 
@@ -173,11 +188,12 @@ def trace(weights: Iterable[Tensor], forward: Callable[[], Tensor], *, backward:
     gradients = {tape.numbers.get(id(w.grad.untyped_storage()), -1) for w in weights if w.grad is not None}
     for w in weights:
         w.grad = None
-    apart = gradients | tape.copies
+    apart = gradients | tape.copies | tape.on_host
     held, _ = tape.alive(middle, apart)
     _, peak = tape.alive(None, apart)
-    _, everything = tape.alive(None, gradients)
-    return Call(Work(tape.work), held, peak, everything - peak)
+    _, everything = tape.alive(None, gradients | tape.on_host)
+    host, _ = tape.alive(middle, set(range(tape.born)) - tape.on_host)
+    return Call(Work(tape.work), held, peak, everything - peak, host)
 
 
 def fake() -> Any:

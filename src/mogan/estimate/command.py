@@ -91,11 +91,12 @@ def pricing(
         print(f"tracing the {what} ...", file=sys.stderr, flush=True)
 
     @lru_cache
-    def tracer_of(checkpointing: bool, precision: str) -> Tracer:
-        return Tracer(shapes, checkpointing, torch.float32 if precision == "fp32" else torch.bfloat16, say)
+    def tracer_of(checkpointing: bool, precision: str, offload: bool) -> Tracer:
+        dtype = torch.float32 if precision == "fp32" else torch.bfloat16
+        return Tracer(shapes, checkpointing, dtype, say, offload)
 
     def price(changed: Config, gpus: int, lora: int | None, machine: str = gpu) -> Estimate:
-        tracer = tracer_of(changed.checkpointing, changed.precision)
+        tracer = tracer_of(changed.checkpointing, changed.precision, bool(changed.offload))
         return predict(changed, tracer, MACHINES[machine], gpus, clips=clips, lora=lora)
 
     return price

@@ -34,7 +34,7 @@ class Step:
     Attributes:
         label: who learns, from whom; ``times``: per iteration that has it, which ``share`` of the iterations do.
         clips: of its batch, on this GPU; ``part``: computed at once.
-        activations: most bytes that come and go; ``peak``: with everything that stays.
+        activations: most bytes that come and go; ``peak``: with everything that stays; ``host``: bytes that wait in the host's memory.
         flops: computed by one GPU, recomputation included; ``model_flops``: without it.
         seconds: predicted; ``waiting``: seconds of communication, which overlap with computing.
     """
@@ -50,6 +50,7 @@ class Step:
     model_flops: float
     seconds: float
     waiting: float
+    host: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -188,6 +189,7 @@ def _step(
         (call.work.flops - bill.repeated) * clips_here,
         max(call.work.seconds(machine) * clips_here, waiting),
         waiting,
+        call.host * part,
     )
 
 
@@ -258,10 +260,11 @@ def _networks(
 
 
 def _gathered(tracer: Tracer, gpus: int, lora: int | None) -> float:
-    """Weights in the precision of the matrix products, beside the fp32 ones."""
-    if gpus == 1 or lora is not None:
-        return max(tracer.train.copies, tracer.forward.copies)
+    """Weights in the precision of the matrix products, beside the fp32 ones; those that adapters leave frozen are held in it."""
     block, rest = tracer.parameters["block"], tracer.parameters["rest"]
+    if gpus == 1 or lora is not None:
+        copies = max(tracer.train.copies, tracer.forward.copies)
+        return min(copies, BF16 * (rest + lora * tracer.parameters["adapters"])) if lora else copies
     return 2 * BF16 * block + FP32 * block + FP32 * rest  # two gathered blocks, one block's gradients, what is outside
 
 

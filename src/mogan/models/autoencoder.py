@@ -5,7 +5,9 @@ latents ``B C F H W``.
 """
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from functools import partial
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKLWan
@@ -13,6 +15,8 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d, pa
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+from mogan.models.host import once_more
 
 
 def _statistics(vae: AutoencoderKLWan, like: Tensor) -> tuple[Tensor, Tensor]:
@@ -22,27 +26,29 @@ def _statistics(vae: AutoencoderKLWan, like: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _recurrent(step: Callable, chunks: list[tuple[Tensor, bool]], cache: list, checkpointed: bool) -> Iterator[Tensor]:
-    """Run ``step(chunk, cache, first) -> (out, cache)`` along time; each step may be recomputed in the backward pass.
+    """Run ``step(chunk, first, *cache) -> (out, *cache)`` along time; each step may be recomputed in the backward pass.
 
     diffusers hides the convolutions' memory in the module and refuses checkpointing; passing it explicitly makes every
     step a pure function, which gives the same frames and gradients bit for bit. ``cache`` is left as the last step made it.
     """
     for chunk, first in chunks:
         if checkpointed and torch.is_grad_enabled():
-            out, cache[:] = checkpoint(step, chunk, cache[:], first, use_reentrant=False)
+            out, *cache[:] = checkpoint(
+                step, chunk, first, *cache, use_reentrant=False, context_fn=lambda: (nullcontext(), once_more())
+            )
         else:
-            out, cache[:] = step(chunk, cache, first)
+            out, *cache[:] = step(chunk, first, *cache)
         yield out
 
 
-def _decoder_step(vae: AutoencoderKLWan, chunk: Tensor, cache: list, first: bool) -> tuple[Tensor, list]:
-    cache = list(cache)
-    return vae.decoder(chunk, feat_cache=cache, feat_idx=[0], first_chunk=first), cache
+def _decoder_step(vae: AutoencoderKLWan, chunk: Tensor, first: bool, *before: Any) -> tuple[Tensor, ...]:
+    cache = list(before)
+    return vae.decoder(chunk, feat_cache=cache, feat_idx=[0], first_chunk=first), *cache
 
 
-def _encoder_step(vae: AutoencoderKLWan, chunk: Tensor, cache: list, first: bool) -> tuple[Tensor, list]:
-    cache = list(cache)
-    return vae.encoder(chunk, feat_cache=cache, feat_idx=[0]), cache
+def _encoder_step(vae: AutoencoderKLWan, chunk: Tensor, first: bool, *before: Any) -> tuple[Tensor, ...]:
+    cache = list(before)
+    return vae.encoder(chunk, feat_cache=cache, feat_idx=[0]), *cache
 
 
 def _empty_cache(module: nn.Module) -> list:
@@ -108,7 +114,7 @@ def stream_chunks(
         mean, deviation = _statistics(vae, latents)
         x = vae.post_quant_conv((latents.float() * deviation + mean).to(vae.dtype))
         for i in range(x.shape[2]):
-            frames, cache = _decoder_step(vae, x[:, :, i : i + 1], cache, first)
+            frames, *cache = _decoder_step(vae, x[:, :, i : i + 1], first, *cache)
             video = frames if vae.config.patch_size is None else unpatchify(frames, patch_size=vae.config.patch_size)
             yield video.float().clamp(-1.0, 1.0)
             first = False

@@ -128,6 +128,7 @@ class Base:
         flow = estimators.load_flow(name, iterations, self.device)
         if isinstance(flow, RaftFlow):
             flow.checkpointing = self.config.checkpointing
+            flow.pairs_per_chunk = 1 if self.config.offload else flow.pairs_per_chunk
         return flow
 
 

@@ -131,7 +131,7 @@ class GANConfig:
         """The discriminator, and what it is shown."""
         discriminator = self._discriminator(base)
         exact = observation_of(self, base) if self.in_motion else None
-        gan = GAN(discriminator, exact, self)
+        gan = GAN(discriminator, exact, self, apart=bool(base.config.offload))
         losses = {"student": gan.student_loss, "discriminator": gan.judge_loss}
         found = Objective(gan, losses, {"discriminator": discriminator})
         if exact is not None:
@@ -164,13 +164,14 @@ class GANConfig:
         learns, parameters = self.judge(tracer, torch.float32 if self.r1 or self.r2 else tracer.dtype, learns=True)
         passes, _ = self.judge(tracer, tracer.dtype, learns=False)
         shown = 2 + bool(self.r1) + bool(self.r2)
+        several = learns.apart(shown) if config.offload else learns.times(shown)
         # of a pass: forward twice, and a backward pass of twice the work
         again = learns.work.flops / 4 if config.checkpointing else 0.0
         kept: tuple[Kept, ...] = (Kept("discriminator", parameters),)
         if not self.in_motion:
             bills = {
                 "student": Bill((passes,), 2, again),
-                "discriminator": Bill((learns.times(shown).freed(),), 2, shown * again),
+                "discriminator": Bill((several.freed(),), 2, shown * again),
             }
             return Price(bills, kept)
         view = price_observation(self, config, tracer)
@@ -178,7 +179,7 @@ class GANConfig:
         more = view.observe.work.flops * inside if config.checkpointing else 0.0
         bills = {
             "student": Bill((view.with_gradient, passes), 2, again + more),
-            "discriminator": Bill((view.observe.freed(), learns.times(shown).freed()), 2, shown * again),
+            "discriminator": Bill((view.observe.freed(), several.freed()), 2, shown * again),
         }
         kept += view.kept
         return Price(bills, kept, observe=view.observe, stages=view.stages, check=view.check, pictured=True)
@@ -201,12 +202,17 @@ class GAN:
         observe: what it is shown of a latent (see :class:`mogan.motion.observation.MotionObservation`); ``None`` shows the
             latent itself (the paper's "video-space" ablation).
         settings: weights, penalties and levels.
+        apart: the discriminator learns from real, generated and noised observations in a pass each, not in one: less memory.
     """
 
     def __init__(
-        self, discriminator: Discriminator, observe: Callable[[Tensor, int], Observed] | None, settings: GANConfig
+        self,
+        discriminator: Discriminator,
+        observe: Callable[[Tensor, int], Observed] | None,
+        settings: GANConfig,
+        apart: bool = False,
     ):
-        self.discriminator, self.observe, self.settings = discriminator, observe, settings
+        self.discriminator, self.observe, self.settings, self.apart = discriminator, observe, settings, apart
 
     def _observe(self, rollout: Rollout, start: int) -> tuple[Tensor, dict[str, Tensor]]:
         if self.observe is None:
@@ -260,9 +266,14 @@ class GAN:
             levels.append(sigma)
         # in one pass: sharded weights are gathered once, and small batches fill the device; of penalised inputs in fp32,
         # since the penalties divide a small difference of logits by a small number
-        sigma_B = torch.cat([level for level in levels if level is not None]) if self.settings.drawn_levels else None
         dtype = torch.float32 if penalised else None
-        clean_and_noisy = self.discriminator(torch.cat(seen), sigma_B, dtype).chunk(len(seen))
+        if self.apart:
+            clean_and_noisy = [self.discriminator(x, level, dtype) for x, level in zip(seen, levels, strict=True)]
+        else:
+            sigma_B = (
+                torch.cat([level for level in levels if level is not None]) if self.settings.drawn_levels else None
+            )
+            clean_and_noisy = self.discriminator(torch.cat(seen), sigma_B, dtype).chunk(len(seen))
         real_logits, fake_logits, *noisy = clean_and_noisy
         loss = self.settings.judge_weight * discriminator_loss(real_logits, fake_logits)
         logs = {

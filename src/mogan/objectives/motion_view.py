@@ -12,6 +12,7 @@ from mogan.costs.trace import Call
 from mogan.data.observations import Observations
 from mogan.errors import UserError
 from mogan.models import wan
+from mogan.models.host import in_pieces
 from mogan.motion import estimators
 from mogan.motion.observation import MotionObservation
 from mogan.objectives import Kept
@@ -28,6 +29,7 @@ def observation_of(gan: "GANConfig", base: Base) -> MotionObservation:
         encoder = wan.load_vae(base.folder, torch.float32)
         encoder.decoder = None
         encoder.to(base.device)
+        encoder = in_pieces(encoder) if base.config.offload else encoder
     flow = base.flow(gan.flow, gan.flow_iterations)
     assert gan.max_flow is not None
     checkpointing = base.config.checkpointing

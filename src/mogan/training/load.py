@@ -16,6 +16,7 @@ from mogan.data.cache import Cache, ensure_text
 from mogan.distributed import World
 from mogan.errors import UserError
 from mogan.models import wan
+from mogan.models.host import in_pieces
 from mogan.models.lora import hold_in, twin
 from mogan.objectives.base import Base, spread
 from mogan.runs.generator import open_generator
@@ -61,6 +62,7 @@ def load(
     _check_captions(config, cache, prompts)
     dtype = dtype_of(config, world.device)
     vae = wan.load_vae(folder, dtype).to(world.device)
+    vae = in_pieces(vae) if config.offload else vae
     encode, (frozen, held) = _text_encoder(cache, folder, world), _frozen_weights(config, dtype, world)
     return Base(
         config, cache, world, folder, start, adapters_of, size, shape, dtype, vae, encode, frozen, held, prompts

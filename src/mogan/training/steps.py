@@ -17,6 +17,7 @@ from mogan.data.batches import Batch, draw_batch
 from mogan.distributed import average_gradients, whole
 from mogan.errors import UserError
 from mogan.models.denoiser import Denoiser
+from mogan.models.host import kept_on_host
 from mogan.objectives import Loss, Objective, Randomness
 from mogan.runs.checkpoint import latest_checkpoint
 from mogan.sampling.rollout import Rollout, normal
@@ -187,8 +188,9 @@ def learn(parts: Assembly, where: Position, batch: Batch, again: Sequence[Rollou
     numbers: dict[str, Tensor] = {}
     made: list[Rollout] = []
     for number, piece in enumerate(pieces):
-        rollout = again[number] if update.again else rolled_out(parts, update, piece, where)
-        loss, logs = judged(objectives, update.learns, rollout, piece, where.generators(LOSS, piece))
+        with kept_on_host(bool(parts.config.offload)):
+            rollout = again[number] if update.again else rolled_out(parts, update, piece, where)
+            loss, logs = judged(objectives, update.learns, rollout, piece, where.generators(LOSS, piece))
         (loss / len(pieces)).backward()
         if rollout is not None and update.learns == "student":
             made.append(replace(rollout, sample_BCFHW=rollout.sample_BCFHW.detach()))
