@@ -1,4 +1,5 @@
 import json
+import os
 import re
 import signal
 import subprocess
@@ -8,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from mogan.cli import COMMANDS, main
+from mogan.cli import COMMANDS, main, run
 from mogan.errors import UserError
 from mogan.recipes import ABLATIONS, dmd2_wan_1_3b, find_recipe, mogan_wan_1_3b
 from mogan.runs.watch import Watch
@@ -27,6 +28,46 @@ def test_a_reader_that_leaves_early_gets_no_traceback(words):
     process.stdout.close()
     assert process.stderr.read() == b""
     assert process.wait() == 141
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has"), "CUDA out of memory"),
+        (MemoryError(), "not enough memory: take fewer"),
+        (None, "can't allocate memory: you tried to allocate 4000000000000000 bytes"),
+    ],
+)
+def test_too_little_memory_is_a_sentence(error, said, monkeypatch, capsys):
+    def greedy() -> None:
+        if error is None:
+            torch.empty(10**15)
+        raise error
+
+    monkeypatch.setitem(COMMANDS, "demo", (f"{__name__}:greedy", "asks for too much"))
+    monkeypatch.setattr(f"{__name__}.greedy", greedy, raising=False)
+    assert main(["demo"]) == 2
+    shown = capsys.readouterr().err
+    assert said in shown
+    assert "`mogan estimate` says what a recipe takes" in shown
+
+
+def test_a_closed_or_full_output_is_no_traceback_and_no_file_gets_its_number():
+    def of(words, **how):
+        done = subprocess.run([sys.executable, "-m", "mogan", *words], stderr=subprocess.PIPE, text=True, **how)
+        return done.returncode, done.stderr
+
+    assert of(["--help"], preexec_fn=lambda: os.close(1)) == (0, "")
+    with open("/dev/full", "w") as full:
+        assert of(["--help"], stdout=full) == (2, "mogan: its output could not be written (No space left on device)\n")
+
+
+def test_help_is_set_in_the_narrowest_terminal(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "1")
+    monkeypatch.setattr(sys, "argv", ["mogan", "vbench", "--help"])
+    with pytest.raises(SystemExit, match="0"):
+        run()
+    assert len(capsys.readouterr().out.splitlines()[-1]) == 40
 
 
 def test_unknown_command_is_one_clear_error(capsys):

@@ -1,6 +1,7 @@
 """The stopping rule on held-out motion: what is measured, when a run stops, which checkpoint its student is taken from."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -116,7 +117,7 @@ def test_a_run_stops_when_motion_no_longer_rises_and_its_student_is_the_best_one
     measured = iter([0.3, 0.5, 0.4, 0.45, 9.0])
     monkeypatch.setattr(Gain, "measure", lambda self, parts: next(measured))
     parts = parts_of(run, iterations=6, save_every=1, keep=1)
-    write_held_out_motions(run, {4: 7.0})  # of a run that was killed before it saved
+    write_held_out_motions(run, {4: 7.0}, {})  # of a run that was killed before it saved
     run_training(parts, run, Gain(run, held_out, parts, 2))
     assert held_out_motions(run) == {1: 0.3, 2: 0.5, 3: 0.4, 4: 0.45}
     assert [path.name for path in checkpoints(run)] == ["000002", "000004"]
@@ -130,6 +131,21 @@ def test_a_run_stops_when_motion_no_longer_rises_and_its_student_is_the_best_one
     best = open_generator(str(run)).average()
     stored = parts.average.weights
     assert any(not torch.equal(best[name], stored[name]) for name in best)
+
+
+def test_motion_on_other_prompts_is_not_compared(parts_of, held_out, cache, tmp_path):
+    run = tmp_path / "run"
+    parts = parts_of(run)
+    Gain(run, held_out, parts, 3).forget_after(0)
+    moved = tmp_path / "moved"
+    shutil.copytree(held_out, moved)
+    assert Gain(run, moved, parts, 3).prompts  # a cache that has moved holds the same prompts
+    lines = (moved / "index.jsonl").read_text().splitlines(keepends=True)
+    (moved / "index.jsonl").write_text("".join(lines[:-1]))
+    with pytest.raises(UserError, match=r"other held-out prompts .*held-out.* then, of .*moved now"):
+        Gain(run, moved, parts, 3)
+    (run / "held_out.json").write_text('{"2": 0.5}')  # of an older run
+    assert Gain(run, moved, parts, 3).said().startswith("motion on 1 held-out prompts was highest after iteration 2")
 
 
 def test_without_held_out_prompts_the_newest_checkpoint_is_the_student(parts_of, tmp_path):

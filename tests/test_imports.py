@@ -366,7 +366,16 @@ def test_a_lora_that_cannot_be_merged_is_refused_for_what_it_is(kind, family, tm
 
 
 @pytest.mark.parametrize(
-    "about", ["{not json", "[1]", '{"transformer.lora_alpha": "8"}', '{"transformer.lora_alpha": NaN}']
+    "about",
+    [
+        "{not json",
+        "[1]",
+        '{"transformer.lora_alpha": "8"}',
+        '{"transformer.lora_alpha": NaN}',
+        '{"transformer.lora_alpha": 1' + "0" * 400 + "}",
+        "[" * 100_000,
+    ],
+    ids=range(6),
 )
 def test_a_scale_that_cannot_be_read_is_not_guessed(about, family, tmp_path):
     file = tmp_path / "x.safetensors"
@@ -470,6 +479,7 @@ BROKEN = {  # a file that must be refused (from a whole student in the original 
     "scaled fp8": (fp8, r"scaled weights \(blocks.0.self_attn.q.scale_weight\): get the fp32"),
     "whole numbers": (lambda s, p: tensors(s | {Q0: s[Q0].to(torch.int8)}, p / "x.safetensors"), "int8 where numbers"),
     "sparse": (lambda s, p: pickled(s | {Q0: s[Q0].to_sparse()}, p / "x.pt"), "sparse_coo where numbers"),
+    "shapes alone": (lambda s, p: pickled({k: v.to("meta") for k, v in s.items()}, p / "x.pt"), "shapes without numbers"),
     "code": (lambda s, p: pickled({"generator": Surprise()}, p / "x.pt"), "more than tensors"),
     "code called safetensors": (lambda s, p: pickled(Surprise(), p / "x.safetensors"), "more than tensors"),
     "plain pickle": (lambda s, p: written(pickle.dumps({"x": Surprise()}), p / "x.pth"), "more than tensors"),

@@ -54,6 +54,19 @@ def test_shards_work_side_by_side_but_none_twice_and_none_beside_the_whole(tmp_p
     assert list(tmp_path.iterdir()) == []
 
 
+def test_shards_of_another_number_share_clips_with_these_and_wait(tmp_path):
+    with alone_in(tmp_path, "0/2"), alone_at(tmp_path / "a[1].json", "0/2"):
+        for other in (alone_in(tmp_path, "1/3"), alone_at(tmp_path / "a[1].json", "1/3")):
+            with pytest.raises(UserError, match=r"another number \(0/2 beside 1/3\)"):
+                other.__enter__()
+        with alone_in(tmp_path, "1/2"), alone_at(tmp_path / "b.json", "1/3"):
+            pass
+    (tmp_path / ".lock-0-of-2").touch()  # of a process that was killed
+    with alone_in(tmp_path, "1/3"):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == [".lock-0-of-2"]
+
+
 def test_files_are_locked_one_by_one(tmp_path):
     with alone_at(tmp_path / "a.json"), alone_at(tmp_path / "b.json"):
         again = alone_at(tmp_path / "a.json")

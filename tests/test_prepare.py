@@ -21,9 +21,10 @@ from PIL import Image
 from mogan.cli import main
 from mogan.data.batches import draw_batch
 from mogan.data.cache import open_cache
+from mogan.data.choice import entries as entries_of
 from mogan.data.choice import vbench_threshold
 from mogan.data.clips import clips_of, motion_of, shots
-from mogan.data.listing import scan
+from mogan.data.listing import Source, scan
 from mogan.data.prepare_clips import prepare_clips
 from mogan.data.prepare_prompts import prepare_prompts
 from mogan.data.video import Frame, write_video
@@ -319,6 +320,15 @@ def test_a_file_that_was_broken_is_tried_again_and_the_rest_is_not(tmp_path, mon
     monkeypatch.setattr("mogan.data.encode.read_frames", None)
     third = run(folder, tmp_path / "c", encode_video=None, encode_text=None, estimate_flow=None)
     assert (third.kept, third.encoded) == (2, 0)
+
+
+def test_clips_of_another_reader_are_encoded_anew():
+    """Their file is the same, and their pictures need not be."""
+    source = Source(Path("a.mp4"), "a.mp4", "a cat")
+    clip = {"start": 0, "start_s": 0.0, "motion": 1.0, "repeats": 0}
+    ids = [entries_of([source], [{"sha": "1", "reader": reader, "clips": [clip]}])[0]["id"] for reader in (1, 2, 3, 4)]
+    assert ids[0] == ids[1]  # these wrote what is out there, where ids say nothing of a reader
+    assert len(set(ids)) == 3
 
 
 def test_a_changed_video_is_measured_and_encoded_again(tmp_path):

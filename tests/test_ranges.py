@@ -79,6 +79,8 @@ def test_every_numeric_option_of_every_command_has_a_range(name, option, value, 
         ("sample", "--seeds", "10000000000"),
         ("sample", "--steps", "1001"),
         ("estimate", "--gpus", "1000000000"),
+        ("estimate", "--clips", "1000000000000"),
+        ("train", "--lora", "100000000"),
     ],
 )
 def test_nothing_at_all_and_too_much_are_refused_too(name, option, value, tmp_path, monkeypatch, capsys):

@@ -213,7 +213,10 @@ def test_a_results_file_that_was_damaged_is_refused_with_the_place(results, wher
 
 
 def test_bytes_that_are_no_text_in_a_runs_log_do_not_stop_a_report(tmp_path):
-    (tmp_path / "metrics.jsonl").write_bytes(b'\xff\xfe torn\n{"iteration": 0, "update": "a", "loss": 1}\n')
+    damaged = b'{"iteration": Infinity, "update": "a"}\n{"iteration": 1, "update": "a", "loss": 1' + b"0" * 400 + b"}\n"
+    (tmp_path / "metrics.jsonl").write_bytes(
+        b"\xff\xfe torn\n" + damaged + b"[" * 100_000 + b'\n{"iteration": 0, "update": "a", "loss": 1}\n'
+    )
     (tmp_path / "warnings.log").write_bytes(b"caf\xe9\n")
     (curves,) = read_sources((tmp_path,))[1]
     assert curves.series == {("a", "loss"): [(0, 1.0)]}

@@ -328,5 +328,7 @@ def test_shards_divide_the_clips():
     assert sorted((j for i in range(3) for j in share_of(jobs, f"{i}/3")), key=lambda j: j.seed) == jobs
     with pytest.raises(UserError, match="i/n"):
         share_of(jobs, "3/3")
+    with pytest.raises(UserError, match="--shard takes i/n"):
+        share_of(jobs, "0/" + "9" * 5000)  # more digits than Python reads as one number
     assert safe_name("a/b") == "a_b"
     assert len(safe_name("ä" * 500).encode()) <= 240

@@ -4,6 +4,7 @@ import atexit
 import importlib
 import io
 import os
+import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -14,9 +15,10 @@ from threading import current_thread, main_thread
 from typing import NoReturn, get_args
 
 from mogan.disk.files import refusal
-from mogan.errors import UserError, closest
+from mogan.errors import UserError, closest, too_little_memory
 
 INTERRUPTED = 130  # as a shell counts a process that Ctrl-C ended
+NARROWEST = 40  # columns in which help can be set; in one tyro never ends
 
 COMMANDS = {
     "demo": ("mogan.lab.demo:demo", "post-train the lab's student, evaluate it, write a report"),
@@ -83,7 +85,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"mogan {name}: {error}", file=sys.stderr)
         return 2
     except Exception as error:
-        if (sentence := refusal(error)) is None:
+        if (sentence := refusal(error) or too_little_memory(error)) is None:
             raise
         print(f"mogan {name}: {sentence}", file=sys.stderr)
         return 2
@@ -143,7 +145,9 @@ def _check_options(command: Callable[..., None], words: list[str]) -> None:
     for name, parameter in signature(command).parameters.items():
         renamed = [m.name for m in getattr(parameter.annotation, "__metadata__", ()) if getattr(m, "name", None)]
         option = (renamed or [name.replace("_", "-")])[0]
-        known |= {f"--{option}", f"--no-{option}"}
+        known |= {f"--{option}"} | (
+            {f"--no-{option}"} if bool in (parameter.annotation, *get_args(parameter.annotation)) else set()
+        )
     for before, word in zip(["", *words], words, strict=False):
         if not word and not _takes_text(before, command):
             raise UserError(
@@ -165,6 +169,11 @@ def _takes_text(word: str, command: Callable[..., None]) -> bool:
 def run() -> NoReturn:
     """:func:`main` as a process of its own."""
     code: int | str | None
+    for name in ("stdin", "stdout", "stderr"):  # closed by whoever started us: the next file would get its number
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: SIM115  to the end
+    if shutil.get_terminal_size().columns < NARROWEST:
+        os.environ["COLUMNS"] = str(NARROWEST)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a file's name need not be text that a terminal can show
     try:
@@ -175,9 +184,12 @@ def run() -> NoReturn:
         except KeyboardInterrupt:
             code = INTERRUPTED
         sys.stdout.flush()
-    except BrokenPipeError:  # whoever read the output has gone, as `head` does: nothing more can be written there
+    except OSError as error:  # nothing more can be written there
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 141
+        code = 141  # whoever read the output has gone, as `head` does
+        if not isinstance(error, BrokenPipeError):
+            print(f"mogan: its output could not be written ({error.strerror})", file=sys.stderr)
+            code = 2
     if os.environ.get("WORLD_SIZE", "1") != "1":
         _leave(code)
     sys.exit(code)

@@ -149,7 +149,7 @@ def join(device: str = "auto", replicas: int = 1, context: int = 1) -> Iterator[
         context: processes that share the tokens of one sample; 1 gives each its own samples.
     """
     _read_slurm()
-    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    ranks = _number("WORLD_SIZE", 1)
     if ranks == 1:
         if replicas != 1 or context != 1:
             raise UserError("--hsdp and --context-parallel need several processes: start them with torchrun")
@@ -158,7 +158,7 @@ def join(device: str = "auto", replicas: int = 1, context: int = 1) -> Iterator[
     for option, count in (("--hsdp", replicas), ("--context-parallel", context)):
         if count < 1 or ranks % count:
             raise UserError(f"{option} {count} does not divide the {ranks} processes")
-    where = choose_device(device, int(os.environ.get("LOCAL_RANK", "0")))
+    where = choose_device(device, _number("LOCAL_RANK", 0))
     if where.type == "cuda":
         torch.cuda.set_device(where)
     try:
@@ -196,9 +196,18 @@ def _meshes(kind: str, ranks: int, replicas: int, context: int) -> tuple[DeviceM
     return mesh, every["ring", "ulysses"]
 
 
+def _number(name: str, usual: int) -> int:
+    """What a launcher says in a variable of the environment."""
+    said = os.environ.get(name, str(usual))
+    try:
+        return int(said)
+    except ValueError as error:
+        raise UserError(f"{name} is {said!r} in the environment, where launchers put a number: unset it") from error
+
+
 def _read_slurm() -> None:
     """``srun`` says who a process is in words of its own."""
-    if "RANK" in os.environ or int(os.environ.get("SLURM_NTASKS", "1")) == 1:
+    if "RANK" in os.environ or _number("SLURM_NTASKS", 1) == 1:
         return
     if any(name not in os.environ for name in SLURM.values()):
         return
@@ -208,7 +217,7 @@ def _read_slurm() -> None:
             'export MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)'
         )
     os.environ.update({name: os.environ[slurm] for name, slurm in SLURM.items()})
-    os.environ.setdefault("MASTER_PORT", str(20000 + int(os.environ.get("SLURM_JOB_ID", "0")) % 10000))
+    os.environ.setdefault("MASTER_PORT", str(20000 + _number("SLURM_JOB_ID", 0) % 10000))
 
 
 def _first_error(error: Exception, store: dist.Store, rank: int, ranks: int) -> BaseException:

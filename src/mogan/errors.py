@@ -1,11 +1,25 @@
-"""The one exception that means: the user can fix this. And what was perhaps meant."""
+"""The one exception that means: the user can fix this. What was perhaps meant, and what a machine is too small for."""
 
+import re
 from collections.abc import Iterable
 from difflib import get_close_matches
 
 
 class UserError(Exception):
     """A mistake in what the user gave. The message is one sentence that says the fix; the CLI prints it and exits with 2."""
+
+
+def too_little_memory(error: Exception) -> str | None:
+    """A sentence if the machine or its GPU had no memory left for what was asked of it; None for any other error."""
+    text = str(error)
+    named = type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError)  # torch's and Python's own
+    if not named and not any(word in text for word in ("can't allocate memory", "out of memory", "ALLOC_FAILED")):
+        return None
+    first = re.split(r"[.\n](?!\d)", text.partition("alloc_cpu")[2].partition(": ")[2] or text)[0][:120]
+    return (
+        f"there is not enough memory{f' ({first})' if first else ''}: take fewer or smaller clips at a time, or a machine with "
+        "more; `mogan estimate` says what a recipe takes"
+    )
 
 
 def closest(word: str, names: Iterable[str]) -> str:

@@ -1,12 +1,14 @@
 """One at a time: locks on files, which end with the process that holds them, however it ends."""
 
 import errno
+import glob
 import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from mogan.disk.shards import numbers_of
 from mogan.errors import UserError
 
 try:
@@ -61,9 +63,30 @@ def _alone(lock: Path, place: Path, shard: str | None) -> Iterator[None]:
         with _hold(lock, place):
             yield
         return
-    own = lock.with_name(f"{lock.name}-{shard.replace('/', '-of-')}")
+    number, count = numbers_of(shard)
+    own = lock.with_name(f"{lock.name}-{number}-of-{count}")
     with _hold(lock, place, share=True), _hold(own, place):
+        for other in lock.parent.glob(
+            f"{glob.escape(lock.name)}-*-of-*"
+        ):  # after our own: one of two that start at once sees it
+            if other.name.rpartition("-of-")[2] != str(count) and _held(other):
+                raise UserError(
+                    f"shards of another number ({other.name.removeprefix(f'{lock.name}-').replace('-of-', '/')} beside {shard}) are "
+                    f"at work in {place}: wait for them, or give the same number of shards"
+                )
         yield
+
+
+def _held(path: Path) -> bool:
+    """Whether a process holds the lock of a file; a killed one leaves the file alone."""
+    if fcntl is None:
+        return False
+    with suppress(FileNotFoundError), path.open("rb") as file:
+        try:
+            fcntl.flock(file.fileno(), fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError as error:
+            return error.errno not in NO_LOCKS
+    return False
 
 
 @contextmanager

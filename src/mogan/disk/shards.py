@@ -1,5 +1,6 @@
 """Many processes at one folder's work: each takes every n-th item."""
 
+import re
 from collections.abc import Sequence
 from typing import TypeVar
 
@@ -16,7 +17,16 @@ def share_of(items: Sequence[Item], shard: str | None) -> list[Item]:
     """
     if shard is None:
         return list(items)
-    number, _, count = shard.partition("/")
-    if not (number.isdecimal() and count.isdecimal() and int(number) < int(count)):
-        raise UserError(f"--shard takes i/n with 0 <= i < n, such as 0/8 to 7/8, not {shard}")
-    return list(items)[int(number) :: int(count)]
+    number, count = numbers_of(shard)
+    return list(items)[number::count]
+
+
+def numbers_of(shard: str) -> tuple[int, int]:
+    """``i`` and ``n`` of the shard ``i/n``.
+
+    Raises:
+        UserError: as :func:`share_of`.
+    """
+    if not (found := re.fullmatch(r"(\d{1,9})/(\d{1,9})", shard, re.ASCII)) or int(found[1]) >= int(found[2]):
+        raise UserError(f"--shard takes i/n with 0 <= i < n, such as 0/8 to 7/8, not {shard[:40]}")
+    return int(found[1]), int(found[2])

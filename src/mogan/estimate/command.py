@@ -58,9 +58,10 @@ def estimate(
     if gpu not in MACHINES:
         hint = closest(gpu, MACHINES) or f": use one of {', '.join(MACHINES)}"
         raise UserError(f"no machine {gpu!r}{hint}")
-    at_least(1, lora=lora, frames=frames, height=height, width=width)
+    at_least(1, frames=frames, height=height, width=width)
+    between(1, 10_000, lora=lora)
     between(1, 4096, gpus=gpus)
-    at_least(0, clips=clips)
+    between(0, 10**7, clips=clips)  # their order is drawn
     config = find_recipe(recipe)
     if gpus > 1 and config.alone:
         raise UserError(f"{config.alone}: leave out --gpus, or estimate another recipe")

@@ -121,7 +121,7 @@ def declared_alpha(file: Path) -> float | None:
         about = {k.removeprefix("transformer."): v for k, v in json.loads(text).items()}
         alpha = about.get("lora_alpha")
         usable = alpha is None or (math.isfinite(alpha) and not isinstance(alpha, bool))
-    except (ValueError, AttributeError, TypeError):
+    except (ValueError, AttributeError, TypeError, OverflowError, RecursionError):
         usable = False
     if not usable:
         raise UserError(f"{file}: {place} does not say the adapters' alpha as peft writes it: get both again")
@@ -133,8 +133,10 @@ def declared_alpha(file: Path) -> float | None:
 
 
 def check_numbers(tensors: Mapping[str, Tensor], file: Path) -> None:
-    """Refuse what cannot be computed with, by name: numbers that are none, integers, sparse tensors."""
+    """Refuse what cannot be computed with, by name: numbers that are none, integers, sparse tensors, shapes without contents."""
     for name, tensor in tensors.items():
+        if tensor.is_meta:
+            raise UserError(f"{file} holds shapes without numbers ({name}): it was saved before its weights were made")
         if tensor.layout != torch.strided or not tensor.is_floating_point():
             kind = str(tensor.dtype if tensor.layout == torch.strided else tensor.layout).removeprefix("torch.")
             raise UserError(f"{file} holds {kind} where numbers should be ({name}): get the fp32, fp16 or bf16 file")

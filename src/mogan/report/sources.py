@@ -94,17 +94,12 @@ def _read_curves(path: Path, name: str) -> Curves:
         try:
             row = json.loads(line)
             iteration, update = int(row["iteration"]), str(row["update"])
-        except (ValueError, KeyError, TypeError):
-            continue  # a line torn by a kill
-        for quantity, value in row.items():
-            if (
-                quantity in ("iteration", "update", "repeat")
-                or isinstance(value, bool)
-                or not isinstance(value, int | float)
-            ):
-                continue
-            if math.isfinite(value):
-                found.setdefault((update, quantity), {}).setdefault(iteration, []).append(float(value))
+            numbers = {name: float(value) for name, value in row.items() if type(value) in (int, float)}
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
+            continue  # a line torn by a kill, or damaged
+        for quantity, value in numbers.items():
+            if quantity not in ("iteration", "update", "repeat") and math.isfinite(value):
+                found.setdefault((update, quantity), {}).setdefault(iteration, []).append(value)
     if not found:
         raise UserError(f"{path} holds no number yet: let the run make an iteration first")
     series = {key: [(i, mean(values)) for i, values in sorted(by.items())] for key, by in found.items()}

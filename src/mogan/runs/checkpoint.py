@@ -108,16 +108,28 @@ def student_checkpoint(run: Path) -> Path:
 
 def held_out_motions(run: Path) -> dict[int, float]:
     """Motion on held-out prompts by iteration, in order, as far as it was measured."""
+    return _held_out(run)[0]
+
+
+def held_out_prompts(run: Path) -> dict[str, str]:
+    """On which prompts that was measured: their ``cache`` and a ``fingerprint``; empty where nobody noted it."""
+    return _held_out(run)[1]
+
+
+def _held_out(run: Path) -> tuple[dict[int, float], dict[str, str]]:
     path = run / "held_out.json"
     try:
-        return {int(k): float(v) for k, v in json.loads(path.read_text()).items()} if path.is_file() else {}
+        found = json.loads(path.read_text()) if path.is_file() else {}
+        motions = found.get("motions", {} if "prompts" in found else found)  # older runs have nothing but motions
+        return {int(k): float(v) for k, v in motions.items()}, {k: str(v) for k, v in found.get("prompts", {}).items()}
     except (ValueError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is damaged ({error}): remove it, motion is measured from then on") from error
 
 
-def write_held_out_motions(run: Path, motions: dict[int, float]) -> None:
-    """What :func:`held_out_motions` reads."""
-    write_atomically(run / "held_out.json", json.dumps(dict(sorted(motions.items())), indent=2) + "\n")
+def write_held_out_motions(run: Path, motions: dict[int, float], prompts: dict[str, str]) -> None:
+    """What :func:`held_out_motions` and :func:`held_out_prompts` read."""
+    facts = {"prompts": prompts, "motions": dict(sorted(motions.items()))}
+    write_atomically(run / "held_out.json", json.dumps(facts, indent=2) + "\n")
 
 
 def load_checkpoint(path: Path, state: dict[str, Tensor], world: World = ONE) -> None:

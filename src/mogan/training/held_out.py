@@ -9,12 +9,13 @@ from pathlib import Path
 import torch
 
 from mogan.data.cache import open_cache
+from mogan.data.prompts import fingerprint
 from mogan.errors import UserError
 from mogan.models.attention import stack_text
 from mogan.models.autoencoder import stream_video
 from mogan.motion.flow import flow_of_pieces
 from mogan.motion.pixel_flux import net_motion
-from mogan.runs.checkpoint import held_out_motions, write_held_out_motions
+from mogan.runs.checkpoint import held_out_motions, held_out_prompts, write_held_out_motions
 from mogan.sampling.samplers import clips_at_once, sample_student
 from mogan.training.assemble import Assembly
 
@@ -31,7 +32,8 @@ class Gain:
         patience: checks without a new highest motion after which training stops.
 
     Raises:
-        UserError: the cache has no prompt of its own, or texts of another encoder; or the run has no flow network.
+        UserError: the cache has no prompt of its own, texts of another encoder, or other prompts than those on which the run was
+            measured before; or the run has no flow network.
     """
 
     def __init__(self, run: Path, cache: Path, parts: Assembly, patience: int):
@@ -49,6 +51,13 @@ class Gain:
         self.prompts = [caption for caption in captions if caption and caption not in trained][:CLIPS]
         if not self.prompts:
             raise UserError(f"{cache} has no prompt that {parts.texts.path} lacks: hold some back from training")
+        self.of = {"cache": str(cache), "fingerprint": fingerprint(self.prompts)}
+        before = held_out_prompts(run)
+        if before.get("fingerprint", self.of["fingerprint"]) != self.of["fingerprint"]:  # motions would not compare
+            raise UserError(
+                f"{run} was measured on other held-out prompts (those of {before.get('cache')} then, of {cache} now): give the "
+                f"same as --held-out, or remove {run / 'held_out.json'} to measure anew"
+            )
 
     def measure(self, parts: Assembly) -> float:
         """Mean of :func:`net_motion` over the held-out prompts, px/frame; all processes call it."""
@@ -72,12 +81,13 @@ class Gain:
         """Measure after so many iterations, and note it."""
         motion = self.measure(parts)
         if parts.world.main:
-            write_held_out_motions(self.run, held_out_motions(self.run) | {iteration: motion})
+            write_held_out_motions(self.run, held_out_motions(self.run) | {iteration: motion}, self.of)
         return motion
 
     def forget_after(self, iteration: int) -> None:
         """What was measured of iterations that will be done again."""
-        write_held_out_motions(self.run, {k: v for k, v in held_out_motions(self.run).items() if k <= iteration})
+        kept = {k: v for k, v in held_out_motions(self.run).items() if k <= iteration}
+        write_held_out_motions(self.run, kept, self.of)
 
     @property
     def over(self) -> bool:

@@ -13,7 +13,7 @@ from mogan.data.cache import open_cache
 from mogan.disk.files import writable_folder, write_atomically
 from mogan.disk.locks import alone_in
 from mogan.distributed import join
-from mogan.ranges import above, at_least, is_seed
+from mogan.ranges import above, at_least, between, is_seed
 from mogan.recipes import find_recipe
 from mogan.runs.checkpoint import check_same_run
 from mogan.runs.identity import check_same_parts, made_of, note_parts, refuse_other_folders
@@ -83,7 +83,8 @@ def train(
         context_parallel: with many processes, how many share the tokens of one sample; it must divide the model's heads.
         dry_run: print the resolved config and stop.
     """
-    at_least(1, iterations=iterations, batch=batch, lora=lora, save_every=save_every, sample_every=sample_every)
+    at_least(1, iterations=iterations, batch=batch, save_every=save_every, sample_every=sample_every)
+    between(1, 10_000, lora=lora)  # no Wan is wider
     at_least(1, patience=patience, hsdp=hsdp, context_parallel=context_parallel)
     is_seed(seed=seed)
     above(0, lr=lr)
