@@ -14,7 +14,8 @@ import tiny_recipes
 from conftest import CAPTIONS
 from mogan.cli import main
 from mogan.config import Update
-from mogan.costs.calls import TEXT_TOKENS, build_transformer, causal_calls
+from mogan.costs.calls import TEXT_TOKENS, build_transformer
+from mogan.costs.causal import chunk_calls
 from mogan.costs.shapes import read_shapes
 from mogan.costs.trace import fake, trace
 from mogan.data.cache import open_cache
@@ -782,7 +783,7 @@ def test_two_experts_and_split_tokens_are_refused(two, cache):
 @pytest.mark.slow
 def test_a_causal_roll_out_costs_what_it_computes():
     shapes, how = read_shapes("lab"), Causal(2, 3, Policy(window=4))
-    found = causal_calls(shapes, how, False, torch.float32)
+    found = chunk_calls(shapes, how, False, torch.float32)
     with fake():
         network = build_transformer(shapes).train()
         student, noise = CausalDenoiser(network), torch.empty(1, *shapes.latent)

@@ -134,6 +134,42 @@ def test_what_is_exact_is_consistent():
         assert (loss > 0.01) if wrong else (loss < 1e-10), loss
 
 
+class Pairs:
+    """Exact models of clips of two frames, jointly Gaussian with correlation ``r``, given the first one or not.
+
+    The teacher's velocity is ``E[noise - z | x, past]``; the student's predicts where its flow ends.
+    """
+
+    def __init__(self, r, flows, given=True):
+        self.r, self.flows, self.given = r, flows, given
+
+    def teacher_forced(self, past, x, sigma_BF, text, chunks, policy, context_sigma):
+        s = sigma_BF[:, None, :, None, None]
+        mean = torch.cat([0 * past[:, :, :1], self.r * past[:, :, :1] * self.given], 2)
+        spread = torch.tensor([1.0, 1 - self.r**2 * self.given]).view(2, 1, 1)
+        scale, away = (1 - s) ** 2 * spread + s**2, x - (1 - s) * mean
+        if self.flows:
+            return (x - mean - (spread / scale).sqrt() * away) / s.clamp(min=1e-9)
+        return (s - (1 - s) * spread) / scale * away - mean
+
+
+def test_the_flow_of_what_comes_given_what_was_is_consistent():
+    one, two = torch.randn(2, 32, 1, 1, 8, 8, generator=torch.Generator().manual_seed(2))
+    batch = Batch(["a"] * 32, ["a"] * 32, [TEXT[0]] * 32, torch.cat([one, 0.9 * one + 0.19**0.5 * two], 2))
+    teacher, found = Pairs(0.9, False), {}
+    for steps in (20, 40, 80):
+        settings = ConsistencyConfig(steps=steps, shift=1.0, guidance=1.0, decay=0.0)
+        for given in (True, False):
+            student = Pairs(0.9, True, given)
+            objective = Consistency(student, student, teacher, NULL[None], Causal(1, 1), settings)
+            found[steps, given] = float(objective.student_loss(None, batch, GENERATOR.manual_seed(0))[0])
+    # the teacher's step is wrong by the grid's square, and the loss is a square of that
+    assert found[20, True] < 1e-4
+    assert 8 < found[20, True] / found[40, True] < 32
+    assert 8 < found[40, True] / found[80, True] < 32
+    assert found[80, False] > 100 * found[80, True]  # who does not look at the past disagrees with the teacher
+
+
 def test_the_target_is_an_average_of_the_student_as_it_was_when_it_learnt():
     student, target = (torch.nn.Linear(2, 1, bias=False) for _ in range(2))
     objective = Consistency(student, target, None, NULL[None], HOW, replace(SETTINGS, since=1))

@@ -12,15 +12,12 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel, WanVACETransformer3DModel
-from torch import Tensor
 from torchvision.models.optical_flow import raft_large
 
 from mogan.costs.shapes import Shapes
 from mogan.costs.trace import Call, Work, fake, sizes, trace
 from mogan.models.attention import set_attention
 from mogan.models.autoencoder import decode_window, encode_video, stream_video
-from mogan.models.causal import CausalDenoiser
-from mogan.models.causal_cache import Causal
 from mogan.models.conditions import conditioned, reads_controls
 from mogan.models.denoiser import Denoiser, recomputed
 from mogan.models.discriminator import Discriminator
@@ -72,16 +69,6 @@ class Tracer:
 
     def _transformer(self) -> tuple[Call, Call]:
         return self.once(("transformer",), lambda: transformer_calls(self.shapes, self.checkpointing, self.dtype))
-
-    def chunks(self, causal: Causal) -> tuple[Call, Call, Call]:
-        """Of a causal student, over all chunks of a clip: one step more; the judged step and the passes that keep what was
-        made, without gradient; the same with.
-        """
-        return self.once(("chunks", causal), lambda: causal_calls(self.shapes, causal, self.checkpointing, self.dtype))
-
-    def forced(self, causal: Causal) -> tuple[Call, Call]:
-        """A causal student on a clip whose chunks see the clean ones before them; without gradient and with."""
-        return self.once(("forced", causal), lambda: forced_calls(self.shapes, causal, self.checkpointing, self.dtype))
 
     @property
     def parameters(self) -> dict[str, int]:
@@ -206,56 +193,6 @@ def transformer_calls(shapes: Shapes, checkpointing: bool, dtype: torch.dtype) -
             for backward, found in calls.items():
                 found.append(trace(network.parameters(), partial(denoiser, x, sigma, text), backward=backward))
     forward, train = (_at_depth(found, shapes, shapes.transformer["num_layers"]) for found in calls.values())
-    return forward, train
-
-
-def causal_calls(shapes: Shapes, causal: Causal, checkpointing: bool, dtype: torch.dtype) -> tuple[Call, Call, Call]:
-    """Of :meth:`Tracer.chunks`, at full depth: whole roll-outs of one step and of two, by networks of one layer and of two."""
-    chunks = causal.chunks(shapes.latent[1])
-    found = []
-    with fake():
-        sigma, text = torch.full((1,), 0.5), torch.empty(1, TEXT_TOKENS, shapes.transformer["text_dim"])
-        parts = torch.empty(1, *shapes.latent).split(chunks, 2)
-        for layers in (1, 2):
-            network = build_transformer(shapes, layers).train()
-            if checkpointing:
-                network.enable_gradient_checkpointing()
-            roll_out = partial(_roll_out, CausalDenoiser(network, dtype, causal), parts, sigma, text)
-            kinds = ((1, False), (2, False), (1, True))
-            found.append([trace(network.parameters(), partial(roll_out, n, g), backward=g) for n, g in kinds])
-    layers = shapes.transformer["num_layers"]
-    made, twice, learns = (one.along(two, layers - 1) for one, two in zip(*found, strict=True))
-    return replace(made, work=twice.work - made.work, held=0.0), made.freed(), learns
-
-
-def _roll_out(student: CausalDenoiser, parts: Iterable[Tensor], sigma: Tensor, text: Tensor, steps: int, grad: bool):
-    """A roll-out in so many steps, but for what it draws."""
-    cache, made, chunks = student.begin(text, student.how.policy), [], list(parts)
-    for number, x in enumerate(chunks):
-        for step in range(steps):
-            with torch.set_grad_enabled(grad and step == steps - 1):
-                x0 = student.chunk(x, sigma, text, cache)
-        made.append(x0)
-        if number < len(chunks) - 1:
-            cache = student.remember(x0.detach(), text, cache)
-    return torch.cat(made, 2)
-
-
-def forced_calls(shapes: Shapes, causal: Causal, checkpointing: bool, dtype: torch.dtype) -> tuple[Call, Call]:
-    """Of :meth:`Tracer.forced`, at full depth."""
-    frames, found = shapes.latent[1], []
-    with fake():
-        x, sigma = torch.empty(1, *shapes.latent), torch.full((1, frames), 0.5)
-        text = torch.empty(1, TEXT_TOKENS, shapes.transformer["text_dim"])
-        for layers in (1, 2):
-            network = build_transformer(shapes, layers).train()
-            if checkpointing:
-                network.enable_gradient_checkpointing()
-            student = CausalDenoiser(network, dtype, causal)
-            call = partial(student.teacher_forced, x, x, sigma, text, causal.chunks(frames), causal.policy)
-            found.append([trace(network.parameters(), call, backward=backward) for backward in (False, True)])
-    more = shapes.transformer["num_layers"] - 1
-    forward, train = (one.along(two, more) for one, two in zip(*found, strict=True))
     return forward, train
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from mogan.config import Config
 from mogan.costs.calls import Tracer
+from mogan.costs.causal import chunks
 from mogan.costs.machines import Machine
 from mogan.costs.trace import Call, Work
 from mogan.data.observations import drawn
@@ -85,7 +86,7 @@ def _few_steps(config: Config, tracer: Tracer) -> tuple[Work, Call]:
     """What the student's steps compute per clip, and a call whose peak is theirs."""
     if config.causal is None:
         return tracer.forward.work * len(config.sigmas), tracer.forward
-    more, made, _ = tracer.chunks(config.causal)
+    more, made, _ = chunks(tracer, config.causal)
     return more.work * (len(config.sigmas) - 1) + made.work, made
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 from mogan.config import Config, Update
 from mogan.costs.calls import Tracer, one_after_the_other
+from mogan.costs.causal import chunks
 from mogan.costs.machines import GPUS_PER_NODE, REACHED_LINK, Machine, usable
 from mogan.estimate.beside import Beside, beside, sampling, text_encoder_bytes
 from mogan.objectives import Bill, Kept, Price
@@ -199,14 +200,14 @@ def _bill(config: Config, update: Update, prices: Mapping[str, Price], tracer: T
     calls, passes, repeated = [], 0.0, sum(bill.repeated for bill in bills)
     if config.lesson(update).rollout and not update.again:
         before = (update.rollout or config.rollout or FewStep()).steps(config.sigmas)
-        learns, chunks = update.learns == "student", 1
+        learns, pieces = update.learns == "student", 1
         forward, judged = tracer.forward, tracer.train if learns else tracer.forward.freed()
         if config.causal is not None:
-            forward, seen, trained = tracer.chunks(config.causal)
-            judged, chunks = trained if learns else seen, len(config.causal.chunks(tracer.shapes.latent[1]))
-            passes += chunks - 1  # those that keep what was made
+            forward, seen, trained = chunks(tracer, config.causal)
+            judged, pieces = trained if learns else seen, len(config.causal.chunks(tracer.shapes.latent[1]))
+            passes += pieces - 1  # those that keep what was made
         calls += [replace(forward, work=forward.work * before, held=0.0), judged]
-        passes += chunks * (before + 1 + learns)
+        passes += pieces * (before + 1 + learns)
         repeated += forward.work.flops if learns and config.checkpointing else 0.0
     calls += [call for bill in bills for call in bill.calls]
     return Bill(tuple(calls), passes + sum(bill.passes for bill in bills), repeated)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mogan.config import Config
 from mogan.costs.calls import Tracer
+from mogan.costs.causal import forced
 from mogan.data.batches import Batch
 from mogan.distributed import local
 from mogan.errors import UserError
@@ -72,7 +73,7 @@ class ConsistencyConfig:
 
     def price(self, config: Config, tracer: Tracer) -> Price:
         """Twice a clip's frames: the teacher guided, the target, and the student, trained."""
-        forward, train = tracer.forced(config.causal)
+        forward, train = forced(tracer, config.causal)
         calls, weights = guided_calls(self.guidance), tracer.parameters["transformer"]
         steps = (forward.times(calls).freed(), train, forward.freed())
         bill = Bill(steps, 4, forward.work.flops if config.checkpointing else 0.0)

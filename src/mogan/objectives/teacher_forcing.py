@@ -9,6 +9,7 @@ from torch import Tensor
 
 from mogan.config import Config
 from mogan.costs.calls import Tracer
+from mogan.costs.causal import forced
 from mogan.data.batches import Batch
 from mogan.errors import UserError
 from mogan.models.causal import CausalDenoiser, teacher_forcing
@@ -47,7 +48,7 @@ class TeacherForcingConfig:
 
     def price(self, config: Config, tracer: Tracer) -> Price:
         """The student on twice a clip's frames, trained."""
-        forward, train = tracer.forced(config.causal)
+        forward, train = forced(tracer, config.causal)
         return Price({"student": Bill((train,), 2, forward.work.flops if config.checkpointing else 0.0)})
 
 

@@ -1,0 +1,77 @@
+"""What a causal student's roll-outs and teacher-forced passes cost, traced as :mod:`mogan.costs.calls` traces the others, batch 1."""
+
+from collections.abc import Iterable
+from dataclasses import replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from mogan.costs.calls import TEXT_TOKENS, Tracer, build_transformer
+from mogan.costs.shapes import Shapes
+from mogan.costs.trace import Call, fake, trace
+from mogan.models.causal import CausalDenoiser
+from mogan.models.causal_cache import Causal
+
+
+def chunks(tracer: Tracer, causal: Causal) -> tuple[Call, Call, Call]:
+    """Over all chunks of a clip: one step more; the judged step and the passes that keep what was made, without gradient; the
+    same with.
+    """
+    arguments = (tracer.shapes, causal, tracer.checkpointing, tracer.dtype)
+    return tracer.once(("chunks", causal), lambda: chunk_calls(*arguments))
+
+
+def forced(tracer: Tracer, causal: Causal) -> tuple[Call, Call]:
+    """A clip all of whose chunks see the clean ones before them, in one pass; without gradient and with."""
+    arguments = (tracer.shapes, causal, tracer.checkpointing, tracer.dtype)
+    return tracer.once(("forced", causal), lambda: forced_calls(*arguments))
+
+
+def chunk_calls(shapes: Shapes, causal: Causal, checkpointing: bool, dtype: torch.dtype) -> tuple[Call, Call, Call]:
+    """Of :func:`chunks`, at full depth: whole roll-outs of one step and of two, by networks of one layer and of two."""
+    found = []
+    with fake():
+        sigma, text = torch.full((1,), 0.5), torch.empty(1, TEXT_TOKENS, shapes.transformer["text_dim"])
+        parts = torch.empty(1, *shapes.latent).split(causal.chunks(shapes.latent[1]), 2)
+        for layers in (1, 2):
+            network = build_transformer(shapes, layers).train()
+            if checkpointing:
+                network.enable_gradient_checkpointing()
+            roll_out = partial(_roll_out, CausalDenoiser(network, dtype, causal), parts, sigma, text)
+            kinds = ((1, False), (2, False), (1, True))
+            found.append([trace(network.parameters(), partial(roll_out, n, g), backward=g) for n, g in kinds])
+    layers = shapes.transformer["num_layers"]
+    made, twice, learns = (one.along(two, layers - 1) for one, two in zip(*found, strict=True))
+    return replace(made, work=twice.work - made.work, held=0.0), made.freed(), learns
+
+
+def _roll_out(student: CausalDenoiser, parts: Iterable[Tensor], sigma: Tensor, text: Tensor, steps: int, grad: bool):
+    """A roll-out in so many steps, but for what it draws."""
+    cache, made, clip = student.begin(text, student.how.policy), [], list(parts)
+    for number, x in enumerate(clip):
+        for step in range(steps):
+            with torch.set_grad_enabled(grad and step == steps - 1):
+                x0 = student.chunk(x, sigma, text, cache)
+        made.append(x0)
+        if number < len(clip) - 1:
+            cache = student.remember(x0.detach(), text, cache)
+    return torch.cat(made, 2)
+
+
+def forced_calls(shapes: Shapes, causal: Causal, checkpointing: bool, dtype: torch.dtype) -> tuple[Call, Call]:
+    """Of :func:`forced`, at full depth."""
+    frames, found = shapes.latent[1], []
+    with fake():
+        x, sigma = torch.empty(1, *shapes.latent), torch.full((1, frames), 0.5)
+        text = torch.empty(1, TEXT_TOKENS, shapes.transformer["text_dim"])
+        for layers in (1, 2):
+            network = build_transformer(shapes, layers).train()
+            if checkpointing:
+                network.enable_gradient_checkpointing()
+            student = CausalDenoiser(network, dtype, causal)
+            call = partial(student.teacher_forced, x, x, sigma, text, causal.chunks(frames), causal.policy)
+            found.append([trace(network.parameters(), call, backward=backward) for backward in (False, True)])
+    more = shapes.transformer["num_layers"] - 1
+    forward, train = (one.along(two, more) for one, two in zip(*found, strict=True))
+    return forward, train
