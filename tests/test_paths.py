@@ -202,7 +202,7 @@ def test_paths_made_otherwise_do_not_go_into_the_same_store(store, make, options
     assert bytes_of(store) == before
 
 
-@pytest.mark.parametrize("keep", ["0,7", "1,6", "6,0", "0,3", "0,2,2,6", "0,x,6", "", "-1,6"])
+@pytest.mark.parametrize("keep", ["0,7", "1,6", "6,0", "0,3", "0,2,2,6", "0,x,6", "", "-1,6", "0," + "9" * 5000])
 def test_what_is_no_path_from_noise_to_clip_is_refused(keep):
     with pytest.raises(UserError, match="rise from 0 to 6"):
         kept_of(keep, 6)
@@ -296,6 +296,12 @@ def test_a_damaged_path_is_named_with_what_to_do(harm, store, tmp_path):
     ask = {"seed": 0, "iteration": 0, "update": 0, "size": 4, "want": (PATH,), "levels": (1.0, 0.6, 0.0)}
     with pytest.raises(UserError, match=rf"{file.stem}.*`mogan trajectories`"):
         draw_batch(open_cache(copy), **ask)
+
+
+def test_a_guidance_that_no_number_bears_is_blamed_and_not_the_model(make, tmp_path):
+    with pytest.raises(UserError, match="take a guidance and a shift nearer to the model's own"):
+        make(tmp_path / "s", guidance=1e38)
+    assert not (tmp_path / "s" / "paths").exists()
 
 
 def test_a_run_knows_its_store_by_how_it_was_made_and_not_by_its_place(store, make, tmp_path):

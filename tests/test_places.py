@@ -11,6 +11,7 @@ import pytest
 
 from mogan.cli import COMMANDS, main
 from mogan.disk.files import new_folder, refusal, replacing, writable_file, writable_folder, write_atomically
+from mogan.disk.locks import alone_at, alone_in
 from mogan.errors import UserError
 from test_train import build
 from tiny_recipes import flow_matching
@@ -109,6 +110,37 @@ def test_a_file_that_does_not_fit_leaves_the_old_one_and_nothing_half_written(tm
         full(temporary.write_text("half"))
     assert path.read_text() == "before"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_folder_is_made_by_one_at_a_time_and_the_last_takes_nothing_away(tmp_path):
+    with new_folder(tmp_path / "export") as first:
+        (first / "weights").write_text("whole")
+        with pytest.raises(UserError, match=r"another command is at work in .*export"), new_folder(tmp_path / "export"):
+            pass
+    with pytest.raises(UserError, match="exists already"), new_folder(tmp_path / "export"):
+        pass
+    assert (tmp_path / "export" / "weights").read_text() == "whole"
+    assert [path.name for path in tmp_path.iterdir()] == ["export"]
+
+
+@pytest.mark.parametrize("name", ["lab render", "export"])
+def test_two_that_write_one_place_are_told_apart(name, family, cache, prompts, run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("MOGAN_TEST_RAFT", str(family / "raft"))
+    out = tmp_path / "out"
+    out.mkdir()
+    place = out / "export" if name == "export" else out
+    with alone_in(out) if place == out else alone_at(place):
+        arguments = [*name.split(), *commands(family, cache, prompts, run)[name], "--out", place]
+        assert main([str(a) for a in arguments]) == 2
+    assert f"another command is at work in {place}" in capsys.readouterr().err
+    assert not list(out.iterdir())
+
+
+def test_a_device_is_not_replaced_by_a_file(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UserError, match="is a device or a pipe"):
+        writable_file(tmp_path / "pipe", rb"")
+    assert (tmp_path / "pipe").is_fifo()
 
 
 def test_a_folder_that_does_not_fit_is_taken_away(tmp_path):

@@ -99,7 +99,8 @@ def prepare(
     from mogan.devices import choose_device
     from mogan.models import autoencoder, wan
 
-    at_least(1, fps=fps, height=height, width=width, frames=frames, workers=workers)
+    at_least(1, height=height, width=width, frames=frames)
+    between(1, 1000, fps=fps, workers=workers)
     for option, words in (("--caption", [caption or ""]), ("--extra-prompts", extra_prompts)):
         whole(" ".join(words), option)
     at_least(0, min_motion=min_motion)

@@ -11,6 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from mogan.disk.locks import alone_at
 from mogan.errors import UserError
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # no space, no quota, a file larger than allowed
@@ -50,24 +51,28 @@ def new_folder(path: Path) -> Iterator[Path]:
     """A temporary folder beside ``path`` that becomes it when the block ends well, and is taken away otherwise.
 
     Raises:
-        UserError: as :func:`replacing`.
+        UserError: as :func:`replacing`; another process makes the same folder, or has made it by now.
     """
     temporary = path.with_name(f".{path.name}.new")
-    try:
-        shutil.rmtree(temporary, ignore_errors=True)  # what a killed process left
-        temporary.mkdir(parents=True)
-        yield temporary
-        temporary.rename(path)
-    except BaseException as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if isinstance(error, Exception) and (sentence := refusal(error)) is not None:
-            raise UserError(sentence) from error
-        raise
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with alone_at(path):
+        if path.exists():
+            raise UserError(f"{path} exists already: give another --out or remove it")
+        try:
+            shutil.rmtree(temporary, ignore_errors=True)  # what a killed process left
+            temporary.mkdir()
+            yield temporary
+            temporary.rename(path)
+        except BaseException as error:
+            shutil.rmtree(temporary, ignore_errors=True)
+            if isinstance(error, Exception) and (sentence := refusal(error)) is not None:
+                raise UserError(sentence) from error
+            raise
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write a text file in UTF-8, whole or not at all."""
-    with replacing(path) as temporary:
+def write_atomically(path: Path, text: str, shared: bool = False) -> None:
+    """Write a text file in UTF-8, whole or not at all; ``shared`` if others may write it at the same time."""
+    with replacing(path, shared) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
@@ -136,8 +141,10 @@ def writable_file(path: Path, ours: bytes, option: str = "--out") -> None:
         writable_folder(path.parent, option)
     except UserError as error:
         raise UserError(f"{option} {path}: {error}") from error
-    if not path.is_file():  # new, or a device: a pipe would be waited for
+    if not path.exists():
         return
+    if not path.is_file():  # a pipe would be waited for, a device replaced
+        raise UserError(f"{option} {path} is a device or a pipe: give a file to write")
     try:
         with path.open("rb") as file:
             begins = file.read(256)

@@ -17,6 +17,7 @@ from torch import nn
 
 from mogan.config import LCM
 from mogan.disk.files import new_folder, writable_folder, write_atomically
+from mogan.disk.locks import alone_at
 from mogan.errors import UserError
 from mogan.exchange.card import metrics_table, model_card, run_notes
 from mogan.exchange.lora_file import DTYPES, check_range, save_lora
@@ -93,7 +94,8 @@ def export(
             raise UserError(
                 f"{run} trained a causal student, which a stock Wan with a LoRA would sample wrongly: leave out --to lora"
             )
-        save_lora(run, source, out, rank, precision, notes)
+        with alone_at(out):
+            save_lora(run, source, out, rank, precision, notes)
         print(f"exported to {out}; use it with: pipe.load_lora_weights({str(out)!r})")
         return
     controlled = wan.has_controls(source.folder)

@@ -119,12 +119,17 @@ def clips_of(vae: Any, latents_BCFHW: Tensor) -> list[Iterator[np.ndarray]]:
     Raises:
         UserError: one is not made of numbers; it would be shown as black.
     """
-    if not latents_BCFHW.isfinite().all():
+    refuse_what_is_no_number(latents_BCFHW)
+    return [pictures(vae, latent) for latent in latents_BCFHW.split(1)]
+
+
+def refuse_what_is_no_number(latents: Tensor) -> None:
+    """Raise UserError where sampling has failed."""
+    if not latents.isfinite().all():
         raise UserError(
             "sampling ended in numbers that are infinite or none (NaN): take a guidance and a shift nearer to the model's own, or "
             "--precision fp32; if it samples so by itself, its weights are damaged"
         )
-    return [pictures(vae, latent) for latent in latents_BCFHW.split(1)]
 
 
 def pictures(vae: Any, latent_1CFHW: Tensor) -> Iterator[np.ndarray]:

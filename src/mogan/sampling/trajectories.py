@@ -27,7 +27,7 @@ from mogan.models.defaults import Defaults
 from mogan.ranges import above, at_least, between
 from mogan.runs.generator import Generator, open_generator
 from mogan.runs.identity import TEACHER, of_model
-from mogan.sampling.samplers import clips_at_once, sample_teacher
+from mogan.sampling.samplers import clips_at_once, refuse_what_is_no_number, sample_teacher
 from mogan.schedule import shifted_levels
 
 
@@ -132,7 +132,7 @@ def kept_of(keep: str, steps: int) -> list[int]:
     if keep == "all":
         return list(range(steps + 1))
     words = [word.strip() for word in keep.split(",")]
-    kept = [int(word) for word in words if word.isdecimal()]
+    kept = [int(word) for word in words if word.isdecimal() and len(word) < 10]
     if len(kept) < len(words) or kept != sorted(set(kept)) or kept[:1] != [0] or kept[-1] != steps:
         raise UserError(f"--keep is all, or numbers that rise from 0 to {steps}, the number of steps, not {keep}")
     return kept
@@ -161,6 +161,7 @@ def _fill(store: data.Cache, source: Generator, dtype: torch.dtype, device: torc
                 guidance=facts["guidance"], shift=facts["shift"], solver=facts["solver"],
                 see=partial(_keep, rows, facts["kept"]),
             )  # fmt: skip
+            refuse_what_is_no_number(torch.stack(rows))
             for entry, latents in zip(part, torch.stack(rows, 1), strict=True):
                 about = {"prompt": entry["caption"], "seed": str(entry["seed"])}
                 data.save_tensors(path_file(store.path, entry["id"]), {"latents": latents}, about)

@@ -10,6 +10,7 @@ from tqdm import tqdm
 from mogan.data.controls import FASTEST
 from mogan.data.video import flow_picture, write_video
 from mogan.disk.files import replacing, writable_folder
+from mogan.disk.locks import LOCK, alone_in
 from mogan.errors import UserError
 from mogan.ranges import at_least, is_seed
 from mogan.world import scenes as world
@@ -42,7 +43,9 @@ def render(
         raise UserError(f"--controls {controls} lies in {out}, whose videos are all clips: give another folder")
     if controls is not None:
         writable_folder(controls, "--controls")
-    made = render_folder(out, clips, motion, seed, truth, controls)
+    writable_folder(out)
+    with alone_in(out):
+        made = render_folder(out, clips, motion, seed, truth, controls)
     print(f"{clips} clips in {out} ({made} new, {clips - made} were there)")
 
 
@@ -96,7 +99,7 @@ def _claim(out: Path, settings: dict) -> None:
         there = path.read_text(encoding="utf-8", errors="replace").strip()
         if there != json.dumps(settings):
             raise UserError(f"{out} holds another world ({there[:200]}): give another --out")
-    elif out.exists() and any(out.iterdir()):
+    elif out.exists() and any(path.name != LOCK for path in out.iterdir()):
         raise UserError(f"{out} is not empty and was not rendered here: give another --out")
     else:
         with replacing(path) as temporary:
