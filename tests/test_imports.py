@@ -17,6 +17,8 @@ from mogan.data.cache import open_cache
 from mogan.errors import UserError
 from mogan.exchange.imports import import_student
 from mogan.exchange.layouts import diffusers_name, original_module, split_leaf
+from mogan.models.causal import CausalDenoiser
+from mogan.models.causal_cache import Causal
 from mogan.models.lora import TARGETS
 from mogan.models.wan import load_transformer
 from mogan.runs.generator import open_generator
@@ -126,6 +128,18 @@ def test_weights_of_every_layout_arrive_whole(layout, student, family, tmp_path)
     if layout == "self-forcing":  # its critic is the fake score
         critic = load_transformer(tmp_path / "in", "fake_score").state_dict()
         assert all(torch.equal(critic[k], 2 * student[k]) for k in student)
+
+
+def test_a_causal_student_is_one_if_it_is_said_to_be(student, family, tmp_path, capsys):
+    arrived = brought_in(WEIGHTS["self-forcing"](student, tmp_path), family, tmp_path, chunks=(1, 2))
+    assert all(torch.equal(arrived[k], student[k]) for k in student)
+    source = open_generator(str(tmp_path / "in"))
+    assert source.causal == Causal(1, 2)
+    assert isinstance(source.load(), CausalDenoiser)
+    assert "pipe(" not in (tmp_path / "in" / "README.md").read_text()
+    sigmas = ["--sigmas", "1", "0.5", "--chunks", "0", "3", "--out", str(tmp_path / "other")]
+    assert main(["import", "no-file.pt", "--base", str(family / "teacher"), *sigmas]) == 2
+    assert "--chunks are two numbers of latent frames above 0" in capsys.readouterr().err
 
 
 def adapters(family, rank=3):

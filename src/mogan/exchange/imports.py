@@ -13,12 +13,13 @@ from torch import Tensor
 from mogan.disk.files import writable_folder
 from mogan.errors import UserError
 from mogan.exchange.card import model_card
-from mogan.exchange.export import FOLDER_USAGE, save_student
+from mogan.exchange.export import CAUSAL_USAGE, FOLDER_USAGE, save_student
 from mogan.exchange.layouts import IMAGE, QUANTISED, UNMERGED, adapters_in, diffusers_name, is_lora, parts_of_lora
 from mogan.exchange.lora_file import DTYPES
 from mogan.exchange.schedulers import scheduler_for
 from mogan.exchange.tensors import check_numbers, declared_alpha, files_of, read_tensors, some
 from mogan.models import wan
+from mogan.models.causal_cache import Causal
 
 GENERATORS = (
     "generator_ema",
@@ -37,6 +38,7 @@ def import_student(
     base: str,
     out: Path,
     sigmas: tuple[float, ...],
+    chunks: tuple[int, int] | None = None,
     dtype: Literal["fp32", "fp16", "bf16"] = "fp32",
 ) -> None:
     """Make a diffusers folder of a few-step student that another program trained.
@@ -49,6 +51,8 @@ def import_student(
         base: the model it was made from: a diffusers folder or a hub id; everything but the transformer is taken from it.
         out: the folder to write; must not exist yet.
         sigmas: noise levels it samples at, from 1 downwards, final 0 left out (timesteps divided by 1000).
+        chunks: of a causal student that sees all of its past: latent frames of the first chunk and of each later one (Self-Forcing
+            3 3); without it the student sees whole clips.
         dtype: precision of the saved transformer.
     """
     if out.exists():
@@ -56,6 +60,9 @@ def import_student(
     writable_folder(out.parent)
     if sigmas[:1] != (1.0,) or any(not 0 < low < high for high, low in pairwise(sigmas)):
         raise UserError(f"--sigmas fall from 1 to above 0 (a timestep of 757 is 0.757), not {list(sigmas)}")
+    if chunks is not None and min(chunks) < 1:
+        raise UserError(f"--chunks are two numbers of latent frames above 0, not {list(chunks)}")
+    causal = None if chunks is None else Causal(*chunks)
     scheduler_for(sigmas)  # refuse before reading gigabytes
     files, folder = (
         files_of(file),
@@ -75,8 +82,10 @@ def import_student(
         fake_score = wan.load_transformer(folder)
         set_weights(fake_score, critic, file)
     note = f"- made from `{file.resolve().name}` ({what}) by `mogan import`; the licence of that file holds too"
-    card = model_card("Few-step Wan student", folder, sigmas, [note], FOLDER_USAGE)
-    save_student(transformer, folder, out, sigmas, DTYPES[dtype], card, fake_score=fake_score)
+    card = model_card(
+        "Few-step Wan student", folder, sigmas, [note], FOLDER_USAGE if causal is None else CAUSAL_USAGE, causal=causal
+    )
+    save_student(transformer, folder, out, sigmas, DTYPES[dtype], card, fake_score=fake_score, causal=causal)
     also = " and its critic as the fake score" if critic is not None else ""
     print(f"imported {what}{also} to {out}; try: mogan sample --model {out} --prompts prompts.txt --out clips")
 
