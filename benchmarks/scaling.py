@@ -8,13 +8,16 @@ from dataclasses import replace
 from pathlib import Path
 
 from mogan.config import Config
+from mogan.costs.machines import MACHINES
 from mogan.disk.files import write_atomically
-from mogan.estimate.command import pricing
+from mogan.errors import UserError
+from mogan.estimate.fit import GB, fit
+from mogan.estimate.pricing import pricing
 from mogan.recipes import find_recipe
 from mogan.training.steps import with_batch
 
 GPUS = ("4090", "l40s", "h100", "h200")  # 24, 48, 80, 141 GB
-NUMBERS = (1, 8, 16, 64)
+NUMBERS = (1, 8, 64)
 BEGIN, END = "<!-- benchmarks/scaling.py writes below -->", "<!-- benchmarks/scaling.py wrote above -->"
 
 
@@ -26,25 +29,30 @@ def split_over(config: Config, gpus: int) -> Config:
 def table(recipe: str, clip: tuple[int, int, int]) -> list[str]:
     """One recipe at one clip size on every machine."""
     config = find_recipe(recipe)
-    price = pricing(config, None, "h200", frames=clip[0], height=clip[1], width=clip[2])
+    price = pricing(config, None, MACHINES["h200"], frames=clip[0], height=clip[1], width=clip[2])
     lines = [f"`{recipe}`, {clip[0]} x {clip[1]} x {clip[2]}:", ""]
     lines += [
-        "| GPU | number | peak GB of usable | run, hours | with `--lora 64`: peak GB | run, hours |",
-        "|---|---|---|---|---|---|",
+        "| GPU | number | peak GB of usable | run, hours | what `--fit` makes of it | peak GB | host's GB per GPU | run, hours |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for gpu in GPUS:
         for number in NUMBERS:
-            cells = []
-            for lora in (None, 64):
-                if lora and number > 1:  # as large on each, and as many times faster
-                    cells.append("- | -")
-                    continue
-                found = price(split_over(config, number), number, lora, gpu)
-                least = f" of {found.available / 1e9:.0f}" if lora is None else ""
-                fits = found.fits
-                cells.append(
-                    f"{found.peak / 1e9:.0f}{least}{'' if fits else ', does not fit'} | {f'{found.hours:.0f}' if fits else '-'}"
-                )
+            whole = split_over(config, number)
+            found = price(whole, number, None, MACHINES[gpu])
+            peak = f"{found.peak / GB:.0f} of {found.available / GB:.0f}"
+            cells = [peak, f"{found.hours:.0f}"] if found.fits else [f"{peak}, does not fit", "-"]
+            try:
+                chosen, _ = fit(whole, number, lambda c, n, lora, on=MACHINES[gpu]: price(c, n, lora, on))
+                made = price(chosen, number, chosen.lora, MACHINES[gpu])
+                how = [f"lora {chosen.lora}"] * bool(chosen.lora) + ["offload"] * bool(chosen.offload)
+                cells += [
+                    ", ".join(how) or "as it is",
+                    f"{made.peak / GB:.1f}",
+                    f"{made.host / GB:.0f}",
+                    f"{made.hours:.0f}",
+                ]
+            except UserError:
+                cells += ["does not fit", "-", "-", "-"]
             lines.append(f"| {found.machine.name} | {number} | {' | '.join(cells)} |")
     return [*lines, ""]
 

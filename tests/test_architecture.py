@@ -23,7 +23,7 @@ ORDER = [  # a room may use those before it
         "data",
         "runs",
     ),
-    *("sampling", "objectives", "recipes", "training", "world", "evaluation", "estimate", "exchange", "report", "lab"),
+    *("sampling", "objectives", "recipes", "estimate", "training", "world", "evaluation", "exchange", "report", "lab"),
     *("survey", "study", "cli"),
 ]
 

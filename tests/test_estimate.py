@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers import UMT5Config, UMT5EncoderModel
 
+import tiny_recipes
 from conftest import TRANSFORMER, VAE
 from mogan.cli import main
 from mogan.config import Optimizer, Update
@@ -19,9 +20,12 @@ from mogan.costs import machines
 from mogan.costs.calls import Codec, Tracer, build_transformer, judge_call, network_parameters, transformer_calls
 from mogan.costs.shapes import PUBLISHED, Shapes, read_shapes, resized
 from mogan.costs.trace import Call, Work, fake, sizes, trace
+from mogan.data.cache import open_cache
 from mogan.data.observations import drawn
+from mogan.errors import UserError
 from mogan.estimate.advice import advise
 from mogan.estimate.check import compare, small
+from mogan.estimate.fit import ADAPTERS, OFFLOADED, ONE_BY_ONE, fit, fit_run
 from mogan.estimate.predict import predict
 from mogan.models.autoencoder import stream_video
 from mogan.models.discriminator import LevelHeads
@@ -442,12 +446,75 @@ def test_adapters_leave_the_teacher_and_little_else():
 
 def test_advice_comes_in_order_and_ends_when_it_fits():
     config = replace(mogan_wan_1_3b(), plan=tuple(replace(u, accumulate=u.batch // 2) for u in mogan_wan_1_3b().plan))
-    changes = advise(config, 1, None, lambda c, n, r: price(c, n, r, "h100"))
-    assert [c.what.split(":")[0].split()[0] for c in changes] == ["one", "learn", "shard"][: len(changes)]
-    assert [c.fits for c in changes] == [False] * (len(changes) - 1) + [True]
-    shard = next(c for c in changes if c.what.startswith("shard"))
-    number = int(shard.what.split()[-2])  # with all weights: adapters take as much on each
-    assert shard.peak == price(replace(config, checkpointing=True, plan=mogan_wan_1_3b().plan), number, gpu="h100").peak
+    changes = advise(config, 1, None, lambda c, n, r: price(c, n, r, "a100-40"))
+    assert [c.what.split()[0] for c in changes[:5]] == ["compute", "compute", "compute", "compute", "shard"]
+    ways = [c.what.removeprefix(ONE_BY_ONE).removeprefix("; ") for c in changes[:4]]
+    assert ways == ["", OFFLOADED, ADAPTERS, f"{ADAPTERS}; {OFFLOADED}"]
+    assert not any(c.fits for c in changes[:-1])
+    whole = replace(config, offload=True, plan=mogan_wan_1_3b().plan)
+    assert changes[4].peak == price(whole, 64).peak  # with all weights: adapters take as much on each
+
+
+def test_what_makes_a_run_fit_is_the_first_that_does_and_is_said():
+    def on(gigabytes):
+        machine = replace(machines.MACHINES["h200"], name=f"{gigabytes} GB", memory=gigabytes * GB)
+        return lambda c, n, r: predict(c, MadeUp(PUBLISHED["wan2.1-t2v-1.3b"], True, torch.bfloat16), machine, n,
+                                       clips=0, lora=r)  # fmt: skip
+
+    config = mogan_wan_1_3b()
+    for gigabytes, changed, lines in (
+        (141, {}, ["nothing to change"]),
+        (120, {"offload": True}, [OFFLOADED]),
+        (80, {"lora": 64}, [ADAPTERS]),
+        (68, {"lora": 64, "offload": True}, [ADAPTERS, OFFLOADED]),
+    ):
+        chosen, said = fit(config, 1, on(gigabytes))
+        assert chosen == replace(config, **changed)
+        *found, last = said
+        assert found == lines
+        assert "predicted peak" in last
+        assert ("host" in last) == ("offload" in changed)
+    with pytest.raises(UserError, match=r"nothing makes mogan_wan_1_3b fit 24 GB: .* it takes 62\.2 GB of the 21\.1"):
+        fit(config, 1, on(24))
+    assert fit(replace(config, compile=True), 1, on(100))[0] == replace(config, compile=True, lora=64)
+
+
+def test_moments_wait_in_the_hosts_memory_but_for_the_step_that_needs_them():
+    plain, other = price(dmd2_wan_1_3b()), price(replace(dmd2_wan_1_3b(), offload=True))
+    student, there = plain.networks[0], other.networks[0]
+    assert (there.moments, there.waiting) == (0.0, student.moments)
+    assert other.host == student.moments + plain.networks[2].moments
+    stays = sum(n.weights + n.average for n in other.networks)
+    assert other.steps[0].peak == stays + 4 * student.gradients  # its own, as much again while AdamW steps, two moments
+
+
+def test_a_run_that_has_begun_keeps_what_was_chosen(tmp_path, family, cache):
+    begun = replace(tiny_recipes.dmd(), lora=5, offload=True, checkpointing=True)
+    (tmp_path / "config.json").write_text(json.dumps(begun.as_json()))
+    found, said = fit_run(tiny_recipes.dmd(), 24.0, family / "teacher", open_cache(cache), tmp_path, 1)
+    assert found == begun
+    assert "goes on" in said[0]
+
+
+@pytest.mark.slow
+def test_a_run_is_made_to_fit_and_a_full_gpu_names_what_would_have(tmp_path, family, cache, capsys, monkeypatch):
+    model = str(family / "teacher")
+    command = ["train", "tiny_recipes:dmd", "--data", str(cache), "--out", str(tmp_path / "run"), "--model", model]
+    assert main([*command, "--fit", "24", "--iterations", "1", "--device", "cpu"]) == 0
+    assert "to fit 24 GB: nothing to change" in capsys.readouterr().err
+    assert main([*command, "--fit", "1", "--dry-run"]) == 0  # the run that has begun
+    command[5] = str(tmp_path / "other")
+    assert main([*command, "--fit", "1"]) == 2
+    assert "nothing makes dmd_lab fit 1 GB" in capsys.readouterr().err
+
+    def full(*arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("mogan.training.train.run_training", full)
+    memory = SimpleNamespace(total_memory=24e9)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: memory)
+    assert main([*command, "--device", "cpu"]) == 2
+    assert "the GPU's 24 GB do not suffice: it should have fitted 24 GB" in capsys.readouterr().err
 
 
 def test_a_folder_of_config_files_is_enough_and_a_mistake_is_a_sentence(family, tmp_path, capsys):

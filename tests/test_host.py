@@ -59,6 +59,18 @@ def test_in_pieces_and_on_the_host_an_observation_has_the_same_gradient_bit_for_
         assert torch.equal(found, expected)
 
 
+def test_moments_that_wait_are_those_that_were(monkeypatch):
+    weight = torch.nn.Parameter(torch.ones(3))
+    plain = torch.nn.Parameter(torch.ones(3))
+    waits, other = host.resting(torch.optim.AdamW([weight], lr=0.1)), torch.optim.AdamW([plain], lr=0.1)
+    for _ in range(3):
+        weight.grad, plain.grad = torch.arange(3.0), torch.arange(3.0)
+        waits.step()
+        other.step()
+    assert torch.equal(weight, plain)
+    assert all(torch.equal(waits.state[weight][k], v) for k, v in other.state[plain].items())
+
+
 def test_weights_and_little_things_stay(monkeypatch):
     monkeypatch.setattr(host, "LEAST", 100)
     weight, x = torch.nn.Parameter(torch.ones(10, 10)), torch.ones(10, 10, requires_grad=True)

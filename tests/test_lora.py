@@ -138,7 +138,25 @@ def test_a_checkpoint_holds_adapters_and_the_discriminator(family, cache):
     state = parts.state()
     of = {part: {k.partition(".")[2] for k in state if k.startswith(f"{part}.")} for part in (*parts.networks, "ema")}
     assert all(of[part] and all(".lora_" in k for k in of[part]) for part in ("student", "fake_score", "ema"))
-    assert of["discriminator"] == set(parts.networks["discriminator"].state_dict())
+    heads = {k for k in of["discriminator"] if not k.startswith("transformer.")}
+    assert {k.partition(".")[0] for k in heads} == {"heads", "final", "text_1LD"}
+    assert of["discriminator"] - heads
+    assert all(".lora_" in k for k in of["discriminator"] - heads)
+
+
+def test_a_discriminators_trunk_shares_the_base_and_computes_penalties_in_fp32_on_it(family, cache):
+    parts = build(low_rank(mogan(), precision="bf16"), family, cache)
+    judge, teacher = parts.networks["discriminator"], parts.objectives["dmd"].judge.teacher
+    shared = {id(p) for p in teacher.parameters()}
+    assert {id(p) for p in judge.transformer.parameters() if not p.requires_grad} <= shared
+    seen, held = torch.randn(1, 4, 2, 4, 4), judge.transformer.blocks[0].ffn.net[2].weight
+    assert held.dtype == torch.bfloat16
+    found = judge(seen, dtype=torch.float32)
+    for module in judge.transformer.blocks.modules():
+        if isinstance(module, torch.nn.Linear):
+            module.float()
+    assert torch.equal(judge(seen, dtype=torch.float32), found)
+    assert not torch.equal(judge(seen), found)
 
 
 def test_a_resumed_run_is_the_run_that_was_never_stopped(family, cache, tmp_path):

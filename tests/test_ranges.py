@@ -59,7 +59,10 @@ def test_every_numeric_option_of_every_command_has_a_range(name, option, value, 
 @pytest.mark.parametrize(
     ("name", "option", "value"),
     [
-        *[("train", o, "0") for o in ("--batch", "--save-every", "--sample-every", "--iterations", "--lora", "--lr")],
+        *[
+            ("train", o, "0")
+            for o in ("--batch", "--save-every", "--sample-every", "--iterations", "--lora", "--lr", "--fit")
+        ],
         *[("sample", o, "0") for o in ("--batch", "--steps", "--seeds", "--limit", "--shift")],
         *[("prepare", o, "0") for o in ("--fps", "--height", "--width", "--frames", "--workers")],
         *[("demo", o, "0") for o in ("--clips", "--prompts", "--seeds", "--iterations")],

@@ -246,16 +246,16 @@ class Codec:
 
     def decode(self, length: int, start: int = 0, grad: bool = False, checkpointing: bool = False) -> Call:
         """Decode of ``length`` latent frames after ``start`` others. From the third latent frame on all cost the same, and
-        from the fourth on none needs more memory than the one before.
+        from the fourth on none needs more memory than the one before; the first and the last of a window need less.
         """
         if not grad:
             if start + length <= 4:
                 return self._decode(start, length)
             line = self._decode(0, 3).along(self._decode(0, 4), start + length - 3)
             return Call(line.work, line.held, max(line.peak, 2 * line.held))  # the frames, and the clip put together
-        if start + length <= 4 or length <= 2:
+        if start + length <= 5 or length <= 3:
             return self._decode(start, length, True, checkpointing)
-        window = self._decode(2, 2, True, checkpointing).along(self._decode(2, 3, True, checkpointing), length - 2)
+        window = self._decode(2, 3, True, checkpointing).along(self._decode(2, 4, True, checkpointing), length - 3)
         prefix = self._decode(0, 3).work - self._decode(0, 2).work
         return replace(window, work=window.work + prefix * (start - 2))
 

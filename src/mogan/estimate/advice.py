@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from mogan.config import Config
+from mogan.estimate.fit import ways
 from mogan.estimate.predict import Estimate
 
 
@@ -30,18 +31,11 @@ def advise(
         changes.append(Change(what, found.peak, found.fits))
         return found.fits
 
-    if not config.checkpointing:
-        config = replace(config, checkpointing=True)
-        if attempt("recompute activations: checkpointing=True in the recipe", config, gpus, lora):
+    for said, changed, rank in ways(config, lora):
+        if attempt("; ".join(said), changed, gpus, rank):
             return tuple(changes)
-    if any(u.batch // u.accumulate > 1 for u in config.plan):
-        config = replace(config, plan=tuple(replace(u, accumulate=u.batch) for u in config.plan))
-        if attempt("one clip at a time: accumulate = batch in the recipe's plan", config, gpus, lora):
-            return tuple(changes)
-    if lora is None:
-        lora = 64
-        if attempt("learn adapters instead of all weights: --lora 64", config, gpus, lora):
-            return tuple(changes)
+    config = replace(config, checkpointing=True, offload=config.offload or not config.compile or None)
+    config = replace(config, plan=tuple(replace(u, accumulate=u.batch) for u in config.plan))
     for number in (2, 4, 8, 16, 32, 64):  # which makes adapters faster, and no smaller
         if number > gpus and price(config, number, None).fits:
             attempt(f"shard all weights over {number} GPUs", config, number, None)

@@ -12,8 +12,7 @@ from mogan.costs.trace import Call, Work
 from mogan.data.observations import drawn
 from mogan.models.defaults import Defaults
 from mogan.objectives import Price
-from mogan.sampling.samplers import clips_at_once
-from mogan.training.held_out import AT_ONCE, CLIPS
+from mogan.sampling.samplers import HELD_OUT, HELD_OUT_AT_ONCE, clips_at_once
 
 FP32, BF16 = 4, 2  # bytes
 
@@ -73,12 +72,12 @@ def beside(
         seconds = ((few + shown.work) * config.sample_prompts).seconds(machine)
         found.append(Beside(f"sheet of {config.sample_prompts} samples", times, peak, seconds))
     if check is not None and not config.given:
-        share = math.ceil(CLIPS / gpus)
-        together = min(clips_at_once(shapes.size, AT_ONCE), share)
+        share = math.ceil(HELD_OUT / gpus)
+        together = min(clips_at_once(shapes.size, HELD_OUT_AT_ONCE), share)
         peak = stays + more + max(together * forward.peak, check.peak)
         times = math.ceil(config.iterations / config.save_every)
         seconds = ((few + check.work) * share).seconds(machine)
-        found.append(Beside(f"--held-out, {CLIPS} clips", times, peak, seconds, asked=True))
+        found.append(Beside(f"--held-out, {HELD_OUT} clips", times, peak, seconds, asked=True))
     return tuple(found)
 
 

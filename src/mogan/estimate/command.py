@@ -1,21 +1,16 @@
 """``mogan estimate``: the question, and the answer as a table."""
 
 import json
-import sys
 from dataclasses import asdict
-from functools import lru_cache
 from typing import Annotated, Any
 
-import torch
 import tyro
 
-from mogan.config import Config
-from mogan.costs.calls import Tracer
 from mogan.costs.machines import CONTEXT, FRAGMENTS, MACHINES, REACHED_BANDWIDTH, REACHED_COMPUTE
-from mogan.costs.shapes import PUBLISHED, read_shapes, resized
 from mogan.errors import UserError, closest
 from mogan.estimate.advice import Change, advise
-from mogan.estimate.predict import Estimate, predict
+from mogan.estimate.predict import Estimate
+from mogan.estimate.pricing import pricing
 from mogan.ranges import at_least, between
 from mogan.recipes import find_recipe
 
@@ -65,7 +60,7 @@ def estimate(
     config = find_recipe(recipe)
     if gpus > 1 and config.alone:
         raise UserError(f"{config.alone}: leave out --gpus, or estimate another recipe")
-    price = pricing(config, model, gpu, frames=frames, height=height, width=width, clips=clips)
+    price = pricing(config, model, MACHINES[gpu], frames=frames, height=height, width=width, clips=clips)
     found = price(config, gpus, lora)
     changes = () if found.fits else advise(config, gpus, lora, price)
     if json_output:
@@ -74,45 +69,11 @@ def estimate(
         print(as_table(found, changes))
 
 
-def pricing(
-    config: Config,
-    model: str | None,
-    gpu: str,
-    *,
-    frames: int | None = None,
-    height: int | None = None,
-    width: int | None = None,
-    clips: int = 15000,
-):
-    """A function ``(config, gpus, lora) -> Estimate`` that traces each variant of the networks once."""
-    shapes = read_shapes(model or ("lab" if "_lab" in config.recipe else _own_model(config.recipe)))
-    shapes = resized(shapes, frames=frames, height=height, width=width)
-
-    def say(what: str) -> None:
-        print(f"tracing the {what} ...", file=sys.stderr, flush=True)
-
-    @lru_cache
-    def tracer_of(checkpointing: bool, precision: str, offload: bool) -> Tracer:
-        dtype = torch.float32 if precision == "fp32" else torch.bfloat16
-        return Tracer(shapes, checkpointing, dtype, say, offload)
-
-    def price(changed: Config, gpus: int, lora: int | None, machine: str = gpu) -> Estimate:
-        tracer = tracer_of(changed.checkpointing, changed.precision, bool(changed.offload))
-        return predict(changed, tracer, MACHINES[machine], gpus, clips=clips, lora=lora)
-
-    return price
-
-
-def _own_model(recipe: str) -> str:
-    """The published model that a recipe is named for: ``..._wan_1_3b``."""
-    size = recipe.rpartition("_wan_")[2].replace("_", ".")
-    return next((name for name in PUBLISHED if name.endswith(f"-{size}")), "wan2.1-t2v-1.3b")
-
-
 def as_json(found: Estimate, changes: tuple[Change, ...]) -> dict[str, Any]:
     """Everything in the table, in bytes, FLOPs and seconds."""
     return asdict(found) | {
         "peak": found.peak,
+        "host": found.host,
         "fits": found.fits,
         "iteration_seconds": found.iteration_seconds,
         "hours": found.hours,
@@ -166,12 +127,16 @@ def as_table(found: Estimate, changes: tuple[Change, ...]) -> str:
         f"{hours:.1f} h, {hours * found.gpus:.0f} GPU-hours",
         f"memory: {found.peak / GB:.1f} GB of {found.available / GB:.1f} that {found.machine.memory / GB:.0f} GB leave for tensors: "
         + ("it fits" if found.fits else "it does not fit"),
-        f"main memory while starting: {found.main_memory / GB:.0f} GB for the text encoder, then none",
+        f"main memory while starting: {found.main_memory / GB:.0f} GB for the text encoder, then "
+        + (f"{found.host / GB:.0f} GB per GPU" if found.host else "none"),
     ]
     if found.note:
         lines.append(found.note)
     if changes:
-        lines += ["", "change, in this order:"]
+        lines += [
+            "",
+            f"change, in this order (`mogan train --fit {found.machine.memory / GB:g}` does what is no shard and no window):",
+        ]
         lines += [f"  {c.what}: {c.peak / GB:.1f} GB{', fits' if c.fits else ''}" for c in changes]
     lines += [
         "",

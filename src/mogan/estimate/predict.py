@@ -18,7 +18,7 @@ PREPARE = "prepare"  # what an objective makes once per iteration, in the place 
 
 @dataclass(frozen=True)
 class Network:
-    """What one network occupies on one GPU, bytes."""
+    """What one network occupies on one GPU, bytes; ``waiting`` are moments in the host's memory."""
 
     name: str
     parameters: int
@@ -26,6 +26,7 @@ class Network:
     gradients: float = 0.0
     moments: float = 0.0
     average: float = 0.0
+    waiting: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,11 @@ class Estimate:
         return max([step.peak for step in self.steps] + [each.peak for each in self.beside])
 
     @property
+    def host(self) -> float:
+        """Most bytes of one process in the host's memory while the run trains."""
+        return max(step.host for step in self.steps) + sum(n.waiting for n in self.networks)
+
+    @property
     def fits(self) -> bool:
         """Whether that is less than the GPU has for tensors."""
         return self.peak <= self.available
@@ -127,10 +133,11 @@ def predict(
     shapes, prices = tracer.shapes, {name: block.price(config, tracer) for name, block in config.objectives.items()}
     networks = _networks(config, prices, tracer, gpus, lora)
     stays = sum(n.weights + n.moments + n.average for n in networks)
-    gradients = {n.name: n.gradients for n in networks}
+    # of who learns: gradients, and what its optimiser fetches for a step
+    gradients = {n.name: (n.gradients, 2 * n.gradients if n.waiting else 0.0) for n in networks}
     steps = [
         _step(tracer, machine, gpus, lora, update, _share(config, [update]), _bill(config, update, prices, tracer), stays,
-              gradients.get(update.learns, 0.0))
+              *gradients.get(update.learns, (0.0, 0.0)))
         for update in config.plan
     ]  # fmt: skip
     for name, price in prices.items():
@@ -171,8 +178,9 @@ def _step(
     bill: Bill,
     stays: float,
     gradients: float,
+    fetched: float = 0.0,
 ) -> Step:
-    """One update on one GPU; ``stays`` are bytes that are always there."""
+    """One update on one GPU; ``stays`` are bytes that are always there, ``fetched`` those of the optimiser's step alone."""
     clips_here = update.batch / gpus
     part = max(1, min(update.batch // update.accumulate, math.ceil(clips_here)))
     call = one_after_the_other(bill.calls)
@@ -185,7 +193,9 @@ def _step(
         clips_here,
         part,
         activations,
-        stays + gradients + max(activations, gradients),  # AdamW's foreach step needs as much again as the weights
+        stays
+        + gradients
+        + max(activations, gradients + fetched),  # AdamW's foreach step needs as much again as the weights
         call.work.flops * clips_here,
         (call.work.flops - bill.repeated) * clips_here,
         max(call.work.seconds(machine) * clips_here, waiting),
@@ -235,21 +245,29 @@ def _networks(
         adapts = lora is not None and kept.transformer
         each = tracer.parameters["adapters"] + told * tracer.parameters["told_adapters"]
         parameters = rank * each * (kept.parameters // one) if adapts else kept.parameters
+        if lora is not None and kept.trunk:
+            trunk = tracer.parameters["rest"] + kept.trunk * tracer.parameters["block"]
+            parameters += rank * tracer.parameters["adapters"] * kept.trunk // layers - trunk
+            adapts = True
         mine = FP32 * parameters / (1 if adapts else gpus)
         # two experts that start as the one transformer of a model share it
-        held = held_once * (kept.parameters // one if tracer.shapes.boundary else 1)
+        held = held_once * (max(1, kept.parameters // one) if tracer.shapes.boundary else 1)
         weights = mine + kept.beside + (held if adapts and own_base else 0.0)
-        return Network(kept.name, parameters, weights, mine, 2 * optimizers(kept.name) * mine, averaged * mine)
+        moments = 2 * optimizers(kept.name) * mine
+        waits = bool(config.offload) and (adapts or gpus == 1)
+        here, there = (0.0, moments) if waits else (moments, 0.0)
+        return Network(kept.name, parameters, weights, mine, here, averaged * mine, there)
 
     every = list({kept.name: kept for price in prices.values() for kept in price.kept}.values())
     # adapters share the frozen weights of a network that starts as they do, unless the student starts elsewhere
-    own_base = config.post_trains or not any(k.transformer and not k.learns for k in every)
+    teaches = any(k.transformer and not k.learns for k in every)
+    own_base = config.post_trains or not teaches
     learns = any(update.learns == "student" for update in config.plan)
     student = Kept("student", of_student * (one + told * tracer.parameters["told"]), transformer=True)
     found = [trained(student, True, own_base)] if learns else []
     for kept in every:
         if kept.learns:
-            found.append(trained(kept))
+            found.append(trained(kept, own_base=bool(kept.trunk) and not teaches and config.post_trains))
         elif kept.sharded:
             frozen = held_once * (kept.parameters / one) if kept.transformer else FP32 * kept.parameters
             whole = lora is not None and kept.transformer

@@ -13,6 +13,7 @@ import torch
 from diffusers.models.autoencoders.autoencoder_kl_wan import WanResample, WanResidualBlock
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 LEAST = 2**20  # bytes: what is smaller stays, since moving it frees next to nothing
@@ -58,6 +59,26 @@ def kept_on_host(wanted: bool = True) -> AbstractContextManager[Any]:
     Of what is recomputed these are its inputs alone.
     """
     return saved_tensors_hooks(_pack, _unpack) if wanted else nullcontext()
+
+
+def set_aside(optimizer: torch.optim.Optimizer) -> None:
+    """Send an optimiser's moments to the host; those of sharded weights stay where they are."""
+    for moments in optimizer.state.values():
+        for name, value in moments.items():
+            if not isinstance(value, DTensor) and value.is_cuda and value.numel() > 1:
+                moments[name] = torch.empty_like(value, device="cpu", pin_memory=True).copy_(value)
+
+
+def resting(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """Let an optimiser's moments wait in the host's memory between its steps."""
+
+    def fetch(*_: Any) -> None:
+        for weight, moments in optimizer.state.items():
+            moments |= {k: v.to(weight.device) for k, v in moments.items() if k != "step"}
+
+    optimizer.register_step_pre_hook(fetch)
+    optimizer.register_step_post_hook(lambda *_: set_aside(optimizer))
+    return optimizer
 
 
 _again: ContextVar[bool] = ContextVar("again", default=False)
@@ -113,10 +134,10 @@ def _residual(
     shortcut: Callable, pieces: Sequence[Callable], x: Tensor, feat_cache: Any = None, feat_idx: Any = (0,)
 ) -> Tensor:
     """A residual block's pass (eval mode, so its dropout does nothing)."""
-    short, inner = shortcut(x), x
+    short = shortcut(x)
     for piece in pieces:
-        inner = _piece(piece, True, inner, feat_cache, feat_idx)
-    return inner + short
+        x = _piece(piece, True, x, feat_cache, feat_idx)
+    return x + short
 
 
 def _half(norm: Callable, act: Callable, conv: Callable, x: Tensor, feat_cache: list, feat_idx: list[int]) -> Tensor:

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mogan.errors import UserError
@@ -24,14 +25,25 @@ TARGETS = [  # every matrix of every block; of a transformer that is told where 
 Factors = dict[str, tuple[Tensor, Tensor]]  # module name -> A (rank, in), B (out, rank)
 
 
+class _Held(nn.Linear):
+    """A linear layer whose weights are held in a lower precision than it may be asked to compute in."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.is_autocast_enabled(x.device.type):
+            return super().forward(x)
+        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+
+
 def hold_in(transformer: Any, dtype: torch.dtype) -> Any:
     """Freeze a transformer and keep the matrices of its blocks in the dtype they are multiplied in.
 
-    Autocast would round them to ``dtype`` at every call; rounded once they give the same bits from half the memory.
+    Autocast would round them to ``dtype`` at every call; rounded once they give the same bits from half the memory. Without
+    autocast they are multiplied in the precision of their input.
     """
     for module in transformer.blocks.modules():
         if isinstance(module, nn.Linear):
             module.to(dtype)
+            module.__class__ = _Held
     return transformer.eval().requires_grad_(False)
 
 
@@ -61,9 +73,11 @@ def adapted(base: Any, rank: int, seed: int, told: bool = False) -> Any:
 
 
 def learned_state(network: nn.Module) -> dict[str, Tensor]:
-    """The part of a state dict that training changes: of a network with adapters the adapters, else all of it."""
-    state = network.state_dict()
-    return {k: v for k, v in state.items() if ".lora_" in k} or state
+    """The part of a state dict that training changes: all of it, but of a transformer with adapters these alone."""
+    adapted = tuple(
+        f"{name}." if name else "" for name, module in network.named_modules() if hasattr(module, "peft_config")
+    )
+    return {k: v for k, v in network.state_dict().items() if ".lora_" in k or not adapted or not k.startswith(adapted)}
 
 
 def load_learned(network: nn.Module, state: Mapping[str, Tensor]) -> None:

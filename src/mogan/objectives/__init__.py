@@ -96,6 +96,7 @@ class Kept:
         parameters: how many; ``beside``: bytes of buffers.
         learns: it has gradients and moments.
         transformer: a whole transformer of the model, which adapters can take the place of and a frozen one can share.
+        trunk: of a network that learns, how many of its blocks are such a transformer's first.
         sharded: over the GPUs; else each has all of it.
     """
 
@@ -104,6 +105,7 @@ class Kept:
     beside: float = 0.0
     learns: bool = True
     transformer: bool = False
+    trunk: int = 0
     sharded: bool = True
 
 

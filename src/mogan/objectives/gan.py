@@ -20,6 +20,7 @@ from mogan.models import attention, wan
 from mogan.models.denoiser import frozen, recomputed
 from mogan.models.discriminator import PROMPT, Discriminator, approximate_penalty, discriminator_loss, generator_loss
 from mogan.models.experts import low_noise
+from mogan.models.lora import adapted, twin
 from mogan.motion.observation import Observed, full_scale, motion_amount, saturation
 from mogan.objectives import Bill, Kept, Loss, Objective, Price, Randomness
 from mogan.objectives.base import Base, wins_outright
@@ -143,7 +144,12 @@ class GANConfig:
     def _discriminator(self, base: Base) -> Discriminator:
         torch.manual_seed(base.config.seed)  # the heads start at random
         text = attention.stack_text(base.encode([self.prompt]))
-        trunk = wan.load_transformer(base.folder, low_noise(base.folder))
+        lora, part = base.config.lora, low_noise(base.folder)
+        if lora is None:
+            trunk = wan.load_transformer(base.folder, part)
+        else:
+            held = base.held(base.folder, part)
+            trunk = adapted(held, lora, base.config.seed) if self.train_trunk else twin(held)
         if self.blocks > len(trunk.blocks):
             raise UserError(
                 f"the recipe's discriminator takes {self.blocks} blocks and {base.folder} has {len(trunk.blocks)}: lower "
@@ -152,8 +158,8 @@ class GANConfig:
         network = Discriminator(trunk, text, blocks=self.blocks, tap_at=self.taps, sigma=self.sigma, dtype=base.dtype)
         if not self.train_trunk:
             network.transformer.requires_grad_(False)
-        # penalised it computes in fp32, so its blocks are gathered in fp32
-        shard(network, trunk.blocks, base.world, torch.float32 if self.r1 or self.r2 else base.dtype)
+        if lora is None:  # penalised it computes in fp32, so its blocks are gathered in fp32
+            shard(network, trunk.blocks, base.world, torch.float32 if self.r1 or self.r2 else base.dtype)
         network = network.to(base.device).train()
         if base.config.checkpointing:
             network.transformer.enable_gradient_checkpointing(recomputed)
@@ -167,7 +173,7 @@ class GANConfig:
         several = learns.apart(shown) if config.offload else learns.times(shown)
         # of a pass: forward twice, and a backward pass of twice the work
         again = learns.work.flops / 4 if config.checkpointing else 0.0
-        kept: tuple[Kept, ...] = (Kept("discriminator", parameters),)
+        kept: tuple[Kept, ...] = (Kept("discriminator", parameters, trunk=self.blocks if self.train_trunk else 0),)
         if not self.in_motion:
             bills = {
                 "student": Bill((passes,), 2, again),

@@ -246,6 +246,7 @@ def settings(config: dict[str, Any]) -> dict[str, Any]:
         "keep",
         "sample_prompts",
         "compile",
+        "offload",
         "post_trains",
         "objectives",
     }

@@ -26,6 +26,7 @@ from mogan.schedule import shifted_levels
 
 PIXELS_AT_ONCE = 81 * 480 * 832  # of the clips that are made together: a clip of Wan's size keeps a GPU busy alone
 CLIPS_AT_ONCE = 16  # of clips however small: a run that is stopped loses no more
+HELD_OUT, HELD_OUT_AT_ONCE = 64, 8  # judged, so that one clip more or less does not decide; sampled together at most
 
 
 def clips_at_once(size: Geometry, most: int = CLIPS_AT_ONCE) -> int:

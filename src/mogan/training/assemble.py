@@ -16,6 +16,7 @@ from mogan.distributed import World
 from mogan.errors import UserError
 from mogan.models import wan
 from mogan.models.denoiser import Denoiser, compile_blocks
+from mogan.models.host import resting, set_aside
 from mogan.models.lora import learned_state, load_learned
 from mogan.motion.flow import FlowEstimator
 from mogan.objectives import Objective
@@ -109,6 +110,8 @@ class Assembly:
                     like = torch.zeros(()) if kind == "step" else torch.zeros_like(parameters[int(number)])
                     moments.setdefault(int(number), {})[kind] = like
             optimizer.load_state_dict(optimizer.state_dict() | {"state": moments})
+            if self.config.offload:
+                set_aside(optimizer)
 
 
 def assemble(
@@ -185,7 +188,8 @@ def _optimizers(config: Config, networks: dict[str, nn.Module]) -> dict[str, tor
         if name not in made:
             o = config.optimizers[name]
             learnable = [p for p in networks[update.learns].parameters() if p.requires_grad]
-            made[name] = torch.optim.AdamW(learnable, lr=o.lr, betas=o.betas, weight_decay=o.weight_decay)
+            adamw = torch.optim.AdamW(learnable, lr=o.lr, betas=o.betas, weight_decay=o.weight_decay)
+            made[name] = resting(adamw) if config.offload else adamw
     return made
 
 

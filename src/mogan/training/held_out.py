@@ -16,10 +16,8 @@ from mogan.models.autoencoder import stream_video
 from mogan.motion.flow import flow_of_pieces
 from mogan.motion.pixel_flux import net_motion
 from mogan.runs.checkpoint import held_out_motions, held_out_prompts, write_held_out_motions
-from mogan.sampling.samplers import clips_at_once, sample_student
+from mogan.sampling.samplers import HELD_OUT, HELD_OUT_AT_ONCE, clips_at_once, sample_student
 from mogan.training.assemble import Assembly
-
-CLIPS, AT_ONCE = 64, 8  # judged, so that one clip more or less does not decide; sampled together at most
 
 
 class Gain:
@@ -48,7 +46,7 @@ class Gain:
         self.cache.require(**{k: parts.cache.facts[k] for k in ("text_encoder", "tokenizer") if k in parts.cache.facts})
         trained = {entry["caption"] for entry in parts.texts.entries}
         captions = dict.fromkeys(entry["caption"] for entry in self.cache.entries)
-        self.prompts = [caption for caption in captions if caption and caption not in trained][:CLIPS]
+        self.prompts = [caption for caption in captions if caption and caption not in trained][:HELD_OUT]
         if not self.prompts:
             raise UserError(f"{cache} has no prompt that {parts.texts.path} lacks: hold some back from training")
         self.of = {"cache": str(cache), "fingerprint": fingerprint(self.prompts)}
@@ -64,7 +62,7 @@ class Gain:
         numbers, world = list(range(len(self.prompts))), parts.world
         if len(numbers) >= world.shares:  # each its own, and as many as the others: a forward pass takes all processes
             numbers = numbers[: len(numbers) // world.shares * world.shares][world.share :: world.shares]
-        found, together = [], clips_at_once(parts.geometry, AT_ONCE)
+        found, together = [], clips_at_once(parts.geometry, HELD_OUT_AT_ONCE)
         with torch.no_grad(), parts.average.in_place():
             for first in range(0, len(numbers), together):
                 part = numbers[first : first + together]

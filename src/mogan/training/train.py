@@ -1,18 +1,23 @@
 """``mogan train``: a recipe on a cache, into a folder."""
 
 import json
-from contextlib import nullcontext
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 import tyro
 
 from mogan.config import Config, Optimizer
-from mogan.data.cache import open_cache
+from mogan.data.cache import Cache, open_cache
 from mogan.disk.files import writable_folder, write_atomically
 from mogan.disk.locks import alone_in
-from mogan.distributed import join
+from mogan.distributed import ONE, World, join
+from mogan.errors import UserError
+from mogan.estimate.fit import fit_run, would_fit
 from mogan.ranges import above, at_least, between, is_seed
 from mogan.recipes import find_recipe
 from mogan.runs.checkpoint import check_same_run
@@ -49,6 +54,7 @@ def train(
     sample_every: int | None = None,
     held_out: Path | None = None,
     patience: int = 5,
+    fit: float | None = None,
     compile: bool = False,
     device: str = "auto",
     hsdp: int = 1,
@@ -77,6 +83,8 @@ def train(
         held_out: a cache with prompts that are not trained on. At every checkpoint the student's motion on them is measured;
             training stops when it no longer rises, and sample and export take the checkpoint at which it was highest.
         patience: checkpoints without a new highest motion after which a run with held-out prompts stops.
+        fit: gigabytes of a GPU's memory, such as 24: choose and say what makes the run fit, from what `mogan estimate` predicts:
+            activations recomputed, one clip at a time, what waits kept in the host's memory, adapters (a minute of tracing).
         compile: compile the transformers' blocks with torch.compile: slow to start; a run may go on with or without it.
         device: auto, cpu or cuda.
         hsdp: with many processes, copies of the sharded networks: 1 shards over all of them.
@@ -87,7 +95,7 @@ def train(
     between(1, 10_000, lora=lora)  # no Wan is wider
     at_least(1, patience=patience, hsdp=hsdp, context_parallel=context_parallel)
     is_seed(seed=seed)
-    above(0, lr=lr)
+    above(0, lr=lr, fit=fit)
     config = find_recipe(recipe)
     chosen: dict[str, Any] = {
         "iterations": iterations,
@@ -104,10 +112,11 @@ def train(
     if lr is not None:
         config = replace(config, optimizers=_slower(config, lr))
     if dry_run:
-        print(_as_text(config))
+        print(_as_text(_fitted(config, fit, data, model, student, out, ONE)))
         return
     with join(device, hsdp, context_parallel) as world:
         cache, words = open_cache(data), open_cache(prompts) if prompts else None
+        config = _fitted(config, fit, data, model, student, out, world)
         if world.main:
             writable_folder(out)
         with alone_in(out) if world.main else nullcontext():
@@ -122,8 +131,34 @@ def train(
                 write_atomically(out / "config.json", _as_text(resolved) + "\n")
                 note_parts(out, of)
 
-            parts = assemble(resolved, cache, model=model, student=student, prompts=words, run=out, world=world)
-            run_training(parts, out, Gain(out, held_out, parts, patience) if held_out else None, begin)
+            with _memory_told(resolved, cache, model, student, world):
+                parts = assemble(resolved, cache, model=model, student=student, prompts=words, run=out, world=world)
+                run_training(parts, out, Gain(out, held_out, parts, patience) if held_out else None, begin)
+
+
+def _fitted(
+    config: Config, fit: float | None, data: Path, model: str, student: str | None, out: Path, world: World
+) -> Config:
+    """With what makes it fit, said once."""
+    if fit is None:
+        return config
+    folder = find_models(config, model, student)[0]
+    chosen, said = world.from_main(lambda: fit_run(config, fit, folder, open_cache(data), out, world.ranks))
+    if world.main:
+        print("\n".join(f"to fit {fit:g} GB: {line}" for line in said), file=sys.stderr)
+    return chosen
+
+
+@contextmanager
+def _memory_told(config: Config, cache: Cache, model: str, student: str | None, world: World) -> Iterator[None]:
+    """Where a GPU's memory does not suffice, what would have."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        memory = torch.cuda.get_device_properties(world.device).total_memory / 1e9
+        print("out of memory; looking for settings that fit ...", file=sys.stderr, flush=True)
+        said = would_fit(config, memory, find_models(config, model, student)[0], cache, world.ranks)
+        raise UserError(f"the GPU's {memory:.0f} GB do not suffice: {said}") from error
 
 
 def _as_text(config: Config) -> str:
