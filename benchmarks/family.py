@@ -1,8 +1,8 @@
 """How well clips of the lab keep to their captions, those that move and those at rest apart; and what they look like.
 
     mogan lab render --out runs/family/world --clips 64 --seed 2
-    mogan sample --prompts runs/family/world --model lab-teacher --seeds 2 --out runs/family/teacher
-    mogan sample --prompts runs/family/world --model lab --seeds 2 --out runs/family/dmd
+    mogan sample --prompts runs/family/world/metadata.jsonl --model lab-teacher --seeds 2 --out runs/family/teacher
+    mogan sample --prompts runs/family/world/metadata.jsonl --model lab --seeds 2 --out runs/family/dmd
     mogan evaluate runs/family/world runs/family/teacher runs/family/dmd --quick --out runs/family/results.json
     python benchmarks/family.py runs/family/results.json --sheets runs/family
 

@@ -6,8 +6,12 @@ import torch
 from diffusers import WanPipeline
 
 from mogan.lab.clips import HELD_OUT_SEED, rendered_clips, to_video
-from mogan.models import autoencoder, wan
+from mogan.models import attention, autoencoder, wan
+from mogan.models.denoiser import Denoiser
 from mogan.motion.flow import RaftFlow, load_raft
+from mogan.sampling.samplers import sample_student, sample_teacher, to_frames
+from mogan.world.captions import parse_caption
+from mogan.world.instruments import read_instruments
 from mogan.world.scenes import exact_flow, make_scene
 
 FAMILY = wan.lab_folder()
@@ -70,3 +74,52 @@ def test_teacher_and_student_share_everything_but_the_transformer():
     for part in ("vae", "text_encoder", "tokenizer"):
         for path in (FAMILY / "teacher" / part).iterdir():
             assert path.read_bytes() == (FAMILY / "student" / part / path.name).read_bytes()
+
+
+# ---------------------------------------------------------------------------------------------- what its clips show
+
+
+def shown(name: str) -> dict[str, float]:
+    """Means of the instruments over 64 held-out captions: of those that move, and of those at rest behind ``rest_``."""
+    folder = FAMILY / name
+    usual, facts = wan.defaults(folder), wan.model_facts(folder)
+    captions = [make_scene(HELD_OUT_SEED, i).caption for i in range(64)]
+    encode, vae = wan.load_text(folder), wan.load_vae(folder)
+    denoiser, shape = Denoiser(wan.load_transformer(folder).eval()), wan.latent_shape(folder, usual.size)
+    found = []
+    for first in range(0, len(captions), 16):
+        some, seeds = captions[first : first + 16], list(range(first, first + 16))
+        text = attention.stack_text(encode(some))
+        if "sigmas" in facts:
+            latent = sample_student(denoiser, text, shape, tuple(facts["sigmas"]), seeds)
+        else:
+            null = attention.stack_text(encode([usual.negative_prompt]))
+            told = {"steps": usual.steps, "guidance": usual.guidance, "shift": usual.shift}
+            latent = sample_teacher(denoiser, text, null, shape, seeds, **told)
+        with torch.no_grad():
+            frames = to_frames(autoencoder.decode_video(vae, latent))
+        found += [(caption, read_instruments(f, caption)) for f, caption in zip(frames, some, strict=True)]
+    moves = [values for caption, values in found if parse_caption(caption).kind != "still"]
+    rests = [values for caption, values in found if parse_caption(caption).kind == "still"]
+    assert len(moves) > 40
+    return {k: float(np.nanmean([v[k] for v in moves])) for k in moves[0]} | {
+        f"rest_{k}": float(np.nanmean([v[k] for v in rests])) for k in ("still", "colour")
+    }
+
+
+@pytest.mark.slow
+def test_the_teachers_clips_keep_to_their_captions():
+    """docs/lab.md has the numbers over more clips; these bars leave room for rounding and for 64 clips."""
+    found = shown("teacher")
+    for name, bar in {
+        "shape": 0.75,
+        "direction": 0.85,
+        "travels": 0.85,
+        "count": 0.85,
+        "colour": 0.97,
+        "identity": 0.95,
+    }.items():
+        assert found[name] >= bar, name
+    assert found["still"] <= 0.08
+    assert found["rest_still"] >= 0.95
+    assert found["physics"] <= 1.1

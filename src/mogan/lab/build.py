@@ -35,14 +35,14 @@ def build(
     out: Path = Path("runs/lab"),
     vae_steps: int = 2200,
     raft_steps: int = 6000,
-    teacher_steps: int = 6500,
-    teacher_clips: int = 8000,
+    teacher_steps: int = 23500,
+    teacher_clips: int = 12500,
     teacher_batch: int = 32,
     student_iterations: int = 400,
     device: str = "auto",
     install: bool = False,
 ) -> None:
-    """Train the laboratory's tiny Wan family from nothing: about three hours on two cores.
+    """Train the laboratory's tiny Wan family from nothing: about eight hours on two cores.
 
     Every stage saves itself each minute; the same command goes on where it stopped. The result lies in OUT/family:
     teacher/ and student/ (folders stock WanPipeline opens), raft/, and pictures of what each part can do.
