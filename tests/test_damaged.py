@@ -12,12 +12,16 @@ from safetensors.torch import save_file
 from mogan.cli import main
 from mogan.data.cache import open_cache, save_latent
 from mogan.data.video import write_video
+from mogan.disk.files import read_json
 from mogan.errors import UserError
 from mogan.evaluation.evaluate import evaluate
 from mogan.models.wan import Geometry, fit_latents
+from mogan.motion.estimators import load_flow
+from mogan.motion.flow import read_raft_config
 from mogan.runs.checkpoint import SUMS, checkpoints
 from mogan.runs.identity import check_same_parts
 from mogan.sampling.samplers import clips_of
+from mogan.survey.folder import read_survey
 
 GARBAGE = (b"", b"[]", b"null", b"5", b"{}", b'{"x": 1}', b"\xff\xfe{", b'{"id": "clip0"')
 
@@ -305,3 +309,29 @@ def test_half_a_character_in_a_list_of_vbench_is_told(tmp_path, capsys):
     (tmp_path / "info.json").write_text('[{"prompt_en": "a \\ud800", "dimension": ["scene"]}]')
     assert main(["vbench", str(tmp_path), "--info", str(tmp_path / "info.json")]) == 2
     assert "half a character" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "[]", "{", '"x"'], ids=range(4))
+def test_what_holds_no_names_and_values_is_named_by_every_reader(text, tmp_path):
+    path = tmp_path / "survey.json"
+    path.write_text(text)
+    for read in (lambda: read_survey(tmp_path), lambda: read_raft_config(path), lambda: read_json(path)):
+        with pytest.raises(UserError, match=r"survey\.json"):
+            read()
+
+
+def test_a_model_of_another_family_has_no_price(family, tmp_path, capsys):
+    shutil.copytree(family / "teacher", tmp_path / "m")
+    config = tmp_path / "m" / "transformer" / "config.json"
+    config.write_text(json.dumps({"_class_name": "CogVideoXTransformer3DModel", "num_layers": 2}))
+    for said in ("only the Wan family", "config.json is no JSON"):
+        assert main(["estimate", "dmd_lab", "--model", str(tmp_path / "m")]) == 2
+        assert said in capsys.readouterr().err
+        config.write_text("{")
+
+
+def test_a_flow_network_of_other_settings_is_a_sentence(family, tmp_path):
+    shutil.copytree(family / "raft", tmp_path / "raft")
+    (tmp_path / "raft" / "config.json").write_text('{"layers": 3}')
+    with pytest.raises(UserError, match=r"raft/config\.json describes no RAFT"):
+        load_flow(str(tmp_path / "raft"))

@@ -1,13 +1,13 @@
 """Configurations of published Wan models, and of any diffusers folder: what a network's shape is, without its weights."""
 
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from mogan.disk.files import read_json
 from mogan.errors import UserError, closest
 from mogan.models.experts import boundary_of
-from mogan.models.wan import WAN_22, Geometry, fit_latents, geometry, lab_folder
+from mogan.models.wan import WAN_22, Geometry, check_parts, fit_latents, geometry, lab_folder
 
 
 @dataclass(frozen=True)
@@ -117,9 +117,8 @@ def read_shapes(model: str) -> Shapes:
             raise UserError(
                 f"{model} has no {part}/config.json: give a diffusers folder, lab, or {', '.join(PUBLISHED)}"
             )
-        configs[part] = json.loads(path.read_text())
-    if configs["transformer"].get("image_dim") is not None:
-        raise UserError(f"{model} is image-conditioned; text-to-video transformers are what can be trained here")
+        configs[part] = read_json(path)
+    check_parts(folder)
     return Shapes(folder.name, **configs, size=geometry(folder), boundary=boundary_of(folder))
 
 

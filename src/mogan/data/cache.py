@@ -217,7 +217,7 @@ def read_facts(path: Path) -> dict | None:
         return None
     try:
         facts = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError:
+    except (ValueError, RecursionError):
         facts = None
     if not isinstance(facts, dict) or facts.get("format") != FORMAT:
         raise UserError(f"{file} was not written by mogan: give another folder")

@@ -102,7 +102,7 @@ def _stored(out: Path, source: Source) -> dict | None:
     path = _record_path(out, source.name)
     try:
         old = json.loads(path.read_bytes()) if path.is_file() else None
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     if not isinstance(old, dict) or not {"source", "sha", *EMPTY} <= old.keys():
         return None

@@ -157,8 +157,13 @@ def writable_file(path: Path, ours: bytes, option: str = "--out") -> None:
 
 
 def read_json(path: Path) -> dict:
-    """What a JSON file holds. Raises UserError where it is none."""
+    """The object that a JSON file holds. Raises UserError where it is none."""
     try:
-        return json.loads(path.read_text())
-    except ValueError as error:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): give the right to read it") from error
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is no JSON ({error}): it was cut short, get it again") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{path} holds a {type(found).__name__} where names and values should be: get it again")
+    return found

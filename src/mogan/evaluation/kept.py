@@ -23,7 +23,7 @@ class Kept:
                     row = json.loads(line)
                     if NEEDED <= row["record"].keys():
                         self._found[row["key"]] = row["record"]
-                except (ValueError, KeyError, TypeError, AttributeError):
+                except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
                     continue
 
     def get(self, key: str) -> Record | None:

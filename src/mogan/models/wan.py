@@ -69,7 +69,7 @@ def resolve_model(name: str | Path) -> Path:
 
 def check_parts(model: Path) -> None:
     """Read the configs of a folder and raise a UserError if its parts cannot belong together or cannot be trained here."""
-    index = read_json(model / "model_index.json")
+    index = read_json(model / "model_index.json") if (model / "model_index.json").is_file() else {}
     transformer, low, vae, text = (_config(model, part) for part in ("transformer", LOW, "vae", "text_encoder"))
     for part, config in (("transformer", transformer), (LOW, low)):
         if config is not None:

@@ -23,6 +23,7 @@ from torchvision.models.optical_flow import RAFT, raft_large
 from torchvision.models.optical_flow import raft as tv
 from torchvision.models.optical_flow._utils import make_coords_grid, upsample_flow
 
+from mogan.disk.files import read_json
 from mogan.errors import UserError
 
 FlowEstimator = Callable[[Tensor], Tensor]
@@ -92,9 +93,11 @@ def save_raft(model: RAFT, config: RaftConfig, folder: Path) -> None:
 
 def read_raft_config(path: Path) -> RaftConfig:
     """What :func:`save_raft` wrote."""
-    raw = json.loads(path.read_text())
-    fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()}
-    return RaftConfig(**fields)
+    fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in read_json(path).items()}
+    try:
+        return RaftConfig(**fields)
+    except TypeError as error:
+        raise UserError(f"{path} describes no RAFT of this package ({error}): give a folder that holds one") from error
 
 
 # names of the original RAFT (Teed and Deng 2020, princeton-vl/RAFT) -> torchvision's, one after the other

@@ -122,7 +122,7 @@ def _held_out(run: Path) -> tuple[dict[int, float], dict[str, str]]:
         found = json.loads(path.read_text()) if path.is_file() else {}
         motions = found.get("motions", {} if "prompts" in found else found)  # older runs have nothing but motions
         return {int(k): float(v) for k, v in motions.items()}, {k: str(v) for k, v in found.get("prompts", {}).items()}
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path} is damaged ({error}): remove it, motion is measured from then on") from error
 
 

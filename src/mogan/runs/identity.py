@@ -154,7 +154,7 @@ def _read(path: Path) -> dict[str, Any]:
         found = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}): put back a copy of it") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is damaged ({error}): put back a copy of it, or give another --out") from error
     if not isinstance(found, dict):
         raise UserError(f"{path} is damaged (it holds a {type(found).__name__}): put back a copy of it")

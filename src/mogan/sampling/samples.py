@@ -48,7 +48,7 @@ def listed_samples(folder: Path) -> dict[str, Record]:
         try:
             if line.strip():
                 found[str(json.loads(line)["file"])] = json.loads(line)
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise UserError(f"{path} line {number} is no record of a clip: remove that line, or the file") from error
     return found
 

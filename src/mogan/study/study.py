@@ -59,7 +59,8 @@ def study(
         iterations: of training, in place of the recipes'.
         workers: commands run at a time; the cores are shared between them.
     """
-    at_least(1, seeds=seeds, prompts=prompts, clips=clips, iterations=iterations, workers=workers)
+    at_least(1, prompts=prompts, iterations=iterations)
+    between(1, 1000, seeds=seeds, clips=clips, workers=workers)
     between(0, SEEDS - seeds, first_seed=first_seed)
     writable_folder(out)
     columns = chosen(STUDIES[name](), column)

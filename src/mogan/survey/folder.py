@@ -144,6 +144,8 @@ def read_survey(folder: Path) -> Survey:
         raise UserError(f"{folder} holds no {FILE}: give the folder that `mogan survey build --out` wrote.")
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
+        if any(not clip["fps"] > 0 for clip in raw.get("clips", [])):
+            raise ValueError("a clip without a frame rate")
         if raw.get("format") != FORMAT:
             raise UserError(
                 f"{path} has format {raw.get('format')}, this version reads {FORMAT}: build the survey again."
@@ -159,7 +161,7 @@ def read_survey(folder: Path) -> Survey:
                 "warnings": tuple(raw["warnings"]),
             }
         )
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise UserError(f"{path} is damaged ({error}): build the survey again or restore the file.") from error
     missing = [clip.file for clip in survey.clips if not (folder / "clips" / clip.file).is_file()]
     if missing:

@@ -39,6 +39,8 @@ def render(
         controls: another folder, for the world's exact maps as videos: `depth` (nearer is brighter), `flow` (as colours) and `mask`
             (of everything that is not background), each of which `mogan prepare --controls` takes.
     """
+    at_least(1, clips=clips)
+    is_seed(seed=seed)
     if controls is not None and controls.resolve().is_relative_to(out.resolve()):
         raise UserError(f"--controls {controls} lies in {out}, whose videos are all clips: give another folder")
     if controls is not None:
@@ -66,8 +68,6 @@ def render_folder(
         UserError: the folder holds clips of another world, or more clips than asked for.
     """
     out = Path(out)
-    at_least(1, clips=clips)
-    is_seed(seed=seed)
     writable_folder(out)
     for folder in filter(None, (out, controls)):
         _claim(folder, {"world": {"motion": motion, "seed": seed}})
