@@ -136,6 +136,18 @@ def test_two_that_write_one_place_are_told_apart(name, family, cache, prompts, r
     assert not list(out.iterdir())
 
 
+@pytest.mark.parametrize(
+    "words", [["evaluate", "link", "--out", "x.json"], ["lab", "render", "--out", "v", "--controls", "link"]]
+)
+def test_a_link_to_itself_is_a_sentence(words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "link").symlink_to("link")
+    assert main(words) == 2
+    said = capsys.readouterr().err
+    assert "link" in said
+    assert said.count("\n") == 1
+
+
 def test_a_device_is_not_replaced_by_a_file(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(UserError, match="is a device or a pipe"):

@@ -15,7 +15,16 @@ from mogan.disk.locks import alone_at
 from mogan.errors import UserError
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # no space, no quota, a file larger than allowed
-REFUSED = {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.EIO}
+REFUSED = {
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.ENAMETOOLONG,
+    errno.EIO,
+    errno.ELOOP,
+}
 
 
 @contextmanager
@@ -100,6 +109,8 @@ def refusal(error: Exception, path: Path | None = None) -> str | None:
     if number in FULL or told:
         why = os.strerror(number) if number else "no space is left"
         return f"{place} cannot be written, the disk is full ({why}): free some space and give the same command again"
+    if isinstance(error, RuntimeError) and str(error).startswith("Symlink loop"):  # pathlib's, before Python 3.13
+        return f"{str(error).removeprefix('Symlink loop from ')} is a link that leads to itself: give another place"
     if isinstance(error, OSError) and number in REFUSED:
         return f"{place} cannot be used ({os.strerror(number)}): give another place, or the right to use it"
     return None
