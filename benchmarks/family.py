@@ -4,16 +4,19 @@
     mogan sample --prompts runs/family/world/metadata.jsonl --model lab-teacher --seeds 2 --out runs/family/teacher
     mogan sample --prompts runs/family/world/metadata.jsonl --model lab --seeds 2 --out runs/family/dmd
     mogan evaluate runs/family/world runs/family/teacher runs/family/dmd --quick --out runs/family/results.json
-    python benchmarks/family.py runs/family/results.json --sheets runs/family
+    python benchmarks/family.py runs/family/results.json --sheet runs/family/clips.jpg
 
-prints a table in Markdown, means with 95 % intervals over prompts, and draws a sheet per system: one clip of every prompt.
+prints a table in Markdown, means with 95 % intervals over prompts, and draws a clip of every prompt, the systems side by side.
 """
 
 import argparse
 from pathlib import Path
 from typing import Any
 
-from mogan.data.video import contact_sheet
+import numpy as np
+from PIL import Image
+
+from mogan.data.video import contact_sheet, read_video
 from mogan.evaluation.results import read_results
 from mogan.evaluation.statistics import mean_interval
 from mogan.world.captions import parse_caption
@@ -56,8 +59,7 @@ def main() -> None:
     """Print the table, draw the sheets."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path, help="of `mogan evaluate`")
-    parser.add_argument("--sheets", type=Path, help="draw a sheet per system into this folder")
-    parser.add_argument("--rows", type=int, default=64, help="clips in a sheet")
+    parser.add_argument("--sheet", type=Path, help="draw this picture: four moments of each clip")
     given = parser.parse_args()
     systems = read_results(given.results)
     print(f"| captions | | {' | '.join(systems)} |\n|---|---|{'---|' * len(systems)}")
@@ -65,10 +67,19 @@ def main() -> None:
         for metric, name in names.items():
             cells = row(systems, metric, at_rest)
             print(f"| {'at rest' if at_rest else 'that move'} | {name} | {' | '.join(cells)} |")
-    for name, system in systems.items() if given.sheets else ():
-        clips = [c for c in system["clips"] if "error" not in c and c["index"] == 0][: given.rows]
-        paths = [given.results.parent / c["file"] for c in clips]
-        contact_sheet(paths, given.sheets / f"{name}.png", titles=[c["prompt"] for c in clips], height=64)
+    if given.sheet:
+        clips = [{c["prompt"]: c for c in reversed(s["clips"]) if "error" not in c} for s in systems.values()]
+        prompts = sorted(set.intersection(*map(set, clips)))
+        rows = [np.stack([moments(given.results.parent / c[prompt]["file"]) for c in clips]) for prompt in prompts]
+        drawn = given.sheet.with_suffix(".png")
+        contact_sheet(rows, drawn, titles=[f"{prompt}: {', '.join(systems)}" for prompt in prompts], height=48)
+        Image.open(drawn).save(given.sheet, quality=80)
+
+
+def moments(path: Path, count: int = 4) -> np.ndarray:
+    """Frames of a clip beside each other, from the first to the last."""
+    frames = read_video(path)[0]
+    return np.concatenate(list(frames[np.linspace(0, len(frames) - 1, count).round().astype(int)]), 1)
 
 
 if __name__ == "__main__":
