@@ -109,17 +109,26 @@ def shown(name: str) -> dict[str, float]:
 
 @pytest.mark.slow
 def test_the_teachers_clips_keep_to_their_captions():
-    """docs/lab.md has the numbers over more clips; these bars leave room for rounding and for 64 clips."""
+    """docs/lab.md has the numbers over more clips; these bars leave room for rounding and for fewer clips."""
     found = shown("teacher")
-    for name, bar in {
-        "shape": 0.75,
-        "direction": 0.85,
-        "travels": 0.85,
-        "count": 0.85,
-        "colour": 0.97,
-        "identity": 0.95,
-    }.items():
-        assert found[name] >= bar, name
-    assert found["still"] <= 0.08
+    bars = {"shape": 0.75, "direction": 0.8, "travels": 0.8, "count": 0.8, "colour": 0.97, "identity": 0.95}
+    for name, bar in bars.items():
+        assert found[name] >= bar, (name, found)
+    assert found["still"] <= 0.15
     assert found["rest_still"] >= 0.95
-    assert found["physics"] <= 1.1
+    assert found["physics"] <= 1.2
+
+
+@pytest.mark.slow
+def test_the_students_clips_keep_form_and_move():
+    found = shown("student")
+    for name, bar in {
+        "shape": 0.72,
+        "direction": 0.85,
+        "travels": 0.8,
+        "colour": 0.96,
+        "identity": 0.94,
+        "net": 0.35,
+    }.items():
+        assert found[name] >= bar, (name, found)
+    assert found["still"] <= 0.12
