@@ -19,7 +19,7 @@ from mogan.models.wan import Geometry, fit_latents
 from mogan.motion.estimators import load_flow
 from mogan.motion.flow import read_raft_config
 from mogan.runs.checkpoint import SUMS, checkpoints
-from mogan.runs.identity import check_same_parts
+from mogan.runs.identity import check_same_parts, read_config
 from mogan.sampling.samplers import clips_of
 from mogan.survey.folder import read_survey
 
@@ -315,8 +315,14 @@ def test_half_a_character_in_a_list_of_vbench_is_told(tmp_path, capsys):
 def test_what_holds_no_names_and_values_is_named_by_every_reader(text, tmp_path):
     path = tmp_path / "survey.json"
     path.write_text(text)
-    for read in (lambda: read_survey(tmp_path), lambda: read_raft_config(path), lambda: read_json(path)):
-        with pytest.raises(UserError, match=r"survey\.json"):
+    (tmp_path / "config.json").symlink_to("survey.json")
+    for read in (
+        lambda: read_survey(tmp_path),
+        lambda: read_raft_config(path),
+        lambda: read_json(path),
+        lambda: read_config(tmp_path),
+    ):
+        with pytest.raises(UserError, match=r"survey\.json|config\.json"):
             read()
 
 

@@ -163,12 +163,15 @@ def test_a_folder_that_does_not_fit_is_taken_away(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_words_of_other_libraries_are_read_and_other_errors_are_not_the_disks():
+def test_words_of_other_libraries_are_read_and_other_errors_are_not_the_disks(monkeypatch):
     assert "disk is full" in refusal(RuntimeError("I/O error: No space left on device (os error 28)"))
     assert "disk is full" in refusal(OSError([("a", "b", "[Errno 28] No space left on device: 'b'")]))
     assert "cannot be used" in refusal(PermissionError(errno.EACCES, "Permission denied", "/somewhere"))
     assert refusal(FileNotFoundError(errno.ENOENT, "No such file", "/x")) is None
     assert refusal(ValueError("28")) is None
+    assert refusal(UnicodeEncodeError("latin-7", "é", 0, 1, "not in range")) is None
+    monkeypatch.setattr(sys, "getfilesystemencoding", lambda: "ascii")
+    assert "set PYTHONUTF8=1" in refusal(UnicodeEncodeError("ascii", "é", 0, 1, "not in range"))
     assert refusal(PermissionError(errno.EACCES, "Permission denied", "/elsewhere/x"), Path("/here/y")) is None
 
 

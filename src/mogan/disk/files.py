@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import socket
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -94,7 +95,7 @@ def json_line(row: Any) -> bytes:
 
 
 def refusal(error: Exception, path: Path | None = None) -> str | None:
-    """A sentence if the disk is full or refuses what was asked of it; None for any other error.
+    """A sentence if the disk is full or refuses what was asked of it, a name too; None for any other error.
 
     Args:
         error: what was raised. Safetensors and shutil have errors of their own kind, in which the system's number stands as text.
@@ -109,6 +110,8 @@ def refusal(error: Exception, path: Path | None = None) -> str | None:
     if number in FULL or told:
         why = os.strerror(number) if number else "no space is left"
         return f"{place} cannot be written, the disk is full ({why}): free some space and give the same command again"
+    if isinstance(error, UnicodeEncodeError) and error.encoding == sys.getfilesystemencoding() != "utf-8":
+        return f"the names of files are {error.encoding} here, which cannot write {error.object!r}: set PYTHONUTF8=1 or a UTF-8 locale"
     if isinstance(error, RuntimeError) and str(error).startswith("Symlink loop"):  # pathlib's, before Python 3.13
         return f"{str(error).removeprefix('Symlink loop from ')} is a link that leads to itself: give another place"
     if isinstance(error, OSError) and number in REFUSED:

@@ -41,7 +41,8 @@ def demo(
         seed: of the training run.
     """
     began = time.perf_counter()
-    at_least(1, clips=clips, iterations=iterations, prompts=prompts, seeds=seeds)
+    at_least(8, clips=clips)  # MoGAN's discriminator takes so many at a time
+    at_least(1, iterations=iterations, prompts=prompts, seeds=seeds)
     is_seed(seed=seed)
     writable_folder(out)
     render(out=out / "videos", clips=clips, motion="rich", seed=VIDEO_SEED)

@@ -192,7 +192,7 @@ def _noted(path: Path) -> dict[str, int]:
         return {}
     try:
         noted = json.loads((path / SUMS).read_text())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise _unreadable(path, error) from error
     if not noted or not isinstance(noted, dict):
         raise _unreadable(path, f"{SUMS} is damaged")
@@ -226,7 +226,7 @@ def check_same_run(run: Path, config: Config) -> None:
         return
     try:
         old, new = settings(json.loads(path.read_text())), settings(json.loads(json.dumps(config.as_json())))
-    except (ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, RecursionError) as error:
         raise UserError(f"{path} is damaged ({error}): put back a copy, every checkpoint has one") from error
     changed = [k for k in new | old if old.get(k) != new.get(k)]
     if changed:
