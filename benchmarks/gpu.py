@@ -49,6 +49,7 @@ PARTS = (
     Part("dmd", 22, 40, 150),
     Part("mogan_lora", 70, 90, 210),
     Part("mogan", 32, 50, 150),
+    Part("mogan_fit", 40, 60, 210),
     Part("networks", 0, 40, 150),
     Part("penalty", 10, 30, 90),
     Part("sample", 10, 30, 90),

@@ -39,6 +39,7 @@ NARROW = {
 }
 CAPTIONS = [f"a random clip that is number {n} of two and moves well from left to right" for n in range(2)]
 # recipes ..._wan_1_3b beside DMD2's and MoGAN's, in the order of what they are worth
+OFFLOAD = " offload"  # after the name of a recipe that is run so
 NEIGHBOURS = ("tdm", "vdot", "redmd", "msm", "accvideo", "shift", "phased", "motion_score", "flow_matching")
 STANDARD = (10.0, 5.0)  # of Re-DMD's reward, which a run measures on clips of its teacher
 
@@ -117,7 +118,8 @@ def config_of(recipe: str, inputs: Inputs, clip: Clip, lora: int | None = None, 
 
     Windows lie in the middle of the clip. SHIFT, whose sampler takes 30 guided steps, is left two.
     """
-    config = find_recipe(recipe)
+    config = find_recipe(recipe.removesuffix(OFFLOAD))
+    config = replace(config, offload=recipe.endswith(OFFLOAD) or None)
     own = {"flow": str(inputs.raft), "standard": STANDARD} | ({"flow_iterations": 2} if inputs.narrow else {})
     blocks = {name: _with(block, own, clip[0]) for name, block in config.objectives.items()}
     config = replace(config, objectives=blocks, sample_prompts=0, lora=lora, compile=compiled)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_inputs import FULL, NEIGHBOURS, SMALLER, Clip, Inputs, config_of, observe, recipe_key
+from gpu_inputs import FULL, NEIGHBOURS, OFFLOAD, SMALLER, Clip, Inputs, config_of, observe, recipe_key
 from gpu_measure import CUDA, DEVICE, FAST, Report, Row, forget, in_a_line, measured, timed
 
 from mogan.costs.machines import usable
@@ -72,6 +72,15 @@ def recipe(
             return
         wanted = too_large or wanted  # smaller, what did not fit alone
     raise SystemExit("no size of clip fits")
+
+
+def fitted(report: Report, inputs: Inputs, seconds: float) -> None:
+    """MoGAN as `mogan train --fit 24` makes it, with no more memory than such a card leaves."""
+    if CUDA:
+        torch.cuda.set_per_process_memory_fraction(
+            min(1.0, usable(24e9) / torch.cuda.get_device_properties(0).total_memory)
+        )
+    recipe(f"mogan_wan_1_3b{OFFLOAD}", (FULL,), 64, report, inputs, seconds)
 
 
 def predicted_peak(inputs: Inputs, name: str, clip: Clip, lora: int | None) -> float:
@@ -243,6 +252,7 @@ def measures() -> dict[str, Callable[[Report, Inputs, float], None]]:
         "dmd": partial(recipe, "dmd2_wan_1_3b", (FULL, *SMALLER), None),
         "mogan_lora": partial(recipe, "mogan_wan_1_3b", (FULL, *SMALLER), 64),
         "mogan": partial(recipe, "mogan_wan_1_3b", SMALLER, None),
+        "mogan_fit": fitted,
         "networks": networks,
         "penalty": penalty,
         "sample": sample,

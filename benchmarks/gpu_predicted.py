@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_inputs import FULL, NEIGHBOURS, SMALLER, Clip, Inputs, config_of, recipe_key
+from gpu_inputs import FULL, NEIGHBOURS, OFFLOAD, SMALLER, Clip, Inputs, config_of, recipe_key
 from gpu_networks import predicted as of_networks
 
 from mogan.costs.calls import Tracer
@@ -52,27 +52,28 @@ def main() -> None:
     inputs, machine = Inputs(arguments.work, arguments.narrow), MACHINES[arguments.gpu]
     file = arguments.work / "results" / "predicted.json"
     known: dict[str, Any] = {"machine": machine.name, "bf16": machine.bf16, "bandwidth": machine.bandwidth}
-    tracers: dict[Clip, Tracer] = {}
+    tracers: dict[tuple[Clip, bool], Tracer] = {}
 
-    def tracer(clip: Clip) -> Tracer:
-        if clip not in tracers:
+    def tracer(clip: Clip, offload: bool = False) -> Tracer:
+        if (clip, offload) not in tracers:
             frames, height, width = clip
             published = str(inputs.model) if inputs.narrow else "wan2.1-t2v-1.3b"
             shapes = resized(read_shapes(published), frames=frames, height=height, width=width)
-            tracers[clip] = Tracer(shapes, True, torch.bfloat16)
-        return tracers[clip]
+            tracers[clip, offload] = Tracer(shapes, True, torch.bfloat16, offload=offload)
+        return tracers[clip, offload]
 
     def write() -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(file, json.dumps(known, indent=1) + "\n")
 
     planned = [("dmd2_wan_1_3b", None), ("mogan_wan_1_3b", 64), ("mogan_wan_1_3b", None)]
+    planned += [(f"mogan_wan_1_3b{OFFLOAD}", 64)]
     planned += [(f"{name}_wan_1_3b", None) for name in NEIGHBOURS]
     for name, lora in planned:
         for clip in (inputs.clip,) if inputs.narrow else (FULL, *SMALLER):
             try:
                 config = config_of(name, inputs, clip, lora)
-                found = of_recipe(predict(config, tracer(clip), machine, 1, clips=0, lora=lora))
+                found = of_recipe(predict(config, tracer(clip, bool(config.offload)), machine, 1, clips=0, lora=lora))
             except Exception as error:  # the others are still worth having
                 print(f"{name} at {clip}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
                 continue

@@ -75,7 +75,9 @@ def finish(processes, seconds=600):
 def command(recipe, family, cache, out, *more):
     words = ["-m", "mogan", "train", f"tiny_recipes:{recipe}", "--model", str(family / "teacher"), "--device", "cpu"]
     words += ["--data", str(cache), "--out", str(out), *more]
-    begins = {"mogan": "student", "redmd": "teacher", "shift": "teacher"}.get(recipe)  # those that post-train
+    begins = {"mogan": "student", "offloaded": "student", "redmd": "teacher", "shift": "teacher"}.get(
+        recipe
+    )  # those that post-train
     return words + (["--student", str(family / begins)] if begins else [])
 
 
@@ -150,6 +152,7 @@ def test_two_processes_follow_the_trajectory_of_one_and_each_resumes_the_other(f
     ("recipe", "ranks", "more"),
     [
         ("mogan", 2, ()),
+        ("offloaded", 2, ()),
         ("mogan", 2, ("--context-parallel", "2")),
         ("redmd", 2, ()),
         ("vdot", 2, ()),

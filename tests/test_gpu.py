@@ -28,7 +28,7 @@ from mogan.devices import choose_device
 from mogan.evaluation.likelihood import motion_log_likelihood
 from mogan.evaluation.pairs import flow_of_pairs, neighbours
 from mogan.lab.clips import HELD_OUT_SEED, rendered_clips, to_video
-from mogan.models import wan
+from mogan.models import host, wan
 from mogan.models.attention import set_attention, stack_text
 from mogan.models.autoencoder import decode_video, encode_video
 from mogan.models.denoiser import Denoiser
@@ -184,6 +184,16 @@ def test_a_checkpoint_goes_on_on_another_device(first, recipe, family, cache, pa
     found, expected = ([r["loss"] for r in records] for records in (moved, stayed))
     note(f"moved from {first} {recipe}", found=found, expected=expected)
     assert found == pytest.approx(expected, rel=LATER, abs=LATER * SMALL)
+
+
+@pytest.mark.parametrize("lora", [None, 3])
+def test_what_waits_in_the_hosts_memory_changes_nothing(lora, family, cache, tmp_path, monkeypatch):
+    monkeypatch.setattr(host, "LEAST", 0)
+    config = replace(RECIPES["mogan_lab"](), iterations=2, checkpointing=True, lora=lora)
+    plain = train(config, family, cache, tmp_path / "plain")
+    found = train(replace(config, offload=True), family, cache, tmp_path / "offloaded")
+    note(f"offload, lora {lora}", found=[r["loss"] for r in found], expected=[r["loss"] for r in plain])
+    assert [r["loss"] for r in found] == pytest.approx([r["loss"] for r in plain], rel=LATER, abs=LATER * SMALL)
 
 
 @pytest.mark.parametrize("recipe", ["mogan_lab", "shift_lab", "mogan_lab lora"])

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from mogan import recipes
 from mogan.config import Config
+from mogan.models import host
 from mogan.models.causal_cache import Causal, Policy
 from mogan.sampling.causal_rollout import Chunked
 from mogan.terms import PATH
@@ -66,6 +67,11 @@ def accvideo_wan() -> Config:
 
 def mogan() -> Config:
     return shrink(recipes.mogan_lab())
+
+
+def offloaded() -> Config:
+    host.LEAST = 0  # here everything goes to the host
+    return replace(mogan(), checkpointing=True, offload=True)
 
 
 def surrogate() -> Config:

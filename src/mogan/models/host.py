@@ -24,10 +24,15 @@ _library.define("to_host(Tensor x) -> Tensor")
 _library.define("from_host(Tensor x, Device device) -> Tensor")
 
 
-def _to_host(x: Tensor) -> Tensor:
-    # pinned, so neither way waits: the copies stand in the stream before whatever uses or frees either side
+def _room(x: Tensor) -> Tensor:
+    """For ``x``, pinned where that is on a GPU."""
     place: dict[str, Any] = {"device": "cpu", "pin_memory": True} if x.is_cuda else {}
-    return torch.empty_like(x, **place).copy_(x, non_blocking=True)
+    return torch.empty_like(x, **place)
+
+
+def _to_host(x: Tensor) -> Tensor:
+    # neither way waits: the copies stand in the stream before whatever uses or frees either side
+    return _room(x).copy_(x, non_blocking=True)
 
 
 def _from_host(x: Tensor, device: torch.device) -> Tensor:
@@ -66,7 +71,7 @@ def set_aside(optimizer: torch.optim.Optimizer) -> None:
     for moments in optimizer.state.values():
         for name, value in moments.items():
             if not isinstance(value, DTensor) and value.is_cuda and value.numel() > 1:
-                moments[name] = torch.empty_like(value, device="cpu", pin_memory=True).copy_(value)
+                moments[name] = _room(value).copy_(value)
 
 
 def resting(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
