@@ -142,7 +142,7 @@ class Config:
             start's transformer of those levels; ``None``: as many as the start has.
         given: latent frames the student is given, clean: 0 is text to video, 1 image to video.
         ema: decay of the student's averaged weights, which are what is sampled and exported.
-        lora: rank of the adapters that student and fake score learn instead of all their weights; ``None``: all weights.
+        lora: rank of the adapters that student, fake score and MoGAN's trunk learn instead of all their weights; ``None``: all weights.
         negative_prompt: the teacher's unconditional branch.
         precision: ``auto`` (bf16 where the hardware has it), ``bf16`` or ``fp32``.
         save_every, sample_every: iterations between checkpoints and between sample sheets.

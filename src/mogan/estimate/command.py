@@ -42,7 +42,7 @@ def estimate(
         gpus: how many; networks are sharded over them with FSDP2, but for frozen weights that adapters share.
         model: a folder with transformer, vae and text_encoder config.json, lab, or a published model by name
             (wan2.1-t2v-1.3b, wan2.1-t2v-14b, wan2.2-t2v-a14b, wan2.2-ti2v-5b); the recipe's own by default.
-        lora: rank of adapters that student and fake score learn in place of all their weights.
+        lora: rank of adapters that student, fake score and MoGAN's discriminator learn in place of all their weights.
         frames: of a clip, in place of the model's.
         height: pixels.
         width: pixels.

@@ -76,7 +76,7 @@ def train(
         seed: of everything random.
         batch: clips per update, in place of the recipe's.
         lr: learning rate of the student, in place of the recipe's; where updates have their own, the others keep their ratio.
-        lora: learn adapters of this rank over one frozen base, instead of all weights of student and fake score.
+        lora: learn adapters of this rank over one frozen base, instead of all weights of student, fake score and MoGAN's discriminator.
         precision: auto, bf16 or fp32.
         save_every: iterations between checkpoints.
         sample_every: iterations between sheets of sample clips.
