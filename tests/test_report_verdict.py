@@ -116,5 +116,5 @@ def test_a_sentence_tells_motion_better_and_worse_apart_and_leaves_out_what_is_o
     metrics = ("flow_top5", "lab_net", "lab_identity", "lab_wobble", "saturation")
     other = system("b", flow_top5=-0.5, lab_identity=0.25, lab_wobble=0.125, saturation=1.0, noise=0.5)
     said = in_a_sentence(system("a"), other, metrics)
-    assert said == "Against a: moves less (flow, top 5 % -0.5), better (identity kept +0.25), worse (wobble +0.125)."
-    assert in_a_sentence(system("a"), system("c"), metrics) == "Against a: no difference is clear."
+    assert said == "against a: moves less (flow, top 5 % -0.5), better (identity kept +0.25), worse (wobble +0.125)"
+    assert in_a_sentence(system("a"), system("c"), metrics) == "against a: no difference is clear"

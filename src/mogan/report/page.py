@@ -49,6 +49,7 @@ COMPARED = (
     "lab_pulsing",
     "lab_identity",
     "lab_travels",
+    "lab_physics",
     "lab_shape",
     "saturation",
 )

@@ -55,8 +55,8 @@ def in_a_sentence(first: Result, other: Result, metrics: Sequence[str]) -> str:
         said[how].append(f"{METRICS[metric].label.lower()} {signed(found.mean)}")
     parts = [f"{how} ({', '.join(what)})" for how, what in said.items() if what]
     if not parts:
-        return f"Against {first.name}: no difference is clear."
-    return f"Against {first.name}: {', '.join(parts)}."
+        return f"against {first.name}: no difference is clear"
+    return f"against {first.name}: {', '.join(parts)}"
 
 
 def _way(up: bool, higher_is_better: bool) -> str:
