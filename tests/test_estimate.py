@@ -2,7 +2,7 @@
 
 import json
 import math
-from dataclasses import replace
+from dataclasses import fields, replace
 from types import SimpleNamespace
 
 import pytest
@@ -31,6 +31,7 @@ from mogan.models.autoencoder import stream_video
 from mogan.models.discriminator import LevelHeads
 from mogan.models.wan import Geometry
 from mogan.objectives.accvideo import heads_calls
+from mogan.objectives.dmd import DMDConfig
 from mogan.objectives.rewards import MotionRewards
 from mogan.objectives.shift import reward_call
 from mogan.objectives.surrogate import SurrogateConfig, surrogate_calls
@@ -605,3 +606,17 @@ def test_judge_parameters_follow_the_line(family):
         real = sizes(Discriminator(build_transformer(TINY), torch.empty(1, 4, 64), blocks=3, tap_at=(0, 2)))[0]
     assert count == real
     assert call.work.flops > 0
+
+
+def test_a_network_without_a_bill_is_named():
+    """An objective of one's own may forget one."""
+
+    class Forgetful(DMDConfig):
+        def price(self, config, tracer):
+            found = super().price(config, tracer)
+            return replace(found, bills={k: v for k, v in found.bills.items() if k != "fake_score"})
+
+    config = dmd2_wan_1_3b()
+    dmd = Forgetful(**{f.name: getattr(config.objectives["dmd"], f.name) for f in fields(DMDConfig)})
+    with pytest.raises(UserError, match="dmd has a lesson for fake_score and no bill"):
+        price(replace(config, objectives={"dmd": dmd}))

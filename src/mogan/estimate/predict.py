@@ -8,6 +8,7 @@ from mogan.config import Config, Update
 from mogan.costs.calls import Tracer, one_after_the_other
 from mogan.costs.causal import chunks
 from mogan.costs.machines import GPUS_PER_NODE, REACHED_LINK, Machine, usable
+from mogan.errors import UserError
 from mogan.estimate.beside import Beside, beside, sampling, text_encoder_bytes
 from mogan.objectives import Bill, Kept, Price
 from mogan.sampling.rollout import FewStep
@@ -206,6 +207,11 @@ def _step(
 
 def _bill(config: Config, update: Update, prices: Mapping[str, Price], tracer: Tracer) -> Bill:
     """Per clip, of the roll-out if one is made and of everybody who judges; as in :func:`mogan.training.steps.learn`."""
+    for name in update.judges:
+        if update.learns not in prices[name].bills:
+            raise UserError(
+                f"objective {name} has a lesson for {update.learns} and no bill: add it to those of its price"
+            )
     bills = [prices[name].bills[update.learns] for name in update.judges]
     calls, passes, repeated = [], 0.0, sum(bill.repeated for bill in bills)
     if config.lesson(update).rollout and not update.again:
