@@ -1,7 +1,5 @@
 """The report in a real browser: its clips play in step, stop, step, and show their flow, by keys and by mouse."""
 
-import shutil
-
 import pytest
 
 pytest.importorskip("selenium", reason="needs selenium (dev extra)")
@@ -13,17 +11,13 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import WebDriverWait
 
+from browser import CHROMIUM, DRIVER, MARKS
 from mogan.data.video import write_video
 from mogan.evaluation.evaluate import evaluate
 from mogan.report import report
 from mogan.world.scenes import make_scene, render
 
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
-DRIVER = shutil.which("chromedriver")
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="needs chromium and chromedriver on the PATH"),
-]
+pytestmark = MARKS
 TIMES = "return [...document.querySelectorAll('#clips .row')].map(r => [...r.querySelectorAll('video')].map(v => v.currentTime))"
 
 

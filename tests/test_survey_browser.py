@@ -3,7 +3,6 @@
 import csv
 import json
 import os
-import shutil
 import sqlite3
 import subprocess
 import sys
@@ -20,16 +19,12 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import WebDriverWait
 
+from browser import CHROMIUM, DRIVER, MARKS
 from mogan.survey.analyze import analyze
 from mogan.survey.build import build
 from test_survey_study import NAMES, make_folders
 
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
-DRIVER = shutil.which("chromedriver")
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="needs chromium and chromedriver on the PATH"),
-]
+pytestmark = MARKS
 SERVE = (
     "import sys, pathlib; from mogan.survey.serve import serve; serve(pathlib.Path(sys.argv[1]), port=int(sys.argv[2]))"
 )

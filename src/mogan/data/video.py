@@ -176,9 +176,7 @@ def contact_sheet(
     for number, clip in enumerate(clips):
         frames = clip if isinstance(clip, np.ndarray) else read_video(clip)[0]
         picked = frames[np.linspace(0, len(frames) - 1, min(columns, len(frames))).round().astype(int)]
-        width = max(1, round(height * frames.shape[2] / frames.shape[1]))
-        way = Image.Resampling.NEAREST if frames.shape[1] < height else Image.Resampling.BOX
-        strip = np.concatenate([np.asarray(Image.fromarray(f).resize((width, height), way)) for f in picked], 1)
+        strip = np.concatenate([np.asarray(_scaled(frame, height)) for frame in picked], 1)
         rows.append((titles[number] if titles else "", strip))
     margin = 18 if titles else 2
     sheet = Image.new("RGB", (max(s.shape[1] for _, s in rows), len(rows) * (height + margin)), "white")
@@ -208,7 +206,7 @@ def moving_sheet(
         height: of a clip, pixels.
     """
     clips = [[read_video(video)[0] for video in videos] for _, videos in rows]
-    widths = [max(round(height * row[i].shape[2] / row[i].shape[1]) for row in clips) for i in range(len(heads))]
+    widths = [max(_scaled(row[i][0], height).width for row in clips) for i in range(len(heads))]
     lefts = np.cumsum([0, *(width + 4 for width in widths)]).tolist()
     font, line = ImageFont.load_default(size=13), 18
     blank = Image.new("RGB", (lefts[-1] - 4, line + len(rows) * (height + line)), "white")
@@ -221,13 +219,18 @@ def moving_sheet(
     for time in range(max(len(clip) for row in clips for clip in row)):
         page = blank.copy()
         for number, row in enumerate(clips):
-            for clip, left, width in zip(row, lefts, widths, strict=False):
-                way = Image.Resampling.NEAREST if clip.shape[1] < height else Image.Resampling.BOX
-                shown = Image.fromarray(clip[min(time, len(clip) - 1)]).resize((width, height), way)
-                page.paste(shown, (left, 2 * line + number * (height + line)))
+            for clip, left in zip(row, lefts, strict=False):
+                page.paste(_scaled(clip[min(time, len(clip) - 1)], height), (left, 2 * line + number * (height + line)))
         pages.append(page)
     with replacing(Path(path).with_suffix(".gif")) as temporary:
         pages[0].save(temporary, save_all=True, append_images=pages[1:], duration=round(1000 / fps, -1), loop=0)
+
+
+def _scaled(frame_HW3: np.ndarray, height: int) -> Image.Image:
+    """A frame at this height; pixels of a smaller one stay squares."""
+    width = max(1, round(height * frame_HW3.shape[1] / frame_HW3.shape[0]))
+    way = Image.Resampling.NEAREST if frame_HW3.shape[0] < height else Image.Resampling.BOX
+    return Image.fromarray(frame_HW3).resize((width, height), way)
 
 
 def flow_picture(flow: np.ndarray | Tensor, max_flow: float) -> np.ndarray:

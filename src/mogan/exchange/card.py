@@ -51,30 +51,17 @@ def model_card(
             f"{causal.policy}, noised to {causal.context_sigma:g}"
         )
     facts = "\n".join(sorted(entries, key=lambda line: line.startswith("\n")))  # tables after the list
+    levels = ", ".join(f"{s:.4g}" for s in sigmas)
     if causal is not None:
-        return f"""---
-{head}
----
-
-# {title}
-
-```bash
+        use = f"""```bash
 {code}
 ```
 
-It makes clips chunk by chunk, each chunk at noise levels {", ".join(f"{s:.4g}" for s in sigmas)} and without guidance. `WanPipeline`
+It makes clips chunk by chunk, each chunk at noise levels {levels} and without guidance. `WanPipeline`
 makes whole clips: with these weights they would look plausible and be wrong, so this folder does not open there.
-Programs round differently in bf16, and the difference grows from chunk to chunk: compare in fp32.
-
-{facts}
-"""
-    return f"""---
-{head}
----
-
-# {title}
-
-```python
+Programs round differently in bf16, and the difference grows from chunk to chunk: compare in fp32."""
+    else:
+        use = f"""```python
 import torch
 {code}
 torch.manual_seed(0)  # the clip's seed
@@ -82,13 +69,11 @@ video = pipe("a prompt", height={size.height}, width={size.width}, num_frames={s
              num_inference_steps={steps}, guidance_scale=1.0).frames[0]
 ```
 
-It samples at noise levels {", ".join(f"{s:.4g}" for s in sigmas)}; this scheduler visits exactly these with
+It samples at noise levels {levels}; this scheduler visits exactly these with
 `num_inference_steps={steps}`. Use no guidance.
 
-{AGAIN if solver == LCM else "Its steps draw no noise: the first noise, so `pipe(generator=...)`, gives a clip again."}
-
-{facts}
-"""
+{AGAIN if solver == LCM else "Its steps draw no noise: the first noise, so `pipe(generator=...)`, gives a clip again."}"""
+    return f"---\n{head}\n---\n\n# {title}\n\n{use}\n\n{facts}\n"
 
 
 def run_notes(run: Path) -> list[str]:

@@ -98,16 +98,7 @@ def export(
             save_lora(run, source, out, rank, precision, notes)
         print(f"exported to {out}; use it with: pipe.load_lora_weights({str(out)!r})")
         return
-    controlled = wan.has_controls(source.folder)
-    usage = (
-        CAUSAL_USAGE
-        if source.causal
-        else TOLD_USAGE
-        if source.told
-        else CONTROLLED_USAGE
-        if controlled
-        else FOLDER_USAGE
-    )
+    usage = _usage(source)
     notes = counts_notes(source) + notes
     card = model_card("Few-step Wan student", source.folder, source.sigmas, notes, usage, source.solver, source.causal)
     fake = _fake_score(run, source) if fake_score else None
@@ -127,6 +118,15 @@ def export(
         causal=source.causal,
     )
     print(f"exported to {out}; use it with: {usage[-1].removeprefix('pipe = ').replace('PATH', str(out))}")
+
+
+def _usage(source: Generator) -> list[str]:
+    """The lines that open the folder of a student."""
+    if source.causal:
+        return CAUSAL_USAGE
+    if source.told:
+        return TOLD_USAGE
+    return CONTROLLED_USAGE if wan.has_controls(source.folder) else FOLDER_USAGE
 
 
 def counts_notes(source: Generator) -> list[str]:

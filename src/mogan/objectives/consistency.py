@@ -22,8 +22,7 @@ from mogan.models.denoiser import guided_velocity
 from mogan.models.lora import learned_state
 from mogan.objectives import Bill, Kept, Loss, Objective, Price, Randomness, guided_calls
 from mogan.objectives.base import Base
-from mogan.objectives.flow_matching import OF_CLIPS
-from mogan.objectives.teacher_forcing import Forced, past_of, per_chunk, require_causal, require_one_pass
+from mogan.objectives.teacher_forcing import Forced, forcing_terms, past_of, per_chunk, require_one_pass
 from mogan.sampling.rollout import normal
 from mogan.schedule import add_noise, broadcast, shifted_levels, uniform, velocity_to_x0
 from mogan.terms import Terms
@@ -46,9 +45,8 @@ class ConsistencyConfig:
     since: int = 0
 
     def terms(self, config: Config) -> Terms:
-        """The student learns from clips and their captions."""
-        require_causal(config)
-        return Terms(lessons={"student": OF_CLIPS}, forces=True)
+        """Those of all that teacher-forces."""
+        return forcing_terms(config)
 
     def build(self, base: Base, others: Mapping[str, Objective]) -> Objective:
         """The start twice more: as the frozen teacher, and as the target that follows the student."""

@@ -35,9 +35,8 @@ class TeacherForcingConfig:
     drop_text: float = 0.1
 
     def terms(self, config: Config) -> Terms:
-        """The student learns from clips and their captions."""
-        require_causal(config)
-        return Terms(lessons={"student": OF_CLIPS}, forces=True)
+        """Those of all that teacher-forces."""
+        return forcing_terms(config)
 
     def build(self, base: Base, others: Mapping[str, Objective]) -> Objective:
         """On the student."""
@@ -52,12 +51,13 @@ class TeacherForcingConfig:
         return Price({"student": Bill((train,), 2, forward.work.flops if config.checkpointing else 0.0)})
 
 
-def require_causal(config: Config) -> None:
-    """Refuse a student that sees whole clips. Raises ValueError."""
+def forcing_terms(config: Config) -> Terms:
+    """A causal student learns from clips and their captions. Raises ValueError for one that sees whole clips."""
     if config.causal is None:
         raise ValueError(
             "teacher forcing is for a student that sees the past alone: give the recipe a rollout that is Chunked"
         )
+    return Terms(lessons={"student": OF_CLIPS}, forces=True)
 
 
 def require_one_pass(base: Base) -> CausalDenoiser:
