@@ -174,6 +174,8 @@ def run() -> NoReturn:
             setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: SIM115  to the end
     if shutil.get_terminal_size().columns < NARROWEST:
         os.environ["COLUMNS"] = str(NARROWEST)
+    if not sys.stderr.isatty():  # a log: a line of progress every ten seconds; tqdm reads this as it is imported
+        os.environ.setdefault("TQDM_MININTERVAL", "10")
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a file's name need not be text that a terminal can show
     try:

@@ -47,7 +47,7 @@ def measure(
     with tqdm(total=len(todo), desc="measure", unit="file", disable=not todo) as bar:
         for source, item in in_threads(todo, lambda s: _read_clips(s, geometry), workers):
             record = records[source.name]
-            bar.set_postfix_str(printable(source.name))
+            bar.set_postfix_str(printable(source.name), refresh=False)
             if isinstance(item, dict):
                 record |= item
             elif isinstance(item, ShortShot):

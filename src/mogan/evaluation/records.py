@@ -57,7 +57,7 @@ def measure_share(systems: list[System], shard: str, tools: Tools, kept: Kept, o
 
 
 def _measure_entry(entry: Entry, tools: Tools, kept: Kept, bar: tqdm) -> Record:
-    bar.set_postfix_str(entry.path.name)
+    bar.set_postfix_str(entry.path.name, refresh=False)
     record: Record = {"prompt": entry.prompt, "index": entry.index, "seed": entry.seed}
     try:
         if entry.problem:

@@ -68,7 +68,7 @@ def run_stage(
         if step % 20 == 0:
             if not torch.isfinite(loss):
                 raise RuntimeError(f"lab {name}: loss is {loss.item()} at step {step}; the last good state is {path}")
-            bar.set_postfix(loss=f"{loss.item():.4f}")
+            bar.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
             if time.monotonic() - saved > 60:
                 _save(path, model, average, optimizers, step + 1)
                 saved = time.monotonic()

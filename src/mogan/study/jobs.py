@@ -90,7 +90,8 @@ def run_jobs(jobs: list[Job], logs: Path, workers: int, on_done: Callable[[Job],
                     done.add(name)
                     on_done(one.job)
                     bar.update()
-                bar.set_postfix_str(", ".join(running))
+                names = ", ".join(running)
+                bar.set_postfix_str(names, refresh=names != bar.postfix or sys.stderr.isatty())
                 time.sleep(0.5)
     finally:
         for one in running.values():

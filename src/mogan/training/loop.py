@@ -63,7 +63,7 @@ def run_training(parts: Assembly, run: Path, gain: Gain | None = None, begin: Be
                     done = learn(parts, where, whole_batch, made)
                 learnt.append((where, done.numbers))
                 made = done.rollouts if update.learns == "student" else made
-            bar.set_postfix(records.write(learnt))
+            bar.set_postfix(records.write(learnt), refresh=False)
             leaving = world.any(bool(stop))
             over = _keep(parts, run, iteration + 1, gain, records, leaving)
             if leaving:
