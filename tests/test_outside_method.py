@@ -153,8 +153,43 @@ MISTAKES = {
     ),
     "misspells a kind of clip": ('("latent",)', '("latents",)', "clips of kind latent, observation, path, not latents"),
     "has words for a number that is none": ("{now:.1f}", "{value:.1f}", "may hold {first} and {now}"),
+    "forgets a comma": ('clips=("latent",)', 'clips=("latent")', r"a lesson's clips: a tuple of str, .* not 'latent'"),
+    "gives no clips": ('clips=("latent",)', "clips=None", "a lesson's clips: a tuple of str, .* not None"),
+    "gives one alarm alone": ("alarms=(WINS,)", "alarms=(WINS)", "alarms: a tuple of Alarm"),
+    "has no Lesson for a network": ('"student": Lesson()', '"student": ()', "lessons are a Lesson by the name"),
+    "watches who does not learn": ('apart; lower its learning rate",', 'apart", learns="critc",', "updates of 'critc'"),
+    "has a setting that is no JSON": (
+        "width: int = 32",
+        "width: object = torch.ones(2)",
+        "objectives.critic.width is a Tensor",
+    ),
+    "has a setting that does not equal itself": ("= 0.1", '= float("nan")', "objectives.critic.weight is NaN"),
+    "gives a class for settings": ('"critic": CriticConfig()', '"critic": CriticConfig', "objectives.critic is a type"),
+    "logs what a record has": ('{"critic_gap": (real', '{"seconds": (real', "logs 'seconds', as the run or another"),
+    "logs what is no number": (".detach().mean()}", ".detach()}", r"returns as 'critic_gap' a tensor of shape \(2,\)"),
     "has settings that nobody keeps": ("@dataclass(frozen=True, kw_only=True)\n", "", "settings are a dataclass"),
 }
+
+
+def test_two_objectives_of_an_update_log_under_names_of_their_own():
+    from mogan.objectives import Objective
+    from mogan.training.steps import judged
+
+    def logging(name):
+        return Objective(None, {"student": lambda *_: (torch.zeros(()), {name: torch.zeros(())})})
+
+    assert set(judged([logging("gap"), logging("push")], "student", None, None, [])[1]) == {"gap", "push"}
+    with pytest.raises(TypeError, match="logs 'gap', as the run or another objective"):
+        judged([logging("gap"), logging("gap")], "student", None, None, [])
+
+
+def test_an_alarm_that_nobody_can_hear_is_told_once():
+    watch, said = Watch(find_recipe(RECIPE)), []
+    for iteration in range(60):
+        for update in ("student<dmd+critic", "critic<critic"):
+            said += watch.read({"iteration": iteration, "update": update, "loss": 1.0, "critics_gap": 9.0})
+    told = "an alarm of critic watches 'critic_gap', which no loss of it logs: did you mean 'critics_gap'?"
+    assert said == [told]
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)

@@ -5,11 +5,11 @@ block answers. So nothing in this file, in the loop or in the price of a run kno
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, is_dataclass, replace
+from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from itertools import pairwise
 from typing import Any, ClassVar, Protocol
 
-from mogan.terms import Lesson, Terms, joined
+from mogan.terms import Lesson, Terms, joined, several
 
 
 class Block(Protocol):
@@ -228,6 +228,8 @@ class Config:
         return joined(self.terms(name).lessons[update.learns] for name in update.judges)
 
     def __post_init__(self):
+        several("sigmas", self.sigmas, float, int)
+        several("plan", self.plan, Update)
         levels = (*self.sigmas, 0.0)
         if any(a <= b for a, b in pairwise(levels)) or self.sigmas[0] != 1.0:
             raise ValueError(f"sigmas must fall from 1 to above 0, not {self.sigmas}")
@@ -238,6 +240,8 @@ class Config:
                 raise ValueError(
                     f"{name}: settings are a dataclass, since a run keeps them; {type(settings).__name__} is none"
                 )
+        for field in fields(self):
+            _check_kept(field.name, getattr(self, field.name))
         for kind in filter(None, (self.rollout, *(update.rollout for update in self.plan))):
             kind.steps(self.sigmas)
         if self.causal is not None and (self.given or self.boundary is not None):
@@ -286,6 +290,24 @@ class Config:
         whole = [j for j in update.judges if not (self.terms(j).lessons[update.learns].rollout or self.terms(j).forces)]
         if self.causal is not None and update.learns == "student" and whole:
             raise ValueError(f"{update.label}: it calls a student on whole clips, which a causal one cannot be")
+
+
+def _check_kept(name: str, value: Any) -> None:
+    """Refuse a setting that ``config.json`` cannot hold, or that would not equal itself when it is read again."""
+    if is_dataclass(value) and not isinstance(value, type):
+        for field in fields(value):
+            _check_kept(f"{name}.{field.name}", getattr(value, field.name))
+    elif isinstance(value, dict) and all(isinstance(key, str) for key in value):
+        for key, one in value.items():
+            _check_kept(f"{name}.{key}", one)
+    elif isinstance(value, (list, tuple)):
+        for place, one in enumerate(value):
+            _check_kept(f"{name}[{place}]", one)
+    elif not (value is None or isinstance(value, (int, float, str))) or value != value:
+        kind = "NaN" if isinstance(value, float) else f"a {type(value).__name__}"
+        raise ValueError(
+            f"{name} is {kind}: settings are numbers, text, lists, and names with values, as JSON holds them, since a run keeps them"
+        )
 
 
 def _check_numbers(update: Update) -> None:

@@ -28,6 +28,8 @@ class Lesson:
     least: int = 1
 
     def __post_init__(self):
+        several("a lesson's clips", self.clips, str)
+        several("a lesson's starts", self.starts, int)
         if unknown := set(self.clips) - {*KINDS}:
             raise ValueError(f"a lesson has clips of kind {', '.join(KINDS)}, not {', '.join(sorted(unknown))}")
 
@@ -79,6 +81,23 @@ class Terms:
     smaller: tuple[tuple[str, Any], ...] = ()
     controls: bool = False
     forces: bool = False
+
+    def __post_init__(self):
+        several("alarms", self.alarms, Alarm)
+        if not isinstance(self.lessons, Mapping) or not all(isinstance(v, Lesson) for v in self.lessons.values()):
+            raise ValueError(f"lessons are a Lesson by the name of each network that learns, not {self.lessons!r}")
+        if unknown := {alarm.learns for alarm in self.alarms} - {None, *self.lessons}:
+            raise ValueError(
+                f"an alarm looks at updates of {unknown.pop()!r}, which has no lesson: {', '.join(self.lessons)} have"
+            )
+
+
+def several(what: str, values: Any, *kinds: type) -> None:
+    """Refuse what is no tuple or list of these kinds: one value in brackets without a comma is that value alone. Raises ValueError."""
+    if not isinstance(values, (tuple, list)) or not all(isinstance(value, kinds) for value in values):
+        raise ValueError(
+            f"{what}: a tuple of {kinds[0].__name__}, of one with a comma behind it as in (one,), and not {values!r}"
+        )
 
 
 def joined(lessons: Iterable[Lesson]) -> Lesson:

@@ -29,7 +29,7 @@ from mogan.sampling.rollout import Rollout, normal
 from mogan.schedule import add_noise, uniform
 from mogan.terms import LATENT, OBSERVATION, Alarm, Lesson, Terms
 
-ALARMS = (
+MOTION = (
     Alarm(
         "motion",
         lambda first, now: now < 0.7 * max(first, 1e-8),
@@ -41,8 +41,8 @@ ALARMS = (
         lambda first, now: now - first > 0.1,
         "colours are saturating: {now:.2f}, at first {first:.2f}; lower the learning rate of the student or the guidance of dmd",
     ),
-    wins_outright("raise r1 and r2, or lower its learning rate"),
 )
+WINS = wins_outright("raise r1 and r2, or lower its learning rate")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +97,9 @@ class GANConfig:
         lessons = {"student": Lesson(starts=starts), "discriminator": Lesson(clips=(real,), starts=starts)}
         windows = [window for window in (9, 6, 4, 3) if self.in_motion and window < self.window]
         smaller = tuple((f"a window of {window} latent frames", replace(self, window=window)) for window in windows)
-        return Terms(lessons=lessons, alarms=ALARMS, fill=self._fill, smaller=smaller)
+        return Terms(
+            lessons=lessons, alarms=(*MOTION, WINS) if self.in_motion else (WINS,), fill=self._fill, smaller=smaller
+        )
 
     def _fill(self, cache: Cache) -> "GANConfig":
         """With the scale of the motion picture, which a recipe may leave to the cache's clips.

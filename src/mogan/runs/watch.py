@@ -1,12 +1,16 @@
 """Early warnings in words: what a person would see in the curves, said while there is time to stop."""
 
-from collections import defaultdict, deque
+from collections import Counter, defaultdict, deque
 
 from mogan.config import Config
+from mogan.errors import closest
 from mogan.terms import Alarm
 
 FIRST, RECENT = 5, 10  # records that make "the start" and "now"
-EARLY, DROWNED = 20, 0.05  # iterations in which gradients are compared, and steps that are too short to count
+EARLY, DROWNED = (
+    20,
+    0.05,
+)  # iterations in which gradients are compared or numbers missed; steps that are too short to count
 
 
 class Watch:
@@ -21,7 +25,10 @@ class Watch:
         self.config, self.every = config, every
         self.norms: dict[str, list[float]] = defaultdict(list)  # of the first iterations, by update
         self.weighed = False
-        self.alarms = [alarm for name in config.objectives for alarm in config.terms(name).alarms]
+        self.alarms = {alarm: name for name in config.objectives for alarm in config.terms(name).alarms}
+        self.silent: dict[Alarm, Counter[str]] = {
+            alarm: Counter() for alarm in self.alarms
+        }  # records without its number
         self.start: dict[Alarm, list[float]] = defaultdict(list)
         self.recent: dict[Alarm, deque[float]] = defaultdict(lambda: deque(maxlen=RECENT))
         self.said: dict[Alarm, int] = {}
@@ -30,9 +37,11 @@ class Watch:
         """Take in one line of ``metrics.jsonl``; return new warnings."""
         warnings, iteration = [], record["iteration"]
         for alarm in self.alarms:
-            of_another = alarm.learns is not None and record["update"].partition("<")[0] != alarm.learns
-            if alarm.key in record and not of_another and iteration >= alarm.since:
+            counts = alarm.learns in (None, record["update"].partition("<")[0]) and iteration >= alarm.since
+            if counts and alarm.key in record:
                 self._note(alarm, record[alarm.key])
+            elif counts and alarm in self.silent:
+                warnings += self._missing(alarm, record)
             start, recent = self.start[alarm], self.recent[alarm]
             if len(recent) < RECENT or iteration - self.said.get(alarm, -self.every) < self.every:
                 continue
@@ -69,7 +78,19 @@ class Watch:
                     )
         return said
 
+    def _missing(self, alarm: Alarm, record: dict) -> list[str]:
+        """Once, if no update of the objective logs an alarm's number: nobody would ever hear it."""
+        name, count = self.alarms[alarm], self.silent[alarm]
+        count[record["update"]] += 1
+        could = [u.label for u in self.config.plan if name in u.judges and alarm.learns in (None, u.learns)]
+        if not could or min(count[label] for label in could) < EARLY:
+            return []
+        del self.silent[alarm]
+        hint = closest(alarm.key, record) or ": log it, or take the alarm away"
+        return [f"an alarm of {name} watches {alarm.key!r}, which no loss of it logs{hint}"]
+
     def _note(self, alarm: Alarm, value: float) -> None:
+        self.silent.pop(alarm, None)
         if len(self.start[alarm]) < FIRST:
             self.start[alarm].append(value)
         self.recent[alarm].append(value)

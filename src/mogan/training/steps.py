@@ -36,6 +36,8 @@ CUT = (
     "places",
 )  # row by row
 
+RECORDED = {"iteration", "update", "repeat", "loss", "grad_norm", "seconds", "core_seconds"}  # a record's own
+
 
 def generator_for(*keys: int) -> torch.Generator:
     """A generator that depends on ``keys`` alone."""
@@ -153,11 +155,16 @@ def judged(
     logs: dict[str, Tensor] = {}
     for objective in objectives:
         found = objective.losses[learns](rollout, batch, generator)
-        if not isinstance(found, tuple):
-            raise TypeError(
-                f"the {learns}'s loss by {type(objective.judge).__name__} returns no (loss, numbers to log)"
-            )
+        by = f"the {learns}'s loss by {type(objective.judge).__name__}"
+        if not isinstance(found, tuple) or len(found) != 2 or not isinstance(found[1], dict):
+            raise TypeError(f"{by} returns no (loss, numbers to log)")
         loss, more = found
+        for name, value in {"loss": loss, **more}.items():
+            if not isinstance(value, Tensor) or value.ndim:
+                shape = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+                raise TypeError(f"{by} returns as {name!r} {shape}, not one number as a tensor without dimensions")
+        if taken := more.keys() & (logs.keys() | RECORDED):
+            raise TypeError(f"{by} logs {taken.pop()!r}, as the run or another objective of the update does: rename it")
         losses.append(loss)
         logs |= more
     return torch.stack(losses).sum(), logs
