@@ -163,6 +163,7 @@ def test_two_processes_follow_the_trajectory_of_one_and_each_resumes_the_other(f
         ("phased", 2, ()),
         ("tdm", 2, ()),
         ("self_forcing_windowed", 2, ()),
+        ("asd", 2, ()),
         ("causal_teacher", 2, ()),
         ("causal_cd", 2, ()),
         ("tdm", 2, ("--context-parallel", "2")),

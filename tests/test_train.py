@@ -36,6 +36,7 @@ RECIPES = {
     "surrogate": surrogate,
     "phased": tiny_recipes.phased,
     "vdot": tiny_recipes.vdot,
+    "asd": tiny_recipes.asd,
     "causal_teacher": tiny_recipes.causal_teacher,
     "causal_cd": tiny_recipes.causal_cd,
     "self_forcing_windowed": tiny_recipes.self_forcing_windowed,

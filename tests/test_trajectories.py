@@ -50,6 +50,7 @@ RECIPES = {
     "causal_teacher_lab": tiny_recipes.causal_teacher,
     "causal_cd_lab": tiny_recipes.causal_cd,
     "self_forcing_lab": tiny_recipes.self_forcing,
+    "asd_lab": tiny_recipes.asd,
     "vdot_lab": tiny_recipes.vdot,
     **{f"mogan_lab {name}": (lambda name=name: ablate(tiny_recipes.mogan, name)) for name in ABLATIONS},
     "mogan_lab dmd+gan": together,

@@ -242,7 +242,7 @@ def test_equal_logits_are_log_two_and_a_constant_added_to_all_changes_nothing(ad
     spread = torch.randn(6, generator=torch.Generator().manual_seed(7))
 
     def losses(logits):
-        monkeypatch.setattr(adversary.critic, "forward", lambda features: logits)
+        monkeypatch.setattr(adversary.critic, "forward", lambda features, number: logits)
         both = (adversary.student_loss, adversary.critic_loss)
         return torch.stack([loss(rollout, batch, torch.Generator().manual_seed(1))[0] for loss in both])
 

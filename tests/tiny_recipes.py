@@ -9,6 +9,7 @@ from mogan import recipes
 from mogan.config import Config
 from mogan.models import host
 from mogan.models.causal_cache import Causal, Policy
+from mogan.objectives.relativistic import RelativisticConfig
 from mogan.sampling.causal_rollout import Chunked
 from mogan.terms import PATH
 from mogan.training.load import find_models
@@ -149,6 +150,17 @@ def phased_a14b() -> Config:
         replace(u, batch=1, accumulate=1, times=1, stop=1 if u.stop else None, start=1 if u.start else 0)
         for u in config.plan
     )
+    return replace(config, plan=plan, save_every=1, sample_prompts=0)
+
+
+def asd() -> Config:
+    return shrink(recipes.asd_lab()).changed("asd", critic=RelativisticConfig(taps=(1, 2, 3), shift=3.0))
+
+
+def asd_wan() -> Config:
+    """The full-size recipe with batches and depth that a CPU bears."""
+    config = recipes.asd_wan_1_3b().changed("asd", critic=RelativisticConfig(taps=(0, 1), shift=5.0))
+    plan = tuple(replace(u, batch=2, accumulate=2, times=1) for u in config.plan)
     return replace(config, plan=plan, save_every=1, sample_prompts=0)
 
 

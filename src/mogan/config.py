@@ -207,7 +207,7 @@ class Config:
     @property
     def counts(self) -> tuple[int, ...]:
         """Numbers of steps that the student is trained for, where there are several."""
-        return tuple(getattr(self.rollout, "counts", ()))
+        return tuple(getattr(self.rollout, "counts", None) or ())
 
     @property
     def causal(self) -> Any:

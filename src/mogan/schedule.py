@@ -27,8 +27,10 @@ def shifted_levels(steps: int, k: float) -> tuple[float, ...]:
 
 
 def levels_of(sigmas: tuple[float, ...], count: int) -> tuple[float, ...]:
-    """The levels of fewer steps: every so-maniest. Of a shifted uniform grid it is the shifted uniform grid of those steps."""
-    return sigmas[:: len(sigmas) // count]
+    """The levels of fewer steps, spread evenly: numbers ``floor(i N / count)`` of ``N``, the first always among them. Of a
+    shifted uniform grid and a divisor of ``N`` it is the shifted uniform grid of those steps.
+    """
+    return tuple(sigmas[i * len(sigmas) // count] for i in range(count))
 
 
 def add_noise(x0: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:

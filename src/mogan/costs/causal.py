@@ -22,6 +22,20 @@ def chunks(tracer: Tracer, causal: Causal) -> tuple[Call, Call, Call]:
     return tracer.once(("chunks", causal), lambda: chunk_calls(*arguments))
 
 
+def roll_out_calls(
+    tracer: Tracer, causal: Causal, before: float, *, learns: bool, whole: bool = False
+) -> tuple[tuple[Call, Call], float]:
+    """A roll-out: its steps ``before`` the judged one, a mean, then that one and the passes that keep what was made; passes over
+    weights. A first chunk with levels of its own takes half of its other steps before, or all for a ``whole`` clip.
+    """
+    more, made, trained = chunks(tracer, causal)
+    pieces = len(causal.chunks(tracer.shapes.latent[1]))
+    if causal.first_sigmas is not None:
+        before += ((len(causal.first_sigmas) - 1) / (1 if whole else 2) - before) / pieces
+    calls = replace(more, work=more.work * before, held=0.0), trained if learns else made
+    return calls, pieces * (before + 1 + learns) + pieces - 1
+
+
 def forced(tracer: Tracer, causal: Causal) -> tuple[Call, Call]:
     """A clip all of whose chunks see the clean ones before them, in one pass; without gradient and with."""
     arguments = (tracer.shapes, causal, tracer.checkpointing, tracer.dtype)

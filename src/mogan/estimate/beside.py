@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from mogan.config import Config
 from mogan.costs.calls import Tracer
-from mogan.costs.causal import chunks
+from mogan.costs.causal import roll_out_calls
 from mogan.costs.machines import Machine
 from mogan.costs.trace import Call, Work
 from mogan.data.observations import drawn
@@ -85,8 +85,8 @@ def _few_steps(config: Config, tracer: Tracer) -> tuple[Work, Call]:
     """What the student's steps compute per clip, and a call whose peak is theirs."""
     if config.causal is None:
         return tracer.forward.work * len(config.sigmas), tracer.forward
-    more, made, _ = chunks(tracer, config.causal)
-    return more.work * (len(config.sigmas) - 1) + made.work, made
+    (steps, made), _ = roll_out_calls(tracer, config.causal, len(config.sigmas) - 1, learns=False, whole=True)
+    return steps.work + made.work, made
 
 
 def sampling(config: Config, tracer: Tracer, machine: Machine) -> tuple[Beside, ...]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from mogan.config import Config, Update
 from mogan.costs.calls import Tracer, one_after_the_other
-from mogan.costs.causal import chunks
+from mogan.costs.causal import chunks, roll_out_calls
 from mogan.costs.machines import GPUS_PER_NODE, REACHED_LINK, Machine, usable
 from mogan.errors import UserError
 from mogan.estimate.beside import Beside, beside, sampling, text_encoder_bytes
@@ -216,14 +216,16 @@ def _bill(config: Config, update: Update, prices: Mapping[str, Price], tracer: T
     calls, passes, repeated = [], 0.0, sum(bill.repeated for bill in bills)
     if config.lesson(update).rollout and not update.again:
         before = (update.rollout or config.rollout or FewStep()).steps(config.sigmas)
-        learns, pieces = update.learns == "student", 1
-        forward, judged = tracer.forward, tracer.train if learns else tracer.forward.freed()
-        if config.causal is not None:
-            forward, seen, trained = chunks(tracer, config.causal)
-            judged, pieces = trained if learns else seen, len(config.causal.chunks(tracer.shapes.latent[1]))
-            passes += pieces - 1  # those that keep what was made
-        calls += [replace(forward, work=forward.work * before, held=0.0), judged]
-        passes += pieces * (before + 1 + learns)
+        learns, forward = update.learns == "student", tracer.forward
+        if config.causal is None:
+            calls += [
+                replace(forward, work=forward.work * before, held=0.0),
+                tracer.train if learns else forward.freed(),
+            ]
+            passes += before + 1 + learns
+        else:
+            made, passes = roll_out_calls(tracer, config.causal, before, learns=learns)
+            calls, forward = [*made], chunks(tracer, config.causal)[0]
         repeated += forward.work.flops if learns and config.checkpointing else 0.0
     calls += [call for bill in bills for call in bill.calls]
     return Bill(tuple(calls), passes + sum(bill.passes for bill in bills), repeated)

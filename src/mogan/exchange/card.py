@@ -49,9 +49,10 @@ def model_card(
         entries.append(
             f"- causal: a first chunk of {causal.first} latent frames, then {causal.rest} at a time, each of which sees the past by "
             f"{causal.policy}, noised to {causal.context_sigma:g}"
+            + (f"; the first always at noise levels {_said(causal.first_sigmas)}" if causal.first_sigmas else "")
         )
     facts = "\n".join(sorted(entries, key=lambda line: line.startswith("\n")))  # tables after the list
-    levels = ", ".join(f"{s:.4g}" for s in sigmas)
+    levels = _said(sigmas)
     if causal is not None:
         use = f"""```bash
 {code}
@@ -74,6 +75,10 @@ It samples at noise levels {levels}; this scheduler visits exactly these with
 
 {AGAIN if solver == LCM else "Its steps draw no noise: the first noise, so `pipe(generator=...)`, gives a clip again."}"""
     return f"---\n{head}\n---\n\n# {title}\n\n{use}\n\n{facts}\n"
+
+
+def _said(sigmas: tuple[float, ...]) -> str:
+    return ", ".join(f"{s:.4g}" for s in sigmas)
 
 
 def run_notes(run: Path) -> list[str]:

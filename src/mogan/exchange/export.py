@@ -134,6 +134,8 @@ def counts_notes(source: Generator) -> list[str]:
     if not source.counts or source.sigmas is None:
         return []
     offered = ", ".join(map(str, source.counts))
+    if source.causal:
+        return [f"- `--steps` of `mogan sample` may be {offered}; left out: {len(source.sigmas)}"]
     if source.told:
         return [f"- `num_inference_steps` may be {offered}: it was trained for these, and is told which"]
     schedulers = {n: scheduler_for(levels_of(source.sigmas, n), source.solver) for n in source.counts}

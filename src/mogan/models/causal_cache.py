@@ -62,14 +62,20 @@ class Causal:
         first: latent frames of the first chunk; ``rest``: of every other one, but the last may be shorter.
         policy: what a chunk sees of the past.
         context_sigma: level to which a finished chunk is noised for those after it to see.
+        first_sigmas: levels of the first chunk's own steps, in however many the others are made (First-Frame Enhancement,
+            arXiv 2511.01419); ``None``: the student's, as of all.
     """
 
     first: int
     rest: int
     policy: Policy = Policy()
     context_sigma: float = 0.0
+    first_sigmas: tuple[float, ...] | None = None
 
     def __post_init__(self):
+        own = self.first_sigmas
+        if own is not None and (own[:1] != (1.0,) or any(a <= b for a, b in pairwise((*own, 0.0)))):
+            raise ValueError(f"levels of the first chunk fall from 1 to above 0, not {own}")
         if min(self.first, self.rest) < 1 or not 0 <= self.context_sigma < 1:
             raise ValueError(
                 f"chunks have at least one frame and a level of context below 1, not {self.first}, {self.rest}, {self.context_sigma}"
@@ -86,13 +92,25 @@ class Causal:
         """For ``mogan.json``."""
         policy, chunks = self.policy, {"first": self.first, "rest": self.rest}
         own = {"chunks": chunks, "window": policy.window, "sink": policy.sink, "sink_decay": policy.decay}
-        return own | {"relative": policy.relative, "context_sigma": self.context_sigma}
+        own |= {"relative": policy.relative, "context_sigma": self.context_sigma}
+        return own | ({} if self.first_sigmas is None else {"first_sigmas": list(self.first_sigmas)})
+
+    @property
+    def layout(self) -> "Causal":
+        """What its weights must have learnt: all but in which steps a first chunk is made."""
+        return replace(self, first_sigmas=None)
+
+    def levels(self, number: int, sigmas: tuple[float, ...]) -> tuple[float, ...]:
+        """Of a chunk by its number, where the student's are ``sigmas``."""
+        return sigmas if number or self.first_sigmas is None else self.first_sigmas
 
 
 def read_causal(facts: Mapping[str, Any]) -> Causal:
     """The inverse of :meth:`Causal.facts`. Raises ValueError, TypeError or KeyError if they are none."""
     policy = Policy(facts["window"], facts["sink"], facts["sink_decay"], facts["relative"])
-    return Causal(facts["chunks"]["first"], facts["chunks"]["rest"], policy, facts["context_sigma"])
+    own = facts.get("first_sigmas")
+    first, rest = facts["chunks"]["first"], facts["chunks"]["rest"]
+    return Causal(first, rest, policy, facts["context_sigma"], None if own is None else tuple(own))
 
 
 @dataclass(frozen=True)

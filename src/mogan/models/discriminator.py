@@ -43,21 +43,25 @@ class Heads(nn.Module):
 
     Args:
         width: of the features; ``heads``: of attention; ``count``: how many feature maps are read.
+        outputs: logits among which a call chooses.
     """
 
-    def __init__(self, width: int, heads: int, count: int):
+    def __init__(self, width: int, heads: int, count: int, outputs: int = 1):
         super().__init__()
         self.heads = nn.ModuleList(TokenHead(width, heads, 4 * width) for _ in range(count))
-        self.final = final_layers(width, count)
+        self.final = final_layers(width, count, outputs)
 
-    def forward(self, features: Sequence[Float[Tensor, "b l d"]]) -> Float[Tensor, " b"]:
-        """Logits."""
-        return self.final(torch.cat([head(f) for head, f in zip(self.heads, features, strict=True)], dim=-1))[:, 0]
+    def forward(self, features: Sequence[Float[Tensor, "b l d"]], number: int = 0) -> Float[Tensor, " b"]:
+        """Logits; ``number`` of those that there are."""
+        read = [head(f) for head, f in zip(self.heads, features, strict=True)]
+        return self.final(torch.cat(read, dim=-1))[:, number]
 
 
-def final_layers(width: int, count: int) -> nn.Sequential:
+def final_layers(width: int, count: int, outputs: int = 1) -> nn.Sequential:
     """The MLP in which the answers of ``count`` heads meet."""
-    return nn.Sequential(nn.LayerNorm(width * count), nn.Linear(width * count, width), nn.SiLU(), nn.Linear(width, 1))
+    return nn.Sequential(
+        nn.LayerNorm(width * count), nn.Linear(width * count, width), nn.SiLU(), nn.Linear(width, outputs)
+    )
 
 
 class Discriminator(nn.Module):

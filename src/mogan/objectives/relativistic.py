@@ -4,7 +4,7 @@ The fake score's features of noised latents, at the level and under the prompt t
 alone learn. A clip need not be called real, only more so than the clip it is paired with, or less.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -58,6 +58,16 @@ class RelativisticConfig:
 
     def build(self, base: Base, others: Mapping[str, Objective]) -> Objective:
         """The heads, on a trunk that is there already."""
+        found = self.on_fake_score(base, others)
+        critic = found.critic
+        return Objective(found, {"student": found.student_loss, "critic": found.critic_loss}, {"critic": critic})
+
+    def on_fake_score(self, base: Base, others: Mapping[str, Objective], outputs: int = 1) -> "Relativistic":
+        """Heads of so many logits on the fake score of an objective that was built before.
+
+        Raises:
+            UserError: there is none to read, or not so deep.
+        """
         if self.of not in others:
             raise UserError(f"the recipe builds its discriminator before {self.of}: name {self.of} first in objectives")
         trunk = others[self.of].judge.fake_score
@@ -74,14 +84,15 @@ class RelativisticConfig:
             trunk.transformer.enable_gradient_checkpointing(recomputed)  # frozen or not as when it was called
         torch.manual_seed(base.config.seed)  # the heads start at random
         made = trunk.transformer.config
-        critic = Heads(made.num_attention_heads * made.attention_head_dim, made.num_attention_heads, len(self.taps))
+        width, attention = made.num_attention_heads * made.attention_head_dim, made.num_attention_heads
+        critic = Heads(width, attention, len(self.taps), outputs)
         shard(critic, critic.heads, base.world, torch.float32)
-        critic = critic.to(base.device).train()
-        found = Relativistic(trunk, critic, self)
-        return Objective(found, {"student": found.student_loss, "critic": found.critic_loss}, {"critic": critic})
+        return Relativistic(trunk, critic.to(base.device).train(), self)
 
-    def price(self, config: Config, tracer: Tracer) -> Price:
-        """The trunk on a real and a generated clip; the student's gradient passes through it, the heads learn beside it."""
+    def price(self, config: Config, tracer: Tracer, outputs: int = 1, shown: int = 2) -> Price:
+        """The trunk on a real and a generated clip; the student's gradient passes through it, the heads learn beside it, from
+        ``shown`` clips.
+        """
         layers, forward = tracer.shapes.transformer["num_layers"], tracer.forward
         passes, _ = tracer.once(
             ("trunk", len(self.taps)),
@@ -96,12 +107,12 @@ class RelativisticConfig:
             ),
         )
         heads, parameters = tracer.once(
-            ("token heads", len(self.taps)), lambda: heads_call(tracer.shapes, len(self.taps))
+            ("token heads", len(self.taps), outputs), lambda: heads_call(tracer.shapes, len(self.taps), outputs)
         )
         again = forward.work.flops if config.checkpointing else 0.0
         bills = {
             "student": Bill((forward.freed(), passes), 3, again),
-            "critic": Bill((forward.freed(), forward.freed(), heads.times(2).freed()), 2),
+            "critic": Bill((*[forward.freed()] * shown, heads.times(shown).freed()), shown),
         }
         return Price(bills, (Kept("critic", parameters),))
 
@@ -118,12 +129,15 @@ class Relativistic:
     def __init__(self, trunk: Denoiser, critic: Heads, settings: RelativisticConfig):
         self.trunk, self.critic, self.settings = trunk, critic, settings
 
-    def features(self, x_BCFHW: Tensor, text_BLD: Tensor, generator: Randomness) -> list[Tensor]:
-        """What the trunk makes of latents, noised to levels that are drawn and told."""
+    def noised(self, x_BCFHW: Tensor, generator: Randomness) -> tuple[Tensor, Tensor]:
+        """Latents at levels that are drawn, and the levels."""
         s = self.settings
         sigma = draw_sigma(len(x_BCFHW), generator, low=s.low, high=s.high, k=s.shift).to(x_BCFHW.device)
-        x_t = add_noise(x_BCFHW, normal(x_BCFHW.shape, generator, x_BCFHW.device), sigma)
-        with frozen(self.trunk), taps(self.trunk.transformer.blocks, s.taps) as found:
+        return add_noise(x_BCFHW, normal(x_BCFHW.shape, generator, x_BCFHW.device), sigma), sigma
+
+    def features(self, x_t: Tensor, sigma: Tensor, text_BLD: Tensor) -> list[Tensor]:
+        """What the trunk makes of noised latents, told their levels."""
+        with frozen(self.trunk), taps(self.trunk.transformer.blocks, self.settings.taps) as found:
             out = self.trunk.velocity(x_t, sigma, text_BLD)
         # sharded weights outside the blocks are gathered again when a gradient of what the transformer returns arrives. They
         # cannot stay gathered, as those of a frozen trunk may (mogan.distributed.tapped): this one learns, elsewhere
@@ -135,27 +149,36 @@ class Relativistic:
         assert batch.latent_BCFHW is not None, "the batch holds no real clips"
         if rollout.level:
             raise UserError("real clips are clean, and this roll-out stops above level 0: leave the discriminator out")
-        with torch.no_grad():
-            real = self.features(batch.latent_BCFHW.to(rollout.sample_BCFHW), rollout.text_BLD, generator)
-        with torch.set_grad_enabled(grad):
-            made = self.features(rollout.sample_BCFHW, rollout.text_BLD, generator)
-        both = [torch.cat([a, b]).float() for a, b in zip(real, made, strict=True)]
-        of_real, of_made = self.critic(both).chunk(2)
+        real = self.noised(batch.latent_BCFHW.to(rollout.sample_BCFHW), generator)
+        made = self.noised(rollout.sample_BCFHW, generator)
+        of_real, of_made = self.logits([real, made], rollout.text_BLD, grad)
         return of_real, of_made
+
+    def logits(
+        self, shown: Sequence[tuple[Tensor, Tensor]], text_BLD: Tensor, grad: bool, number: int = 0
+    ) -> tuple[Tensor, ...]:
+        """Of several noised latents at their levels, one of the critic's logits; with gradient into the last of them."""
+        read = []
+        for place, (x_t, sigma) in enumerate(shown):
+            with torch.set_grad_enabled(grad and place == len(shown) - 1):
+                read.append(self.features(x_t, sigma, text_BLD))
+        together = [torch.cat(features).float() for features in zip(*read, strict=True)]
+        return self.critic(together, number).chunk(len(shown))
 
     def student_loss(self, rollout: Rollout, batch: Batch, generator: Randomness) -> Loss:
         """``E softplus(D(real) - D(made))``; gradient passes through trunk and heads, not into them."""
         with frozen(self.critic):
             real, made = self._logits(rollout, batch, generator, True)
-        return F.softplus(real - made).mean(), _numbers(real, made)
+        return F.softplus(real - made).mean(), numbers(real, made)
 
     def critic_loss(self, rollout: Rollout, batch: Batch, generator: Randomness) -> Loss:
         """``E softplus(D(made) - D(real))``."""
         real, made = self._logits(rollout, batch, generator, False)
-        return F.softplus(made - real).mean(), _numbers(real, made)
+        return F.softplus(made - real).mean(), numbers(real, made)
 
 
-def _numbers(real_B: Tensor, made_B: Tensor) -> dict[str, Tensor]:
+def numbers(real_B: Tensor, made_B: Tensor) -> dict[str, Tensor]:
+    """Means of logits, to log."""
     return {
         "real_logit": real_B.detach().mean(),
         "fake_logit": made_B.detach().mean(),
@@ -163,12 +186,12 @@ def _numbers(real_B: Tensor, made_B: Tensor) -> dict[str, Tensor]:
     }
 
 
-def heads_call(shapes: Shapes, count: int) -> tuple[Call, int]:
+def heads_call(shapes: Shapes, count: int, outputs: int = 1) -> tuple[Call, int]:
     """Heads on the features of one clip, forward and backward; their parameters."""
     with fake():
         made = build_transformer(shapes, 1).config
         width, _, frames, height, cross = made.num_attention_heads * made.attention_head_dim, *shapes.latent
         _, patch_h, patch_w = made.patch_size
         features = [torch.empty(1, frames * (height // patch_h) * (cross // patch_w), width) for _ in range(count)]
-        critic = Heads(width, made.num_attention_heads, count)
+        critic = Heads(width, made.num_attention_heads, count, outputs)
         return trace(critic.parameters(), lambda: critic(features), backward=True), sizes(critic)[0]

@@ -114,7 +114,7 @@ def open_generator(name: str) -> Generator:
         kind, own_boundary = config.get("rollout") or {}, config.get("boundary")
         return Generator(
             folder, tuple(config["sigmas"]), wan.geometry(folder), run, config.get("lora"), config.get("solver", LCM),
-            tuple(kind.get("counts", ())), bool(kind.get("told")),
+            tuple(kind.get("counts") or ()), bool(kind.get("told")),
             boundary_of(folder) if own_boundary is None else own_boundary, causal_of_config(kind.get("causal")),
         )  # fmt: skip
     folder = wan.resolve_model(name)
@@ -132,7 +132,10 @@ def open_generator(name: str) -> Generator:
 
 def causal_of_config(kept: dict[str, Any] | None) -> Causal | None:
     """What a run's config keeps of a causal roll-out."""
-    return None if kept is None else Causal(**kept | {"policy": Policy(**kept["policy"])})
+    if kept is None:
+        return None
+    own = kept.get("first_sigmas")
+    return Causal(**kept | {"policy": Policy(**kept["policy"]), "first_sigmas": None if own is None else tuple(own)})
 
 
 def open_motion(run: Path, base: Path, frames: int) -> tuple[torch.nn.Module, int]:

@@ -4,8 +4,10 @@ Self-Forcing (arXiv 2506.08009): what was made is clean when the next chunk sees
 values are kept. Gradient flows through every chunk's judged step and through nothing else.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -16,26 +18,54 @@ from mogan.config import LCM
 from mogan.models.autoencoder import stream_chunks
 from mogan.models.causal import FULL, CausalDenoiser
 from mogan.models.causal_cache import Causal, Policy
-from mogan.sampling.rollout import FewStep, Rollout, normal
-from mogan.schedule import add_noise
+from mogan.sampling.rollout import Rollout, normal
+from mogan.schedule import add_noise, levels_of
 
 Generators = torch.Generator | list[torch.Generator]
 
 
 @dataclass(frozen=True)
 class Chunked:
-    """Chunk by chunk, each by the student's few steps, all of them stopped after the one step that is drawn (Self-Forcing)."""
+    """Chunk by chunk, each by the student's few steps, all of them stopped after the one step that is drawn (Self-Forcing).
+
+    Attributes:
+        causal: how clips come about.
+        counts: numbers of steps, ascending, of which one is drawn for the whole clip; their levels are
+            :func:`mogan.schedule.levels_of` all. ``None``: all of the student's steps, always.
+    """
 
     causal: Causal
+    counts: tuple[int, ...] | None = None
     solver: ClassVar[str] = LCM
 
+    def stages(self, sigmas: tuple[float, ...]) -> list[tuple[int, int, int]]:
+        """What can be drawn, each as likely: a number of steps, the last step of the first chunk and that of the others.
+
+        A first chunk with levels of its own is stopped as far along its steps as the others along theirs: of every chunk every
+        step is judged as often as any other, and where the others end whole, so may it.
+        """
+        counts, own = self.counts or (len(sigmas),), self.causal.first_sigmas
+        every = math.lcm(*counts, *([len(own)] if own else []))
+        return [(n, k * len(own or range(n)) // every, k * n // every) for n in counts for k in range(every)]
+
     def draw(self, sigmas: tuple[float, ...], generator: torch.Generator) -> int:
-        """The step that is judged: uniform over the student's steps."""
-        return FewStep().draw(sigmas, generator)
+        """The place in :meth:`stages`."""
+        return int(torch.randint(len(self.stages(sigmas)), (1,), generator=generator))
+
+    def whole(self, sigmas: tuple[float, ...], count: int) -> int:
+        """The place of a clip that takes all of so many steps."""
+        return max(place for place, (steps, *_) in enumerate(self.stages(sigmas)) if steps == count)
 
     def steps(self, sigmas: tuple[float, ...]) -> float:
-        """Steps before it, a mean."""
-        return FewStep().steps(sigmas)
+        """Steps before the judged one, a mean, but for a first chunk with levels of its own. Raises ValueError for counts that
+        the student has not.
+        """
+        counts = self.counts or (len(sigmas),)
+        if list(counts) != sorted({*counts} & {*range(1, len(sigmas) + 1)}):
+            raise ValueError(
+                f"rollout: counts {counts} must rise and lie within 1 and the student's {len(sigmas)} levels"
+            )
+        return sum((count - 1) / 2 for count in counts) / len(counts)
 
     def make(
         self,
@@ -47,12 +77,15 @@ class Chunked:
         step: int,
         grad: bool,
     ) -> Rollout:
-        """:func:`roll_out_causal`."""
-        how = self.causal
-        return roll_out_causal(
-            student, noise, text, sigmas, generator, chunks=how.chunks(noise.shape[2]), policy=how.policy,
-            exit_step=step, grad=grad, context_sigma=how.context_sigma,
+        """:func:`roll_out_causal`, of what :meth:`stages` has at a place."""
+        how, (count, first, last) = self.causal, self.stages(sigmas)[step]
+        levels = levels_of(sigmas, count)
+        made = roll_out_causal(
+            student, noise, text, levels, generator, chunks=how.chunks(noise.shape[2]), policy=how.policy, grad=grad,
+            steps_of=lambda number: how.levels(number, levels)[: (last if number else first) + 1],
+            context_sigma=how.context_sigma,
         )  # fmt: skip
+        return replace(made, exit_step=last, count=count)
 
 
 def roll_out_causal(
@@ -112,7 +145,7 @@ def stream_causal(
     noise = normal(torch.Size((len(seeds), *shape)), generators, text_BLD.device)
     yield from _chunks(
         student, noise, text_BLD, sigmas, generators, chunks=how.chunks(shape[1]), policy=how.policy,
-        given_BCFHW=given_BCFHW, context_sigma=how.context_sigma,
+        steps_of=partial(how.levels, sigmas=sigmas), given_BCFHW=given_BCFHW, context_sigma=how.context_sigma,
     )  # fmt: skip
 
 

@@ -33,6 +33,7 @@ class Rollout:
         interval: levels between which it may be judged; whoever judges noises it to one of them.
         clean_BCFHW: the clean latent that the judged step predicted, detached; ``None``: it is the sample.
         toward: the level that a fake score is told which is told; ``None``: nothing.
+        count: in how many steps it is made, where that is drawn; else 0.
     """
 
     sample_BCFHW: Float[Tensor, "b c f h w"]
@@ -42,6 +43,7 @@ class Rollout:
     interval: tuple[float, float] = (0.0, 1.0)
     clean_BCFHW: Float[Tensor, "b c f h w"] | None = None
     toward: float | None = None
+    count: int = 0
 
     @property
     def guess_BCFHW(self) -> Float[Tensor, "b c f h w"]:

@@ -98,7 +98,7 @@ def find_models(config: Config, model: str, student: str | None) -> tuple[Path, 
             + (f"adapters of rank {source.lora}: give --lora {source.lora}, or" if source.lora else "full weights:")
             + " export it with `mogan export` and name the export with --student"
         )
-    if source.causal not in (None, config.causal):
+    if source.causal and source.causal.layout != (config.causal and config.causal.layout):
         raise UserError(
             f"{student} is a causal student of {source.causal} and {config.recipe} trains "
             + (f"one of {config.causal}" if config.causal else "one that sees whole clips")
