@@ -28,6 +28,7 @@ from mogan.data.cache import ensure_text, save_latent
 from mogan.exchange.export import save_student
 from mogan.lab.teacher import build_text_encoder, build_tokenizer
 from mogan.models.autoencoder import encode_video
+from mogan.models.causal_cache import Causal
 from mogan.models.wan import fingerprint, load_text, load_transformer, load_vae
 from mogan.motion.flow import RaftConfig, save_raft
 from mogan.sampling.trajectories import trajectories
@@ -79,7 +80,7 @@ SIZE = {"fps": 16, "height": 32, "width": 48, "frames": 13}
 
 @pytest.fixture(scope="session")
 def family(tmp_path_factory) -> Path:
-    """``teacher/`` (a stock pipeline folder), ``student/`` (an export) and ``raft/``, all random; 32 x 32, 13 frames."""
+    """``teacher/`` (a stock pipeline folder), exports ``student/`` and ``causal/``, and ``raft/``, all random; 32 x 32, 13 frames."""
     folder = tmp_path_factory.mktemp("family")
     torch.manual_seed(0)
     pipeline = WanPipeline(
@@ -94,6 +95,8 @@ def family(tmp_path_factory) -> Path:
     (folder / "teacher" / "mogan.json").write_text(json.dumps(facts))
     student = load_transformer(folder / "teacher")
     save_student(student, folder / "teacher", folder / "student", SIGMAS, torch.float32, card="a test")
+    student, how = load_transformer(folder / "teacher"), Causal(1, 1)
+    save_student(student, folder / "teacher", folder / "causal", SIGMAS, torch.float32, card="a test", causal=how)
     config = RaftConfig((8, 8, 8, 8, 16), (8, 8, 8, 8, 16), 8, 2, 2, 16)
     save_raft(config.build(), config, folder / "raft")
     return folder

@@ -75,10 +75,10 @@ def finish(processes, seconds=600):
 def command(recipe, family, cache, out, *more):
     words = ["-m", "mogan", "train", f"tiny_recipes:{recipe}", "--model", str(family / "teacher"), "--device", "cpu"]
     words += ["--data", str(cache), "--out", str(out), *more]
-    begins = {"mogan": "student", "offloaded": "student", "redmd": "teacher", "shift": "teacher"}.get(
-        recipe
-    )  # those that post-train
-    return words + (["--student", str(family / begins)] if begins else [])
+    begins = {"mogan": "student", "offloaded": "student", "redmd": "teacher", "shift": "teacher"}
+    begins |= dict.fromkeys(("reward_forcing", "mogan_causal"), "causal")
+    begin = begins.get(recipe)  # those that post-train
+    return words + (["--student", str(family / begin)] if begin else [])
 
 
 def train_alone(config, family, cache, out):
@@ -164,6 +164,9 @@ def test_two_processes_follow_the_trajectory_of_one_and_each_resumes_the_other(f
         ("tdm", 2, ()),
         ("self_forcing_windowed", 2, ()),
         ("asd", 2, ()),
+        ("reward_forcing", 2, ()),
+        ("mogan_causal", 2, ()),
+        ("msm_causal", 2, ()),
         ("causal_teacher", 2, ()),
         ("causal_cd", 2, ()),
         ("tdm", 2, ("--context-parallel", "2")),

@@ -20,7 +20,7 @@ from mogan.training.assemble import assemble
 from mogan.training.loop import run_training
 from mogan.training.steps import Position, step
 from test_train import assert_same
-from tiny_recipes import asd, dmd, flow_matching, mogan, redmd, shift, vdot
+from tiny_recipes import asd, dmd, flow_matching, mogan, mogan_causal, redmd, reward_forcing, shift, vdot
 
 RANK = 3
 
@@ -99,7 +99,7 @@ def test_matrices_held_in_bf16_give_the_bits_of_matrices_rounded_at_every_call(f
         assert torch.equal(Denoiser(whole, torch.bfloat16)(*inputs()), Denoiser(held, torch.bfloat16)(*inputs()))
 
 
-@pytest.mark.parametrize("recipe", [dmd, mogan, flow_matching, redmd, shift, vdot, asd])
+@pytest.mark.parametrize("recipe", [dmd, mogan, flow_matching, redmd, shift, vdot, asd, reward_forcing, mogan_causal])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_each_update_moves_its_own_adapters_and_nothing_else(recipe, checkpointing, family, cache):
     config = low_rank(recipe(), checkpointing=checkpointing)

@@ -18,7 +18,7 @@ NEEDED = {
     "attention": ["--prompts", "x"],
     "report": ["x"],
     "export": ["x"],
-    "import": ["x", "--base", "x"],
+    "import": ["x", "--base", "x", "--sigmas", "1"],
     "estimate": ["mogan_lab"],
     "study": ["table1"],
     "survey serve": ["x"],

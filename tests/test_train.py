@@ -40,6 +40,9 @@ RECIPES = {
     "causal_teacher": tiny_recipes.causal_teacher,
     "causal_cd": tiny_recipes.causal_cd,
     "self_forcing_windowed": tiny_recipes.self_forcing_windowed,
+    "reward_forcing": tiny_recipes.reward_forcing,
+    "mogan_causal": tiny_recipes.mogan_causal,
+    "msm_causal": tiny_recipes.msm_causal,
     **{a: (lambda a=a: ablate(mogan, a)) for a in ABLATIONS},
 }
 

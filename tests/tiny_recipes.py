@@ -41,6 +41,8 @@ def start(config: Config, family: Path) -> str | None:
     """The folder of the test family that a recipe's student starts from; None where it is the base model."""
     if not config.post_trains:
         return None
+    if config.causal is not None:
+        return str(family / "causal")
     return str(family / ("student" if "gan" in config.objectives else "teacher"))
 
 
@@ -88,7 +90,10 @@ def msm() -> Config:
 
 
 def redmd() -> Config:
-    config = shrink(recipes.redmd_lab())
+    return _two_clips(shrink(recipes.redmd_lab()))
+
+
+def _two_clips(config: Config) -> Config:
     raft = os.environ.get("MOGAN_TEST_RAFT", "set MOGAN_TEST_RAFT")
     weights = replace(config.objectives["dmd"].weights, clips=2, flow=raft, flow_iterations=2)
     return config.changed("dmd", weights=weights)
@@ -180,6 +185,33 @@ def self_forcing_windowed() -> Config:
     """Chunks of one and two latents, a window that drops some, an EMA sink, noisy contexts."""
     how = Causal(1, 1, Policy(window=3, sink=1, decay=0.9, relative=True), 0.1)
     return replace(self_forcing(), rollout=Chunked(how))
+
+
+def reward_forcing() -> Config:
+    return _two_clips(shrink(recipes.reward_forcing_lab()))
+
+
+def reward_forcing_wan() -> Config:
+    """The full-size recipe with batches that a CPU bears, and a window that drops a chunk of four."""
+    config = recipes.reward_forcing_wan_1_3b()
+    plan = tuple(replace(u, batch=2, accumulate=2, times=1) for u in config.plan)
+    return _two_clips(replace(config, plan=plan, save_every=1, sample_prompts=0))
+
+
+def mogan_causal() -> Config:
+    return shrink(recipes.mogan_causal_lab())
+
+
+def mogan_causal_wan() -> Config:
+    """The full-size recipe with batches, depth and window that a CPU bears."""
+    config = recipes.mogan_causal_wan_1_3b()
+    return replace(
+        config, plan=wan().plan, objectives=config.objectives | {"gan": wan().objectives["gan"]}, save_every=1
+    )
+
+
+def msm_causal() -> Config:
+    return shrink(recipes.msm_causal_lab())
 
 
 def sft_i2v() -> Config:

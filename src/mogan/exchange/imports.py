@@ -19,7 +19,8 @@ from mogan.exchange.lora_file import DTYPES
 from mogan.exchange.schedulers import scheduler_for
 from mogan.exchange.tensors import check_numbers, declared_alpha, files_of, read_tensors, some
 from mogan.models import wan
-from mogan.models.causal_cache import Causal
+from mogan.models.causal_cache import Causal, Policy
+from mogan.ranges import at_least, between
 
 GENERATORS = (
     "generator_ema",
@@ -39,6 +40,10 @@ def import_student(
     out: Path,
     sigmas: tuple[float, ...],
     chunks: tuple[int, int] | None = None,
+    window: int | None = None,
+    sink: int = 0,
+    sink_decay: float | None = None,
+    relative: bool = False,
     dtype: Literal["fp32", "fp16", "bf16"] = "fp32",
 ) -> None:
     """Make a diffusers folder of a few-step student that another program trained.
@@ -51,18 +56,23 @@ def import_student(
         base: the model it was made from: a diffusers folder or a hub id; everything but the transformer is taken from it.
         out: the folder to write; must not exist yet.
         sigmas: noise levels it samples at, from 1 downwards, final 0 left out (timesteps divided by 1000).
-        chunks: of a causal student that sees all of its past: latent frames of the first chunk and of each later one (Self-Forcing
-            3 3); without it the student sees whole clips.
+        chunks: of a causal student: latent frames of the first chunk and of each later one (Self-Forcing 3 3); without it the
+            student sees whole clips.
+        window: latent frames that a chunk sees, its own among them (Reward Forcing 9); without it all of the past.
+        sink: of these the first ones of the clip, which never leave (Reward Forcing 3).
+        sink_decay: alpha of a sink that is averaged with what leaves the window (Reward Forcing 0.999).
+        relative: number what is seen 0, 1, 2, ... and not as in the clip (Reward Forcing does).
         dtype: precision of the saved transformer.
     """
+    at_least(1, window=window)
+    at_least(0, sink=sink)
+    between(0, 1, sink_decay=sink_decay)
     if out.exists():
         raise UserError(f"{out} exists already: give another --out or remove it")
     writable_folder(out.parent)
     if sigmas[:1] != (1.0,) or any(not 0 < low < high for high, low in pairwise(sigmas)):
         raise UserError(f"--sigmas fall from 1 to above 0 (a timestep of 757 is 0.757), not {list(sigmas)}")
-    if chunks is not None and min(chunks) < 1:
-        raise UserError(f"--chunks are two numbers of latent frames above 0, not {list(chunks)}")
-    causal = None if chunks is None else Causal(*chunks)
+    causal = _causal(chunks, (window, sink, sink_decay, relative))
     scheduler_for(sigmas)  # refuse before reading gigabytes
     files, folder = (
         files_of(file),
@@ -88,6 +98,28 @@ def import_student(
     save_student(transformer, folder, out, sigmas, DTYPES[dtype], card, fake_score=fake_score, causal=causal)
     also = " and its critic as the fake score" if critic is not None else ""
     print(f"imported {what}{also} to {out}; try: mogan sample --model {out} --prompts prompts.txt --out clips")
+
+
+def _causal(chunks: tuple[int, int] | None, policy: tuple[int | None, int, float | None, bool]) -> Causal | None:
+    """How a student makes clips, as options say it: see :class:`mogan.models.causal_cache.Policy`.
+
+    Raises:
+        UserError: they do not go together.
+    """
+    if chunks is None:
+        if policy != (None, 0, None, False):
+            raise UserError(
+                "--window, --sink, --sink-decay and --relative are of a causal student: give its --chunks, too"
+            )
+        return None
+    if min(chunks) < 1:
+        raise UserError(f"--chunks are two numbers of latent frames above 0, not {list(chunks)}")
+    try:
+        causal = Causal(*chunks, Policy(*policy))
+        causal.policy.seen(causal.chunks(sum(chunks) + 2 * (policy[0] or 0)))  # a clip that fills the window
+    except ValueError as error:
+        raise UserError(f"--chunks, --window and --sink do not go together: {error}") from error
+    return causal
 
 
 def read_student(files: list[Path]) -> tuple[dict[str, Tensor], dict[str, Tensor] | None, str | None]:

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from mogan.config import Config
 from mogan.costs.calls import Tracer, one_after_the_other
+from mogan.costs.causal import roll_out_calls
 from mogan.costs.trace import Call, Work
 from mogan.data.batches import Batch
 from mogan.distributed import World
@@ -111,24 +112,23 @@ class WeightsConfig:
         """What weights add: the clips once more, decoded and judged; once, clips of the teacher. What a reward of one's own
         costs beside decoding nobody knows.
         """
-        steps, forward = (config.rollout or FewStep()).steps(config.sigmas) + 1, tracer.forward
-        seen, kept = tracer.decode.freed(), price.kept
+        steps, seen, kept = (config.rollout or FewStep()).steps(config.sigmas) + 1, tracer.decode.freed(), price.kept
+        looks: tuple[Call, ...] = (replace(tracer.forward.freed(), work=tracer.forward.work * steps),)
+        if config.causal is not None:
+            looks, steps = roll_out_calls(tracer, config.causal, steps - 1, learns=False)
         if self.reward == NET_MOTION:
             fields = tracer.flow_fields(self.flow, self.flow_iterations, tracer.shapes.size.frames)
             seen = one_after_the_other((tracer.decode, fields)).freed()
             if parameters := tracer.flow(self.flow, self.flow_iterations)[1]:
                 kept = (*kept, Kept("flow network", parameters, learns=False, sharded=False))
         bill = price.bills["student"]
-        bill = Bill(
-            (replace(forward.freed(), work=forward.work * steps), seen, *bill.calls), bill.passes + steps, bill.repeated
-        )
+        bill = Bill((*looks, seen, *bill.calls), bill.passes + steps, bill.repeated)
         once = {}
         if self.standard is None:
             usual, calls = wan.Defaults().steps, guided_calls(guidance)
-            sampled: Work = forward.work * (usual * calls) + seen.work
-            once = {
-                "judge a clip of the teacher": (self.clips, Call(sampled, 0.0, max(calls * forward.peak, seen.peak)))
-            }
+            sampled: Work = tracer.forward.work * (usual * calls) + seen.work
+            peak = max(calls * tracer.forward.peak, seen.peak)
+            once = {"judge a clip of the teacher": (self.clips, Call(sampled, 0.0, peak))}
         check = tracer.check(self.flow, self.flow_iterations) if self.reward == NET_MOTION else None
         bills = dict(price.bills) | {"student": bill}
         return replace(price, bills=bills, kept=kept, once=once, check=check)

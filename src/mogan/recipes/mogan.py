@@ -1,4 +1,4 @@
-"""MoGAN (arXiv 2511.21592), its ablations, and MoGAN through a surrogate."""
+"""MoGAN (arXiv 2511.21592), its ablations, MoGAN through a surrogate, and MoGAN on a causal student."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -9,6 +9,7 @@ from mogan.models.defaults import WAN_NEGATIVE_PROMPT
 from mogan.objectives.dmd import DMDConfig
 from mogan.objectives.gan import GANConfig
 from mogan.objectives.surrogate import SurrogateConfig
+from mogan.recipes.self_forcing import self_forcing_lab, self_forcing_wan_1_3b
 from mogan.schedule import shifted_levels
 
 ABLATIONS = ("no-dmd", "no-r1r2", "latent-gan")
@@ -129,6 +130,27 @@ def mogan_wan_1_3b() -> Config:
         checkpointing=True,
         save_every=50,
         sample_every=100,
+    )
+
+
+def mogan_causal_lab() -> Config:
+    """MoGAN on a causal student of the lab, named with ``--student``: everything but the roll-out is ``mogan_lab``'s."""
+    return replace(mogan_lab(), recipe="mogan_causal_lab", rollout=self_forcing_lab().rollout)
+
+
+def mogan_causal_wan_1_3b() -> Config:
+    """MoGAN on ``self_forcing_wan_1_3b``'s student, which nobody has tried: plan, learning rates and discriminator are MoGAN's.
+
+    Levels, roll-out and distribution matching are those that made the student. All of MoGAN's windows stay, at chunk borders or
+    not: a discriminator that met borders at one place alone could tell clips by them.
+    """
+    start, base = self_forcing_wan_1_3b(), mogan_wan_1_3b()
+    return replace(
+        base,
+        recipe="mogan_causal_wan_1_3b",
+        sigmas=start.sigmas,
+        rollout=start.rollout,
+        objectives=base.objectives | start.objectives,
     )
 
 

@@ -16,6 +16,7 @@ from mogan.data.cache import Cache, ensure_text
 from mogan.distributed import World
 from mogan.errors import UserError
 from mogan.models import wan
+from mogan.models.causal_cache import Causal, Policy
 from mogan.models.host import in_pieces
 from mogan.models.lora import hold_in, twin
 from mogan.objectives.base import Base, spread
@@ -58,6 +59,7 @@ def load(
     if wan.has_controls(folder) or wan.has_controls(start):
         _check_controls(config, cache, prompts, world, folder, start)
         shape = (shape[0], shape[1] + (prompts or cache).references, *shape[2:])
+    _check_window(config, shape[1])
     _check_clips(config, cache, folder)
     _check_captions(config, cache, prompts)
     dtype = dtype_of(config, world.device)
@@ -98,7 +100,12 @@ def find_models(config: Config, model: str, student: str | None) -> tuple[Path, 
             + (f"adapters of rank {source.lora}: give --lora {source.lora}, or" if source.lora else "full weights:")
             + " export it with `mogan export` and name the export with --student"
         )
-    if source.causal and source.causal.layout != (config.causal and config.causal.layout):
+    if source.causal is None and config.causal is not None and config.post_trains:
+        raise UserError(
+            f"{student or 'the student of the lab'} sees whole clips and {config.recipe} post-trains a student that sees the past "
+            "alone: name one with --student (the export of a self_forcing run)"
+        )
+    if source.causal and not _follows(config.causal, source.causal):
         raise UserError(
             f"{student} is a causal student of {source.causal} and {config.recipe} trains "
             + (f"one of {config.causal}" if config.causal else "one that sees whole clips")
@@ -110,6 +117,11 @@ def find_models(config: Config, model: str, student: str | None) -> tuple[Path, 
             f"{list(config.sigmas)}; they must agree: name a student that fits with --student, or another recipe"
         )
     return base, source.folder, source.run
+
+
+def _follows(wanted: Causal | None, start: Causal) -> bool:
+    """Whether a causal student is taken up: as it is, or to see less than all of its past, which is how windows begin."""
+    return wanted is not None and start.layout in (wanted.layout, replace(wanted.layout, policy=Policy()))
 
 
 def _agree(sigmas: tuple[float, ...], others: tuple[float, ...]) -> bool:
@@ -140,6 +152,15 @@ def _frozen_weights(config: Config, dtype: torch.dtype, world: World) -> tuple[F
         )
 
     return frozen, held
+
+
+def _check_window(config: Config, frames: int) -> None:
+    """A causal student's chunks fit into its window, and what leaves it into its sink."""
+    if config.causal is not None:
+        try:
+            config.causal.policy.seen(config.causal.chunks(frames))
+        except ValueError as error:
+            raise UserError(f"{config.recipe}, clips of {frames} latent frames: {error}") from error
 
 
 def _check_clips(config: Config, cache: Cache, model: Path) -> None:
