@@ -7,12 +7,17 @@ from mogan.objectives.redmd import WeightsConfig
 from mogan.recipes.dmd import dmd2_wan_1_3b, dmd_lab
 
 BETA = 0.5  # the paper's; its ablation has 1 and 1/5 beside it
+LAB = WeightsConfig(beta=BETA, flow="lab", flow_iterations=4)
+WAN = WeightsConfig(
+    beta=BETA,
+    flow="raft_large_C_T_SKHT_V2.pth",  # as mogan_wan_1_3b; the paper's reward is a vision-language model's
+    flow_iterations=12,
+)
 
 
 def redmd_lab() -> Config:
     """The lab's student by DMD as in ``dmd_lab``, for 160 iterations more, its clips weighted by how far things move in them."""
-    weights = WeightsConfig(beta=BETA, flow="lab", flow_iterations=4)
-    return replace(dmd_lab(), recipe="redmd_lab", post_trains=True, iterations=160).changed("dmd", weights=weights)
+    return replace(dmd_lab(), recipe="redmd_lab", post_trains=True, iterations=160).changed("dmd", weights=LAB)
 
 
 def redmd_wan_1_3b() -> Config:
@@ -22,9 +27,4 @@ def redmd_wan_1_3b() -> Config:
     the fake score (4e-7), batch 64, beta 1/2, weights of VideoAlign's motion quality, not normalised. Here the student is
     bidirectional and has been distilled, so 600 updates of its clips are more than it was made with: chosen, 200.
     """
-    weights = WeightsConfig(
-        beta=BETA,
-        flow="raft_large_C_T_SKHT_V2.pth",  # as mogan_wan_1_3b; the paper's reward is a vision-language model's
-        flow_iterations=12,
-    )
-    return replace(dmd2_wan_1_3b(), recipe="redmd_wan_1_3b", post_trains=True).changed("dmd", weights=weights)
+    return replace(dmd2_wan_1_3b(), recipe="redmd_wan_1_3b", post_trains=True).changed("dmd", weights=WAN)

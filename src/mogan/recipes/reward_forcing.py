@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from mogan.config import Config
 from mogan.models.causal_cache import Causal, Policy
-from mogan.recipes.redmd import redmd_lab, redmd_wan_1_3b
+from mogan.recipes import redmd
 from mogan.recipes.self_forcing import self_forcing_lab, self_forcing_wan_1_3b
 from mogan.sampling.causal_rollout import Chunked
 
@@ -18,7 +18,7 @@ def reward_forcing_lab() -> Config:
         post_trains=True,
         rollout=Chunked(Causal(first=1, rest=1, policy=policy)),
         iterations=160,
-    ).changed("dmd", weights=redmd_lab().objectives["dmd"].weights)
+    ).changed("dmd", weights=redmd.LAB)
 
 
 def reward_forcing_wan_1_3b() -> Config:
@@ -33,4 +33,4 @@ def reward_forcing_wan_1_3b() -> Config:
         self_forcing_wan_1_3b(),
         recipe="reward_forcing_wan_1_3b",
         rollout=Chunked(Causal(first=3, rest=3, policy=policy)),
-    ).changed("dmd", weights=redmd_wan_1_3b().objectives["dmd"].weights)
+    ).changed("dmd", weights=redmd.WAN)
