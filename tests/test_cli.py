@@ -4,7 +4,9 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -140,6 +142,25 @@ def test_ctrl_c_is_130_and_a_sentence_while_modules_are_imported_and_afterwards(
     done = subprocess.run(words_of, capture_output=True, text=True, preexec_fn=heed)
     assert (done.returncode, done.stdout) == (130, "")
     assert done.stderr == f"mogan {words[0]}: interrupted; give the same command again to finish\n"
+
+
+def test_a_ctrl_c_that_a_library_tells_as_an_error_of_its_own_is_still_one(monkeypatch, capsys):
+    def told_otherwise() -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(5)
+        except KeyboardInterrupt:
+            raise UserError("weights are damaged") from None  # as safetensors' reader does
+
+    monkeypatch.setitem(COMMANDS, "demo", ("late:late", "is interrupted"))
+    monkeypatch.setitem(sys.modules, "late", SimpleNamespace(late=told_otherwise))
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        assert main(["demo"]) == 130
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert capsys.readouterr().err == "mogan demo: interrupted; give the same command again to finish\n"
 
 
 @pytest.mark.slow

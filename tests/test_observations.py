@@ -215,7 +215,7 @@ def test_two_processes_make_those_of_one(more, family, fresh, tmp_path):
 
 def write_often(path, byte):
     for _ in range(30):
-        with replacing(path, shared=True) as temporary:
+        with replacing(path) as temporary:
             temporary.write_bytes(byte * 5000)
 
 

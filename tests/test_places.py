@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from mogan.cli import COMMANDS, main
-from mogan.disk.files import new_folder, refusal, replacing, writable_file, writable_folder, write_atomically
+from mogan.disk.files import _sweep, new_folder, refusal, replacing, writable_file, writable_folder, write_atomically
 from mogan.disk.locks import alone_at, alone_in
 from mogan.errors import UserError
 from test_train import build
@@ -110,6 +110,34 @@ def test_a_file_that_does_not_fit_leaves_the_old_one_and_nothing_half_written(tm
         full(temporary.write_text("half"))
     assert path.read_text() == "before"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_a_killed_process_left_is_taken_away_and_what_others_write_is_not(tmp_path):
+    script = "import os,sys\nfrom pathlib import Path\nfrom mogan.disk.files import replacing\n"
+    script += "with replacing(Path(sys.argv[1])) as t:\n t.write_text('half')\n os.kill(os.getpid(), 9)"
+    for name in ("a.mp4", "b.safetensors"):
+        subprocess.run([sys.executable, "-c", script, tmp_path / name])
+        assert [p.suffix for p in tmp_path.iterdir()] == [Path(name).suffix], "the second has taken the first's away"
+    theirs, ancient, mine = (tmp_path / name for name in (".tmp-0badf00d-7-a", ".tmp-0badf00d-8-a", ".tmp-2024-notes"))
+    for path in (theirs, ancient, mine):
+        path.write_text("of another machine, of one long ago, of the user")
+    os.utime(ancient, (0, 0))
+    os.utime(mine, (0, 0))
+    with replacing(tmp_path / "c") as living:
+        living.write_text("whole")
+        _sweep.cache_clear()
+        write_atomically(tmp_path / "d", "by another at the same time")
+        assert living.exists()
+    assert {p.name for p in tmp_path.iterdir()} == {"c", "d", theirs.name, mine.name}
+
+
+def test_a_checkpoint_takes_away_what_a_killed_one_left(family, cache, tmp_path, monkeypatch):
+    from mogan.training.loop import run_training
+
+    (tmp_path / "checkpoints" / ".000007.new").mkdir(parents=True)
+    monkeypatch.setenv("MOGAN_TEST_RAFT", str(family / "raft"))
+    run_training(build(flow_matching().with_budget(1), family, cache, tmp_path), tmp_path)
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["000001"]
 
 
 def test_a_folder_is_made_by_one_at_a_time_and_the_last_takes_nothing_away(tmp_path):

@@ -72,26 +72,37 @@ def main(arguments: list[str] | None = None) -> int:
     name = " ".join(words[:2]) if " ".join(words[:2]) in COMMANDS else " ".join(words[:1])
     if name not in COMMANDS:
         return _list_commands(words)
+    asked: list[int] = []
+
+    def leave(*_: object) -> None:
+        os.write(2, f"{_interrupted(name)}\n".encode())
+        os._exit(INTERRUPTED)
+
+    def stop(number: int, _: object) -> None:
+        asked.append(number)
+        raise KeyboardInterrupt
+
     try:
-        with _leaving_at_once(name):
+        with _on_ctrl_c(
+            leave
+        ):  # C++ may not expect the exception (torch's then aborts), or it is taken for a missing module
             import tyro
 
             module, function = COMMANDS[name][0].split(":")
             command = getattr(importlib.import_module(module), function)
         options = words[len(name.split()) :]
         _check_options(command, options)
-        tyro.cli(command, prog=f"mogan {name}", args=options)
-    except UserError as error:
-        print(f"mogan {name}: {error}", file=sys.stderr)
-        return 2
-    except Exception as error:
-        if (sentence := refusal(error) or too_little_memory(error)) is None:
+        with _on_ctrl_c(stop):
+            tyro.cli(command, prog=f"mogan {name}", args=options)
+    except (Exception, KeyboardInterrupt) as error:
+        if asked or isinstance(error, KeyboardInterrupt):  # readers of files tell of it as an error of their own
+            print(_interrupted(name), file=sys.stderr)
+            return INTERRUPTED
+        sentence = str(error) if isinstance(error, UserError) else refusal(error) or too_little_memory(error)
+        if sentence is None:
             raise
         print(f"mogan {name}: {sentence}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print(_interrupted(name), file=sys.stderr)
-        return INTERRUPTED
     return 0
 
 
@@ -100,21 +111,12 @@ def _interrupted(name: str) -> str:
 
 
 @contextmanager
-def _leaving_at_once(name: str) -> Iterator[None]:
-    """Ctrl-C while modules are imported, when nothing has been begun, ends the process on the spot.
-
-    A ``KeyboardInterrupt`` in there may meet C++ that does not expect it (torch's then aborts) or code that takes it for a
-    module that is missing.
-    """
-
-    def leave(*_: object) -> None:
-        os.write(2, f"{_interrupted(name)}\n".encode())
-        os._exit(INTERRUPTED)
-
+def _on_ctrl_c(handler: Callable[[int, object], None]) -> Iterator[None]:
+    """Handle Ctrl-C so meanwhile, unless whoever calls us has a way of their own."""
     if signal.getsignal(signal.SIGINT) is not signal.default_int_handler or current_thread() is not main_thread():
-        yield  # whoever calls us has a way of their own
+        yield
         return
-    signal.signal(signal.SIGINT, leave)
+    signal.signal(signal.SIGINT, handler)
     try:
         yield
     finally:

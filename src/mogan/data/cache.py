@@ -246,17 +246,15 @@ def text_path(cache: Path, prompt: str) -> Path:
     return cache / "text" / f"{hashlib.sha256(prompt.encode()).hexdigest()[:32]}.safetensors"
 
 
-def ensure_text(
-    cache: str | Path, prompts: Iterable[str], encode: Callable[[list[str]], list[Tensor]], shared: bool = False
-) -> int:
-    """Cache the embeddings that are missing, each prompt once; returns how many were. ``shared`` if others may do so too.
+def ensure_text(cache: str | Path, prompts: Iterable[str], encode: Callable[[list[str]], list[Tensor]]) -> int:
+    """Cache the embeddings that are missing, each prompt once; returns how many were.
 
     Prompts are encoded one at a time, so an embedding does not depend on its company or on where a run was interrupted.
     """
     missing = [p for p in dict.fromkeys(prompts) if not text_path(Path(cache), p).exists()]
     for prompt in tqdm(missing, desc="text", unit="prompt", disable=not missing):
         (embedding,) = encode([prompt])
-        save_tensors(text_path(Path(cache), prompt), {"embedding": embedding}, {"prompt": prompt}, shared)
+        save_tensors(text_path(Path(cache), prompt), {"embedding": embedding}, {"prompt": prompt})
     return len(missing)
 
 
@@ -283,8 +281,8 @@ def save_control(cache: Path, clip: str, control: Float[Tensor, "k f h w"], pixe
     save_tensors(control_path(cache, clip), parts, {"mark": mark})
 
 
-def save_tensors(path: Path, tensors: dict[str, Tensor], facts: dict[str, str], shared: bool = False) -> None:
-    """Write a safetensors file, whole or not at all; ``shared`` if other processes may write it at the same time.
+def save_tensors(path: Path, tensors: dict[str, Tensor], facts: dict[str, str]) -> None:
+    """Write a safetensors file, whole or not at all.
 
     Raises:
         UserError: something is no number. A network that is damaged would spoil what is trained on it.
@@ -296,5 +294,5 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], facts: dict[str, str], 
         )
     # one key, since safetensors writes several in an order of its own and files would differ between runs
     about = {"about": json.dumps(facts, sort_keys=True)}
-    with replacing(path, shared) as temporary:
+    with replacing(path) as temporary:
         save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary, about)

@@ -24,7 +24,7 @@ def claim(out: Path, facts: dict[str, Any]) -> None:
         return
     if out.exists() and any(not path.name.startswith(PASSING) for path in out.iterdir()):
         raise UserError(f"{out} is not empty and not a cache: give another --out")
-    with replacing(out / data.FACTS[facts["contents"]], shared=True) as temporary:
+    with replacing(out / data.FACTS[facts["contents"]]) as temporary:
         temporary.write_text(json.dumps({"format": data.FORMAT, "version": data.VERSION} | facts, indent=2) + "\n")
 
 

@@ -66,7 +66,7 @@ class Observations:
             return seen
         with torch.no_grad():
             seen = self.observe(self.cache.latent(clip)[None], start)[0].to(torch.bfloat16).cpu()
-        save_tensors(self.path(clip, start), {"observation": seen}, {}, shared=True)
+        save_tensors(self.path(clip, start), {"observation": seen}, {})
         return seen
 
     def complete(self, batch: Batch) -> Batch:
@@ -101,7 +101,7 @@ class Observations:
                 f"{self.folder} needs {size / 1e9:.1f} GB, and of the {free / 1e9:.1f} GB free there {DISK_MARGIN / 1e9:.0f} GB "
                 "are left alone: free some space, train for fewer iterations, or put the cache on another disk"
             )
-        with replacing(self.folder / "key.json", shared=True) as temporary:
+        with replacing(self.folder / "key.json") as temporary:
             temporary.write_text(json.dumps(self.key, sort_keys=True) + "\n")
         return (
             f"{len(missing)} of the {len(pairs)} observations of real clips that this run draws are not there yet: they are "

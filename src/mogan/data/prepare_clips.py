@@ -151,7 +151,7 @@ def _prepare_share(
     encoded = max(encoded, encode_controls(mine, kept, out, geometry, show, workers) if show else 0)
     first = {s.caption: s.name for s in reversed(usable)}
     captions = [e["caption"] for e in kept if e["caption"] is not None and first[e["caption"]] == e["source"]]
-    data.ensure_text(out, [*captions, *share_of(["", *extra_prompts], shard)], encode_text, shared=True)
+    data.ensure_text(out, [*captions, *share_of(["", *extra_prompts], shard)], encode_text)
     note = f"{len(kept)} clips of shard {shard} are in {out}; after all shards, the command without --shard lists them"
     return Summary(len(kept), 0, 0, encoded, threshold, (note,))
 

@@ -7,14 +7,18 @@ import re
 import shutil
 import socket
 import sys
+import time
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
 from mogan.disk.locks import alone_at
 from mogan.errors import UserError
 
+OWN = ".tmp-"  # how names of files begin that are not whole yet, then whose they are
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # no space, no quota, a file larger than allowed
 REFUSED = {
     errno.EROFS,
@@ -29,20 +33,20 @@ REFUSED = {
 
 
 @contextmanager
-def replacing(path: Path, shared: bool = False) -> Iterator[Path]:
+def replacing(path: Path) -> Iterator[Path]:
     """A temporary name beside ``path``, with its suffix, that takes its place when the block ends well.
 
-    The name is always the same, so what a killed process leaves is overwritten by the next. Of a ``shared`` file, which
-    several processes may write at once, each has a name of its own, and the last one stays.
+    Every process has names of its own: of several that write one file at once the last one's stays. What a killed process left
+    in the folder is taken away.
 
     Raises:
         UserError: the disk is full, or does not let us write there; ``path`` is as it was.
     """
     path = Path(path)
-    own = f"{socket.gethostname()}-{os.getpid()}-" if shared else ""
-    temporary = path.with_name(f".tmp-{own}{path.name}")
+    temporary = path.with_name(f"{OWN}{_here()}-{os.getpid()}-{zlib.crc32(os.fsencode(path.name)):08x}{path.suffix}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        _sweep(path.parent)
         yield temporary
         with temporary.open("rb") as written:
             os.fsync(written.fileno())
@@ -54,6 +58,37 @@ def replacing(path: Path, shared: bool = False) -> Iterator[Path]:
     finally:
         with suppress(OSError):  # a folder that cannot be there holds nothing to take away
             temporary.unlink(missing_ok=True)
+
+
+@cache
+def _here() -> str:
+    """Where numbers of processes mean the same: a host, and on Linux a container's space of them."""
+    with suppress(OSError):
+        return f"{zlib.crc32((socket.gethostname() + os.readlink('/proc/self/ns/pid')).encode()):08x}"
+    return f"{zlib.crc32(socket.gethostname().encode()):08x}"
+
+
+@lru_cache(1024)
+def _sweep(folder: Path) -> None:
+    """Take away what killed processes left in a folder, once a process: of those here that are gone, and of others after a day."""
+    with suppress(OSError):
+        for path in folder.glob(f"{OWN}*"):
+            if found := re.match(rf"{re.escape(OWN)}([0-9a-f]{{8}})-(\d+)-", path.name):
+                gone = found[1] == _here() and not _lives(int(found[2]))
+                if gone or time.time() - path.stat().st_mtime > 86400:
+                    path.unlink(missing_ok=True)
+
+
+def _lives(process: int) -> bool:
+    if os.name != "posix":  # there a signal, even 0, would end it
+        return True
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 @contextmanager
@@ -80,9 +115,9 @@ def new_folder(path: Path) -> Iterator[Path]:
             raise
 
 
-def write_atomically(path: Path, text: str, shared: bool = False) -> None:
-    """Write a text file in UTF-8, whole or not at all; ``shared`` if others may write it at the same time."""
-    with replacing(path, shared) as temporary:
+def write_atomically(path: Path, text: str) -> None:
+    """Write a text file in UTF-8, whole or not at all."""
+    with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
@@ -130,7 +165,8 @@ def writable_folder(path: Path, option: str = "--out") -> None:
         raise UserError(f"{option} {path} is a file, not a folder: give another {option}")
     try:
         path.mkdir(parents=True, exist_ok=True)
-        probe = path / f".tmp-{os.getpid()}"
+        _sweep(path)
+        probe = path / f"{OWN}{_here()}-{os.getpid()}-probe"
         probe.touch()
         probe.unlink()
     except OSError as error:

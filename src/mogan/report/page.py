@@ -127,7 +127,7 @@ def report(
         failed=[(r.name, f["file"], f["reason"]) for r in results for f in r.how.get("failed", [])],
         runs=[run.name for run in curves],
     )
-    with replacing(out, shared=True) as temporary:
+    with replacing(out) as temporary:
         temporary.write_text(html, encoding="utf-8")
     if figures:
         _write_pictures(figures, pictures, shown, footage)

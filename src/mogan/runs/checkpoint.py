@@ -39,7 +39,8 @@ def save_checkpoint(run: Path, iteration: int, state: dict[str, Tensor], config:
     final = run / "checkpoints" / f"{iteration:06d}"
     temporary = final.with_name(f".{final.name}.new")
     if world.main:
-        shutil.rmtree(temporary, ignore_errors=True)
+        for left in final.parent.glob(".*.new"):  # of a process that was killed
+            shutil.rmtree(left, ignore_errors=True)
         temporary.mkdir(parents=True)
     world.barrier()
     parts = sorted({key.split(".")[0] for key in state})
@@ -72,7 +73,11 @@ def save_checkpoint(run: Path, iteration: int, state: dict[str, Tensor], config:
 
 
 def _reason(error: CheckpointException) -> BaseException:
-    return next(iter(error.failures.values()))[0]
+    """What went wrong; raised where it is a Ctrl-C, which torch takes for a failure of the file."""
+    found = next(iter(error.failures.values()))[0]
+    if isinstance(found, KeyboardInterrupt):
+        raise found from error
+    return found
 
 
 def checkpoints(run: Path) -> list[Path]:

@@ -86,7 +86,7 @@ def attention(
     facts["blocks"] = {str(level): [sums.mean() for sums in of.values()] for level, of in found.items()}
     if thresholds:
         facts["sparse"] = {str(level): _sparse(cost, frames, thresholds) for level, cost in wrong.items()}
-    write_atomically(out / "attention.json", json.dumps(facts, indent=1) + "\n", shared=True)
+    write_atomically(out / "attention.json", json.dumps(facts, indent=1) + "\n")
     _draw(out / "attention.png", found, frames)
     print("\n".join(_told(facts, frames)))
 
@@ -170,5 +170,5 @@ def _draw(path: Path, found: Found, frames: int) -> None:
                 axes.set_title(f"block {number}", fontsize=8)
         row[0].set_ylabel(f"level {level}", fontsize=8)
     figure.suptitle(f"from a frame (row) to a frame (column) of {frames}; black 0, white {most:.2f}", fontsize=8)
-    with replacing(path, shared=True) as new:
+    with replacing(path) as new:
         figure.savefig(new, format="png", dpi=110)

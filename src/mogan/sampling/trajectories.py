@@ -141,7 +141,7 @@ def kept_of(keep: str, steps: int) -> list[int]:
 def _encode(out: Path, model: Path, texts: list[str], device: torch.device) -> None:
     """Keep the embeddings of texts. The encoder, Wan's largest part, is loaded if one is missing, and gone afterwards."""
     encoder = once(lambda: wan.load_text(model, device))
-    data.ensure_text(out, texts, lambda missing: encoder()(missing), shared=True)
+    data.ensure_text(out, texts, lambda missing: encoder()(missing))
 
 
 def _fill(store: data.Cache, source: Generator, dtype: torch.dtype, device: torch.device, batch: int) -> None:

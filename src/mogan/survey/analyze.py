@@ -96,6 +96,6 @@ def _warnings(survey: Survey, votes: list[Vote], raters: list[Rater]) -> Iterabl
 
 
 def _write(path: Path, text: str, private: bool = False) -> None:
-    with replacing(path, shared=True) as temporary:
+    with replacing(path) as temporary:
         temporary.touch(mode=0o600 if private else 0o644)
         temporary.write_text(text, encoding="utf-8")

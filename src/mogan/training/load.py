@@ -262,7 +262,7 @@ def _text_encoder(cache: Cache, base: Path, world: World) -> wan.TextEncoder:
     encoder = once(lambda: wan.load_text(base))
 
     def encode(prompts: list[str]) -> list[Tensor]:
-        ensure_text(cache.path, prompts, lambda missing: encoder()(missing), shared=True)
+        ensure_text(cache.path, prompts, lambda missing: encoder()(missing))
         return [cache.text(p) for p in prompts]
 
     return lambda prompts: world.from_main(lambda: encode(prompts))
