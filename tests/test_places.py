@@ -151,6 +151,17 @@ def test_a_folder_is_made_by_one_at_a_time_and_the_last_takes_nothing_away(tmp_p
     assert [path.name for path in tmp_path.iterdir()] == ["export"]
 
 
+@pytest.mark.parametrize("theirs", ["family", "teacher", "notes.txt"])
+def test_a_family_is_not_built_over_what_is_anothers(theirs, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("mogan.lab.build._stages", lambda *_: pytest.fail("begun"))
+    (tmp_path / theirs).mkdir()
+    assert main(["lab", "build", "--out", str(tmp_path)]) == 2
+    assert (
+        f"holds other things than this command's ({theirs}): give an empty or a new folder" in capsys.readouterr().err
+    )
+    assert [p.name for p in tmp_path.iterdir()] == [theirs]
+
+
 @pytest.mark.parametrize("name", ["lab render", "export"])
 def test_two_that_write_one_place_are_told_apart(name, family, cache, prompts, run, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("MOGAN_TEST_RAFT", str(family / "raft"))

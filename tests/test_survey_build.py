@@ -233,6 +233,22 @@ def test_a_damaged_survey_folder_is_told(tmp_path):
     with mistake("format 99"):
         read_survey(tmp_path)
     folder = make_survey(tmp_path / "whole")
+    whole = json.loads((folder / "survey.json").read_text())
+    edited = {
+        "raters is nan": {"raters": float("nan")},
+        "per_rater is '9'": {"per_rater": "9"},
+        "checks_per_rater is -1": {"checks_per_rater": -1},
+        "repeats_per_rater is True": {"repeats_per_rater": True},
+        "title is None": {"title": None},
+        "one_side is inf": {"rules": {**whole["rules"], "one_side": float("inf")}},
+        "fps is '8'": {"clips": [{**clip, "fps": "8"} for clip in whole["clips"]]},
+        "first is 3": {"items": [{**item, "first": 3} for item in whole["items"]]},
+    }
+    for said, change in edited.items():
+        (folder / "survey.json").write_text(json.dumps({**whole, **change}))
+        with mistake(said):
+            read_survey(folder)
+    (folder / "survey.json").write_text(json.dumps(whole))
     next((folder / "clips").iterdir()).unlink()
     with mistake("1 clips are missing"):
         read_survey(folder)

@@ -13,6 +13,8 @@ from mogan.data.prepare_prompts import prepare_prompts
 from mogan.data.video import contact_sheet, flow_picture
 from mogan.devices import choose_device
 from mogan.disk.files import writable_folder, write_atomically
+from mogan.disk.locks import alone_in
+from mogan.errors import UserError
 from mogan.exchange.export import save_student
 from mogan.lab.clips import HELD_OUT_SEED, TRAIN_SEED, rendered_clips, to_video
 from mogan.lab.raft import train_raft
@@ -28,6 +30,8 @@ from mogan.sampling.samplers import sample_student, sample_teacher, to_frames
 from mogan.training.assemble import assemble
 from mogan.training.loop import resume, run_training
 from mogan.world.scenes import FPS, FRAMES, SIZE, exact_flow, make_scene
+
+OWN = {"work", "teacher", "raft", "student", "distil", "prompts", "prompts.txt", "family", "pictures"}
 
 
 def build(
@@ -69,6 +73,40 @@ def build(
     )
     target = choose_device(device)
     writable_folder(out)
+    with alone_in(out):
+        _refuse_other_folders(out)
+        family = _stages(
+            out, vae_steps, raft_steps, teacher_steps, teacher_clips, teacher_batch, student_iterations, target
+        )
+    if install:
+        packaged = wan.lab_folder()
+        shutil.rmtree(packaged, ignore_errors=True)
+        shutil.copytree(family, packaged)
+    print(f"the family is in {family}, pictures of it in {out / 'pictures'}")
+
+
+def _refuse_other_folders(out: Path) -> None:
+    """Refuse to build into a folder that holds something else: its ``family`` would be replaced."""
+    names = sorted(p.name for p in out.iterdir() if p.name[0] != "." and p.suffix != ".log")
+    others = [name for name in names if name not in OWN or "work" not in names]  # which is made first
+    if others:
+        raise UserError(
+            f"{out} holds other things than this command's ({', '.join(others[:3])}{' ...' if len(others) > 3 else ''}): give an "
+            "empty or a new folder as --out"
+        )
+
+
+def _stages(
+    out: Path,
+    vae_steps: int,
+    raft_steps: int,
+    teacher_steps: int,
+    teacher_clips: int,
+    teacher_batch: int,
+    student_iterations: int,
+    target: torch.device,
+) -> Path:
+    """All of them, as far as they are not done; returns the family's folder."""
     work, teacher = out / "work", out / "teacher"
     work.mkdir(parents=True, exist_ok=True)
     if not (teacher / "vae" / "config.json").is_file():
@@ -84,11 +122,7 @@ def build(
     for source, name in ((teacher, "teacher"), (student, "student"), (out / "raft", "raft")):
         shutil.copytree(source, family / name)
     draw(family, out / "pictures")
-    if install:
-        packaged = wan.lab_folder()
-        shutil.rmtree(packaged, ignore_errors=True)
-        shutil.copytree(family, packaged)
-    print(f"the family is in {family}, pictures of it in {out / 'pictures'}")
+    return family
 
 
 def finish_teacher(folder: Path) -> None:

@@ -2,10 +2,11 @@
 
 import hashlib
 import json
+import math
 import os
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 from mogan.errors import UserError
 
@@ -15,6 +16,7 @@ VOTES = "votes.sqlite"
 
 Answer = Literal["first", "tie", "second"]
 Kind = Literal["pair", "practice", "check"]
+Made = TypeVar("Made")
 
 
 @dataclass(frozen=True)
@@ -144,23 +146,21 @@ def read_survey(folder: Path) -> Survey:
         raise UserError(f"{folder} holds no {FILE}: give the folder that `mogan survey build --out` wrote.")
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
-        if any(not clip["fps"] > 0 for clip in raw.get("clips", [])):
-            raise ValueError("a clip without a frame rate")
         if raw.get("format") != FORMAT:
             raise UserError(
                 f"{path} has format {raw.get('format')}, this version reads {FORMAT}: build the survey again."
             )
-        survey = Survey(
-            **{
-                **raw,
-                "systems": tuple(raw["systems"]),
-                "clips": tuple(Clip(**clip) for clip in raw["clips"]),
-                "items": tuple(_item(item) for item in raw["items"]),
-                "questions": tuple(Question(**question) for question in raw["questions"]),
-                "rules": Rules(**raw["rules"]),
-                "warnings": tuple(raw["warnings"]),
-            }
-        )
+        parts = {
+            "systems": tuple(raw["systems"]),
+            "clips": tuple(_read(Clip, clip) for clip in raw["clips"]),
+            "items": tuple(_item(item) for item in raw["items"]),
+            "questions": tuple(_read(Question, question) for question in raw["questions"]),
+            "rules": _read(Rules, raw["rules"]),
+            "warnings": tuple(raw["warnings"]),
+        }
+        survey = _read(Survey, {**raw, **parts})
+        if any(clip.fps <= 0 or clip.frames < 1 for clip in survey.clips):
+            raise ValueError("a clip without a frame rate, or without frames")
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise UserError(f"{path} is damaged ({error}): build the survey again or restore the file.") from error
     missing = [clip.file for clip in survey.clips if not (folder / "clips" / clip.file).is_file()]
@@ -177,4 +177,17 @@ def fingerprint(folder: Path) -> str:
 
 
 def _item(raw: dict) -> Item:
-    return Item(**{**raw, "systems": tuple(raw["systems"]) if raw["systems"] else None})
+    return _read(Item, {**raw, "systems": tuple(raw["systems"]) if raw["systems"] else None})
+
+
+def _read(kind: type[Made], raw: dict) -> Made:
+    """A dataclass of what JSON holds: text where it has text, and numbers that are some, none below 0. Raises ValueError."""
+    made: Any = kind(**raw)
+    for part in fields(made):
+        value, plain = getattr(made, part.name), {int: int, float: (int, float), str: str, bool: bool}.get(part.type)
+        number = part.type in (int, float)
+        if plain and (
+            not isinstance(value, plain) or (number and (isinstance(value, bool) or not 0 <= value < math.inf))
+        ):
+            raise ValueError(f"{part.name} is {value!r}")
+    return made
