@@ -112,6 +112,18 @@ def test_a_file_that_does_not_fit_leaves_the_old_one_and_nothing_half_written(tm
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_lines_that_do_not_fit_are_told_with_their_files_name(tmp_path, monkeypatch):
+    from mogan.evaluation.kept import Kept
+    from mogan.sampling.samples import append_samples
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(UserError, match=r"samples\.jsonl cannot be written, the disk is full"):
+        append_samples(tmp_path, [{"file": "a.mp4"}])
+    monkeypatch.setattr("mogan.evaluation.kept.locked", full)
+    with pytest.raises(UserError, match=r"clips\.jsonl cannot be written, the disk is full"):
+        Kept(tmp_path / "clips.jsonl").put("key", {})
+
+
 def test_what_a_killed_process_left_is_taken_away_and_what_others_write_is_not(tmp_path):
     script = "import os,sys\nfrom pathlib import Path\nfrom mogan.disk.files import replacing\n"
     script += "with replacing(Path(sys.argv[1])) as t:\n t.write_text('half')\n os.kill(os.getpid(), 9)"
@@ -242,6 +254,7 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing_half_written(
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr
     assert "the disk is full" in done.stderr or "free some disk space" in done.stderr
+    assert "a file cannot be written" not in done.stderr
     left = [p for p in (tmp_path / "out").rglob("*") if p.is_file()] if (tmp_path / "out").exists() else []
     whole = {
         "metrics.jsonl",

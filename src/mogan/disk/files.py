@@ -92,6 +92,17 @@ def _lives(process: int) -> bool:
 
 
 @contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """What a disk refuses of a file that grows line by line, told with its name, which the system's error lacks."""
+    try:
+        yield
+    except OSError as error:
+        if (sentence := refusal(error, path)) is None:
+            raise
+        raise UserError(sentence) from error
+
+
+@contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
     """A temporary folder beside ``path`` that becomes it when the block ends well, and is taken away otherwise.
 

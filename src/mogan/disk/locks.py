@@ -114,8 +114,9 @@ def _hold(path: Path, place: Path, share: bool = False) -> Iterator[None]:
         os.close(descriptor)  # whoever had it has just taken the file away
     try:
         if not share:
-            os.truncate(descriptor, 0)
-            os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+            with suppress(OSError):  # of a full disk, which the work tells of with the name of a file
+                os.truncate(descriptor, 0)
+                os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
         yield
     finally:
         with suppress(OSError):

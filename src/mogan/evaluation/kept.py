@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from mogan.disk.files import writing
 from mogan.disk.locks import locked
 
 Record = dict[str, Any]
@@ -34,6 +35,6 @@ class Kept:
         """Remember, on disk too."""
         self._found[key] = record
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        with self._path.open("a") as file, locked(file.fileno()):
+        with writing(self._path), self._path.open("a") as file, locked(file.fileno()):
             file.write("\n" * (file.seek(0, os.SEEK_END) > 0) + json.dumps({"key": key, "record": record}))
             file.flush()

@@ -8,7 +8,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from mogan.config import Config, Update
-from mogan.disk.files import write_atomically
+from mogan.disk.files import write_atomically, writing
 from mogan.runs.watch import Watch
 
 
@@ -25,20 +25,23 @@ class Journal:
     def write(self, iteration: int, update: Update, repeat: int, record: dict[str, float]) -> None:
         """Note one step; of an update that repeats within an iteration, TensorBoard shows the last step."""
         line = {"iteration": iteration, "update": update.label, "repeat": repeat} | record
-        self.file.write(json.dumps(line) + "\n")
-        self.file.flush()
+        with writing(self.run / "metrics.jsonl"):
+            self.file.write(json.dumps(line) + "\n")
+            self.file.flush()
         if repeat == update.times - 1:
             for key, value in record.items():
                 self.writer.add_scalar(f"{update.label.replace('<', '_by_')}/{key}", value, iteration)
         for warning in self.watch.read(line):
             tqdm.write(f"iteration {iteration}: {warning}")
-            with (self.run / "warnings.log").open("a") as file:
+            with writing(log := self.run / "warnings.log"), log.open("a") as file:
                 file.write(f"iteration {iteration}: {warning}\n")
 
     def close(self) -> None:
         """Flush and close."""
-        self.file.close()
-        self.writer.close()
+        with writing(self.run / "metrics.jsonl"):  # what did not fit is tried once more
+            self.file.close()
+        with writing(self.run / "tensorboard"):
+            self.writer.close()
 
 
 def _keep_before(path: Path, iteration: int) -> list[dict]:

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import IO, Any
 
+from mogan.disk.files import writing
 from mogan.disk.locks import locked
 from mogan.errors import UserError
 
@@ -26,7 +27,7 @@ def append_samples(folder: Path, records: Iterable[Record]) -> None:
     lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
     if not lines:
         return
-    with (folder / NAME).open("a+b") as file, locked(file.fileno()):
+    with writing(folder / NAME), (folder / NAME).open("a+b") as file, locked(file.fileno()):
         _drop_torn_end(file)
         file.write(lines.encode())
         file.flush()

@@ -183,11 +183,12 @@ def _item(raw: dict) -> Item:
 def _read(kind: type[Made], raw: dict) -> Made:
     """A dataclass of what JSON holds: text where it has text, and numbers that are some, none below 0. Raises ValueError."""
     made: Any = kind(**raw)
+    plain: dict[Any, Any] = {int: int, float: (int, float), str: str, bool: bool}
     for part in fields(made):
-        value, plain = getattr(made, part.name), {int: int, float: (int, float), str: str, bool: bool}.get(part.type)
-        number = part.type in (int, float)
-        if plain and (
-            not isinstance(value, plain) or (number and (isinstance(value, bool) or not 0 <= value < math.inf))
+        value, number = getattr(made, part.name), part.type in (int, float)
+        if part.type in plain and (
+            not isinstance(value, plain[part.type])
+            or (number and (isinstance(value, bool) or not 0 <= value < math.inf))
         ):
             raise ValueError(f"{part.name} is {value!r}")
     return made
