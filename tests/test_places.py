@@ -207,7 +207,10 @@ def test_a_device_is_not_replaced_by_a_file(tmp_path):
 
 
 def test_a_folder_that_does_not_fit_is_taken_away(tmp_path):
-    with pytest.raises(UserError, match="the disk is full"), new_folder(tmp_path / "export") as temporary:
+    with (
+        pytest.raises(UserError, match="export cannot be written, the disk is full"),
+        new_folder(tmp_path / "export") as temporary,
+    ):
         full((temporary / "half").write_text("half"))
     with pytest.raises(KeyError), new_folder(tmp_path / "export") as temporary:
         raise KeyError("a mistake of ours is not the disk's")

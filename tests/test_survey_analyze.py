@@ -183,6 +183,23 @@ def test_votes_that_something_else_changed_are_not_counted(change, folder):
         analyze(folder)
 
 
+def test_votes_are_read_where_nothing_can_be_written_beside_them(folder, tmp_path):
+    Rater(folder, {}, shown={"motion": "left", "quality": "left", "text": "left"})
+    (folder / "votes.sqlite-shm").mkdir()  # a full or read-only disk, as SQLite sees it
+    assert analyze(folder, out=tmp_path / "results")["raters"]["came"] == 1
+
+
+def test_a_full_disk_does_not_make_votes_damaged(folder, monkeypatch):
+    error = sqlite3.OperationalError("database or disk is full")
+    error.sqlite_errorname = "SQLITE_FULL"
+    Store(folder, read_survey(folder)).close()
+    monkeypatch.setattr("mogan.survey.ballots._open", lambda path: (_ for _ in ()).throw(error))
+    with pytest.raises(
+        UserError, match=r"votes.sqlite cannot be read where it lies .*: free some space on its disk, or copy"
+    ):
+        analyze(folder)
+
+
 def test_mistakes_are_told_in_one_sentence(folder):
     with pytest.raises(UserError, match="has no votes yet"):
         analyze(folder)

@@ -121,7 +121,7 @@ def new_folder(path: Path) -> Iterator[Path]:
             temporary.rename(path)
         except BaseException as error:
             shutil.rmtree(temporary, ignore_errors=True)
-            if isinstance(error, Exception) and (sentence := refusal(error)) is not None:
+            if isinstance(error, Exception) and (sentence := refusal(error, otherwise=path)) is not None:
                 raise UserError(sentence) from error
             raise
 
@@ -140,18 +140,19 @@ def json_line(row: Any) -> bytes:
 # ---------------------------------------------------------------------------------------------- what a disk refuses
 
 
-def refusal(error: Exception, path: Path | None = None) -> str | None:
+def refusal(error: Exception, path: Path | None = None, otherwise: Path | str = "a file") -> str | None:
     """A sentence if the disk is full or refuses what was asked of it, a name too; None for any other error.
 
     Args:
         error: what was raised. Safetensors and shutil have errors of their own kind, in which the system's number stands as text.
         path: what was being written, which the system's error does not say; errors about other folders are not ours.
+        otherwise: what to name where neither says.
     """
     number = getattr(error, "errno", None)
     theirs = getattr(error, "filename", None)
     if theirs is not None and path is not None and Path(os.fsdecode(theirs)).parent != path.parent:
         return None
-    place = path or theirs or "a file"
+    place = path or theirs or otherwise
     told = any(f"os error {n})" in str(error) or f"[Errno {n}]" in str(error) for n in FULL)
     if number in FULL or told:
         why = os.strerror(number) if number else "no space is left"

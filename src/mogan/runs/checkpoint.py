@@ -53,7 +53,7 @@ def save_checkpoint(run: Path, iteration: int, state: dict[str, Tensor], config:
         shutil.rmtree(temporary, ignore_errors=True)
         kept = latest_checkpoint(run)
         raise UserError(
-            f"could not save iteration {iteration} ({_reason(error)}); free some disk space and run the same command again"
+            f"could not save {final} ({_reason(error)}); free some disk space and run the same command again"
             + (f": it resumes from {kept}" if kept else "")
         ) from error
     sums = world.gather(_sums(sorted(temporary.glob("*.safetensors"))[world.rank :: world.ranks]))

@@ -55,7 +55,7 @@ def read_votes(folder: Path, survey: Survey) -> tuple[list[Vote], list[Rater]]:
     items = {item.id: item for item in survey.items}
     seconds = {clip.file: clip.seconds for clip in survey.clips}
     try:
-        db = sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)
+        db = _open(path)
         try:
             (mark,) = db.execute("SELECT value FROM meta WHERE key = 'survey'").fetchone()
             people = db.execute("SELECT id, created, platform, device FROM raters ORDER BY created, id").fetchall()
@@ -67,6 +67,12 @@ def read_votes(folder: Path, survey: Survey) -> tuple[list[Vote], list[Rater]]:
         finally:
             db.close()
     except (sqlite3.Error, TypeError) as error:
+        name = getattr(error, "sqlite_errorname", "")
+        if name.startswith(("SQLITE_FULL", "SQLITE_IOERR", "SQLITE_CANTOPEN", "SQLITE_READONLY", "SQLITE_PERM")):
+            raise UserError(
+                f"{path} cannot be read where it lies ({error}): free some space on its disk, or copy the survey's folder, with "
+                f"{path.name}-wal, to where there is some and you may write."
+            ) from error
         raise UserError(f"{path} cannot be read ({error}): restore it from a copy.") from error
     if mark != fingerprint(folder):
         raise UserError(f"{folder / 'survey.json'} is not the one these votes were given for: restore it.")
@@ -90,6 +96,21 @@ def read_votes(folder: Path, survey: Survey) -> tuple[list[Vote], list[Rater]]:
         raise UserError(f"Nobody has judged a pair of {folder} yet: wait for votes.")
     raters = [_judge_rater(survey, rater, *about[rater], votes[rater], asked[rater], seconds) for rater in about]
     return [vote for given in votes.values() for vote in given], raters
+
+
+def _open(path: Path) -> sqlite3.Connection:
+    """To read, with what a server has written last; where nothing can be written beside the file, as it lies there."""
+    db = sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)
+    try:
+        db.execute("SELECT value FROM meta").fetchone()
+    except (
+        sqlite3.OperationalError
+    ):  # no room or no right to make votes.sqlite-shm, which readers share with the server
+        db.close()
+        if path.with_name(f"{path.name}-wal").is_file():
+            raise
+        db = sqlite3.connect(f"{path.resolve().as_uri()}?immutable=1", uri=True)
+    return db
 
 
 def from_side(side: str, swapped: bool) -> Answer:
