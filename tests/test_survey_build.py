@@ -124,6 +124,11 @@ def test_mistakes_are_told_in_one_sentence(tmp_path):
         build((folders[0], str(empty)), out=out)
     with mistake("is not a folder"):
         build((folders[0], "x=nowhere"), out=out)
+    for text in ("=nowhere", "x=", "/"):
+        with mistake(f"'{text}' lacks a name or a folder"):
+            named_folders([folders[0], text])
+    (tmp_path / "lr=1").mkdir()
+    assert set(named_folders([folders[0], str(tmp_path / "lr=1")])) >= {"lr=1"}
     with mistake("Two systems are called"):
         named_folders([folders[0], folders[0]])
     with mistake("exists already"):

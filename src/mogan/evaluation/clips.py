@@ -58,11 +58,9 @@ def find_systems(dirs: tuple[Path, ...]) -> list[System]:
         raise UserError("name at least one folder of clips: mogan evaluate DIR [DIR ...]")
     systems: list[System] = []
     for text in map(str, dirs):
-        given, _, folder = text.partition("=") if "=" in text and not os.path.exists(text) else ("", "", text)
-        path = Path(folder)
-        name = given or path.resolve().name
+        name, path = named_folder(text)
         if name in {s.name for s in systems}:
-            raise UserError(f"two folders are called {name!r}: give them names, as in first={folder}")
+            raise UserError(f"two folders are called {name!r}: give them names, as in first={path}")
         systems.append(read_folder(path, name))
     prompts = [{entry.prompt for entry in s.clips} for s in systems]
     if len(systems) > 1 and not set.intersection(*prompts):
@@ -71,6 +69,20 @@ def find_systems(dirs: tuple[Path, ...]) -> list[System]:
             "one by one, or name files {prompt}-{k}.mp4, or list them in samples.jsonl"
         )
     return systems
+
+
+def named_folder(text: str) -> tuple[str, Path]:
+    """``NAME=DIR``, or ``DIR``, which is named after itself and may have an equals sign in its name.
+
+    Raises:
+        UserError: the name or the folder is empty.
+    """
+    given, equals, folder = text.partition("=")
+    if not equals or os.path.exists(text):
+        given, folder = Path(text).resolve().name, text
+    if not given or not folder:
+        raise UserError(f"'{text}' lacks a name or a folder: give NAME=DIR")
+    return given, Path(folder)
 
 
 def unshared_prompts(systems: list[System]) -> int:

@@ -6,20 +6,16 @@ from pathlib import Path
 
 from mogan.data.lists import printable
 from mogan.errors import UserError
-from mogan.evaluation.clips import Entry, read_folder
+from mogan.evaluation.clips import Entry, named_folder, read_folder
 
 Key = tuple[str, int]
 
 
 def named_folders(given: Sequence[str]) -> dict[str, Path]:
-    """``NAME=FOLDER`` or ``FOLDER`` (named after itself) -> {name: folder}."""
+    """``NAME=FOLDER`` or ``FOLDER``, as `mogan evaluate` takes them -> {name: folder}."""
     folders: dict[str, Path] = {}
     for text in given:
-        name, equals, folder = text.partition("=")
-        path = Path(folder if equals else text)
-        name = name if equals else path.resolve().name
-        if not name:
-            raise UserError(f"'{text}' names no system: write NAME=FOLDER.")
+        name, path = named_folder(text)
         if not os.path.isdir(path):
             raise UserError(f"{path} is not a folder: give the folder that holds the clips of {name}.")
         if name in folders:
