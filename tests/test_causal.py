@@ -97,6 +97,11 @@ def far(a, b):
 # ------------------------------------------------------------------------------------------------- the same function
 
 
+def test_a_way_of_chunks_is_said_in_words():
+    assert str(Causal(1, 3)) == "chunks of 1, 3, ... latents"
+    assert str(Causal(1, 1, Policy(4, 1), 0.1)) == "chunks of 1, 1, ... latents, window 4, sink 1, context_sigma 0.1"
+
+
 def test_a_clip_in_one_chunk_is_what_the_stock_transformer_makes_of_it(stock, student):
     x = latents()
     with torch.no_grad():

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mogan.data.batches import clip_at, draw_batch
-from mogan.data.cache import ensure_text, open_cache, save_latent
+from mogan.data.cache import ensure_text, open_cache, save_latent, text_path
 from mogan.errors import UserError
 
 FACTS = {"format": "mogan-cache", "version": 1, "contents": "clips", "fps": 16, "vae": "abc"}
@@ -155,8 +155,14 @@ def test_missing_clips_and_other_models_are_named(tmp_path):
     cache.require(vae="abc", fps=16)
     with pytest.raises(UserError, match="vae abc, not xyz"):
         cache.require(vae="xyz", fps=16)
-    with pytest.raises(UserError, match="no embedding of 'unheard of'"):
+    with pytest.raises(
+        UserError, match="no embedding of 'unheard of': run `mogan prepare` again with it as an extra prompt"
+    ):
         cache.text("unheard of")
+    caption = cache.entries[0]["caption"]
+    text_path(folder, caption).unlink()
+    with pytest.raises(UserError, match=f"no embedding of '{caption}': run `mogan prepare` again$"):
+        cache.text(caption)
     (folder / "clips" / "c3.safetensors").unlink()
     with pytest.raises(UserError, match="lacks 1 clips, first c3"):
         open_cache(folder)

@@ -110,7 +110,11 @@ class Cache:
         if not path.exists():
             raise UserError(
                 f"{self.path} has no embedding of {prompt!r}: run `{self.command}` again"
-                + ("" if self.has_paths else " with it as an extra prompt")
+                + (
+                    ""
+                    if self.has_paths or any(entry.get("caption") == prompt for entry in self.entries)
+                    else " with it as an extra prompt"
+                )
             )
         return self._read(path, "embedding")
 

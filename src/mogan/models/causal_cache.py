@@ -88,6 +88,10 @@ class Causal:
             sizes.append(min(self.rest, left))
         return tuple(sizes)
 
+    def __str__(self) -> str:
+        more = {name: value for name, value in self.facts().items() if name != "chunks" and value}
+        return f"chunks of {self.first}, {self.rest}, ... latents" + "".join(f", {k} {v}" for k, v in more.items())
+
     def facts(self) -> dict[str, Any]:
         """For ``mogan.json``."""
         policy, chunks = self.policy, {"first": self.first, "rest": self.rest}
