@@ -103,12 +103,13 @@ def test_rows_of_text_and_control_stay_together():
     told = Conditioned(torch.arange(3.0).view(3, 1, 1), 10 * torch.arange(3.0).view(3, 1, 1, 1, 1))
     some = told[torch.tensor([2, 0])]
     assert len(some) == 2
-    text, control = parted(some)
+    text, control, picture = parted(some)
+    assert picture is None
     assert text.flatten().tolist() == [2, 0]
     assert control is not None
     assert control.flatten().tolist() == [20, 0]
     assert conditioned(text, None) is text
-    assert parted(text) == (text, None)
+    assert parted(text) == (text, None, None)
 
 
 @pytest.mark.parametrize(

@@ -220,8 +220,8 @@ def spoil(model, part, **entries):
             {"d_model": 4096},
             "the text encoder gives 4096 numbers per token and the transformer reads 64",
         ),
-        ("transformer", {"in_channels": 36}, "image-conditioned"),
-        ("transformer", {"image_dim": 1280}, "image-conditioned"),
+        ("transformer", {"in_channels": 36}, "reads 32 channels beside the clip's"),
+        ("transformer", {"image_dim": 1280}, "there is no image_encoder"),
     ],
 )
 def test_parts_of_different_models_are_found_before_they_are_loaded(part, entries, message, family, tmp_path):

@@ -71,6 +71,7 @@ class Terms:
         smaller: blocks that need less and less memory, each with a word for what is smaller.
         controls: it asks networks under what the batch or the roll-out says and nothing else, and looks at latents alone: it also
             trains models that are told controls and references beside text (:mod:`mogan.models.conditions`).
+        first_frames: it asks networks as above, but needs clips without references: it also trains image-to-video models.
         forces: where it makes no clips it calls a causal student on real ones, whose chunks see the clean ones before them.
     """
 
@@ -80,6 +81,7 @@ class Terms:
     fill: Callable[[Any], Any] | None = None
     smaller: tuple[tuple[str, Any], ...] = ()
     controls: bool = False
+    first_frames: bool = False
     forces: bool = False
 
     def __post_init__(self):

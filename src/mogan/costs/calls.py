@@ -18,7 +18,7 @@ from mogan.costs.shapes import Shapes
 from mogan.costs.trace import Call, Work, fake, sizes, trace
 from mogan.models.attention import set_attention
 from mogan.models.autoencoder import decode_window, encode_video, stream_video
-from mogan.models.conditions import conditioned, reads_controls
+from mogan.models.conditions import channels_beside, conditioned, is_vace
 from mogan.models.denoiser import Denoiser, recomputed
 from mogan.models.discriminator import Discriminator
 from mogan.models.host import in_pieces, kept_on_host
@@ -26,6 +26,7 @@ from mogan.models.step_condition import arguments_of
 from mogan.motion.flow import RaftConfig, RaftFlow, motion_picture, read_raft_config
 
 TEXT_TOKENS = 128  # a long caption; cross-attention to the padding is folded into one token
+PICTURE_TOKENS = 257  # of Wan2.1's image encoder
 
 
 class Tracer:
@@ -120,7 +121,7 @@ class Tracer:
 
 def kind_of(shapes: Shapes) -> type:
     """The stock class of the transformer."""
-    return WanVACETransformer3DModel if reads_controls(shapes.transformer) else WanTransformer3DModel
+    return WanVACETransformer3DModel if is_vace(shapes.transformer) else WanTransformer3DModel
 
 
 def build_transformer(shapes: Shapes, layers: int | None = None, readers: int = 1) -> Any:
@@ -129,14 +130,14 @@ def build_transformer(shapes: Shapes, layers: int | None = None, readers: int = 
     """
     config = arguments_of(kind_of(shapes), shapes.transformer)
     if layers is not None:
-        more = {"vace_layers": list(range(readers))} if reads_controls(config) else {}
+        more = {"vace_layers": list(range(readers))} if is_vace(config) else {}
         config |= {"num_layers": layers} | more
     return set_attention(kind_of(shapes)(**config), fp32_on_cpu=False)
 
 
 def _depths(shapes: Shapes) -> list[tuple[int, int]]:
     """Small depths, and numbers of blocks that read a control, through which :func:`_at_depth` draws its line."""
-    return [(1, 1), (2, 1), *([(2, 2)] if reads_controls(shapes.transformer) else [])]
+    return [(1, 1), (2, 1), *([(2, 2)] if is_vace(shapes.transformer) else [])]
 
 
 def _at_depth(found: list[Call], shapes: Shapes, layers: int) -> Call:
@@ -148,8 +149,15 @@ def _at_depth(found: list[Call], shapes: Shapes, layers: int) -> Call:
 
 def _control(shapes: Shapes) -> torch.Tensor | None:
     """A control of one clip, if the transformer reads any."""
-    channels = shapes.transformer.get("vace_in_channels", 96)
-    return torch.empty(1, channels, *shapes.latent[1:]) if reads_controls(shapes.transformer) else None
+    vace, beside = is_vace(shapes.transformer), channels_beside(shapes.transformer)
+    channels = shapes.transformer.get("vace_in_channels", 96) if vace else beside
+    return torch.empty(1, channels, *shapes.latent[1:]) if channels else None
+
+
+def _picture(shapes: Shapes) -> torch.Tensor | None:
+    """What an image encoder sees of a first frame, if the transformer reads it."""
+    width = shapes.transformer.get("image_dim")
+    return torch.empty(1, PICTURE_TOKENS, width) if width else None
 
 
 def network_parameters(shapes: Shapes) -> dict[str, int]:
@@ -184,7 +192,9 @@ def transformer_calls(shapes: Shapes, checkpointing: bool, dtype: torch.dtype) -
     calls: dict[bool, list[Call]] = {False: [], True: []}
     with fake():
         x, sigma = torch.empty(1, *shapes.latent), torch.full((1,), 0.5)
-        text = conditioned(torch.empty(1, TEXT_TOKENS, shapes.transformer["text_dim"]), _control(shapes))
+        text = conditioned(
+            torch.empty(1, TEXT_TOKENS, shapes.transformer["text_dim"]), _control(shapes), _picture(shapes)
+        )
         for depth in _depths(shapes):
             network = build_transformer(shapes, *depth).train()
             if checkpointing:
@@ -208,7 +218,7 @@ def judge_call(
         for depth, readers in _depths(shapes):
             at = (depth - 1,) * heads  # heads cost the same wherever they read
             trunk, control = build_transformer(shapes, depth, readers), _control(shapes)
-            if control is not None:
+            if is_vace(shapes.transformer):
                 trunk.forward = partial(trunk.forward, control_hidden_states=control)
             network = Discriminator(trunk, text, blocks=depth, tap_at=at, dtype=dtype)
             if checkpointing:

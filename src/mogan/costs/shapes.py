@@ -47,6 +47,13 @@ def _transformer(heads: int, ffn: int, layers: int, channels: int = 16) -> dict[
     }
 
 
+def _image_to_video(transformer: dict[str, Any], picture: int | None = None) -> dict[str, Any]:
+    """Given the first frame: a latent and a mask as more channels; where it reads CLIP's features, their width."""
+    width = transformer["num_attention_heads"] * transformer["attention_head_dim"]
+    more = {} if picture is None else {"image_dim": picture, "added_kv_proj_dim": width}
+    return transformer | {"in_channels": 36} | more
+
+
 def _vace(transformer: dict[str, Any], every: int) -> dict[str, Any]:
     """With a block that reads a control beside every so-maniest."""
     return transformer | {"vace_layers": list(range(0, transformer["num_layers"], every)), "vace_in_channels": 96}
@@ -97,6 +104,12 @@ PUBLISHED = {
         VAE_22,
         UMT5_XXL,
         WAN_22,
+    ),
+    "wan2.1-i2v-14b": Shapes(
+        "Wan2.1-I2V-14B", _image_to_video(_transformer(40, 13824, 40), 1280), VAE_21, UMT5_XXL, WAN_21
+    ),
+    "wan2.2-i2v-a14b": Shapes(
+        "Wan2.2-I2V-A14B", _image_to_video(_transformer(40, 13824, 40)), VAE_21, UMT5_XXL, WAN_21, 0.9
     ),
     "wan2.1-vace-1.3b": Shapes("Wan2.1-VACE-1.3B", _vace(_transformer(12, 8960, 30), 2), VAE_21, UMT5_XXL, WAN_21),
     "wan2.1-vace-14b": Shapes("Wan2.1-VACE-14B", _vace(_transformer(40, 13824, 40), 5), VAE_21, UMT5_XXL, WAN_21),

@@ -26,7 +26,8 @@ class Batch:
     ``path_BKCFHW`` is what a teacher passed on its way to each clip, at the student's levels, most noisy first, the clip last.
     ``places`` numbers the clips within the whole batch, whichever process holds them. ``more`` is what an objective made of
     the batch, by name: a list or tensor with one entry per clip, or anything else that a slice cuts. ``control_BKFHW`` are the
-    controls of a VACE, whose references stand before ``latent_BCFHW`` too.
+    controls of a VACE, whose references stand before ``latent_BCFHW`` too, or given first frames; ``picture_BTD`` is what an image
+    encoder sees of those.
     """
 
     ids: list[str]
@@ -39,11 +40,12 @@ class Batch:
     more: dict[str, Any] = field(default_factory=dict)
     path_BKCFHW: Tensor | None = None
     control_BKFHW: Tensor | None = None
+    picture_BTD: Tensor | None = None
 
     def told(self, device: torch.device | str, text_BLD: Tensor | None = None) -> Any:
         """What a network is told of the clips (see :mod:`mogan.models.conditions`): text, here or another, and controls."""
         text = stack_text(self.text, device) if text_BLD is None else text_BLD
-        return conditioned(text, None if self.control_BKFHW is None else self.control_BKFHW.to(device))
+        return conditioned(text, *(None if t is None else t.to(device) for t in (self.control_BKFHW, self.picture_BTD)))
 
 
 def draw_batch(
@@ -101,6 +103,8 @@ def draw_batch(
     start = start_at(starts, seed, iteration, update, repeat) if starts else None
     latent = torch.stack([cache.whole(i) if controls else cache.latent(i) for i in ids]) if LATENT in want else None
     shown = torch.stack([(prompts or cache).control(entry["id"]) for entry in said]) if controls else None
+    pictures = [(prompts or cache).picture(entry["id"]) for entry in said] if controls else []
+    seen_of = torch.stack([p for p in pictures if p is not None]) if any(p is not None for p in pictures) else None
     passed = torch.stack([cache.path_to(i, levels) for i in ids]) if PATH in want else None
     seen = None
     if OBSERVATION in want:
@@ -111,7 +115,9 @@ def draw_batch(
     captions = [entry["caption"] for entry in said]
     text = [(prompts or cache).text(caption) for caption in captions]
     places = list(range(rank * size, (rank + 1) * size))
-    return Batch(ids, captions, text, latent, seen, start, places, path_BKCFHW=passed, control_BKFHW=shown)
+    return Batch(
+        ids, captions, text, latent, seen, start, places, path_BKCFHW=passed, control_BKFHW=shown, picture_BTD=seen_of
+    )
 
 
 def start_at(starts: Sequence[int], seed: int, iteration: int, update: int, repeat: int) -> int:

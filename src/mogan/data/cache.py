@@ -86,6 +86,10 @@ class Cache:
         path = control_path(self.path, clip)
         return torch.cat([self._read(path, "latent"), self._read(path, "places").float()])
 
+    def picture(self, clip: str) -> Float[Tensor, "t d"] | None:
+        """What an image encoder sees of a clip's first frame; ``None``: the cache's model has none."""
+        return self._read(control_path(self.path, clip), "picture") if self.facts.get("pictures") else None
+
     def whole(self, clip: str) -> Float[Tensor, "c f h w"]:
         """Latent of a clip with controls, after those of its references."""
         latent = self.latent(clip)
@@ -277,11 +281,19 @@ def control_path(cache: Path, clip: str) -> Path:
     return cache / "controls" / f"{clip}.safetensors"
 
 
-def save_control(cache: Path, clip: str, control: Float[Tensor, "k f h w"], pixels: int, mark: str) -> None:
+def save_control(
+    cache: Path,
+    clip: str,
+    control: Float[Tensor, "k f h w"],
+    pixels: int,
+    mark: str,
+    picture: Float[Tensor, "t d"] | None = None,
+) -> None:
     """Store a clip's control: latents in full, the mask's channels, the last ``pixels``, 0 or 1, in a byte each; ``mark``: of what
-    it was made.
+    it was made; ``picture``: features of its first frame, if a network reads them.
     """
     parts = {"latent": control[:-pixels], "places": control[-pixels:].byte()}
+    parts |= {} if picture is None else {"picture": picture}
     save_tensors(control_path(cache, clip), parts, {"mark": mark})
 
 

@@ -99,8 +99,16 @@ def flow_shown(estimate: FlowEstimator) -> Made:
     return made
 
 
+def first_frame(frames_FHWC: np.ndarray, clip: str) -> Control:
+    """The first picture is kept; what image-to-video models are given."""
+    mask = np.ones(frames_FHWC.shape[:3], bool)
+    mask[0] = False
+    return masked(frames_FHWC, mask)
+
+
 CLASSICAL: dict[str, Made] = {"nothing": nothing, "inpaint": inpaint, "extend": extend, "edges": edges}
-KINDS = (*CLASSICAL, "flow")
+KINDS = (*CLASSICAL, "flow")  # of a VACE
+FIRST_FRAME = "first_frame"  # of an image-to-video model, which has no other
 
 
 def own(name: str) -> Made:
@@ -127,11 +135,12 @@ class Show:
     """How the clips of a cache get their controls.
 
     Attributes:
-        kind: one of ``KINDS``, ``files``, or ``module:function``.
+        kind: one of ``KINDS``, ``files``, ``module:function``, or ``FIRST_FRAME``.
         encode: video, mask and pictures of one clip to its control; see :func:`mogan.models.conditions.encode_control`.
         pixels: channels of a control that are its mask's.
         estimate_flow: of ``flow``.
         folder: of ``files``; ``references``: of reference pictures, named as the videos are.
+        look: features of a first frame, uint8 ``(H, W, 3)``, for a network that reads them.
     """
 
     kind: str
@@ -140,6 +149,7 @@ class Show:
     pixels: int = 64
     folder: Path | None = None
     references: Path | None = None
+    look: Callable[[np.ndarray], Tensor] | None = None
 
     @cached_property
     def made(self) -> Made | None:
@@ -148,6 +158,8 @@ class Show:
             return None
         if self.kind == "flow":
             return flow_shown(self.estimate_flow)
+        if self.kind == FIRST_FRAME:
+            return first_frame
         return CLASSICAL[self.kind] if self.kind in CLASSICAL else own(self.kind)
 
     def facts(self, sources: list[Source]) -> dict[str, Any]:
@@ -171,7 +183,8 @@ class Show:
                     f"{self.references} has no reference picture of {printable(source.name)}: name it "
                     f"{Path(source.name).stem}.png, or .1.png, .2.png and so on"
                 )
-        return {"controls": self.kind, "references": next(iter(numbers), 0)}
+        pictures = {} if self.look is None else {"pictures": True}
+        return {"controls": self.kind, "references": next(iter(numbers), 0)} | pictures
 
     def files_of(self, source: Source) -> tuple[Path | None, Path | None]:
         """The control video of a source, and its mask."""
@@ -253,7 +266,8 @@ def encode_controls(
             pictures = [_picture(path) for path in show.pictures_of(source)]
             references = pictures_of_references(pictures, geometry.height, geometry.width)[None] if pictures else None
             made = show.encode(to_video(control.frames_FHWC), mask, references)[0]
-            data.save_control(out, entry["id"], made, show.pixels, marks[entry["id"]])
+            seen = None if show.look is None else show.look(frames[0])
+            data.save_control(out, entry["id"], made, show.pixels, marks[entry["id"]], seen)
             bar.update()
     return total
 

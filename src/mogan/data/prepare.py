@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mogan.data import cache as data
 from mogan.data.choice import vbench_threshold
-from mogan.data.controls import KINDS, Show, own
+from mogan.data.controls import FIRST_FRAME, KINDS, Show, own
 from mogan.data.folder import claimed_by_work_alone
 from mogan.data.lists import SUFFIXES, whole
 from mogan.data.prepare_clips import Summary, prepare_clips
@@ -23,7 +23,7 @@ from mogan.data.tokens import load_tokens
 from mogan.disk.files import writable_folder
 from mogan.disk.locks import alone_in
 from mogan.errors import UserError
-from mogan.models.conditions import encode_control
+from mogan.models.conditions import encode_control, encode_first_frame
 from mogan.models.defaults import WITHOUT_WEIGHTS, Geometry, usual_flow
 from mogan.models.discriminator import PROMPT
 from mogan.motion import estimators
@@ -69,7 +69,7 @@ def prepare(
         source: a folder of videos, one video, or a list of prompts (for recipes that need no videos): a .txt file with one
             per line, or the captions of a .jsonl, .json, .csv or .tsv file.
         out: folder of the cache.
-        model: "lab", a diffusers folder, or a hub id.
+        model: "lab", a diffusers folder, or a hub id. For an image-to-video model each clip's first frame is kept, too.
         motion_rich: keep only clips that move; the next two options say how much.
         min_motion: mean of the fastest 5 % of pixels, pixels per frame at the model's size. Default: VBench's threshold
             for a moving pair of frames, brought to this size and rate (0.75 for the lab, 5.6 for 480 x 832 at 16 fps).
@@ -131,7 +131,10 @@ def prepare(
     flow_facts = {"flow_name": measures, "flow": estimators.flow_fingerprint(measures)}
     if motion_rich and min_motion is None:
         min_motion = 0.0 if motion_quantile is not None else vbench_threshold(geometry)
-    show = None if controls is None else _show(controls, references, folder, target, vae, measure)
+    if wan.is_image_to_video(folder):
+        show = _show_first_frames(folder, target, vae, measure)
+    else:
+        show = None if controls is None else _show(controls, references, folder, target, vae, measure)
     writable_folder(out)
     with alone_in(out, shard), claimed_by_work_alone(out, shard):
         summary = prepare_clips(
@@ -171,7 +174,22 @@ def _show(
         return encode_control(vae(), video.to(target), mask.to(target), shown).cpu()
 
     kind, of_files = ("files", Path(controls)) if _is_folder(controls) else (controls, None)
-    return Show(kind, encode, estimate_flow, wan.mask_pixels(folder), of_files, references)
+    return Show(kind, encode, estimate_flow, wan.mask_channels(folder), of_files, references)
+
+
+def _show_first_frames(
+    folder: Path, target: torch.device, vae: Callable[[], Any], estimate_flow: FlowEstimator
+) -> Show:
+    """Clips of an image-to-video model are given their own first frames."""
+    from mogan.models import wan
+
+    eye = once(lambda: wan.load_eye(folder, target))
+
+    def encode(video: Tensor, mask: Tensor, pictures: Tensor | None) -> Tensor:
+        return encode_first_frame(vae(), video[:, :, 0].to(target), video.shape[2]).cpu()
+
+    look = (lambda frame: eye()([frame])[0].cpu()) if wan.sees_pictures(folder) else None
+    return Show(FIRST_FRAME, encode, estimate_flow, wan.mask_channels(folder), look=look)
 
 
 def _is_folder(controls: str) -> bool:
@@ -182,6 +200,14 @@ def _check_controls(folder: Path, model: str, source: Path, controls: str | None
     """Refuse controls that cannot be read, or by nobody."""
     from mogan.models import wan
 
+    if wan.is_image_to_video(folder):
+        if controls is not None or references is not None:
+            raise UserError(
+                f"{model} is given the first frame of each clip, and reads nothing else: leave out --controls and --references"
+            )
+        if source.suffix.lower() in SUFFIXES and not os.path.isdir(source):
+            raise UserError(f"{model} animates first frames, which prompts alone do not have: give a folder of videos")
+        return
     if references is not None and controls is None:
         raise UserError("--references stand beside a control: add --controls, nothing for text and references alone")
     if controls is None:

@@ -10,16 +10,32 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanVACEPipeline
+from diffusers import (
+    AutoencoderKLWan,
+    UniPCMultistepScheduler,
+    WanImageToVideoPipeline,
+    WanPipeline,
+    WanVACEPipeline,
+)
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
+from transformers import (
+    CLIPImageProcessor,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    PreTrainedTokenizerFast,
+    UMT5Config,
+    UMT5EncoderModel,
+)
 
 from mogan.costs.calls import kind_of
 from mogan.costs.shapes import PUBLISHED, Shapes
 from mogan.errors import UserError
-from mogan.models.conditions import reads_controls
+from mogan.models.conditions import animates, is_vace
+
+# of Wan2.1's image encoder (OpenCLIP's ViT-H/14) all but depth, which is 32: two layers, of which the first's output is read
+CLIP = {"num_hidden_layers": 2, "num_attention_heads": 16, "image_size": 224, "patch_size": 14, "hidden_act": "gelu"}
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
@@ -71,8 +87,14 @@ def random_wan(
     usual = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
-        kind = kind_of(shapes)
-        pipeline = (WanVACEPipeline if reads_controls(shapes.transformer) else WanPipeline)(
+        kind, eye = kind_of(shapes), {}
+        pipelines = {is_vace: WanVACEPipeline, animates: WanImageToVideoPipeline}
+        made = next((made for holds, made in pipelines.items() if holds(shapes.transformer)), WanPipeline)
+        if width := shapes.transformer.get("image_dim"):
+            seen = CLIPVisionConfig(**CLIP | {"hidden_size": width, "intermediate_size": 4 * width})
+            eye = {"image_encoder": CLIPVisionModel(seen), "image_processor": CLIPImageProcessor()}
+        pipeline = made(
+            **eye,
             tokenizer=tokenizer,
             text_encoder=UMT5EncoderModel(UMT5Config(**shapes.text_encoder | {"vocab_size": len(tokenizer)})),
             vae=AutoencoderKLWan(**shapes.vae),
@@ -163,7 +185,7 @@ def _changed(
     changes: dict[str, dict[str, Any]],
 ) -> Shapes:
     transformer = shapes.transformer | ({} if layers is None else {"num_layers": layers})
-    if reads_controls(transformer):
+    if is_vace(transformer):
         transformer["vace_layers"] = [i for i in transformer["vace_layers"] if i < transformer["num_layers"]]
     text = shapes.text_encoder | {"num_layers": text_layers}
     size = shapes.size

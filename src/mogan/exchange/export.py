@@ -34,6 +34,7 @@ from mogan.schedule import levels_of
 
 FOLDER_USAGE = ["from diffusers import WanPipeline\n", 'pipe = WanPipeline.from_pretrained("PATH")']
 CONTROLLED_USAGE = [line.replace("WanPipeline", "WanVACEPipeline") for line in FOLDER_USAGE]
+ANIMATING_USAGE = [line.replace("WanPipeline", "WanImageToVideoPipeline") for line in FOLDER_USAGE]
 TOLD_INDEX = {"_class_name": "AnyFlowPipeline", "transformer": ["diffusers", "AnyFlowTransformer3DModel"]}
 CAUSAL_INDEX = {"_class_name": "MoganCausalStudent", "transformer": ["mogan", "CausalWan"]}  # names that are nowhere
 CAUSAL_USAGE = [
@@ -89,7 +90,8 @@ def export(
                 f"{run} trained a student that is told where its steps end, which no LoRA of a stock Wan can be: leave out --to lora"
             )
         if wan.has_controls(source.folder):
-            raise UserError(f"{run} trained a VACE, of which no LoRA file is written here: leave out --to lora")
+            kind = "an image-to-video model" if wan.is_image_to_video(source.folder) else "a VACE"
+            raise UserError(f"{run} trained {kind}, of which no LoRA file is written here: leave out --to lora")
         if source.causal:
             raise UserError(
                 f"{run} trained a causal student, which a stock Wan with a LoRA would sample wrongly: leave out --to lora"
@@ -126,6 +128,8 @@ def _usage(source: Generator) -> list[str]:
         return CAUSAL_USAGE
     if source.told:
         return TOLD_USAGE
+    if wan.is_image_to_video(source.folder):
+        return ANIMATING_USAGE
     return CONTROLLED_USAGE if wan.has_controls(source.folder) else FOLDER_USAGE
 
 
@@ -178,15 +182,16 @@ def save_student(
 
     A causal student's folder is one that no stock pipeline opens: they make whole clips, which would look plausible and be wrong.
 
-    A student of two experts has a ``low`` one for levels below ``boundary``. Text encoder, tokenizer and autoencoder are the
-    base model's own files, hard-linked where the disk allows it.
+    A student of two experts has a ``low`` one for levels below ``boundary``. Text encoder, tokenizer, autoencoder and image
+    encoder are the base model's own files, hard-linked where the disk allows it.
     """
     told = is_told(transformer)
     scheduler: Any = flow_map_scheduler(sigmas) if told else scheduler_for(sigmas, solver)
     for network in filter(None, (transformer, low, fake_score)):
         check_range(network.state_dict(), dtype)
     with new_folder(out) as temporary:
-        for part in ("text_encoder", "tokenizer", "vae"):
+        eye = ("image_encoder", "image_processor") if wan.sees_pictures(base) else ()
+        for part in ("text_encoder", "tokenizer", "vae", *eye):
             shutil.copytree(base / part, temporary / part, copy_function=_link_or_copy)
         for part, network in (("transformer", transformer), (LOW, low), ("fake_score", fake_score)):
             if network is not None:

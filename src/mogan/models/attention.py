@@ -44,16 +44,28 @@ class FoldedPadding:
         self.products = products
 
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None):
-        """Same contract as diffusers' ``WanAttnProcessor`` for text cross-attention."""
-        return self.attend(attn, hidden_states, *self.keys(attn, encoder_hidden_states))
+        """Same contract as diffusers' ``WanAttnProcessor`` for cross-attention, but for shorter texts.
+
+        Of an image-to-video transformer the rows before the last 512 are a picture's.
+        """
+        seen = 0 if attn.add_k_proj is None else max(0, encoder_hidden_states.shape[1] - TEXT_LENGTH)
+        key, value = self.keys(attn, encoder_hidden_states[:, seen:])
+        if not seen:
+            return self.attend(attn, hidden_states, key, value)
+        picture = encoder_hidden_states[:, :seen]
+        key_2 = attn.norm_added_k(attn.add_k_proj(picture)).unflatten(2, (attn.heads, -1)).transpose(1, 2)
+        value_2 = attn.add_v_proj(picture).unflatten(2, (attn.heads, -1)).transpose(1, 2)
+        return self.attend(attn, hidden_states, key, value, (key_2, value_2))
 
     def keys(self, attn, text: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of a text, each ``(B, heads, L, width of a head)``."""
         key = attn.norm_k(attn.to_k(text)).unflatten(2, (attn.heads, -1)).transpose(1, 2)
         return key, attn.to_v(text).unflatten(2, (attn.heads, -1)).transpose(1, 2)
 
-    def attend(self, attn, hidden_states: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Attention to them."""
+    def attend(
+        self, attn, hidden_states: Tensor, key: Tensor, value: Tensor, picture: tuple[Tensor, Tensor] | None = None
+    ) -> Tensor:
+        """Attention to them, and to keys and values of a picture by itself; what is found is added."""
         query = attn.norm_q(attn.to_q(hidden_states)).unflatten(2, (attn.heads, -1)).transpose(1, 2)
         bias, length = None, key.shape[2]
         if length < TEXT_LENGTH:
@@ -62,6 +74,8 @@ class FoldedPadding:
             bias = F.pad(count.log().to(query.dtype), (length - 1, 0)).view(1, 1, 1, length)
         with self.products():
             out = F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
+            if picture is not None:
+                out = out + F.scaled_dot_product_attention(query, *picture)
         out = out.transpose(1, 2).flatten(2, 3).type_as(query)
         return attn.to_out[1](attn.to_out[0](out))
 

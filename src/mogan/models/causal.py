@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from mogan.errors import UserError
 from mogan.models.attention import FoldedPadding, SelfAttention
 from mogan.models.causal_cache import KV, Cache, Causal, Policy, Words
+from mogan.models.conditions import animates
 from mogan.models.denoiser import Denoiser
 from mogan.schedule import velocity_to_x0
 
@@ -273,9 +274,9 @@ def make_causal(transformer: Any) -> Any:
     """
     if any(getattr(a, "fused_projections", False) for block in transformer.blocks for a in (block.attn1, block.attn2)):
         raise UserError("the transformer's projections are fused: call unfuse_projections() on it first")
-    if hasattr(transformer, "vace_blocks"):
+    if hasattr(transformer, "vace_blocks") or animates(getattr(transformer, "config", None)):
         raise UserError(
-            "a VACE's control blocks see whole clips: a causal student starts from a text-to-video transformer"
+            "a control or first frame is of the whole clip: a causal student starts from a text-to-video transformer"
         )
     if getattr(transformer, "_parallel_config", None) is not None:
         raise UserError("a causal student's tokens cannot be split over processes: leave --context-parallel out")

@@ -1,8 +1,12 @@
-"""Conditions beside a prompt: VACE's control videos and reference pictures (arXiv 2503.07598), as its transformer reads them.
+"""Conditions beside a prompt, as transformers read them: VACE's control videos and reference pictures (arXiv 2503.07598), and
+the first frame of image-to-video models.
 
-A control is a video and a mask: where the mask is 1 something is to be made, where it is 0 the video is to be kept. What is to be
+A VACE's control is a video and a mask: where the mask is 1 something is to be made, where it is 0 the video is to be kept. What is to be
 made may be shown (depth, flow, edges) or grey. Reference pictures stand before the clip, as latent frames of their own, which are
 denoised with it and left out of what is decoded.
+
+An image-to-video model's control is its first frame followed by grey, encoded, and which frames are given; it reads them as
+more channels of its input. Wan 2.1's also reads what CLIP sees of the picture, beside the text.
 
 Whoever passes text on passes conditions on: :class:`Conditioned` takes the place of text, and only the network looks into it.
 """
@@ -19,16 +23,21 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Conditioned:
-    """Texts and controls, a row of each per clip; rows are chosen, counted and moved together, as those of a text are."""
+    """Texts and controls, a row of each per clip; rows are chosen, counted and moved together, as those of a text are.
+
+    ``picture_BTD`` is what CLIP sees of first frames, where a network reads it.
+    """
 
     text_BLD: Float[Tensor, "b l d"]
     control_BKFHW: Float[Tensor, "b k f h w"]
+    picture_BTD: Float[Tensor, "b t d"] | None = None
 
     def __len__(self) -> int:
         return len(self.text_BLD)
 
     def __getitem__(self, rows: Any) -> "Conditioned":
-        return Conditioned(self.text_BLD[rows], self.control_BKFHW[rows])
+        picture = None if self.picture_BTD is None else self.picture_BTD[rows]
+        return Conditioned(self.text_BLD[rows], self.control_BKFHW[rows], picture)
 
     @property
     def device(self) -> torch.device:
@@ -36,19 +45,37 @@ class Conditioned:
         return self.text_BLD.device
 
 
-def conditioned(text_BLD: Tensor, control_BKFHW: Tensor | None) -> Any:
+def conditioned(text_BLD: Tensor, control_BKFHW: Tensor | None, picture_BTD: Tensor | None = None) -> Any:
     """What a network is told of its clips: texts, and their controls if there are any."""
-    return text_BLD if control_BKFHW is None else Conditioned(text_BLD, control_BKFHW)
+    return text_BLD if control_BKFHW is None else Conditioned(text_BLD, control_BKFHW, picture_BTD)
 
 
-def parted(told: Any) -> tuple[Tensor, Tensor | None]:
-    """Texts and controls; of texts alone ``None``."""
-    return (told.text_BLD, told.control_BKFHW) if isinstance(told, Conditioned) else (told, None)
+def parted(told: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Texts, controls and pictures; of texts alone ``None`` twice."""
+    return (
+        (told.text_BLD, told.control_BKFHW, told.picture_BTD) if isinstance(told, Conditioned) else (told, None, None)
+    )
+
+
+def is_vace(config: Any) -> bool:
+    """Whether the transformer of a config is a VACE."""
+    return bool((config or {}).get("vace_layers"))
+
+
+def animates(config: Any) -> bool:
+    """Whether the transformer of a config is given the first frame in channels beside the clip's (image to video)."""
+    return channels_beside(config) > 0
+
+
+def channels_beside(config: Any) -> int:
+    """Channels that a transformer reads beside the clip's: of an image-to-video model a latent's, and four of the mask."""
+    known = config or {}
+    return known.get("in_channels", 16) - (known.get("out_channels") or 16)
 
 
 def reads_controls(config: Any) -> bool:
-    """Whether the transformer of a config is a VACE."""
-    return bool((config or {}).get("vace_layers"))
+    """Whether the transformer of a config is told more of its clips than texts."""
+    return is_vace(config) or animates(config)
 
 
 def blocks_of(transformer: Any) -> list[Any]:
@@ -57,7 +84,7 @@ def blocks_of(transformer: Any) -> list[Any]:
 
 
 def channels_of(vae_config: Any) -> int:
-    """Of a control: latents of what is kept and of what is shown where something is made, and the mask's pixels."""
+    """Of a VACE's control: latents of what is kept and of what is shown where something is made, and the mask's pixels."""
     return 2 * vae_config.get("z_dim", 16) + vae_config.get("scale_factor_spatial", 8) ** 2
 
 
@@ -121,3 +148,24 @@ def encode_control(
 def nothing_shown(frames: int, height: int, width: int) -> tuple[Tensor, Tensor]:
     """Video and mask of text to video: grey, all of it to be made."""
     return torch.zeros(1, 3, frames, height, width), torch.ones(1, 1, frames, height, width)
+
+
+@torch.no_grad()
+def encode_first_frame(vae: Any, image_B3HW: Float[Tensor, "b 3 h w"], frames: int) -> Float[Tensor, "b k g h2 w2"]:
+    """The control of an image-to-video model, in fp32; equal to what stock ``WanImageToVideoPipeline`` prepares, to rounding.
+
+    Channels: the latent of the first frame followed by grey, then the mask, 1 where a frame is given. The network reads
+    the mask first, as the pipeline has it.
+
+    Args:
+        vae: the autoencoder.
+        image_B3HW: first frames, in [-1, 1].
+        frames: of the clips.
+    """
+    from mogan.models.autoencoder import encode_video
+
+    nothing = image_B3HW.new_zeros(*image_B3HW.shape[:2], frames - 1, *image_B3HW.shape[2:])
+    latent = encode_video(vae, torch.cat([image_B3HW.unsqueeze(2), nothing], 2), False)
+    given = latent.new_zeros(len(latent), vae.config.scale_factor_temporal, *latent.shape[2:])
+    given[:, :, 0] = 1.0
+    return torch.cat([latent, given], 1)

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mogan.errors import UserError
-from mogan.models.conditions import conditioned, parted
+from mogan.models.attention import TEXT_LENGTH
+from mogan.models.conditions import animates, conditioned, parted
 from mogan.models.step_condition import is_told
 from mogan.schedule import velocity_to_x0
 
@@ -27,7 +28,7 @@ class Denoiser(nn.Module):
 
     Args:
         transformer: called as ``transformer(x, timestep, text, return_dict=False)[0]``, predicts velocity; of a VACE
-            ``control_hidden_states`` come with it.
+            ``control_hidden_states`` come with it, of an image-to-video model more channels (:mod:`mogan.models.conditions`).
         dtype: dtype of the matrix products (autocast); the prediction is always returned in fp32.
         transformer_2: the expert for low levels; ``None``: there is one transformer for all.
         boundary: the level, stock ``WanPipeline``'s ``boundary_ratio``.
@@ -53,7 +54,8 @@ class Denoiser(nn.Module):
         super().__init__()
         self.transformer, self.transformer_2, self.boundary = transformer, transformer_2, boundary
         self.dtype, self.anywhere, self.told = dtype, anywhere, is_told(transformer)
-        self.controlled = hasattr(transformer, "vace_blocks")
+        self.animates = animates(getattr(transformer, "config", None))
+        self.controlled = self.animates or hasattr(transformer, "vace_blocks")
 
     @property
     def experts(self) -> list[Any]:
@@ -100,8 +102,13 @@ class Denoiser(nn.Module):
             patch_f, patch_h, patch_w = transformer.config.patch_size
             tokens = (x_BCFHW.shape[-2] // patch_h) * (x_BCFHW.shape[-1] // patch_w)
             timestep = timestep[:, ::patch_f].repeat_interleave(tokens, dim=1)
-        text, control = parted(text_BLD)
-        more = {} if control is None else {"control_hidden_states": control}
+        text, control, picture = parted(text_BLD)
+        more = {} if control is None or self.animates else {"control_hidden_states": control}
+        if control is not None and self.animates:
+            latent, mask = control[:, : x_BCFHW.shape[1]], control[:, x_BCFHW.shape[1] :]
+            x_BCFHW = torch.cat([x_BCFHW, mask, latent], 1)
+        if picture is not None:  # what comes before 512 rows of text
+            text, more = F.pad(text, (0, 0, 0, TEXT_LENGTH - text.shape[1])), {"encoder_hidden_states_image": picture}
         with torch.autocast(x_BCFHW.device.type, self.dtype, enabled=self.dtype != torch.float32):
             out = transformer(x_BCFHW, timestep, text, return_dict=False, **more)[0]
         return out.float()
@@ -122,11 +129,12 @@ def guided_velocity(
     """
     if guidance == 1.0:
         return denoiser.velocity(x, sigma, text_BLD)
-    words, control = parted(text_BLD)
+    words, control, picture = parted(text_BLD)
     length = max(words.shape[1], null_BLD.shape[1])
     text, null = (F.pad(t, (0, 0, 0, length - t.shape[1])) for t in (words, null_BLD.to(words)))
     both_texts = torch.cat([text, null.expand(len(text), -1, -1)])
-    both_texts = conditioned(both_texts, None if control is None else torch.cat([control, control]))
+    twice = [None if condition is None else torch.cat([condition, condition]) for condition in (control, picture)]
+    both_texts = conditioned(both_texts, *twice)
     both = denoiser.velocity(torch.cat([x, x]), torch.cat([sigma, sigma]), both_texts)
     cond, uncond = both.chunk(2)
     return uncond + guidance * (cond - uncond)

@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from mogan.distributed import all_tokens
+from mogan.models.conditions import channels_beside
 from mogan.models.denoiser import Denoiser, taps
 
 PROMPT = "a video with good motion"  # MoGAN, section 3.3: what the discriminator is always told
@@ -100,6 +101,7 @@ class Discriminator(nn.Module):
         heads = transformer.config.num_attention_heads
         self.heads = nn.ModuleList(TokenHead(width, heads, 4 * width) for _ in tap_at)
         self.final = final_layers(width, len(tap_at))
+        self.beside = channels_beside(transformer.config)  # of an image-to-video trunk, which is given no frame here
         self.text_1LD: Tensor
         self.register_buffer("text_1LD", text_1LD)
 
@@ -119,6 +121,7 @@ class Discriminator(nn.Module):
         timestep = 1000.0 * (fixed if sigma_B is None else sigma_B)
         text = self.text_1LD.expand(batch, -1, -1)
         dtype = dtype or self.dtype
+        observation_BCFHW = F.pad(observation_BCFHW, (0, 0, 0, 0, 0, 0, 0, self.beside))
         with torch.autocast(observation_BCFHW.device.type, dtype, enabled=dtype != torch.float32):
             with taps(self.transformer.blocks, self.tap_at) as features:
                 self.transformer(observation_BCFHW, timestep, text, return_dict=False)

@@ -11,21 +11,23 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import AnyFlowTransformer3DModel, AutoencoderKLWan, WanTransformer3DModel, WanVACETransformer3DModel
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoTokenizer, UMT5EncoderModel
+from transformers import AutoTokenizer, CLIPImageProcessor, CLIPVisionModel, UMT5EncoderModel
 
 from mogan.disk.files import read_json
 from mogan.errors import UserError
 from mogan.models.attention import TEXT_LENGTH, set_attention
-from mogan.models.conditions import channels_of, reads_controls
+from mogan.models.conditions import animates, channels_beside, channels_of, is_vace, reads_controls
 from mogan.models.defaults import WAN_22, Defaults, Geometry, read_defaults
 from mogan.models.experts import LOW, check_experts
 from mogan.models.step_condition import CLASS, from_stock
 
 TextEncoder = Callable[[list[str]], list[Tensor]]
+Eye = Callable[[list[np.ndarray]], Tensor]
 
 
 # ---------------------------------------------------------------------------------------------- where a model lies
@@ -74,10 +76,7 @@ def check_parts(model: Path) -> None:
     for part, config in (("transformer", transformer), (LOW, low)):
         if config is not None:
             _check_class(model, part, config, class_of(config))
-            if not _from_text_alone(config):
-                raise UserError(
-                    f"{model} is image-conditioned; text-to-video transformers are what can be trained here"
-                )
+            _check_first_frame(model, config)
     check_experts(model, index, transformer, low)
     if vae is not None:
         _check_class(model, "vae", vae, AutoencoderKLWan)
@@ -94,7 +93,7 @@ def check_parts(model: Path) -> None:
                 f"{model}/vae/config.json needs {channels} numbers in latents_mean and {channels} positive ones in latents_std: "
                 "latents would be scaled wrongly, get the file again"
             )
-    if reads_controls(transformer) and vae is not None:
+    if is_vace(transformer) and vae is not None:
         _check_controls(model, transformer or {}, vae)
     if transformer is not None and text is not None and transformer.get("text_dim", 4096) != text.get("d_model"):
         raise UserError(
@@ -112,6 +111,31 @@ def _check_controls(model: Path, transformer: dict, vae: dict) -> None:
             f"{model}: the transformer reads controls of {transformer.get('vace_in_channels', 96)} channels and those of its "
             f"autoencoder have {channels_of(vae)}: they belong to different models, take both from one"
         )
+
+
+def _check_first_frame(model: Path, transformer: dict) -> None:
+    """Of the transformers that are given a picture, those that are given the first frame and nothing else."""
+    beside = channels_beside(transformer)
+    if beside not in (0, transformer.get("out_channels", 16) + 4):
+        raise UserError(
+            f"{model}: the transformer reads {beside} channels beside the clip's; the first frame of an image-to-video model "
+            "takes 20, and nothing here makes others"
+        )
+    if transformer.get("pos_embed_seq_len"):
+        raise UserError(
+            f"{model} is given the first and the last frame; models that are given the first alone can be trained here"
+        )
+    if _sees_pictures(transformer) and not (beside and (model / "image_encoder" / "config.json").is_file()):
+        raise UserError(
+            f"{model}: the transformer reads what an image encoder sees of the first frame, and there is no image_encoder: get "
+            "the whole folder"
+        )
+
+
+def _sees_pictures(transformer: dict | None) -> bool:
+    """Whether a transformer reads CLIP's features of the first frame (Wan2.1 I2V) beside its latent."""
+    known = transformer or {}
+    return bool(known.get("image_dim") or known.get("added_kv_proj_dim"))
 
 
 def _config(model: Path, part: str) -> dict | None:
@@ -132,8 +156,18 @@ def class_of(transformer: dict | None) -> type:
 
 
 def has_controls(model: Path) -> bool:
-    """Whether a folder's transformer reads controls beside text (VACE; see :mod:`mogan.models.conditions`)."""
+    """Whether a folder's transformer is told more than text: controls, or a first frame (:mod:`mogan.models.conditions`)."""
     return reads_controls(_config(model, "transformer"))
+
+
+def is_image_to_video(model: Path) -> bool:
+    """Whether a folder's transformer is given the first frame beside text."""
+    return animates(_config(model, "transformer"))
+
+
+def sees_pictures(model: Path) -> bool:
+    """Whether it is told what an image encoder sees of that frame, too."""
+    return _sees_pictures(_config(model, "transformer"))
 
 
 def is_told(model: Path, part: str = "transformer") -> bool:
@@ -141,23 +175,17 @@ def is_told(model: Path, part: str = "transformer") -> bool:
     return class_of(_config(model, part)) is AnyFlowTransformer3DModel
 
 
-def _from_text_alone(transformer: dict) -> bool:
-    """False for transformers that cannot do without an image: through attention (Wan2.1 I2V) or more channels (I2V)."""
-    extra = transformer.get("image_dim") or transformer.get("added_kv_proj_dim")
-    return not extra and transformer.get("in_channels", 16) == transformer.get("out_channels", 16)
-
-
-def mask_pixels(model: Path) -> int:
-    """Pixels of a mask under each place of a latent, channels of a control."""
-    return (_config(model, "vae") or {}).get("scale_factor_spatial", 8) ** 2
+def mask_channels(model: Path) -> int:
+    """Channels of a control that are its mask's: of a VACE the pixels under each place, of a given first frame the frames."""
+    vae = _config(model, "vae") or {}
+    return vae.get("scale_factor_temporal", 4) if is_image_to_video(model) else vae.get("scale_factor_spatial", 8) ** 2
 
 
 def refuse_controls(model: Path, who: str) -> Path:
-    """The folder, unless its transformer reads controls, which ``who`` has none of."""
+    """The folder, unless its transformer is told more than text, which ``who`` has none of."""
     if has_controls(model):
-        raise UserError(
-            f"{model} is a VACE, which reads control videos, and {who}: take a Wan that makes clips from text"
-        )
+        kind = "animates a first frame" if is_image_to_video(model) else "is a VACE, which reads control videos"
+        raise UserError(f"{model} {kind}, and {who}: take a Wan that makes clips from text")
     return model
 
 
@@ -247,8 +275,7 @@ def load_vae(model: Path, dtype: torch.dtype | None = None) -> AutoencoderKLWan:
 def load_transformer(model: Path, part: str = "transformer") -> Any:
     """A transformer in fp32 whose cross-attention folds the text padding (see :class:`FoldedPadding`)."""
     transformer = _from_pretrained(class_of(_config(model, part)), model, part, torch.float32)
-    if not _from_text_alone(transformer.config):
-        raise UserError(f"{model} is image-conditioned; text-to-video transformers are what can be trained here")
+    _check_first_frame(model, dict(transformer.config))
     if isinstance(transformer, AnyFlowTransformer3DModel):
         transformer = from_stock(transformer, model / part)
     return set_attention(transformer)
@@ -279,6 +306,25 @@ def _readable(part: Path) -> Iterator[None]:
         raise UserError(
             f"{part} cannot be read ({type(error).__name__}: {why[:200]}): a file is missing or was cut short, get it again"
         ) from error
+
+
+def load_eye(model: Path, device: str | torch.device = "cpu") -> Eye | None:
+    """The image encoder as ``pictures, uint8 (H, W, 3) -> features (B, T, D)``, as in stock ``WanImageToVideoPipeline``;
+    ``None``: the transformer reads no such features.
+    """
+    if not sees_pictures(model):
+        return None
+    with _readable(model / "image_encoder"):
+        processor = CLIPImageProcessor.from_pretrained(model / "image_processor", local_files_only=True)
+        encoder = CLIPVisionModel.from_pretrained(model / "image_encoder", local_files_only=True, dtype=torch.float32)
+    encoder = encoder.to(device).eval()
+
+    @torch.no_grad()
+    def look(pictures: list[np.ndarray]) -> Tensor:
+        seen = processor(images=pictures, return_tensors="pt").to(device)
+        return encoder(**seen, output_hidden_states=True).hidden_states[-2]
+
+    return look
 
 
 def load_tokenizer(model: Path):

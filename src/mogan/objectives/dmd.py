@@ -81,7 +81,8 @@ class DMDConfig:
         """The student and the fake score learn from roll-outs alone."""
         lessons, lags = {"student": Lesson(), self.follower: Lesson()}, replace(LAGS, learns=self.follower)
         alarms = (lags, *((SHARE,) if self.weights else ()), *((UNSOLVED,) if self.transport else ()))
-        return Terms(lessons=lessons, alarms=alarms, controls=self.weights is None and not self.motion_weight)
+        plain = self.weights is None
+        return Terms(lessons=lessons, alarms=alarms, controls=plain and not self.motion_weight, first_frames=plain)
 
     def build(self, base: Base, others: Mapping[str, Objective]) -> Objective:
         """Teacher and fake score; the latter is the start's own where it has one, else it begins as the teacher."""

@@ -97,9 +97,8 @@ class GANConfig:
         lessons = {"student": Lesson(starts=starts), "discriminator": Lesson(clips=(real,), starts=starts)}
         windows = [window for window in (9, 6, 4, 3) if self.in_motion and window < self.window]
         smaller = tuple((f"a window of {window} latent frames", replace(self, window=window)) for window in windows)
-        return Terms(
-            lessons=lessons, alarms=(*MOTION, WINS) if self.in_motion else (WINS,), fill=self._fill, smaller=smaller
-        )
+        alarms = (*MOTION, WINS) if self.in_motion else (WINS,)
+        return Terms(lessons=lessons, alarms=alarms, fill=self._fill, smaller=smaller, first_frames=True)
 
     def _fill(self, cache: Cache) -> "GANConfig":
         """With the scale of the motion picture, which a recipe may leave to the cache's clips.

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -49,6 +50,11 @@ def _first_readable(sources: list[Source]) -> tuple[Path | None, str]:
     return None, problem
 
 
+def first_pictures(clips: list[Path], size: Geometry) -> list[np.ndarray]:
+    """The first frame of each clip, uint8 ``(H, W, 3)``."""
+    return [next(read_frames(path, size=(size.height, size.width), only={0})).image_HWC for path in clips]
+
+
 @torch.no_grad()
 def sample_from_first_frames(
     student: Denoiser,
@@ -64,7 +70,7 @@ def sample_from_first_frames(
     guidance: float,
 ) -> Tensor:
     """Latents of one clip per generator, by Euler steps, the first frame of ``clips`` given."""
-    frames = [next(read_frames(path, size=(size.height, size.width), only={0})).image_HWC for path in clips]
+    frames = first_pictures(clips, size)
     given = encode_video(vae, torch.cat([to_video(frame[None]) for frame in frames]).to(text_BLD.device))
     noise = normal(torch.Size((len(clips), *shape)), generators, text_BLD.device)
     return animate(student, noise, given, text_BLD, null_1LD, sigmas, guidance)

@@ -12,6 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mogan.data.cache import Cache, open_cache
+from mogan.data.clips import to_video
 from mogan.data.lists import read_prompts, whole
 from mogan.data.prompts import KNOWN, fingerprint, warn_if_changed
 from mogan.data.tokens import about_tokens, load_tokens
@@ -21,12 +22,12 @@ from mogan.disk.locks import alone_in
 from mogan.disk.shards import share_of
 from mogan.errors import UserError
 from mogan.models import attention, wan
-from mogan.models.conditions import conditioned, encode_control, nothing_shown
+from mogan.models.conditions import conditioned, encode_control, encode_first_frame, nothing_shown
 from mogan.models.defaults import Defaults
 from mogan.models.denoiser import Denoiser
 from mogan.ranges import above, at_least, between
 from mogan.runs.generator import Generator, open_generator, open_motion
-from mogan.sampling.first_frames import clip_of_prompts, sample_from_first_frames
+from mogan.sampling.first_frames import clip_of_prompts, first_pictures, sample_from_first_frames
 from mogan.sampling.folder import Job, fill, jobs_of
 from mogan.sampling.motion_score import steer
 from mogan.sampling.samplers import clips_at_once, clips_of, sample_student, sample_teacher, seeded
@@ -77,8 +78,9 @@ def sample(
         flowmo: FlowMo guidance (arXiv 2506.01144) in a teacher's first 12 steps.
         motion: run of a motion score recipe; its motion is mixed into a teacher's.
         motion_ratio: 0 is the teacher's own motion, 1 the motion model's.
-        first_frames: folder of captioned clips, for a model trained to be given the first frame: every prompt is the
-            caption of one and starts from its first frame. Sampled by Euler steps at the model's own levels.
+        first_frames: folder of captioned clips, for image-to-video models and others trained to be given the first frame: every
+            prompt is the caption of one and starts from its first frame. A Wan that became one by fine-tuning is sampled by
+            Euler steps at its own levels.
         controls: of a VACE, a cache made with `mogan prepare --controls`: every prompt is the caption of one of its clips and is made
             under that clip's control and reference pictures. Without it a VACE makes clips from text.
         batch: clips made at once; by default as many as fit into the pixels of one clip of 81 x 480 x 832, at most 16.
@@ -108,11 +110,12 @@ def sample(
         source, steps = source.in_steps(steps), None
     shown = _open_controls(model, source, controls, lines[:limit], first_frames, motion)
     own = {"steps": steps, "guidance": guidance, "shift": shift, "negative_prompt": negative_prompt}
-    guided = _guided(model, source, few_steps, first_frames, {k: v for k, v in own.items() if v is not None})
+    by_level = first_frames is not None and not wan.is_image_to_video(source.folder)
+    guided = _guided(model, source, few_steps, by_level, {k: v for k, v in own.items() if v is not None})
     as_teacher = None if few_steps else TeacherSteps(guided, solver, flowmo, motion, motion_ratio)
     how = as_teacher.told() if as_teacher else source.steps_told()
-    if first_frames:
-        how |= {"first_frames": str(first_frames)} | (_guidance_told(guided) if guided.guidance != 1 else {})
+    how |= {"first_frames": str(first_frames)} if first_frames else {}
+    how |= _guidance_told(guided) if by_level and guided.guidance != 1 else {}
     how |= {"controls": str(controls)} if controls else {}
     starts = clip_of_prompts(first_frames, lines[:limit]) if first_frames else None
     about_all = {"system": out.name, "fps": source.geometry.fps, **how, "weights": source.mark()}
@@ -147,7 +150,13 @@ def _refuse_what_does_not_go_together(
         )
     if motion is not None and few_steps:
         raise UserError("--motion is mixed into a teacher's steps: name a teacher with --model, or use --mode teacher")
-    if first_frames is not None and not few_steps:
+    animates = wan.is_image_to_video(source.folder)
+    if animates and (first_frames is None or motion is not None):
+        raise UserError(
+            f"{model} animates first frames: "
+            + ("leave out --motion" if motion else "give --first-frames, captioned clips")
+        )
+    if first_frames is not None and not few_steps and not animates:
         raise UserError("--first-frames is for a model trained with them: give the export of such a run, and no --mode")
     if flowmo and few_steps:
         raise UserError("--flowmo guides a teacher's many steps; leave it out for a few-step student")
@@ -162,7 +171,7 @@ def _open_controls(
     motion: Path | None,
 ) -> Cache | None:
     """The cache that holds a control for every prompt, if there is one."""
-    if not wan.has_controls(source.folder):
+    if not wan.has_controls(source.folder) or wan.is_image_to_video(source.folder):
         if controls is not None:
             raise UserError(f"{model} reads no controls: leave out --controls, or name a VACE with --model")
         return None
@@ -182,15 +191,15 @@ def _open_controls(
     return cache
 
 
-def _guided(model: str, source: Generator, few_steps: bool, first_frames: Path | None, own: dict[str, Any]) -> Defaults:
-    """The model's defaults, but for what was asked for."""
-    useless = own.keys() - ({"guidance", "negative_prompt"} if first_frames else set()) if few_steps else set()
+def _guided(model: str, source: Generator, few_steps: bool, by_level: bool, own: dict[str, Any]) -> Defaults:
+    """The model's defaults, but for what was asked for; ``by_level``: it is given first frames at a level of their own."""
+    useless = own.keys() - ({"guidance", "negative_prompt"} if by_level else set()) if few_steps else set()
     if useless:
         names = ", ".join(f"--{name.replace('_', '-')}" for name in own if name in useless)
-        how = "at its own levels" if first_frames else "at its own levels, without guidance"
+        how = "at its own levels" if by_level else "at its own levels, without guidance"
         raise UserError(f"{model} samples {how}: leave out {names}, or use --mode teacher")
     usual = wan.defaults(source.folder)
-    return replace(usual, **({"guidance": usual.first_frame_guidance} if first_frames else {}) | own)
+    return replace(usual, **({"guidance": usual.first_frame_guidance} if by_level and few_steps else {}) | own)
 
 
 def _guidance_told(guided: Defaults) -> dict[str, Any]:
@@ -238,7 +247,8 @@ def _maker(
     vae = wan.load_vae(source.folder, dtype).to(device)
     denoiser = source.load(dtype).to(device).eval()
     shape, levels = wan.latent_shape(source.folder, source.geometry), source.sigmas or ()
-    control_of = _controls(denoiser, vae, source.geometry, shown, device)
+    told = _told(denoiser, vae, source, shown, starts, device)
+    by_level = starts is not None and not denoiser.animates
     references = shown.references if shown else 0
     shape = (shape[0], shape[1] + references, *shape[2:])
     change = None
@@ -252,7 +262,7 @@ def _maker(
 
     @torch.no_grad()
     def make(jobs: list[Job]) -> list[Iterator[np.ndarray]]:
-        text = conditioned(stacked(*(job.prompt for job in jobs)), control_of(jobs))
+        text = conditioned(stacked(*(job.prompt for job in jobs)), *told(jobs))
         numbers = [job.seed for job in jobs]
         if teacher is not None:
             latents = sample_teacher(
@@ -260,9 +270,10 @@ def _maker(
                 guidance=guided.guidance, shift=guided.shift, solver=teacher.solver, flowmo=teacher.flowmo,
                 change=change and partial(change, text_BLD=text),
             )  # fmt: skip
-        elif starts is None:
+        elif not by_level:
             latents = sample_student(denoiser, text, shape, levels, numbers, source.solver)
         else:
+            assert starts is not None
             first = [starts[job.prompt] for job in jobs]
             latents = sample_from_first_frames(
                 denoiser, vae, first, text, shape, levels, seeded(numbers), source.geometry,
@@ -273,18 +284,37 @@ def _maker(
     return make
 
 
-def _controls(
-    denoiser: Denoiser, vae: Any, size: wan.Geometry, shown: Cache | None, device: torch.device
-) -> Callable[[list[Job]], Tensor | None]:
-    """Gives jobs their controls; without a cache, those of text to video."""
+Beside = tuple[Tensor | None, Tensor | None]  # controls, and what an image encoder sees of first frames
+
+
+def _told(
+    denoiser: Denoiser,
+    vae: Any,
+    source: Generator,
+    shown: Cache | None,
+    starts: dict[str, Path] | None,
+    device: torch.device,
+) -> Callable[[list[Job]], Beside]:
+    """Gives jobs what a network is told beside text; of a VACE without a cache, the controls of text to video."""
+    size = source.geometry
     if not denoiser.controlled:
-        return lambda jobs: None
+        return lambda jobs: (None, None)
+    if denoiser.animates:
+        eye = wan.load_eye(source.folder, device)
+
+        def of_first_frames(jobs: list[Job]) -> Beside:
+            assert starts is not None
+            pictures = first_pictures([starts[job.prompt] for job in jobs], size)
+            images = torch.cat([to_video(picture[None])[:, :, 0] for picture in pictures]).to(device)
+            return encode_first_frame(vae, images, size.frames), None if eye is None else eye(pictures)
+
+        return of_first_frames
     if shown is None:
         video, mask = (t.to(device) for t in nothing_shown(size.frames, size.height, size.width))
         grey = encode_control(vae, video, mask)
-        return lambda jobs: grey.expand(len(jobs), -1, -1, -1, -1)
+        return lambda jobs: (grey.expand(len(jobs), -1, -1, -1, -1), None)
     first = {entry["caption"]: entry["id"] for entry in reversed(shown.entries)}
-    return lambda jobs: torch.stack([shown.control(first[job.prompt]) for job in jobs]).to(device)
+    return lambda jobs: (torch.stack([shown.control(first[job.prompt]) for job in jobs]).to(device), None)
 
 
 def encode_each(prompts: list[str], model: Path, device: torch.device) -> dict[str, Tensor]:

@@ -37,7 +37,7 @@ class Gain:
     def __init__(self, run: Path, cache: Path, parts: Assembly, patience: int):
         if patience < 1:
             raise UserError(f"--patience takes a number of checks, at least 1, not {patience}")
-        if parts.flow is None or parts.config.given:
+        if parts.flow is None or parts.config.given or parts.student.controlled:
             raise UserError(
                 f"--held-out is for recipes with a flow network and a student that makes clips from text alone, which "
                 f"{parts.config.recipe} is not: leave it out"

@@ -185,28 +185,38 @@ def _check_clips(config: Config, cache: Cache, model: Path) -> None:
 
 
 def _check_controls(config: Config, cache: Cache, prompts: Cache | None, world: World, base: Path, start: Path) -> None:
-    """A VACE learns from who passes its controls on, of clips that have them."""
-    if wan.has_controls(base) != wan.has_controls(start):
+    """A VACE or an image-to-video model learns from who passes its conditions on, of clips that have them."""
+    kinds = [(wan.has_controls(m), wan.is_image_to_video(m), wan.sees_pictures(m)) for m in (base, start)]
+    if kinds[0] != kinds[1]:
         raise UserError(
-            f"of {base} and {start} one is a VACE, which reads controls, and one is not: take both of one kind"
+            f"{base} and {start} are told different things beside text (a VACE controls, an image-to-video model the first "
+            "frame): take both of one kind"
         )
+    animates = wan.is_image_to_video(base)
+    kind = "an image-to-video model" if animates else "a VACE, which reads controls"
     for name in config.objectives:
-        if not config.terms(name).controls:
+        terms = config.terms(name)
+        if not (terms.controls or (animates and terms.first_frames)):
             raise UserError(
-                f"{config.recipe}: {name} asks networks under text alone, and {base} is a VACE, which reads controls: take another "
-                "recipe, or a model that makes clips from text"
+                f"{config.recipe}: {name} asks networks under text alone, and {base} is {kind}: take another recipe, or a model that "
+                "makes clips from text"
             )
     if config.given or config.told:
         told = "is told where its steps end" if config.told else "is given its first frame by its level"
-        raise UserError(f"the student of {config.recipe} {told}, and a VACE cannot be: take another recipe")
-    if world.sequence is not None:
         raise UserError(
-            "--context-parallel does not go with a VACE, whose stock class has no plan for it: leave it out"
+            f"the student of {config.recipe} {told}, and {base} is {kind}, which cannot be: take another recipe"
         )
+    if world.sequence is not None:
+        raise UserError(f"--context-parallel does not go with {kind}: leave it out")
     for texts in filter(None, (cache, prompts)):
         if not texts.has_controls:
             raise UserError(
-                f"{base} is a VACE, and the clips of {texts.path} have no controls: prepare them with `mogan prepare --controls`"
+                f"{base} is {kind}, and {texts.path} has no "
+                + (
+                    f"first frames: prepare videos with `mogan prepare --model {base}`"
+                    if animates
+                    else "controls of its clips: prepare them with `mogan prepare --controls`"
+                )
             )
     if prompts is not None and prompts.references != cache.references:
         raise UserError(

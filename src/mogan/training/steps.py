@@ -33,6 +33,7 @@ CUT = (
     "observation_BCFHW",
     "path_BKCFHW",
     "control_BKFHW",
+    "picture_BTD",
     "places",
 )  # row by row
 
