@@ -7,7 +7,8 @@ from typing import Any
 from mogan.disk.files import read_json
 from mogan.errors import UserError, closest
 from mogan.models.experts import boundary_of
-from mogan.models.wan import WAN_22, Geometry, check_parts, fit_latents, geometry, lab_folder
+from mogan.models.parts import check_parts
+from mogan.models.wan import WAN_22, Geometry, fit_latents, geometry, lab_folder
 
 
 @dataclass(frozen=True)

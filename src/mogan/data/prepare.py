@@ -131,10 +131,8 @@ def prepare(
     flow_facts = {"flow_name": measures, "flow": estimators.flow_fingerprint(measures)}
     if motion_rich and min_motion is None:
         min_motion = 0.0 if motion_quantile is not None else vbench_threshold(geometry)
-    if wan.is_image_to_video(folder):
-        show = _show_first_frames(folder, target, vae, measure)
-    else:
-        show = None if controls is None else _show(controls, references, folder, target, vae, measure)
+    show = None if controls is None else _show(controls, references, folder, target, vae, measure)
+    show = _show_first_frames(folder, target, vae, measure) if wan.is_image_to_video(folder) else show
     writable_folder(out)
     with alone_in(out, shard), claimed_by_work_alone(out, shard):
         summary = prepare_clips(

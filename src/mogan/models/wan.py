@@ -1,10 +1,9 @@
-"""A folder of Wan: what it was made for, whether its parts belong together, and loading them.
+"""A folder of Wan: where it lies, what it was made for, and loading its parts.
 
 The stock diffusers classes are used as they are.
 """
 
 import hashlib
-import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.resources import files
@@ -13,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AnyFlowTransformer3DModel, AutoencoderKLWan, WanTransformer3DModel, WanVACETransformer3DModel
+from diffusers import AnyFlowTransformer3DModel, AutoencoderKLWan
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoTokenizer, CLIPImageProcessor, CLIPVisionModel, UMT5EncoderModel
@@ -21,10 +20,10 @@ from transformers import AutoTokenizer, CLIPImageProcessor, CLIPVisionModel, UMT
 from mogan.disk.files import read_json
 from mogan.errors import UserError
 from mogan.models.attention import TEXT_LENGTH, set_attention
-from mogan.models.conditions import animates, channels_beside, channels_of, is_vace, reads_controls
+from mogan.models.conditions import animates, reads_controls
 from mogan.models.defaults import WAN_22, Defaults, Geometry, read_defaults
-from mogan.models.experts import LOW, check_experts
-from mogan.models.step_condition import CLASS, from_stock
+from mogan.models.parts import check_class, check_first_frame, check_parts, class_of, config_of, sees_pictures_by
+from mogan.models.step_condition import from_stock
 
 TextEncoder = Callable[[list[str]], list[Tensor]]
 Eye = Callable[[list[np.ndarray]], Tensor]
@@ -69,115 +68,29 @@ def resolve_model(name: str | Path) -> Path:
     return folder
 
 
-def check_parts(model: Path) -> None:
-    """Read the configs of a folder and raise a UserError if its parts cannot belong together or cannot be trained here."""
-    index = read_json(model / "model_index.json") if (model / "model_index.json").is_file() else {}
-    transformer, low, vae, text = (_config(model, part) for part in ("transformer", LOW, "vae", "text_encoder"))
-    for part, config in (("transformer", transformer), (LOW, low)):
-        if config is not None:
-            _check_class(model, part, config, class_of(config))
-            _check_first_frame(model, config)
-    check_experts(model, index, transformer, low)
-    if vae is not None:
-        _check_class(model, "vae", vae, AutoencoderKLWan)
-        channels = vae.get("z_dim", 16)
-        if transformer is not None and transformer.get("out_channels", 16) != channels:
-            raise UserError(
-                f"{model}: the autoencoder has {channels} channels and the transformer {transformer['out_channels']}: they "
-                "belong to different models, take both from one"
-            )
-        mean, deviation = (vae.get(key, [1.0] * 16) for key in ("latents_mean", "latents_std"))  # 16: diffusers' own
-        numbers = len(mean) == len(deviation) == channels and all(map(math.isfinite, [*mean, *deviation]))
-        if not numbers or min(deviation) <= 0:
-            raise UserError(
-                f"{model}/vae/config.json needs {channels} numbers in latents_mean and {channels} positive ones in latents_std: "
-                "latents would be scaled wrongly, get the file again"
-            )
-    if is_vace(transformer) and vae is not None:
-        _check_controls(model, transformer or {}, vae)
-    if transformer is not None and text is not None and transformer.get("text_dim", 4096) != text.get("d_model"):
-        raise UserError(
-            f"{model}: the text encoder gives {text.get('d_model')} numbers per token and the transformer reads "
-            f"{transformer.get('text_dim', 4096)}: they belong to different models, take both from one"
-        )
-
-
-def _check_controls(model: Path, transformer: dict, vae: dict) -> None:
-    """Stock ``WanVACEPipeline`` prepares controls for Wan 2.1's autoencoder, and so do we."""
-    if vae.get("patch_size") is not None:
-        raise UserError(f"{model} is a VACE with the autoencoder of Wan 2.2, which stock WanVACEPipeline cannot use")
-    if transformer.get("vace_in_channels", 96) != channels_of(vae):
-        raise UserError(
-            f"{model}: the transformer reads controls of {transformer.get('vace_in_channels', 96)} channels and those of its "
-            f"autoencoder have {channels_of(vae)}: they belong to different models, take both from one"
-        )
-
-
-def _check_first_frame(model: Path, transformer: dict) -> None:
-    """Of the transformers that are given a picture, those that are given the first frame and nothing else."""
-    beside = channels_beside(transformer)
-    if beside not in (0, transformer.get("out_channels", 16) + 4):
-        raise UserError(
-            f"{model}: the transformer reads {beside} channels beside the clip's; the first frame of an image-to-video model "
-            "takes 20, and nothing here makes others"
-        )
-    if transformer.get("pos_embed_seq_len"):
-        raise UserError(
-            f"{model} is given the first and the last frame; models that are given the first alone can be trained here"
-        )
-    if _sees_pictures(transformer) and not (beside and (model / "image_encoder" / "config.json").is_file()):
-        raise UserError(
-            f"{model}: the transformer reads what an image encoder sees of the first frame, and there is no image_encoder: get "
-            "the whole folder"
-        )
-
-
-def _sees_pictures(transformer: dict | None) -> bool:
-    """Whether a transformer reads CLIP's features of the first frame (Wan2.1 I2V) beside its latent."""
-    known = transformer or {}
-    return bool(known.get("image_dim") or known.get("added_kv_proj_dim"))
-
-
-def _config(model: Path, part: str) -> dict | None:
-    path = model / part / "config.json"
-    return read_json(path) if path.is_file() else None
-
-
-def _check_class(model: Path, part: str, config: dict, kind: type) -> None:
-    found = config.get("_class_name")
-    if found != kind.__name__:
-        raise UserError(f"{model}/{part} holds a {found}, not a {kind.__name__}: only the Wan family is supported")
-
-
-def class_of(transformer: dict | None) -> type:
-    """The stock class of a transformer's config: Wan's, VACE's, or of one that is told where its step ends."""
-    others = {CLASS: AnyFlowTransformer3DModel, WanVACETransformer3DModel.__name__: WanVACETransformer3DModel}
-    return others.get((transformer or {}).get("_class_name", ""), WanTransformer3DModel)
-
-
 def has_controls(model: Path) -> bool:
     """Whether a folder's transformer is told more than text: controls, or a first frame (:mod:`mogan.models.conditions`)."""
-    return reads_controls(_config(model, "transformer"))
+    return reads_controls(config_of(model, "transformer"))
 
 
 def is_image_to_video(model: Path) -> bool:
     """Whether a folder's transformer is given the first frame beside text."""
-    return animates(_config(model, "transformer"))
+    return animates(config_of(model, "transformer"))
 
 
 def sees_pictures(model: Path) -> bool:
     """Whether it is told what an image encoder sees of that frame, too."""
-    return _sees_pictures(_config(model, "transformer"))
+    return sees_pictures_by(config_of(model, "transformer"))
 
 
 def is_told(model: Path, part: str = "transformer") -> bool:
     """Whether a folder's transformer reads where its step ends (see :mod:`mogan.models.step_condition`)."""
-    return class_of(_config(model, part)) is AnyFlowTransformer3DModel
+    return class_of(config_of(model, part)) is AnyFlowTransformer3DModel
 
 
 def mask_channels(model: Path) -> int:
     """Channels of a control that are its mask's: of a VACE the pixels under each place, of a given first frame the frames."""
-    vae = _config(model, "vae") or {}
+    vae = config_of(model, "vae") or {}
     return vae.get("scale_factor_temporal", 4) if is_image_to_video(model) else vae.get("scale_factor_spatial", 8) ** 2
 
 
@@ -197,7 +110,7 @@ def model_facts(model: Path) -> dict:
 
 def defaults(model: Path) -> Defaults:
     """What a model is sampled and measured with; where its folder does not say, as Wan 2.1 or 2.2's TI2V-5B."""
-    vae = _config(model, "vae") or {}
+    vae = config_of(model, "vae") or {}
     usual = WAN_22 if vae.get("z_dim") == 48 else Geometry()
     return read_defaults(model_facts(model), usual, model / "mogan.json")
 
@@ -228,7 +141,7 @@ def fingerprint(model: Path, part: str) -> str:
 
 def latent_shape(model: Path, size: Geometry) -> tuple[int, int, int, int]:
     """``(C, F, H, W)`` of the latents of a clip of this geometry; the clip must fit the autoencoder and the patches."""
-    vae, transformer = (_config(model, part) or {} for part in ("vae", "transformer"))  # without one: Wan 2.1's
+    vae, transformer = (config_of(model, part) or {} for part in ("vae", "transformer"))  # without one: Wan 2.1's
     return fit_latents(vae, transformer, size)
 
 
@@ -274,18 +187,18 @@ def load_vae(model: Path, dtype: torch.dtype | None = None) -> AutoencoderKLWan:
 
 def load_transformer(model: Path, part: str = "transformer") -> Any:
     """A transformer in fp32 whose cross-attention folds the text padding (see :class:`FoldedPadding`)."""
-    transformer = _from_pretrained(class_of(_config(model, part)), model, part, torch.float32)
-    _check_first_frame(model, dict(transformer.config))
+    transformer = _from_pretrained(class_of(config_of(model, part)), model, part, torch.float32)
+    check_first_frame(model, dict(transformer.config))
     if isinstance(transformer, AnyFlowTransformer3DModel):
         transformer = from_stock(transformer, model / part)
     return set_attention(transformer)
 
 
 def _from_pretrained(kind, model: Path, part: str, dtype: torch.dtype):
-    config = _config(model, part)
+    config = config_of(model, part)
     if config is None:
         raise UserError(f"{model} has no {part}/config.json: is it a complete diffusers folder of a Wan model?")
-    _check_class(model, part, config, kind)
+    check_class(model, part, config, kind)
     with _readable(model / part):
         loaded, info = kind.from_pretrained(
             model / part, torch_dtype=dtype, output_loading_info=True, local_files_only=True
@@ -308,12 +221,8 @@ def _readable(part: Path) -> Iterator[None]:
         ) from error
 
 
-def load_eye(model: Path, device: str | torch.device = "cpu") -> Eye | None:
-    """The image encoder as ``pictures, uint8 (H, W, 3) -> features (B, T, D)``, as in stock ``WanImageToVideoPipeline``;
-    ``None``: the transformer reads no such features.
-    """
-    if not sees_pictures(model):
-        return None
+def load_eye(model: Path, device: str | torch.device = "cpu") -> Eye:
+    """The image encoder as ``pictures, uint8 (H, W, 3) -> features (B, T, D)``, as in stock ``WanImageToVideoPipeline``."""
     with _readable(model / "image_encoder"):
         processor = CLIPImageProcessor.from_pretrained(model / "image_processor", local_files_only=True)
         encoder = CLIPVisionModel.from_pretrained(model / "image_encoder", local_files_only=True, dtype=torch.float32)
@@ -341,7 +250,7 @@ def load_text(model: Path, device: str | torch.device = "cpu") -> TextEncoder:
     from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 
     tokenizer = load_tokenizer(model)
-    width = (_config(model, "text_encoder") or {}).get("d_model", 0)
+    width = (config_of(model, "text_encoder") or {}).get("d_model", 0)
     dtype: torch.dtype | str = torch.bfloat16 if width >= 4096 else "auto"  # Wan's is UMT5-XXL, 5.7 billion weights
     with _readable(model / "text_encoder"):
         encoder, info = UMT5EncoderModel.from_pretrained(

@@ -300,7 +300,7 @@ def _told(
     if not denoiser.controlled:
         return lambda jobs: (None, None)
     if denoiser.animates:
-        eye = wan.load_eye(source.folder, device)
+        eye = wan.load_eye(source.folder, device) if wan.sees_pictures(source.folder) else None
 
         def of_first_frames(jobs: list[Job]) -> Beside:
             assert starts is not None
