@@ -18,8 +18,9 @@ from mogan.evaluation.evaluate import evaluate
 from mogan.models.wan import Geometry, fit_latents
 from mogan.motion.estimators import load_flow
 from mogan.motion.flow import read_raft_config
-from mogan.runs.checkpoint import SUMS, checkpoints
+from mogan.runs.checkpoint import SUMS, broken_checkpoints, checkpoints, student_checkpoint
 from mogan.runs.identity import check_same_parts, read_config
+from mogan.runs.watch import read_records
 from mogan.sampling.samplers import clips_of
 from mogan.survey.folder import read_survey
 
@@ -169,6 +170,31 @@ def test_a_damaged_line_of_the_metrics_does_not_end_a_run(garbage, run, command)
     (run / "metrics.jsonl").write_bytes(before + garbage)
     assert command("train")[0] == 0
     assert (run / "metrics.jsonl").read_bytes().startswith(before)
+
+
+def test_lines_that_are_no_records_are_left_out_whoever_reads_them(tmp_path):
+    whole = {"iteration": 3, "update": "student<dmd", "repeat": 0, "loss": 0.5}
+    lines = [
+        whole,
+        [1],
+        7,
+        {"iteration": 3, "update": 5},
+        {"iteration": "3", "update": "a"},
+        {**whole, "loss": "x"},
+        whole,
+    ]
+    (tmp_path / "log").write_bytes("\n".join(map(json.dumps, lines)).encode() + b'\n\xff\n{"iteration": 3, "upd')
+    assert read_records(tmp_path / "log") == [whole, whole]
+
+
+def test_a_users_copy_of_a_checkpoint_is_neither_used_nor_removed(tmp_path):
+    for name in ("000002", "000002 (copy)", "000002.bak", "999999", "1000000", "notes"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+        (tmp_path / "checkpoints" / name / "config.json").write_text("{}")
+    (tmp_path / "checkpoints" / "1000001").mkdir()
+    assert [path.name for path in checkpoints(tmp_path)] == ["000002", "999999", "1000000"]
+    assert student_checkpoint(tmp_path).name == "1000000"
+    assert [path.name for path in broken_checkpoints(tmp_path)] == ["1000001"]
 
 
 # ---------------------------------------------------------------------------------------------- what was measured

@@ -82,7 +82,14 @@ def _reason(error: CheckpointException) -> BaseException:
 
 def checkpoints(run: Path) -> list[Path]:
     """Complete checkpoints of a run, oldest first."""
-    return sorted(p for p in (run / "checkpoints").glob("[0-9]*") if (p / "config.json").is_file())
+    return [path for path in _numbered(run) if (path / "config.json").is_file()]
+
+
+def _numbered(run: Path) -> list[Path]:
+    """Folders named by an iteration, in order; a user's copy, such as ``000200 (copy)`` or ``000200.bak``, is none of ours."""
+    return sorted(
+        (p for p in (run / "checkpoints").glob("[0-9]*") if p.name.isdecimal()), key=lambda path: int(path.name)
+    )
 
 
 def latest_checkpoint(run: Path) -> Path | None:
@@ -93,8 +100,8 @@ def latest_checkpoint(run: Path) -> Path | None:
 
 def broken_checkpoints(run: Path) -> list[Path]:
     """Folders newer than :func:`latest_checkpoint` that something has been taken from: checkpoints appear whole."""
-    newest, folders = latest_checkpoint(run), sorted((run / "checkpoints").glob("[0-9]*"))
-    return [path for path in folders if newest is None or path.name > newest.name]
+    newest = latest_checkpoint(run)
+    return [path for path in _numbered(run) if newest is None or int(path.name) > int(newest.name)]
 
 
 def student_checkpoint(run: Path) -> Path:

@@ -1,7 +1,6 @@
 """What a run writes down while it trains: ``metrics.jsonl``, TensorBoard, warnings in words."""
 
 import json
-from contextlib import suppress
 from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
@@ -9,7 +8,7 @@ from tqdm import tqdm
 
 from mogan.config import Config, Update
 from mogan.disk.files import write_atomically, writing
-from mogan.runs.watch import Watch
+from mogan.runs.watch import Watch, read_records
 
 
 class Journal:
@@ -48,11 +47,6 @@ def _keep_before(path: Path, iteration: int) -> list[dict]:
     """Drop log lines of iterations that will be done again; returns the others."""
     if not path.is_file():
         return []
-    records = []
-    for line in path.read_bytes().split(b"\n"):
-        with suppress(ValueError, TypeError, KeyError):  # a kill can cut the last line short
-            record = json.loads(line)
-            if record["iteration"] < iteration:
-                records.append(record)
+    records = [record for record in read_records(path) if record["iteration"] < iteration]
     write_atomically(path, "".join(json.dumps(r) + "\n" for r in records))
     return records

@@ -1,6 +1,9 @@
 """Early warnings in words: what a person would see in the curves, said while there is time to stop."""
 
+import json
 from collections import Counter, defaultdict, deque
+from contextlib import suppress
+from pathlib import Path
 
 from mogan.config import Config
 from mogan.errors import closest
@@ -94,6 +97,18 @@ class Watch:
         if len(self.start[alarm]) < FIRST:
             self.start[alarm].append(value)
         self.recent[alarm].append(value)
+
+
+def read_records(path: Path) -> list[dict]:
+    """Lines of a ``metrics.jsonl`` that are records; what a kill tore or something else damaged is left out."""
+    found = []
+    for line in path.read_bytes().split(b"\n"):
+        with suppress(ValueError, RecursionError):
+            row = json.loads(line)
+            if isinstance(row, dict) and type(row.get("iteration")) is int and isinstance(row.get("update"), str):
+                numbers = [value for key, value in row.items() if key != "update"]
+                found += [row] if all(type(value) in (int, float) for value in numbers) else []
+    return found
 
 
 def _rms(values: list[float]) -> float:

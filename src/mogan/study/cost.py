@@ -1,11 +1,11 @@
 """What training took: student updates, seconds, and how many iterations fit in a time."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mogan.runs.watch import read_records
 from mogan.study.columns import Column
 
 MOTION = ("student<gan", "student<dmd+gan", "student<surrogate")  # updates of the student by its motion
@@ -35,7 +35,7 @@ Trained = Mapping[Cell, Training]
 
 def read_training(log: Path) -> Training:
     """From a run's ``metrics.jsonl``."""
-    rows = [json.loads(line) for line in log.read_text().splitlines()]
+    rows = read_records(log)
     updates = sum(row["update"].startswith("student") for row in rows)
     each: dict[int, float] = {}
     for row in rows:
