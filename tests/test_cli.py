@@ -144,6 +144,14 @@ def test_ctrl_c_is_130_and_a_sentence_while_modules_are_imported_and_afterwards(
     assert done.stderr == f"mogan {words[0]}: interrupted; give the same command again to finish\n"
 
 
+@pytest.mark.parametrize("words", [["--out=~/runs/a"], ["--out", "~/runs/a"]])
+def test_a_home_that_the_shell_has_not_written_out_makes_no_folder_of_that_name(words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", "dmd_lab", "--data", "c", *words]) == 2
+    assert "begins with a ~ that the shell has left as it is" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_ctrl_c_that_a_library_tells_as_an_error_of_its_own_is_still_one(monkeypatch, capsys):
     def told_otherwise() -> None:
         try:

@@ -3,6 +3,7 @@
 import hashlib
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
 import torch
@@ -223,5 +224,7 @@ def test_a_flow_network_by_name_is_the_file_in_the_weights_folder(tmp_path):
 
 
 def test_the_folder_is_the_users_choice(monkeypatch):
+    monkeypatch.setenv("MOGAN_WEIGHTS", "~/weights")  # a launcher's file of variables has no shell to write it out
+    assert weights.weights_folder() == Path.home() / "weights"
     monkeypatch.delenv("MOGAN_WEIGHTS")
     assert weights.weights_folder().parts[-3:] == (".cache", "mogan", "weights")

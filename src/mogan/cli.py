@@ -155,6 +155,10 @@ def _check_options(command: Callable[..., None], words: list[str]) -> None:
             raise UserError(
                 f"an empty word stands {f'after {before}' if before else 'first'}, where a file or folder should be"
             )
+        if (word.partition("=")[2] if word.startswith("--") else word).startswith("~/"):
+            raise UserError(
+                f"{word} begins with a ~ that the shell has left as it is: leave a space before it, or write $HOME"
+            )
         option = word.partition("=")[0].replace("_", "-")
         if option.startswith("--") and option not in known and (hint := closest(option, sorted(known))):
             raise UserError(f"no option {option}{hint}")

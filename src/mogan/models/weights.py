@@ -104,7 +104,7 @@ MANIFEST: dict[str, Weights] = {
 def weights_folder() -> Path:
     """Where fetched weights lie: ``MOGAN_WEIGHTS``, else ``~/.cache/mogan/weights``."""
     given = os.environ.get("MOGAN_WEIGHTS")
-    return Path(given) if given else Path.home() / ".cache" / "mogan" / "weights"
+    return Path(given).expanduser() if given else Path.home() / ".cache" / "mogan" / "weights"
 
 
 def find_weights(name: str | Path) -> Path:
