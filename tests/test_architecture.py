@@ -24,7 +24,7 @@ ORDER = [  # a room may use those before it
         "runs",
     ),
     *("sampling", "objectives", "recipes", "estimate", "training", "world", "evaluation", "exchange", "report", "lab"),
-    *("survey", "study", "cli"),
+    *("survey", "stream", "study", "cli"),
 ]
 
 

@@ -24,6 +24,7 @@ def commands(family, cache, prompts, run):
     return {
         "train": ["tiny_recipes:flow_matching", "--data", cache, "--model", family / "teacher"],
         "sample": ["--prompts", prompts, "--model", family / "student"],
+        "stream": ["--model", family / "student"],
         "attention": ["--prompts", prompts, "--model", family / "teacher"],
         "trajectories": ["--prompts", prompts, "--model", family / "teacher"],
         "prepare": [prompts, "--model", family / "teacher"],
@@ -60,7 +61,7 @@ def test_a_place_that_cannot_be_written_is_refused_before_the_work(
     name, family, cache, prompts, run, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.setenv("MOGAN_TEST_RAFT", str(family / "raft"))
-    suffix = {"evaluate": "results.json", "report": "page.html"}.get(name, "")
+    suffix = {"evaluate": "results.json", "report": "page.html", "stream": "clip.mp4"}.get(name, "")
     file = tmp_path / "file"
     file.write_text("mine")
     for place in (NOWHERE / suffix, file / "x" / suffix, *([] if suffix else [file])):

@@ -25,6 +25,10 @@ COMMANDS = {
     "prepare": ("mogan.data.prepare:prepare", "video files or prompts -> a cache to train on"),
     "train": ("mogan.training.train:train", "train a recipe on a cache; the same command resumes"),
     "sample": ("mogan.sampling.sample:sample", "prompts and seeds -> folders of mp4"),
+    "stream": (
+        "mogan.stream.command:stream",
+        "watch what a causal student makes while it makes it, or write it to a file",
+    ),
     "trajectories": ("mogan.sampling.trajectories:trajectories", "prompts -> a teacher's paths from noise to clip"),
     "attention": (
         "mogan.sampling.frame_attention:attention",

@@ -17,7 +17,7 @@ from torch import Tensor
 from mogan.config import LCM
 from mogan.models.autoencoder import stream_chunks
 from mogan.models.causal import FULL, CausalDenoiser
-from mogan.models.causal_cache import Causal, Policy
+from mogan.models.causal_cache import Cache, Causal, Policy
 from mogan.sampling.rollout import Rollout, normal
 from mogan.schedule import add_noise, levels_of
 
@@ -192,19 +192,36 @@ def _chunks(
             last = len(levels) - 1 if exit_step is None else min(exit_step, len(levels) - 1)
             learns = grad and (judged is None or start >= total - judged)
             cache = cache.make_room(frames)
-            x = noise[:, :, start:stop]
-            for step in range(last + 1):
-                with torch.set_grad_enabled(learns and step == last):
-                    x0 = student.chunk(x, _level(x, levels[step]), text, cache)
-                if step < last:
-                    x = add_noise(x0, normal(x0.shape, generator, x0.device), _level(x, levels[step + 1]))
+            x0 = take_steps(student, noise[:, :, start:stop], text, levels[: last + 1], generator, cache, learns)
         yield x0
         if stop < total:
-            seen = x0.detach()
-            if context_sigma and stop > given:
-                seen = add_noise(seen, normal(seen.shape, generator, seen.device), _level(seen, context_sigma))
-            cache = student.remember(seen, text, cache, context_sigma if stop > given else 0.0)
+            level = context_sigma if stop > given else 0.0
+            cache = student.remember(noised_to(x0.detach(), level, generator), text, cache, level)
         start = stop
+
+
+def take_steps(
+    student: CausalDenoiser,
+    x: Tensor,
+    text: Tensor,
+    levels: Sequence[float],
+    generator: Generators,
+    cache: Cache,
+    learns: bool = False,
+) -> Tensor:
+    """A chunk from noise ``x``, at ``levels`` and with fresh noise between them; gradient through the last step alone."""
+    last = len(levels) - 1
+    for step, level in enumerate(levels):
+        with torch.set_grad_enabled(learns and step == last):
+            x0 = student.chunk(x, _level(x, level), text, cache)
+        if step < last:
+            x = noised_to(x0, levels[step + 1], generator)
+    return x0
+
+
+def noised_to(x0: Tensor, level: float, generator: Generators) -> Tensor:
+    """At level 0 the same tensor, and nothing is drawn."""
+    return add_noise(x0, normal(x0.shape, generator, x0.device), _level(x0, level)) if level else x0
 
 
 def _level(x: Tensor, sigma: float) -> Tensor:

@@ -4,7 +4,7 @@ import errno
 import ipaddress
 import socket
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
@@ -27,7 +27,7 @@ def serve(survey: Annotated[Path, tyro.conf.Positional], *, host: str = "127.0.0
         port: The port to listen on; 0 takes a free one.
     """
     try:
-        import uvicorn
+        import uvicorn  # noqa: F401  said before anything is opened
 
         from mogan.survey.app import make_app
     except ModuleNotFoundError as error:
@@ -39,15 +39,22 @@ def serve(survey: Annotated[Path, tyro.conf.Positional], *, host: str = "127.0.0
         print(f"Survey at {place} (Ctrl-C stops it; votes are in {survey / 'votes.sqlite'})", flush=True)
         if not _is_loopback(host):
             print("Others on this network can open it. Outside a network you trust, use TLS in front.", flush=True)
-        config = uvicorn.Config(
-            app,
-            log_level="warning",
-            access_log=False,
-            server_header=False,
-            timeout_keep_alive=20,
-            h11_max_incomplete_event_size=16_384,
-        )
-        uvicorn.Server(config).run(sockets=[listener])
+        run(app, listener)
+
+
+def run(app: Any, listener: socket.socket) -> None:
+    """Serve an application until Ctrl-C."""
+    import uvicorn
+
+    config = uvicorn.Config(
+        app,
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        timeout_keep_alive=20,
+        h11_max_incomplete_event_size=16_384,
+    )
+    uvicorn.Server(config).run(sockets=[listener])
 
 
 def listen(host: str, port: int) -> socket.socket:

@@ -1,0 +1,1 @@
+"""Watch what a causal student makes while it makes it."""
