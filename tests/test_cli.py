@@ -361,9 +361,8 @@ def test_an_update_whose_gradient_another_drowns_is_named_once(dmd, motion, drow
     norms = {"student<dmd": dmd, "student<gan": motion, "discriminator<gan": 1e-6}
 
     def said_by(watch, norms):
-        lines = [
-            {"iteration": i, "update": u, "loss": 1.0, "grad_norm": n} for i in range(30) for u, n in norms.items()
-        ]
+        told = {"loss": 1.0, "motion": 1.0, "saturation": 0.3, "gap": 0.5}  # as every record of such a run
+        lines = [{"iteration": i, "update": u, **told, "grad_norm": n} for i in range(30) for u, n in norms.items()]
         return [(line["iteration"], said) for line in lines for said in watch.read(line)]
 
     (when, said), *more = said_by(Watch(config), norms)

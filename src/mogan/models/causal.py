@@ -276,7 +276,7 @@ def make_causal(transformer: Any) -> Any:
         raise UserError("the transformer's projections are fused: call unfuse_projections() on it first")
     if hasattr(transformer, "vace_blocks") or animates(getattr(transformer, "config", None)):
         raise UserError(
-            "a control or first frame is of the whole clip: a causal student starts from a text-to-video transformer"
+            "a VACE's control and a given first frame are of whole clips: a causal student starts from a text-to-video transformer"
         )
     if getattr(transformer, "_parallel_config", None) is not None:
         raise UserError("a causal student's tokens cannot be split over processes: leave --context-parallel out")
