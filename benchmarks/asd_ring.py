@@ -67,7 +67,11 @@ def distance(student: OneChunk, count: int) -> float:
 def train(weight: float, start: Points, updates: int, seed: int) -> OneChunk:
     """The averaged student."""
     torch.manual_seed(seed)
-    generator, student, fake = torch.Generator().manual_seed(seed), OneChunk(denoiser(start, False)), denoiser(start, False)
+    generator, student, fake = (
+        torch.Generator().manual_seed(seed),
+        OneChunk(denoiser(start, False)),
+        denoiser(start, False),
+    )
     average, fake.transformer.blocks = copy.deepcopy(student), fake.transformer.layers
     judge = DMD(Denoiser(Exact()), fake, TEXT, guidance=1.0, shift=1.0)
     settings = ASDConfig(critic=RelativisticConfig(taps=(0, 1, 2), shift=1.0), weight=weight)
@@ -107,7 +111,9 @@ def main() -> None:
         before = OneChunk(denoiser(start, False))
         rows = {"before": before} | {name: train(ARMS[name], start, args.updates, seed) for name in args.arms}
         for name, student in rows.items():
-            print(f"| {name} | {seed} | " + " | ".join(f"{distance(student, n):.3f}" for n in COUNTS) + " |", flush=True)
+            print(
+                f"| {name} | {seed} | " + " | ".join(f"{distance(student, n):.3f}" for n in COUNTS) + " |", flush=True
+            )
 
 
 if __name__ == "__main__":

@@ -95,10 +95,10 @@ def family(tmp_path_factory) -> Path:
     (folder / "teacher" / "mogan.json").write_text(json.dumps(facts))
     student = load_transformer(folder / "teacher")
     save_student(student, folder / "teacher", folder / "student", SIGMAS, torch.float32, card="a test")
-    student, how = load_transformer(folder / "teacher"), Causal(1, 1)
-    save_student(student, folder / "teacher", folder / "causal", SIGMAS, torch.float32, card="a test", causal=how)
     config = RaftConfig((8, 8, 8, 8, 16), (8, 8, 8, 8, 16), 8, 2, 2, 16)
     save_raft(config.build(), config, folder / "raft")
+    student, how = load_transformer(folder / "teacher"), Causal(1, 1)
+    save_student(student, folder / "teacher", folder / "causal", SIGMAS, torch.float32, card="a test", causal=how)
     return folder
 
 

@@ -16,7 +16,7 @@ from mogan.errors import UserError
 from mogan.estimate.random_wan import random_wan
 from mogan.models import wan
 from mogan.models.causal import CausalDenoiser
-from mogan.models.causal_cache import Causal, Policy
+from mogan.models.causal_cache import Causal
 from mogan.models.denoiser import Denoiser
 from mogan.models.discriminator import Heads
 from mogan.objectives.asd import ASD, ASDConfig
@@ -331,7 +331,7 @@ def test_it_starts_from_a_student_whose_first_chunk_takes_no_steps_of_its_own(fa
     run = trained(replace(tiny_recipes.self_forcing(), iterations=1), family, cache, tmp_path / "run")
     assert main(["export", str(run), "--out", str(tmp_path / "export")]) == 0
     assert find_models(config, teacher, str(tmp_path / "export"))[1] == tmp_path / "export"
-    how = replace(config.causal, policy=Policy(window=2))
+    how = replace(config.causal, rest=3)
     critic = replace(config.plan[2], rollout=Chunked(how, (1, 2, 3)))
     other = replace(config, rollout=Chunked(how, (1, 2, 3, 4)), plan=(*config.plan[:2], critic))
     with pytest.raises(UserError, match="go on with the recipe that made it"):

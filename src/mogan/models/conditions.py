@@ -11,6 +11,7 @@ more channels of its input. Wan 2.1's also reads what CLIP sees of the picture, 
 Whoever passes text on passes conditions on: :class:`Conditioned` takes the place of text, and only the network looks into it.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,7 +70,7 @@ def animates(config: Any) -> bool:
 
 def channels_beside(config: Any) -> int:
     """Channels that a transformer reads beside the clip's: of an image-to-video model a latent's, and four of the mask."""
-    known = config or {}
+    known = config if isinstance(config, Mapping) else {}
     return known.get("in_channels", 16) - (known.get("out_channels") or 16)
 
 
