@@ -184,9 +184,11 @@ def test_every_published_model_runs_at_its_own_shape_without_its_weights(name):
     with fake():
         network = build_transformer(shapes, 1)
         shown = {"control_hidden_states": torch.empty(1, 96, *shapes.latent[1:])} if "vace" in name else {}
-        out = network(
-            torch.empty(1, *shapes.latent), torch.empty(1), torch.empty(1, 20, 4096), return_dict=False, **shown
-        )[0]
+        if "2.1-i2v" in name:
+            shown = {"encoder_hidden_states_image": torch.empty(1, 257, 1280)}
+        channels, text = 36 if "-i2v" in name else shapes.latent[0], torch.empty(1, 512, 4096)
+        seen = torch.empty(1, channels, *shapes.latent[1:])
+        out = network(seen, torch.empty(1), text, return_dict=False, **shown)[0]
     assert tuple(out.shape) == (1, *shapes.latent)
     forward, train = transformer_calls(resized(shapes, frames=9, height=64, width=64), True, torch.bfloat16)
     assert train.work.flops > 3 * forward.work.flops
