@@ -13,7 +13,6 @@ import tiny_recipes
 from mogan.cli import main
 from mogan.data.batches import Batch
 from mogan.errors import UserError
-from mogan.estimate.random_wan import random_wan
 from mogan.models import wan
 from mogan.models.causal import CausalDenoiser
 from mogan.models.causal_cache import Causal
@@ -352,16 +351,9 @@ def test_an_update_costs_the_calls_it_makes():
 
 @pytest.mark.slow
 def test_the_full_size_recipe_trains_and_resumes_at_wans_shapes(tmp_path):
-    from test_scale import CLIP, NARROW, videos
+    from test_scale import trained_and_gone_on
 
-    model, cache, run = (tmp_path / name for name in ("model", "cache", "run"))
-    random_wan(model, layers=2, text_layers=1, clip=CLIP, changes=NARROW)
-    clips = str(videos(tmp_path / "videos"))
-    assert main(["prepare", clips, "--model", str(model), "--out", str(cache), "--flow", "dis"]) == 0
-    train = ["train", "tiny_recipes:asd_wan", "--model", str(model), "--data", str(cache), "--out", str(run)]
-    assert main([*train, "--iterations", "1"]) == 0
-    assert main([*train, "--iterations", "2"]) == 0
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    lines = trained_and_gone_on("asd_wan", tmp_path)
     assert [line["update"] for line in lines] == ["student<dmd+asd", "fake_score<dmd", "critic<asd"] * 2
     assert all(np.isfinite([line["loss"], line["grad_norm"]]).all() for line in lines)
 

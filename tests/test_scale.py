@@ -48,6 +48,18 @@ def videos(folder):
     return folder
 
 
+def trained_and_gone_on(recipe, tmp_path):
+    """Records of a tiny recipe, trained on Wan's shapes in little for one iteration and, begun again, for another."""
+    model, cache, run = (tmp_path / name for name in ("model", "cache", "run"))
+    random_wan(model, layers=2, text_layers=1, clip=CLIP, changes=NARROW)
+    clips = str(videos(tmp_path / "videos"))
+    assert main(["prepare", clips, "--model", str(model), "--out", str(cache), "--flow", "dis"]) == 0
+    train = ["train", f"tiny_recipes:{recipe}", "--model", str(model), "--data", str(cache), "--out", str(run)]
+    assert main([*train, "--iterations", "1"]) == 0
+    assert main([*train, "--iterations", "2"]) == 0
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("width", "size"), [("narrow", "wan2.1-t2v-1.3b"), ("real", "wan2.1-t2v-1.3b"), ("narrow", "wan2.2-t2v-a14b")]

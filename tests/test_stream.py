@@ -24,6 +24,7 @@ from mogan.stream import engine
 from mogan.stream.engine import MANNERS, Studio, Times, Watched, cut, flow_over, lab_prompt, open_studio, pieces
 from mogan.world.captions import parse_caption
 from mogan.world.scenes import COLOURS, SHAPES
+from test_causal import loaded
 
 SIGMAS = (1.0, 6 / 7, 0.6)
 SHAPE = (4, 6, 4, 4)
@@ -32,13 +33,7 @@ TEXT, OTHER = (F.pad(torch.randn(1, 4, 64, generator=torch.Generator().manual_se
 
 @pytest.fixture(scope="module")
 def student(family):
-    """Random weights, made to matter: a fresh network's gates are small."""
-    transformer = wan.load_transformer(family / "teacher").eval()
-    torch.manual_seed(3)
-    with torch.no_grad():
-        for parameter in transformer.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    return CausalDenoiser(transformer)
+    return CausalDenoiser(loaded(family))
 
 
 def parts(student, count, text_at=lambda start: TEXT, how=None, sigmas=SIGMAS, **options):

@@ -1,6 +1,5 @@
 """VDOT: transport between predictions as a direction of DMD, and a relativistic discriminator on the fake score's trunk."""
 
-import json
 import runpy
 from dataclasses import replace
 from itertools import permutations
@@ -12,11 +11,9 @@ import pytest
 import torch
 
 import tiny_recipes
-from mogan.cli import main
 from mogan.data.batches import Batch
 from mogan.data.cache import open_cache
 from mogan.errors import UserError
-from mogan.estimate.random_wan import random_wan
 from mogan.models import wan
 from mogan.models.denoiser import Denoiser
 from mogan.models.discriminator import Discriminator, Heads
@@ -348,16 +345,9 @@ def test_an_update_costs_the_calls_it_makes():
 
 @pytest.mark.slow
 def test_the_full_size_recipe_trains_and_resumes_at_wans_shapes(tmp_path):
-    from test_scale import CLIP, NARROW, videos
+    from test_scale import trained_and_gone_on
 
-    model, cache, run = (tmp_path / name for name in ("model", "cache", "run"))
-    random_wan(model, layers=2, text_layers=1, clip=CLIP, changes=NARROW)
-    clips = str(videos(tmp_path / "videos"))
-    assert main(["prepare", clips, "--model", str(model), "--out", str(cache), "--flow", "dis"]) == 0
-    train = ["train", "tiny_recipes:vdot_wan", "--model", str(model), "--data", str(cache), "--out", str(run)]
-    assert main([*train, "--iterations", "1"]) == 0
-    assert main([*train, "--iterations", "2"]) == 0
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    lines = trained_and_gone_on("vdot_wan", tmp_path)
     assert [line["update"] for line in lines] == [
         "student<dmd", "fake_score<dmd", "student<relativistic", "fake_score<dmd", "critic<relativistic"
     ]  # fmt: skip

@@ -87,9 +87,8 @@ def main(arguments: list[str] | None = None) -> int:
         raise KeyboardInterrupt
 
     try:
-        with _on_ctrl_c(
-            leave
-        ):  # C++ may not expect the exception (torch's then aborts), or it is taken for a missing module
+        # C++ may not expect the exception (torch's then aborts), or it is taken for a missing module
+        with _on_ctrl_c(leave):
             import tyro
 
             module, function = COMMANDS[name][0].split(":")

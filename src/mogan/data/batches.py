@@ -102,9 +102,7 @@ def draw_batch(
     ids = [entry["id"] for entry in (walk(cache) if want else said)]
     start = start_at(starts, seed, iteration, update, repeat) if starts else None
     latent = torch.stack([cache.whole(i) if controls else cache.latent(i) for i in ids]) if LATENT in want else None
-    shown = torch.stack([(prompts or cache).control(entry["id"]) for entry in said]) if controls else None
-    pictures = [(prompts or cache).picture(entry["id"]) for entry in said] if controls else []
-    seen_of = torch.stack([p for p in pictures if p is not None]) if any(p is not None for p in pictures) else None
+    shown, pictures = (prompts or cache).shown([entry["id"] for entry in said]) if controls else (None, None)
     passed = torch.stack([cache.path_to(i, levels) for i in ids]) if PATH in want else None
     seen = None
     if OBSERVATION in want:
@@ -116,7 +114,7 @@ def draw_batch(
     text = [(prompts or cache).text(caption) for caption in captions]
     places = list(range(rank * size, (rank + 1) * size))
     return Batch(
-        ids, captions, text, latent, seen, start, places, path_BKCFHW=passed, control_BKFHW=shown, picture_BTD=seen_of
+        ids, captions, text, latent, seen, start, places, path_BKCFHW=passed, control_BKFHW=shown, picture_BTD=pictures
     )
 
 

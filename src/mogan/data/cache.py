@@ -90,6 +90,12 @@ class Cache:
         """What an image encoder sees of a clip's first frame; ``None``: the cache's model has none."""
         return self._read(control_path(self.path, clip), "picture") if self.facts.get("pictures") else None
 
+    def shown(self, clips: Sequence[str], device: torch.device | str = "cpu") -> tuple[Tensor, Tensor | None]:
+        """Controls of clips, and what an image encoder sees of their first frames where the cache's model reads that."""
+        pictures = [picture for clip in clips if (picture := self.picture(clip)) is not None]
+        controls = torch.stack([self.control(clip) for clip in clips]).to(device)
+        return controls, torch.stack(pictures).to(device) if pictures else None
+
     def whole(self, clip: str) -> Float[Tensor, "c f h w"]:
         """Latent of a clip with controls, after those of its references."""
         latent = self.latent(clip)

@@ -53,20 +53,18 @@ class FoldedPadding:
         if not seen:
             return self.attend(attn, hidden_states, key, value)
         picture = encoder_hidden_states[:, :seen]
-        key_2 = attn.norm_added_k(attn.add_k_proj(picture)).unflatten(2, (attn.heads, -1)).transpose(1, 2)
-        value_2 = attn.add_v_proj(picture).unflatten(2, (attn.heads, -1)).transpose(1, 2)
-        return self.attend(attn, hidden_states, key, value, (key_2, value_2))
+        more = _by_head(attn, attn.norm_added_k(attn.add_k_proj(picture))), _by_head(attn, attn.add_v_proj(picture))
+        return self.attend(attn, hidden_states, key, value, more)
 
     def keys(self, attn, text: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of a text, each ``(B, heads, L, width of a head)``."""
-        key = attn.norm_k(attn.to_k(text)).unflatten(2, (attn.heads, -1)).transpose(1, 2)
-        return key, attn.to_v(text).unflatten(2, (attn.heads, -1)).transpose(1, 2)
+        return _by_head(attn, attn.norm_k(attn.to_k(text))), _by_head(attn, attn.to_v(text))
 
     def attend(
         self, attn, hidden_states: Tensor, key: Tensor, value: Tensor, picture: tuple[Tensor, Tensor] | None = None
     ) -> Tensor:
         """Attention to them, and to keys and values of a picture by itself; what is found is added."""
-        query = attn.norm_q(attn.to_q(hidden_states)).unflatten(2, (attn.heads, -1)).transpose(1, 2)
+        query = _by_head(attn, attn.norm_q(attn.to_q(hidden_states)))
         bias, length = None, key.shape[2]
         if length < TEXT_LENGTH:
             # a tensor, not math.log of a number: one compiled graph then serves every length
@@ -78,6 +76,11 @@ class FoldedPadding:
                 out = out + F.scaled_dot_product_attention(query, *picture)
         out = out.transpose(1, 2).flatten(2, 3).type_as(query)
         return attn.to_out[1](attn.to_out[0](out))
+
+
+def _by_head(attn: Any, x_BLD: Tensor) -> Tensor:
+    """``(B, heads, L, width of a head)``."""
+    return x_BLD.unflatten(2, (attn.heads, -1)).transpose(1, 2)
 
 
 class SelfAttention(WanAttnProcessor):

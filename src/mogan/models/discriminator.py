@@ -121,7 +121,8 @@ class Discriminator(nn.Module):
         timestep = 1000.0 * (fixed if sigma_B is None else sigma_B)
         text = self.text_1LD.expand(batch, -1, -1)
         dtype = dtype or self.dtype
-        observation_BCFHW = F.pad(observation_BCFHW, (0, 0, 0, 0, 0, 0, 0, self.beside))
+        if self.beside:
+            observation_BCFHW = F.pad(observation_BCFHW, (0, 0, 0, 0, 0, 0, 0, self.beside))
         with torch.autocast(observation_BCFHW.device.type, dtype, enabled=dtype != torch.float32):
             with taps(self.transformer.blocks, self.tap_at) as features:
                 self.transformer(observation_BCFHW, timestep, text, return_dict=False)

@@ -173,6 +173,14 @@ def fast_dtype(device: str | torch.device = "cpu") -> torch.dtype:
     return torch.bfloat16 if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else torch.float32
 
 
+def dtype_of(precision: str, device: str | torch.device, few_steps: bool = False) -> torch.dtype:
+    """What networks compute in by ``--precision``: auto, bf16 or fp32; auto is :func:`fast_dtype`, and fp32 for a student of
+    ``few_steps`` on a CPU.
+    """
+    auto = torch.float32 if few_steps and torch.device(device).type == "cpu" else fast_dtype(device)
+    return {"auto": auto, "bf16": torch.bfloat16, "fp32": torch.float32}[precision]
+
+
 # ---------------------------------------------------------------------------------------------- loading parts
 
 

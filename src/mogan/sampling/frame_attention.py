@@ -65,7 +65,7 @@ def attention(
     frames = wan.latent_shape(source.folder, source.geometry)[1]
     found: Found = {level: {} for level in levels}
     wrong: dict[float, Tensor] = {}
-    dtype = {"auto": wan.fast_dtype(target), "bf16": torch.bfloat16, "fp32": torch.float32}[precision]
+    dtype = wan.dtype_of(precision, target)
     for denoiser, clip, text in _clips(source, lines, target, dtype):
         for number, level in enumerate(levels):
             sigma = torch.full((1,), level, device=target)

@@ -242,8 +242,7 @@ def _maker(
     def stacked(*prompts: str) -> Tensor:
         return attention.stack_text([text_of[prompt] for prompt in prompts], device)
 
-    auto = torch.float32 if teacher is None and device.type == "cpu" else wan.fast_dtype(device)
-    dtype = {"auto": auto, "bf16": torch.bfloat16, "fp32": torch.float32}[precision]
+    dtype = wan.dtype_of(precision, device, few_steps=teacher is None)
     vae = wan.load_vae(source.folder, dtype).to(device)
     denoiser = source.load(dtype).to(device).eval()
     shape, levels = wan.latent_shape(source.folder, source.geometry), source.sigmas or ()
@@ -314,7 +313,7 @@ def _told(
         grey = encode_control(vae, video, mask)
         return lambda jobs: (grey.expand(len(jobs), -1, -1, -1, -1), None)
     first = {entry["caption"]: entry["id"] for entry in reversed(shown.entries)}
-    return lambda jobs: (torch.stack([shown.control(first[job.prompt]) for job in jobs]).to(device), None)
+    return lambda jobs: shown.shown([first[job.prompt] for job in jobs], device)
 
 
 def encode_each(prompts: list[str], model: Path, device: torch.device) -> dict[str, Tensor]:

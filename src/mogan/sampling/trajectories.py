@@ -97,7 +97,7 @@ def trajectories(
     with alone_in(out, shard), claimed_by_work_alone(out, shard):
         claim(out, facts)
         _encode(out, source.folder, [entry["caption"] for entry in mine] + ["", how.negative_prompt], target)
-        dtype = {"auto": wan.fast_dtype(target), "bf16": torch.bfloat16, "fp32": torch.float32}[precision]
+        dtype = wan.dtype_of(precision, target)
         _fill(data.Cache(out, facts, mine), source, dtype, target, batch or clips_at_once(source.geometry))
         lacking = sum(not path_file(out, entry["id"]).is_file() for entry in entries)
         if not lacking:

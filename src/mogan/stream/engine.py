@@ -92,8 +92,7 @@ def open_studio(model: str, device: torch.device, precision: str = "auto", steps
     if steps is not None and not source.counts:
         raise UserError(f"{model} was trained for {len(source.sigmas)} steps alone: leave out --steps")
     source = source if steps is None else source.in_steps(steps)
-    auto = torch.float32 if device.type == "cpu" else wan.fast_dtype(device)
-    dtype = {"auto": auto, "bf16": torch.bfloat16, "fp32": torch.float32}[precision]
+    dtype = wan.dtype_of(precision, device, few_steps=True)
     student = source.load(dtype).to(device).eval()
     assert isinstance(student, CausalDenoiser)
     vae, tokenizer = wan.load_vae(source.folder, dtype).to(device), wan.load_tokenizer(source.folder)

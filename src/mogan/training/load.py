@@ -73,7 +73,7 @@ def load(
 
 def dtype_of(config: Config, device: torch.device) -> torch.dtype:
     """Networks compute in it: bf16 where the hardware is fast at it, unless the config says."""
-    return {"auto": wan.fast_dtype(device), "bf16": torch.bfloat16, "fp32": torch.float32}[config.precision]
+    return wan.dtype_of(config.precision, device)
 
 
 def find_models(config: Config, model: str, student: str | None) -> tuple[Path, Path, Path | None]:

@@ -35,9 +35,7 @@ def sample_sheet(parts: Assembly, run: Path, iteration: int) -> None:
             seeds = list(range(begin, begin + len(part)))
             text = stack_text([texts.text(p) for p in part], parts.device)
             if parts.student.controlled:
-                shown = torch.stack([texts.control(first[p]) for p in part])
-                seen = [s for p in part if (s := texts.picture(first[p])) is not None]
-                text = conditioned(text, shown.to(parts.device), torch.stack(seen).to(parts.device) if seen else None)
+                text = conditioned(text, *texts.shown([first[p] for p in part], parts.device))
             if config.given:
                 noise = normal(torch.Size((len(seeds), *parts.latent_shape)), seeded(seeds), parts.device)
                 real = torch.stack([parts.cache.latent(first[p]) for p in part]).to(noise)
