@@ -53,11 +53,12 @@ def ask(client, stream, number, flow=False):
 
 
 def test_the_page_gets_the_frames_of_the_engine_and_again_if_it_asks_again(client, studio):
-    stream, text = begin(client), studio.text(PROMPT)
+    text, before = studio.text(PROMPT), None
     source = pieces(studio, lambda latent: text, 3)
-    before = None
-    for number in range(3):
-        frames = next(source)
+    made = [next(source) for _ in range(3)]
+    source.close()  # a student makes one clip at a time
+    stream = begin(client)
+    for number, frames in enumerate(made):
         status, told, seen, flow = ask(client, stream, number, flow=True)
         assert (status, told["frames"], told["change"]) == (200, 4 if number else 1, 0)
         assert np.array_equal(seen[..., :3], frames)

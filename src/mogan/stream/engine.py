@@ -135,7 +135,7 @@ class Times:
 def pieces(
     studio: Studio, text_at: Callable[[int], Tensor], seed: int, times: Times | None = None, overlap: bool = True
 ) -> abc.Generator[np.ndarray, None, None]:
-    """Frames uint8 ``(1 or 4, H, W, 3)``, a latent's at a time, without an end.
+    """Frames uint8 ``(1 or 4, H, W, 3)``, a latent's at a time, without an end; of one studio one at a time, until it is closed.
 
     Args:
         studio: whose.
