@@ -26,6 +26,7 @@ def commands(family, cache, prompts, run):
         "sample": ["--prompts", prompts, "--model", family / "student"],
         "stream": ["--model", family / "student"],
         "attention": ["--prompts", prompts, "--model", family / "teacher"],
+        "tiles": [family, "--threshold", "0.1"],
         "trajectories": ["--prompts", prompts, "--model", family / "teacher"],
         "prepare": [prompts, "--model", family / "teacher"],
         "evaluate": [family],

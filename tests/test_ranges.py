@@ -17,6 +17,7 @@ NEEDED = {
     "stream": ["--model", "x"],
     "trajectories": ["--prompts", "x"],
     "attention": ["--prompts", "x"],
+    "tiles": ["x"],
     "report": ["x"],
     "export": ["x"],
     "import": ["x", "--base", "x", "--sigmas", "1"],

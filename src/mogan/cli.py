@@ -34,6 +34,10 @@ COMMANDS = {
         "mogan.sampling.frame_attention:attention",
         "where a model's attention goes, frame by frame, and what leaving most of it out would cost",
     ),
+    "tiles": (
+        "mogan.exchange.tiles:tiles",
+        "what mogan attention measured -> a model whose blocks see few frames: frame-sparse attention",
+    ),
     "evaluate": ("mogan.evaluation.evaluate:evaluate", "folders of clips -> results.json"),
     "vbench": ("mogan.evaluation.vbench:vbench", "check that a folder holds every clip VBench wants, by name"),
     "report": ("mogan.report.page:report", "results and runs -> one HTML page"),

@@ -7,6 +7,7 @@ from mogan.config import LCM
 from mogan.evaluation.results import read_results
 from mogan.models import wan
 from mogan.models.causal_cache import Causal
+from mogan.models.frame_sparse import FILE, Mask
 from mogan.runs.checkpoint import student_checkpoint
 from mogan.runs.identity import read_config
 
@@ -89,6 +90,18 @@ def run_notes(run: Path) -> list[str]:
     return [
         f"- recipe: `{config['recipe']}`, seed {config['seed']}, iteration {int(student_checkpoint(run).name)}; {how}",
         f"- each iteration: {updates}",
+    ]
+
+
+def mask_notes(mask: Mask | None) -> list[str]:
+    """What a frame-sparse student is elsewhere, as an entry of a list; nothing of a dense one."""
+    if mask is None:
+        return []
+    counts = " ".join(map(str, mask.references))
+    return [
+        f"- frame-sparse attention: of {mask.frames} latent frames each sees itself and so many reference frames, by block: {counts}; "
+        f"{mask.kept:.0%} of all pairs (`{FILE}` beside the weights). `mogan` computes it so; stock pipelines attend densely, "
+        "which is slower and not what was trained"
     ]
 
 

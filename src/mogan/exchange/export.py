@@ -19,12 +19,13 @@ from mogan.config import LCM
 from mogan.disk.files import new_folder, writable_folder, write_atomically
 from mogan.disk.locks import alone_at
 from mogan.errors import UserError
-from mogan.exchange.card import metrics_table, model_card, run_notes
+from mogan.exchange.card import mask_notes, metrics_table, model_card, run_notes
 from mogan.exchange.lora_file import DTYPES, check_range, save_lora
 from mogan.exchange.schedulers import flow_map_scheduler, scheduler_for
 from mogan.models import wan
 from mogan.models.causal_cache import Causal
 from mogan.models.experts import LOW
+from mogan.models.frame_sparse import mask_of, write_mask
 from mogan.models.lora import factors, merge
 from mogan.models.step_condition import is_told, to_stock
 from mogan.ranges import at_least
@@ -83,7 +84,7 @@ def export(
     writable_folder(out.parent)
     source, precision = open_generator(str(run)), DTYPES[dtype]
     assert source.sigmas is not None
-    notes = run_notes(run) + metrics_table(results)
+    notes = run_notes(run) + mask_notes(source.mask) + metrics_table(results)
     if to == "lora":
         if source.told:
             raise UserError(
@@ -192,12 +193,14 @@ def save_student(
     with new_folder(out) as temporary:
         eye = ("image_encoder", "image_processor") if wan.sees_pictures(base) else ()
         for part in ("text_encoder", "tokenizer", "vae", *eye):
-            shutil.copytree(base / part, temporary / part, copy_function=_link_or_copy)
+            shutil.copytree(base / part, temporary / part, copy_function=link_or_copy)
         for part, network in (("transformer", transformer), (LOW, low), ("fake_score", fake_score)):
             if network is not None:
                 network.register_to_config(_name_or_path="")  # else the folder tells where on this machine it came from
                 nn.Module.to(network, dtype)  # what diffusers says of its own `to` is for inference
                 (to_stock(network) if told else network).save_pretrained(temporary / part)
+                if network is not fake_score and (mask := mask_of(network)) is not None:
+                    write_mask(temporary / part, mask)
         scheduler.save_pretrained(temporary / "scheduler")
         index = json.loads((base / "model_index.json").read_text())
         index["scheduler"] = ["diffusers", type(scheduler).__name__]
@@ -214,7 +217,8 @@ def save_student(
         write_atomically(temporary / "README.md", card)
 
 
-def _link_or_copy(source: str, target: str) -> None:
+def link_or_copy(source: str, target: str) -> None:
+    """The same file at another place, or its copy where the disk has no links."""
     try:
         os.link(os.path.realpath(source), target)
     except OSError:

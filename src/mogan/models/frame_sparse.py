@@ -3,11 +3,16 @@
 Efficient-vDiT (arXiv 2502.06155) found the attention of video transformers to repeat from frame to frame: what a frame gives
 to itself differs, what it gives to others looks alike whichever others they are. A few references then stand for all, and the
 cost is linear in the number of frames. Shape letters: B batch, H heads, N tokens of F frames, D width of a head.
+
+What each block of a model sees lies beside its weights (:class:`Mask`), in a file that stock pipelines pass over.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,10 +21,12 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from mogan.disk.files import read_json, write_atomically
 from mogan.errors import UserError
 from mogan.models.attention import SelfAttention
 
 Attend = Callable[..., Tensor]
+FILE = "frame_sparse.json"  # in the folder of a transformer's weights
 
 
 def references(frames: int, count: int) -> tuple[int, ...]:
@@ -40,6 +47,79 @@ def sees(frames: int, count: int) -> Tensor:
     for reference in references(frames, count):
         mask[reference] = mask[:, reference] = True
     return mask
+
+
+@dataclass(frozen=True)
+class Mask:
+    """What the blocks of a transformer see of a clip.
+
+    Attributes:
+        frames: latent frames of the clips it is for.
+        references: of each block, how many.
+        chosen: how: model, threshold, errors of the blocks; for people.
+    """
+
+    frames: int
+    references: tuple[int, ...]
+    chosen: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self):
+        for count in self.references:
+            references(self.frames, count)
+
+    @property
+    def kept(self) -> float:
+        """Share of all pairs of frames that see each other, the mean over blocks."""
+        return sum(kept_share(self.frames, count) for count in self.references) / len(self.references)
+
+    def require(self, frames: int) -> None:
+        """Refuse clips of another length: their tokens would be cut into frames wrongly. Raises UserError."""
+        if frames != self.frames:
+            raise UserError(
+                f"this model's attention is frame-sparse for clips of {self.frames} latent frames, and one has {frames}: take "
+                "clips of that length, or search again (`mogan tiles`)"
+            )
+
+
+def read_mask(part: Path) -> Mask | None:
+    """The mask in the folder of a transformer's weights; None where there is none, which is dense. Raises UserError."""
+    if not (part / FILE).is_file():
+        return None
+    facts = read_json(part / FILE)
+    try:
+        return Mask(facts.pop("frames"), tuple(facts.pop("references")), facts)
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{part / FILE} does not say how many frames and references there are ({error}): make it again (`mogan tiles`)"
+        ) from error
+
+
+def write_mask(part: Path, mask: Mask) -> None:
+    """Beside a transformer's weights."""
+    facts = {"frames": mask.frames, "references": mask.references, **mask.chosen}
+    write_atomically(part / FILE, json.dumps(facts, indent=1) + "\n")
+
+
+def masked(transformer: Any, part: Path) -> Any:
+    """A transformer with the attention that the folder of its weights says, in place; dense where it says nothing.
+
+    Raises:
+        UserError: the mask is of a transformer with other blocks.
+    """
+    mask = read_mask(part)
+    if mask is None:
+        return transformer
+    if len(mask.references) != len(transformer.blocks):
+        raise UserError(
+            f"{part / FILE} is for {len(mask.references)} blocks and the transformer has {len(transformer.blocks)}: make it "
+            "again (`mogan tiles`)"
+        )
+    return set_mask(transformer, mask)
+
+
+def mask_of(transformer: Any) -> Mask | None:
+    """The mask that a transformer computes with; None of a dense one."""
+    return next((hook.mask for hook in transformer._forward_pre_hooks.values() if isinstance(hook, _OfLength)), None)
 
 
 def attend(
@@ -141,30 +221,33 @@ def set_frame_sparse(transformer: Any, frames: int, counts: Sequence[int]) -> An
     ``frames`` are latent frames of the clips: the mask is static, and others are refused. ``counts`` of ``frames`` leave a
     block dense. What was set before is replaced.
     """
-    if len(counts) != len(transformer.blocks):
-        raise ValueError(f"{len(transformer.blocks)} blocks need as many numbers of references, not {len(counts)}")
-    for block, count in zip(transformer.blocks, counts, strict=True):
-        references(frames, count)
-        block.attn1.set_processor(FrameSparse(block.attn1.processor, frames, count))
+    return set_mask(transformer, Mask(frames, tuple(counts)))
+
+
+def set_mask(transformer: Any, mask: Mask) -> Any:
+    """The same, of a mask."""
+    if len(mask.references) != len(transformer.blocks):
+        raise ValueError(
+            f"{len(transformer.blocks)} blocks need as many numbers of references, not {len(mask.references)}"
+        )
+    for block, count in zip(transformer.blocks, mask.references, strict=True):
+        block.attn1.set_processor(FrameSparse(block.attn1.processor, mask.frames, count))
     for number, hook in list(transformer._forward_pre_hooks.items()):
         if isinstance(hook, _OfLength):
             del transformer._forward_pre_hooks[number], transformer._forward_pre_hooks_with_kwargs[number]
-    transformer.register_forward_pre_hook(_OfLength(frames), with_kwargs=True)
+    transformer.register_forward_pre_hook(_OfLength(mask), with_kwargs=True)
     return transformer
 
 
 class _OfLength:
-    """Refuses clips of another length: their tokens would be cut into frames wrongly."""
+    """Refuses clips of another length."""
 
-    def __init__(self, frames: int):
-        self.frames = frames
+    def __init__(self, mask: Mask):
+        self.mask = mask
 
     def __call__(self, transformer: Any, args: tuple, kwargs: dict) -> None:
         clip: Tensor = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-        if clip.shape[2] // transformer.config.patch_size[0] != self.frames:
-            raise UserError(
-                f"this model's attention is frame-sparse for clips of {self.frames} latent frames, and one has {clip.shape[2]}"
-            )
+        self.mask.require(clip.shape[2] // transformer.config.patch_size[0])
 
 
 @contextmanager

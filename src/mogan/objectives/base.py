@@ -19,6 +19,7 @@ from mogan.models.attention import stack_text
 from mogan.models.causal import CausalDenoiser
 from mogan.models.denoiser import Denoiser
 from mogan.models.experts import boundary_of, experts, low_noise
+from mogan.models.frame_sparse import mask_of, masked, read_mask
 from mogan.models.lora import adapted
 from mogan.models.step_condition import tell_steps
 from mogan.motion import estimators
@@ -70,14 +71,37 @@ class Base:
 
     @cached_property
     def student(self) -> Denoiser:
-        """The network that learns; two experts if the config or the start says so; one that sees the past alone if the config does."""
+        """The network that learns; two experts if the config or the start says so; one that sees the past alone if the config
+        does; with the attention that the start's folder says.
+        """
+        return self.started()
+
+    def started(self) -> Denoiser:
+        """One more network that learns and starts as the student."""
         boundary = boundary_of(self.start) if self.config.boundary is None else self.config.boundary
         if self.config.causal is not None:
             if boundary is not None:
                 raise UserError(f"{self.start} has two experts, and a causal student is one: start from another model")
+            if read_mask(self.start / "transformer") is not None:
+                raise UserError(
+                    f"{self.start} has frame-sparse attention (mogan tiles), which a causal student's chunks cannot keep: start from "
+                    "the model that it was made of"
+                )
             return CausalDenoiser(self._learner(self.start, "transformer"), self.dtype, self.config.causal)
-        low = () if boundary is None else (low_noise(self.start),)
-        return self.denoiser(self.start, "transformer", *low, boundary=boundary)
+        parts = ["transformer", *([] if boundary is None else [low_noise(self.start)])]
+        return self._together([self._masked(self._learner(self.start, part), part) for part in parts], boundary)
+
+    def _masked(self, transformer: Any, part: str) -> Any:
+        """A network of the start with its attention. Raises UserError where that cannot be trained so."""
+        transformer = masked(transformer, self.start / part)
+        if (mask := mask_of(transformer)) is None:
+            return transformer
+        mask.require(self.latent_shape[1])
+        if self.world.sequence is not None:
+            raise UserError(
+                f"{self.start} sees clips by frames, which --context-parallel splits over processes: leave it out"
+            )
+        return transformer
 
     def denoiser(self, folder: Path, *parts: str, boundary: float | None = None) -> Denoiser:
         """A transformer that learns, or two experts: all its weights, or adapters over the frozen one."""

@@ -14,6 +14,7 @@ from mogan.models.causal import CausalDenoiser
 from mogan.models.causal_cache import Causal, Policy
 from mogan.models.denoiser import Denoiser
 from mogan.models.experts import LOW, boundary_of, low_noise
+from mogan.models.frame_sparse import Mask, masked, read_mask
 from mogan.models.lora import factors, merge
 from mogan.models.step_condition import tell_steps
 from mogan.runs.checkpoint import load_part, settings, student_checkpoint
@@ -58,6 +59,11 @@ class Generator:
                 f"{name} sees the past alone, which a teacher does not: name the model it was made from with --model"
             )
 
+    @property
+    def mask(self) -> Mask | None:
+        """What its blocks see of a clip; None: everything."""
+        return read_mask(self.folder / "transformer")
+
     def steps_told(self) -> dict[str, Any]:
         """What is said of a few-step student's steps: their levels, and the solver where it is not the usual one."""
         told: dict[str, Any] = {"sigmas": list(self.sigmas or ())}
@@ -80,8 +86,8 @@ class Generator:
         return denoiser
 
     def start(self, part: str = "transformer") -> torch.nn.Module:
-        """A transformer of the folder as the run began with it."""
-        transformer = wan.load_transformer(self.folder, part)
+        """A transformer of the folder as the run began with it, frame-sparse where the folder says so."""
+        transformer = masked(wan.load_transformer(self.folder, part), self.folder / part)
         return tell_steps(transformer) if self.told else transformer
 
     def average(self) -> dict[str, Tensor]:

@@ -49,6 +49,7 @@ def attention(
         model: lab (its teacher), lab-student, a diffusers folder, a hub id or a training run.
         levels: of noise, above 0 and up to 1.
         thresholds: errors that a block may make, a share of what it adds, such as 0.05; looks for the fewest references.
+            `mogan tiles` makes a model of what was found.
         precision: of the network; auto is bf16 where the hardware is fast at it.
         device: auto, cpu or cuda.
     """
@@ -61,6 +62,8 @@ def attention(
     source = open_generator("lab-teacher" if model == "lab" else model)
     wan.refuse_controls(source.folder, "attention is measured without them")
     source.require_whole_clips(model)
+    if thresholds and source.mask is not None:
+        raise UserError(f"{model} is frame-sparse already: leave out --thresholds, or name the model it was made of")
     writable_folder(out)
     frames = wan.latent_shape(source.folder, source.geometry)[1]
     found: Found = {level: {} for level in levels}
@@ -82,7 +85,7 @@ def attention(
             if thresholds:
                 cost = errors(expert, frames, partial(denoiser.velocity, noisy, sigma, text))
                 wrong[level] = wrong.get(level, 0) + cost / len(lines)
-    facts = {"model": model, "frames": frames, "prompts": lines, "levels": list(levels)}
+    facts = {"model": model, "weights": source.mark(), "frames": frames, "prompts": lines, "levels": list(levels)}
     facts["blocks"] = {str(level): [sums.mean() for sums in of.values()] for level, of in found.items()}
     if thresholds:
         facts["sparse"] = {str(level): _sparse(cost, frames, thresholds) for level, cost in wrong.items()}
