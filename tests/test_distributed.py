@@ -169,6 +169,7 @@ def test_two_processes_follow_the_trajectory_of_one_and_each_resumes_the_other(f
         ("msm_causal", 2, ()),
         ("causal_teacher", 2, ()),
         ("causal_cd", 2, ()),
+        ("llia", 2, ()),
         ("tdm", 2, ("--context-parallel", "2")),
         ("accvideo", 2, ()),
         ("accvideo", 2, ("--context-parallel", "2")),

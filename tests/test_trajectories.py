@@ -49,6 +49,7 @@ RECIPES = {
     "tdm_lab": tiny_recipes.tdm,
     "causal_teacher_lab": tiny_recipes.causal_teacher,
     "causal_cd_lab": tiny_recipes.causal_cd,
+    "llia_lab": tiny_recipes.llia,
     "self_forcing_lab": tiny_recipes.self_forcing,
     "asd_lab": tiny_recipes.asd,
     "reward_forcing_lab": tiny_recipes.reward_forcing,

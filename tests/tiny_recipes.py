@@ -177,6 +177,12 @@ def causal_cd() -> Config:
     return shrink(recipes.causal_cd_lab())
 
 
+def llia() -> Config:
+    """Chunks of two sizes from the second iteration on."""
+    config = shrink(recipes.llia_lab()).changed("consistency", warm_up=1)
+    return replace(config, rollout=Chunked(Causal(1, 1, sizes=(1, 2))))
+
+
 def self_forcing() -> Config:
     return shrink(recipes.self_forcing_lab())
 

@@ -244,9 +244,10 @@ class Config:
             _check_kept(field.name, getattr(self, field.name))
         for kind in filter(None, (self.rollout, *(update.rollout for update in self.plan))):
             kind.steps(self.sigmas)
-        if self.causal is not None and (self.given or self.boundary is not None):
+        if self.causal is not None and (self.boundary is not None or self.given not in (0, self.causal.first)):
             raise ValueError(
-                "rollout: a causal student is one transformer and makes clips from text: leave out given and boundary"
+                "rollout: a causal student is one transformer and is given nothing or its first chunk: leave out boundary, and make "
+                f"given {self.causal.first} or 0"
             )
         if self.boundary is not None and not self.sigmas[-1] < self.boundary <= 1:
             raise ValueError(
@@ -285,11 +286,16 @@ class Config:
                 f"{update.label}: only the student learns by several objectives at once, by each of them once"
             )
         self.lesson(update)
-        if update.rollout is not None and getattr(update.rollout, "causal", None) != self.causal:
+        own = getattr(update.rollout, "causal", None)
+        if update.rollout is not None and (own and own.fixed) != (self.causal and self.causal.fixed):
             raise ValueError(f"{update.label}: a causal student makes all its clips chunk by chunk, in the same way")
         whole = [j for j in update.judges if not (self.terms(j).lessons[update.learns].rollout or self.terms(j).forces)]
         if self.causal is not None and update.learns == "student" and whole:
             raise ValueError(f"{update.label}: it calls a student on whole clips, which a causal one cannot be")
+        if self.causal is not None and self.given and self.lesson(update).rollout:
+            raise ValueError(
+                f"{update.label}: what a causal student makes while it trains begins with nothing: leave out given"
+            )
 
 
 def _check_kept(name: str, value: Any) -> None:

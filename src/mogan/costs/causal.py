@@ -1,6 +1,6 @@
 """What a causal student's roll-outs and teacher-forced passes cost, traced as :mod:`mogan.costs.calls` traces the others, batch 1."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -9,17 +9,19 @@ from torch import Tensor
 
 from mogan.costs.calls import TEXT_TOKENS, Tracer, build_transformer
 from mogan.costs.shapes import Shapes
-from mogan.costs.trace import Call, fake, trace
+from mogan.costs.trace import Call, Work, fake, trace
 from mogan.models.causal import CausalDenoiser
 from mogan.models.causal_cache import Causal
 
 
 def chunks(tracer: Tracer, causal: Causal) -> tuple[Call, Call, Call]:
     """Over all chunks of a clip: one step more; the judged step and the passes that keep what was made, without gradient; the
-    same with.
+    same with. Of chunks of several sizes each is as likely.
     """
-    arguments = (tracer.shapes, causal, tracer.checkpointing, tracer.dtype)
-    return tracer.once(("chunks", causal), lambda: chunk_calls(*arguments))
+    rest = (tracer.checkpointing, tracer.dtype)
+    found = [tracer.once(("chunks", one), partial(chunk_calls, tracer.shapes, one, *rest)) for one in causal.variants]
+    more, made, trained = (one_of(calls) for calls in zip(*found, strict=True))
+    return more, made, trained
 
 
 def roll_out_calls(
@@ -29,7 +31,7 @@ def roll_out_calls(
     weights. A first chunk with levels of its own takes half of its other steps before, or all for a ``whole`` clip.
     """
     more, made, trained = chunks(tracer, causal)
-    pieces = len(causal.chunks(tracer.shapes.latent[1]))
+    pieces = sum(len(one.chunks(tracer.shapes.latent[1])) for one in causal.variants) / len(causal.variants)
     if causal.first_sigmas is not None:
         before += ((len(causal.first_sigmas) - 1) / (1 if whole else 2) - before) / pieces
     calls = replace(more, work=more.work * before, held=0.0), trained if learns else made
@@ -38,8 +40,17 @@ def roll_out_calls(
 
 def forced(tracer: Tracer, causal: Causal) -> tuple[Call, Call]:
     """A clip all of whose chunks see the clean ones before them, in one pass; without gradient and with."""
-    arguments = (tracer.shapes, causal, tracer.checkpointing, tracer.dtype)
-    return tracer.once(("forced", causal), lambda: forced_calls(*arguments))
+    rest = (tracer.checkpointing, tracer.dtype)
+    found = [tracer.once(("forced", one), partial(forced_calls, tracer.shapes, one, *rest)) for one in causal.variants]
+    forward, train = (one_of(calls) for calls in zip(*found, strict=True))
+    return forward, train
+
+
+def one_of(calls: Sequence[Call]) -> Call:
+    """One of them, each as likely: the mean of what they compute, the most memory that any takes."""
+    work = sum((call.work for call in calls), Work()) * (1 / len(calls))
+    most = {name: max(getattr(call, name) for call in calls) for name in ("held", "peak", "copies", "host")}
+    return calls[0] if len(calls) == 1 else Call(work, **most)
 
 
 def chunk_calls(shapes: Shapes, causal: Causal, checkpointing: bool, dtype: torch.dtype) -> tuple[Call, Call, Call]:

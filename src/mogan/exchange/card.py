@@ -48,7 +48,8 @@ def model_card(
     ]
     if causal is not None:
         entries.append(
-            f"- causal: a first chunk of {causal.first} latent frames, then {causal.rest} at a time, each of which sees the past by "
+            f"- causal: a first chunk of {causal.first} latent frames, then {' or '.join(map(str, causal.sizes or (causal.rest,)))} at "
+            "a time, each of which sees the past by "
             f"{causal.policy}, noised to {causal.context_sigma:g}"
             + (f"; the first always at noise levels {_said(causal.first_sigmas)}" if causal.first_sigmas else "")
         )

@@ -64,6 +64,8 @@ class Causal:
         context_sigma: level to which a finished chunk is noised for those after it to see.
         first_sigmas: levels of the first chunk's own steps, in however many the others are made (First-Frame Enhancement,
             arXiv 2511.01419); ``None``: the student's, as of all.
+        sizes: of chunks after the first, ascending, that one set of weights is trained for, ``rest`` among them: one of them for
+            a whole clip (LLIA, arXiv 2506.05806). Small ones come soon, large ones cheaply. ``None``: ``rest`` alone.
     """
 
     first: int
@@ -71,6 +73,7 @@ class Causal:
     policy: Policy = Policy()
     context_sigma: float = 0.0
     first_sigmas: tuple[float, ...] | None = None
+    sizes: tuple[int, ...] | None = None
 
     def __post_init__(self):
         own = self.first_sigmas
@@ -80,6 +83,18 @@ class Causal:
             raise ValueError(
                 f"chunks have at least one frame and a level of context below 1, not {self.first}, {self.rest}, {self.context_sigma}"
             )
+        if self.sizes is not None and (list(self.sizes) != sorted({*self.sizes, self.rest}) or self.sizes[0] < 1):
+            raise ValueError(f"sizes of chunks rise from at least 1 and {self.rest} is one of them, not {self.sizes}")
+
+    @property
+    def variants(self) -> "tuple[Causal, ...]":
+        """One for each of the sizes."""
+        return (self,) if self.sizes is None else tuple(replace(self, rest=n, sizes=None) for n in self.sizes)
+
+    @property
+    def fixed(self) -> "Causal":
+        """The same in chunks of ``rest`` alone."""
+        return replace(self, sizes=None)
 
     def chunks(self, frames: int) -> tuple[int, ...]:
         """Of a clip of so many latents."""
@@ -95,14 +110,20 @@ class Causal:
     def facts(self) -> dict[str, Any]:
         """For ``mogan.json``."""
         policy, chunks = self.policy, {"first": self.first, "rest": self.rest}
-        own = {"chunks": chunks, "window": policy.window, "sink": policy.sink, "sink_decay": policy.decay}
+        own: dict[str, Any] = {
+            "chunks": chunks,
+            "window": policy.window,
+            "sink": policy.sink,
+            "sink_decay": policy.decay,
+        }
         own |= {"relative": policy.relative, "context_sigma": self.context_sigma}
-        return own | ({} if self.first_sigmas is None else {"first_sigmas": list(self.first_sigmas)})
+        own |= {} if self.first_sigmas is None else {"first_sigmas": list(self.first_sigmas)}
+        return own | ({} if self.sizes is None else {"sizes": list(self.sizes)})
 
     @property
     def layout(self) -> "Causal":
-        """What its weights must have learnt: all but in which steps a first chunk is made."""
-        return replace(self, first_sigmas=None)
+        """What its weights must have learnt: all but in which steps a first chunk is made, and other sizes of chunks."""
+        return replace(self, first_sigmas=None, sizes=None)
 
     def levels(self, number: int, sigmas: tuple[float, ...]) -> tuple[float, ...]:
         """Of a chunk by its number, where the student's are ``sigmas``."""
@@ -112,9 +133,9 @@ class Causal:
 def read_causal(facts: Mapping[str, Any]) -> Causal:
     """The inverse of :meth:`Causal.facts`. Raises ValueError, TypeError or KeyError if they are none."""
     policy = Policy(facts["window"], facts["sink"], facts["sink_decay"], facts["relative"])
-    own = facts.get("first_sigmas")
+    own, sizes = (None if (value := facts.get(name)) is None else tuple(value) for name in ("first_sigmas", "sizes"))
     first, rest = facts["chunks"]["first"], facts["chunks"]["rest"]
-    return Causal(first, rest, policy, facts["context_sigma"], None if own is None else tuple(own))
+    return Causal(first, rest, policy, facts["context_sigma"], own, sizes)
 
 
 @dataclass(frozen=True)

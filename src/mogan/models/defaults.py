@@ -130,8 +130,8 @@ _CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "sigmas": (_levels, "numbers that fall to above 0"),
     "causal": (
         _causal,
-        "chunks (first, rest), window, sink, sink_decay, relative and context_sigma of a causal student, and first_sigmas if it "
-        "has them",
+        "chunks (first, rest), window, sink, sink_decay, relative and context_sigma of a causal student, and first_sigmas and "
+        "sizes if it has them",
     ),
 }
 

@@ -1,10 +1,14 @@
-"""Causal consistency distillation: few steps from a causal model of many, on real clips, without its paths (2602.02214)."""
+"""Causal consistency distillation: few steps from a causal model of many, on real clips, without its paths (2602.02214).
+
+Or consistency training, which needs no teacher (LLIA, arXiv 2506.05806, on Song et al., arXiv 2303.01469).
+"""
 
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -34,18 +38,24 @@ class ConsistencyConfig:
 
     Attributes:
         steps: of the teacher's grid; ``shift``: of its levels.
-        guidance: of the teacher.
+        guidance: of the teacher; ``None``: none takes a step, the next level is reached with the same noise.
         decay: of the average that is the target; ``since``: iteration before which the target is the student itself.
+        warm_up: iterations in chunks of one size, ``rest``, of a student for several.
     """
 
     steps: int
     shift: float
-    guidance: float
+    guidance: float | None
     decay: float
     since: int = 0
+    warm_up: int | None = None
 
     def terms(self, config: Config) -> Terms:
         """Those of all that teacher-forces."""
+        if self.warm_up is not None and (config.causal is None or config.causal.sizes is None):
+            raise ValueError(
+                "consistency: warm_up comes before chunks of several sizes: give the recipe's Causal sizes"
+            )
         return forcing_terms(config)
 
     def build(self, base: Base, others: Mapping[str, Objective]) -> Objective:
@@ -62,20 +72,24 @@ class ConsistencyConfig:
                 file=sys.stderr,
             )
         target = CausalDenoiser(base.denoiser(base.start, "transformer").transformer.requires_grad_(False), base.dtype)
-        teacher = CausalDenoiser(base.frozen(base.start, "transformer"), base.dtype)
-        null = base.no_text(base.config.negative_prompt)
-        found = Consistency(student, target, teacher, null, base.config.causal, self)
-        frozen = (teacher.transformer, target.transformer)
+        teacher = None
+        if self.guidance is not None:
+            teacher = CausalDenoiser(base.frozen(base.start, "transformer"), base.dtype)
+        config = base.config
+        null = base.no_text(config.negative_prompt)
+        found = Consistency(student, target, teacher, null, config.causal, self, config.given, config.seed)
+        frozen = tuple(network.transformer for network in (teacher, target) if network)
         losses = {"student": found.student_loss}
         return Objective(found, losses, frozen=frozen, prepare=found.prepare, state=learned_state(target))
 
     def price(self, config: Config, tracer: Tracer) -> Price:
         """Twice a clip's frames: the teacher guided, the target, and the student, trained."""
         forward, train = forced(tracer, config.causal)
-        calls, weights = guided_calls(self.guidance), tracer.parameters["transformer"]
-        steps = (forward.times(calls).freed(), train, forward.freed())
-        bill = Bill(steps, 4, forward.work.flops if config.checkpointing else 0.0)
-        kept = (Kept(name, weights, learns=False, transformer=True) for name in ("teacher", "target"))
+        weights, steps, names = tracer.parameters["transformer"], [train, forward.freed()], ["target"]
+        if self.guidance is not None:
+            steps, names = [forward.times(guided_calls(self.guidance)).freed(), *steps], ["teacher", "target"]
+        bill = Bill(tuple(steps), 1 + len(steps), forward.work.flops if config.checkpointing else 0.0)
+        kept = (Kept(name, weights, learns=False, transformer=True) for name in names)
         return Price({"student": bill}, tuple(kept))
 
 
@@ -85,50 +99,62 @@ class Consistency:
     ``x_i`` is a real clip noised to a level of the teacher's grid, one per chunk; ``x_{i+1} = x_i + (s_{i+1} - s_i) v(x_i, s_i)``
     with the guided teacher's ``v``; where ``s_{i+1} = 0`` the target is ``x_{i+1}`` itself. All three see the real past.
 
+    Without a teacher ``x_{i+1}`` is the same clip with the same noise at ``s_{i+1}``, whose mean, given ``x_i``, is the
+    unguided teacher's step from it: no bias but that of a finite grid.
+
     Args:
-        student: the causal network being trained; ``target``: its average; ``teacher``: frozen.
+        student: the causal network being trained; ``target``: its average; ``teacher``: frozen, or ``None``.
         null_1LD: embedding of the negative prompt.
-        how: chunks and what they see.
+        how: chunks and what they see. Of several sizes one is drawn per update, the same for all processes.
         settings: grid, guidance, decay.
+        given: first latent frames that are only seen, never asked for.
+        seed: of the sizes.
     """
 
     def __init__(
         self,
         student: CausalDenoiser,
         target: CausalDenoiser,
-        teacher: CausalDenoiser,
+        teacher: CausalDenoiser | None,
         null_1LD: Tensor,
         how: Causal,
         settings: ConsistencyConfig,
+        given: int = 0,
+        seed: int = 0,
     ):
         self.student, self.target, self.teacher, self.null_1LD = student, target, teacher, null_1LD
-        self.how, self.settings = how, settings
+        self.how, self.settings, self.given, self.seed = how, settings, given, seed
         self.levels = (*shifted_levels(settings.steps, settings.shift), 0.0)
 
     @torch.no_grad()
     def prepare(self, batch: Batch, *, iteration: int, generator: Randomness, most: int) -> Batch:
-        """The target takes in what the student has learnt up to this update."""
+        """The target takes in what the student has learnt up to this update; the size of its chunks."""
         new = 1.0 if iteration <= self.settings.since else 1 - self.settings.decay
         mine, live = learned_state(self.target), self.student.state_dict()
         torch._foreach_lerp_([local(v) for v in mine.values()], [local(live[k]) for k in mine], new)
-        return batch
+        if self.how.sizes is None or iteration < (self.settings.warm_up or 0):
+            return batch
+        size = int(np.random.default_rng([self.seed, 2, iteration]).choice(self.how.sizes))
+        return replace(batch, more=batch.more | {"size": [size] * len(batch.ids)})
 
     def student_loss(self, rollout: None, batch: Batch, generator: Randomness) -> Loss:
         """The loss on the batch's clips, mean over frames; ``rollout`` is not used."""
         assert batch.latent_BCFHW is not None, "consistency distillation needs clips, not only prompts"
         device = self.null_1LD.device
         x0, text = batch.latent_BCFHW.float().to(device), stack_text(batch.text, device)
-        frames = x0.shape[2]
-        drawn = uniform(len(x0), generator, len(self.how.chunks(frames))) * self.settings.steps
-        step = per_chunk(drawn.long(), self.how, frames).to(device)
+        frames, how = x0.shape[2], replace(self.how, rest=batch.more.get("size", [self.how.rest])[0], sizes=None)
+        drawn = uniform(len(x0), generator, len(how.chunks(frames))) * self.settings.steps
+        step = per_chunk(drawn.long(), how, frames).to(device)
         level, following = (torch.tensor(self.levels, device=device)[step + ahead] for ahead in (0, 1))
         noise = normal(x0.shape, generator, device)
-        x, past = add_noise(x0, noise, level), past_of(x0, self.how, generator)
+        x, past = add_noise(x0, noise, level), past_of(x0, how, generator)
         with torch.no_grad():
-            guide: Any = Forced(self.teacher, past, self.how)
-            velocity = guided_velocity(guide, x, level, text, self.null_1LD, self.settings.guidance)
-            there = x + broadcast(following - level, x) * velocity
-            velocity = Forced(self.target, past, self.how).velocity(there, following, text)
+            there = add_noise(x0, noise, following)
+            if self.teacher is not None and self.settings.guidance is not None:
+                guide: Any = Forced(self.teacher, past, how)
+                velocity = guided_velocity(guide, x, level, text, self.null_1LD, self.settings.guidance)
+                there = x + broadcast(following - level, x) * velocity
+            velocity = Forced(self.target, past, how).velocity(there, following, text)
             meant = velocity_to_x0(there, velocity, following)  # at level 0 it is what is there
-        found = velocity_to_x0(x, Forced(self.student, past, self.how).velocity(x, level, text), level)
-        return (found - meant).square().mean(), {}
+        found = velocity_to_x0(x, Forced(self.student, past, how).velocity(x, level, text), level)
+        return (found - meant)[:, :, self.given :].square().mean(), {}

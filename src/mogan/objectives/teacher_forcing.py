@@ -64,7 +64,8 @@ def require_one_pass(base: Base) -> CausalDenoiser:
     """The student, whose policy a pass over all chunks of a clip can follow. Raises UserError."""
     how: Causal = base.config.causal
     try:
-        teacher_forcing(how.chunks(base.latent_shape[1]), how.policy)
+        for one in how.variants:
+            teacher_forcing(one.chunks(base.latent_shape[1]), one.policy)
     except ValueError as error:
         raise UserError(f"{base.config.recipe}: {error}") from error
     assert isinstance(base.student, CausalDenoiser)

@@ -140,8 +140,8 @@ def causal_of_config(kept: dict[str, Any] | None) -> Causal | None:
     """What a run's config keeps of a causal roll-out."""
     if kept is None:
         return None
-    own = kept.get("first_sigmas")
-    return Causal(**kept | {"policy": Policy(**kept["policy"]), "first_sigmas": None if own is None else tuple(own)})
+    lists = {k: None if kept.get(k) is None else tuple(kept[k]) for k in ("first_sigmas", "sizes")}
+    return Causal(**kept | {"policy": Policy(**kept["policy"])} | lists)
 
 
 def open_motion(run: Path, base: Path, frames: int) -> tuple[torch.nn.Module, int]:

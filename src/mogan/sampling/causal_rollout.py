@@ -32,6 +32,9 @@ class Chunked:
         causal: how clips come about.
         counts: numbers of steps, ascending, of which one is drawn for the whole clip; their levels are
             :func:`mogan.schedule.levels_of` all. ``None``: all of the student's steps, always.
+
+    Of a student for chunks of several sizes one is drawn for the whole batch. A fixed warm-up is an update with another
+    roll-out: ``Update(..., stop=100, rollout=Chunked(causal.fixed))`` before ``Update(..., start=100)``.
     """
 
     causal: Causal
@@ -49,8 +52,10 @@ class Chunked:
         return [(n, k * len(own or range(n)) // every, k * n // every) for n in counts for k in range(every)]
 
     def draw(self, sigmas: tuple[float, ...], generator: torch.Generator) -> int:
-        """The place in :meth:`stages`."""
-        return int(torch.randint(len(self.stages(sigmas)), (1,), generator=generator))
+        """The place in :meth:`stages`; of a student for several sizes of chunks, in as many copies of it."""
+        stages, sizes = len(self.stages(sigmas)), len(self.causal.variants)
+        place = int(torch.randint(stages, (1,), generator=generator))
+        return place if sizes == 1 else place + stages * int(torch.randint(sizes, (1,), generator=generator))
 
     def whole(self, sigmas: tuple[float, ...], count: int) -> int:
         """The place of a clip that takes all of so many steps."""
@@ -78,7 +83,8 @@ class Chunked:
         grad: bool,
     ) -> Rollout:
         """:func:`roll_out_causal`, of what :meth:`stages` has at a place."""
-        how, (count, first, last) = self.causal, self.stages(sigmas)[step]
+        stages = self.stages(sigmas)
+        how, (count, first, last) = self.causal.variants[step // len(stages)], stages[step % len(stages)]
         levels = levels_of(sigmas, count)
         made = roll_out_causal(
             student, noise, text, levels, generator, chunks=how.chunks(noise.shape[2]), policy=how.policy, grad=grad,

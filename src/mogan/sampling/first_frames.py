@@ -13,8 +13,10 @@ from mogan.data.lists import printable
 from mogan.data.video import read_frames
 from mogan.errors import UserError
 from mogan.models.autoencoder import encode_video
+from mogan.models.causal import CausalDenoiser
 from mogan.models.denoiser import Denoiser
 from mogan.models.wan import Geometry
+from mogan.sampling.causal_rollout import stream_causal
 from mogan.sampling.rollout import animate, normal
 
 
@@ -69,8 +71,15 @@ def sample_from_first_frames(
     null_1LD: Tensor,
     guidance: float,
 ) -> Tensor:
-    """Latents of one clip per generator, by Euler steps, the first frame of ``clips`` given."""
+    """Latents of one clip per generator, the first frame of ``clips`` given: by Euler steps, or a causal student's chunks."""
     frames = first_pictures(clips, size)
     given = encode_video(vae, torch.cat([to_video(frame[None]) for frame in frames]).to(text_BLD.device))
+    if isinstance(student, CausalDenoiser):
+        if student.how.first != 1:
+            raise UserError(
+                f"a picture is one latent and this student's first chunk is {student.how.first}: leave out --first-frames"
+            )
+        seeds = [generator.initial_seed() for generator in generators]
+        return torch.cat(list(stream_causal(student, text_BLD, shape, sigmas, seeds, given)), 2)
     noise = normal(torch.Size((len(clips), *shape)), generators, text_BLD.device)
     return animate(student, noise, given, text_BLD, null_1LD, sigmas, guidance)

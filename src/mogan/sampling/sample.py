@@ -80,7 +80,7 @@ def sample(
         motion_ratio: 0 is the teacher's own motion, 1 the motion model's.
         first_frames: folder of captioned clips, for image-to-video models and others trained to be given the first frame: every
             prompt is the caption of one and starts from its first frame. A Wan that became one by fine-tuning is sampled by
-            Euler steps at its own levels.
+            Euler steps at its own levels, a causal student chunk by chunk.
         controls: of a VACE, a cache made with `mogan prepare --controls`: every prompt is the caption of one of its clips and is made
             under that clip's control and reference pictures. Without it a VACE makes clips from text.
         batch: clips made at once; by default as many as fit into the pixels of one clip of 81 x 480 x 832, at most 16.
@@ -110,7 +110,7 @@ def sample(
         source, steps = source.in_steps(steps), None
     shown = _open_controls(model, source, controls, lines[:limit], first_frames, motion)
     own = {"steps": steps, "guidance": guidance, "shift": shift, "negative_prompt": negative_prompt}
-    by_level = first_frames is not None and not wan.is_image_to_video(source.folder)
+    by_level = first_frames is not None and not source.causal and not wan.is_image_to_video(source.folder)
     guided = _guided(model, source, few_steps, by_level, {k: v for k, v in own.items() if v is not None})
     as_teacher = None if few_steps else TeacherSteps(guided, solver, flowmo, motion, motion_ratio)
     how = as_teacher.told() if as_teacher else source.steps_told()
@@ -144,10 +144,8 @@ def _refuse_what_does_not_go_together(
 ) -> None:
     if few_steps and source.sigmas is None:
         raise UserError(f"{model} does not say at which levels it samples (no mogan.json): use --mode teacher")
-    if source.causal is not None and (not few_steps or first_frames is not None):
-        raise UserError(
-            f"{model} makes clips chunk by chunk, at its own levels and from text: leave out --mode teacher and --first-frames"
-        )
+    if source.causal is not None and not few_steps:
+        raise UserError(f"{model} makes clips chunk by chunk, at its own levels: leave out --mode teacher")
     if motion is not None and few_steps:
         raise UserError("--motion is mixed into a teacher's steps: name a teacher with --model, or use --mode teacher")
     animates = wan.is_image_to_video(source.folder)
@@ -247,7 +245,7 @@ def _maker(
     denoiser = source.load(dtype).to(device).eval()
     shape, levels = wan.latent_shape(source.folder, source.geometry), source.sigmas or ()
     told = _told(denoiser, vae, source, shown, starts, device)
-    by_level = starts is not None and not denoiser.animates
+    from_pictures = starts is not None and not denoiser.animates
     references = shown.references if shown else 0
     shape = (shape[0], shape[1] + references, *shape[2:])
     change = None
@@ -269,7 +267,7 @@ def _maker(
                 guidance=guided.guidance, shift=guided.shift, solver=teacher.solver, flowmo=teacher.flowmo,
                 change=change and partial(change, text_BLD=text),
             )  # fmt: skip
-        elif not by_level:
+        elif not from_pictures:
             latents = sample_student(denoiser, text, shape, levels, numbers, source.solver)
         else:
             assert starts is not None

@@ -120,8 +120,13 @@ def find_models(config: Config, model: str, student: str | None) -> tuple[Path, 
 
 
 def _follows(wanted: Causal | None, start: Causal) -> bool:
-    """Whether a causal student is taken up: as it is, or to see less than all of its past, which is how windows begin."""
-    return wanted is not None and start.layout in (wanted.layout, replace(wanted.layout, policy=Policy()))
+    """Whether a causal student is taken up: as it is, or to see less than all of its past, which is how windows begin; in
+    chunks of any size by who trains it for several.
+    """
+    if wanted is None:
+        return False
+    known = replace(start.layout, first=wanted.first, rest=wanted.rest) if wanted.sizes else start.layout
+    return known in (wanted.layout, replace(wanted.layout, policy=Policy()))
 
 
 def _agree(sigmas: tuple[float, ...], others: tuple[float, ...]) -> bool:
@@ -158,7 +163,8 @@ def _check_window(config: Config, frames: int) -> None:
     """A causal student's chunks fit into its window, and what leaves it into its sink."""
     if config.causal is not None:
         try:
-            config.causal.policy.seen(config.causal.chunks(frames))
+            for how in config.causal.variants:
+                how.policy.seen(how.chunks(frames))
         except ValueError as error:
             raise UserError(f"{config.recipe}, clips of {frames} latent frames: {error}") from error
 

@@ -11,8 +11,10 @@ from torch import Tensor
 from mogan.data.video import contact_sheet, flow_picture, write_video
 from mogan.models.attention import stack_text
 from mogan.models.autoencoder import stream_video
+from mogan.models.causal import CausalDenoiser
 from mogan.models.conditions import conditioned
 from mogan.motion.flow import RaftFlow, flow_of_pieces
+from mogan.sampling.causal_rollout import stream_causal
 from mogan.sampling.rollout import animate, normal
 from mogan.sampling.samplers import clips_at_once, sample_student, seeded, to_frames
 from mogan.training.assemble import Assembly
@@ -39,9 +41,12 @@ def sample_sheet(parts: Assembly, run: Path, iteration: int) -> None:
             if config.given:
                 noise = normal(torch.Size((len(seeds), *parts.latent_shape)), seeded(seeds), parts.device)
                 real = torch.stack([parts.cache.latent(first[p]) for p in part]).to(noise)
-                made = animate(
-                    parts.student, noise, real[:, :, : config.given], text, text, config.sigmas, guidance=1.0
-                )
+                given = real[:, :, : config.given]
+                if isinstance(parts.student, CausalDenoiser):
+                    stream = stream_causal(parts.student, text, parts.latent_shape, config.sigmas, seeds, given)
+                    made = torch.cat(list(stream), 2)
+                else:
+                    made = animate(parts.student, noise, given, text, text, config.sigmas, guidance=1.0)
             else:
                 made = sample_student(parts.student, text, parts.latent_shape, config.sigmas, seeds, config.solver)
             latents += made[:, :, parts.references :].split(1)

@@ -1,0 +1,173 @@
+"""LLIA: one set of weights for chunks of several sizes, given its first frame; consistency with and without a solver's step."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+import tiny_recipes
+from mogan.cli import main
+from mogan.config import Update
+from mogan.data.batches import Batch
+from mogan.errors import UserError
+from mogan.models.attention import stack_text
+from mogan.models.causal import CausalDenoiser
+from mogan.models.causal_cache import Causal, Policy, read_causal
+from mogan.models.denoiser import Denoiser
+from mogan.objectives.consistency import Consistency, ConsistencyConfig
+from mogan.runs.generator import open_generator
+from mogan.sampling.causal_rollout import Chunked, stream_causal
+from mogan.sampling.rollout import normal, roll_out
+from mogan.training.load import find_models
+from test_causal import loaded, trained
+from test_causal_start import OneClip, Pairs
+
+SIZES = Causal(1, 1, sizes=(1, 2, 4))
+SIGMAS = (1.0, 0.6)
+CLIPS = torch.randn(2, 4, 5, 4, 4, generator=torch.Generator().manual_seed(1))
+TEXT = [torch.randn(n, 64, generator=torch.Generator().manual_seed(n)) for n in (3, 5)]
+BATCH = Batch(["a", "b"], ["a", "b"], TEXT, CLIPS)
+SETTINGS = ConsistencyConfig(steps=5, shift=3.0, guidance=None, decay=0.75, warm_up=2)
+
+
+@pytest.fixture(scope="module")
+def student(family):
+    return CausalDenoiser(loaded(family), how=SIZES)
+
+
+# ------------------------------------------------------------------------------------------------- sizes
+
+
+def test_sizes_are_part_of_a_student_and_each_is_one_of_its_ways():
+    assert [one.chunks(5) for one in SIZES.variants] == [(1, 1, 1, 1, 1), (1, 2, 2), (1, 4)]
+    assert Causal(1, 2).variants == (Causal(1, 2),)
+    assert read_causal(json.loads(json.dumps(SIZES.facts()))) == SIZES
+    assert "sizes" not in Causal(1, 2).facts()
+    assert (SIZES.fixed, SIZES.layout) == (Causal(1, 1), Causal(1, 1))
+    for wrong in ((2, 4), (1, 4, 2), (0, 1), (1, 1)):
+        with pytest.raises(ValueError, match="sizes of chunks rise"):
+            Causal(1, 1, sizes=wrong)
+
+
+def test_one_way_is_drawn_for_a_batch_each_as_often_and_warm_up_is_an_update_of_its_own(student):
+    kind, generator = Chunked(SIZES), torch.Generator().manual_seed(0)
+    places = [kind.draw(SIGMAS, generator) for _ in range(600)]
+    assert sorted(set(places)) == list(range(6))
+    assert all(60 < places.count(place) < 140 for place in range(6))
+    noise, text = normal(CLIPS.shape, generator, "cpu"), stack_text(TEXT)
+    for place in range(6):
+        one, step = Chunked(SIZES.variants[place // 2]), place % 2
+        made, want = (
+            k.make(student, noise, text, SIGMAS, torch.Generator().manual_seed(4), p, False).sample_BCFHW
+            for k, p in ((kind, place), (one, step))
+        )
+        assert torch.equal(made, want)
+    config = replace(tiny_recipes.self_forcing(), rollout=kind)
+    warm = Update(learns="student", by="dmd", batch=2, stop=1, rollout=Chunked(SIZES.fixed))
+    assert len(replace(config, plan=(warm, replace(config.plan[0], start=1), config.plan[1])).plan) == 3
+    with pytest.raises(ValueError, match="in the same way"):
+        replace(config, plan=(replace(warm, rollout=Chunked(Causal(2, 2))), *config.plan))
+
+
+def test_a_clip_in_one_chunk_is_the_bidirectional_samplers(student, family):
+    student.how, text = Causal(5, 5), stack_text(TEXT)
+    made = torch.cat(list(stream_causal(student, text, CLIPS.shape[1:], SIGMAS, [3, 4])), 2)
+    generators = [torch.Generator().manual_seed(seed) for seed in (3, 4)]
+    with torch.no_grad():
+        want = roll_out(
+            Denoiser(loaded(family)), normal(CLIPS.shape, generators, "cpu"), text, SIGMAS, generators
+        ).sample_BCFHW
+    assert torch.equal(made, want)
+
+
+# ------------------------------------------------------------------------------------------------- consistency
+
+
+def test_without_a_teacher_the_next_level_has_the_same_noise_and_given_frames_do_not_count(student, family):
+    student.how = SIZES
+    target = CausalDenoiser(loaded(family))
+    with torch.no_grad():
+        for p in target.parameters():
+            p.mul_(1.01)
+    objective = Consistency(student, target, None, torch.zeros(1, 2, 64), SIZES, SETTINGS, given=1, seed=5)
+    sizes = {objective.prepare(BATCH, iteration=i, generator=[], most=2).more.get("size", [None])[0] for i in range(2)}
+    assert sizes == {None}  # the warm-up
+    drawn = [objective.prepare(BATCH, iteration=i, generator=[], most=2).more["size"] for i in range(2, 80)]
+    assert {tuple(one) for one in drawn} == {(n, n) for n in (1, 2, 4)}
+    batch = replace(BATCH, more={"size": [2, 2]})
+    with torch.no_grad():  # prepare has moved it
+        for p, q in zip(target.parameters(), student.parameters(), strict=True):
+            p.copy_(1.01 * q)
+    generator = torch.Generator().manual_seed(6)
+    step = (torch.rand(2, 3, generator=generator) * 5).long()  # chunks of 1, 2, 2
+    noise = torch.randn(CLIPS.shape, generator=generator)
+    grid = torch.tensor([1.0, 12 / 13, 9 / 11, 2 / 3, 3 / 7, 0.0])
+    here, there = (grid[step + k].repeat_interleave(torch.tensor([1, 2, 2]), 1) for k in (0, 1))
+    assert 4 in step  # one chunk ends at 0
+    framed = [s[:, None, :, None, None] for s in (here, there)]
+    x, moved = ((1 - s) * CLIPS + s * noise for s in framed)
+    text = stack_text(TEXT)
+    with torch.no_grad():
+        v = student.teacher_forced(CLIPS, x, here, text, (1, 2, 2))
+        w = target.teacher_forced(CLIPS, moved, there, text, (1, 2, 2))
+    gap = (x - framed[0] * v) - (moved - framed[1] * w)
+    loss, _ = objective.student_loss(None, batch, torch.Generator().manual_seed(6))
+    assert float(loss) == pytest.approx(float(gap[:, :, 1:].square().mean()), rel=1e-5)
+    assert abs(float(gap.square().mean()) / float(loss) - 1) > 1e-3
+
+
+def test_the_exact_model_of_one_clip_is_consistent_without_a_solver_too():
+    for student, wrong in ((OneClip(CLIPS[:1]), False), (OneClip(CLIPS[1:]), True)):
+        target = OneClip(CLIPS[:1])
+        one = replace(BATCH, latent_BCFHW=CLIPS[:1].repeat(2, 1, 1, 1, 1))
+        objective = Consistency(student, target, None, torch.zeros(1, 2, 64), SIZES.fixed, SETTINGS)
+        loss = float(objective.student_loss(None, one, torch.Generator().manual_seed(0))[0])
+        assert (loss > 0.01) if wrong else (loss < 1e-10), loss
+
+
+def test_the_solvers_step_is_the_mean_of_the_steps_with_the_same_noise():
+    """Two frames, jointly Gaussian: of many clips and noises the two ends agree on average; single ones do not."""
+    r, s, t = 0.8, 0.75, 0.5
+    generator = torch.Generator().manual_seed(3)
+    first = torch.randn(200_000, generator=generator)
+    second = r * first + (1 - r * r) ** 0.5 * torch.randn(len(first), generator=generator)
+    noise = torch.randn(len(first), generator=generator)
+    x = torch.stack([(1 - s) * z + s * noise for z in (first, second)], 1).view(-1, 1, 2, 1, 1)
+    exact = Pairs(r, False)
+    past = torch.stack([first, second], 1).view(-1, 1, 2, 1, 1)
+    level = torch.full((len(first), 2), s)
+    velocity = exact.teacher_forced(past, x, level, None, (1, 1), Policy(), 0.0)[:, 0, 1, 0, 0]
+    solver = x[:, 0, 1, 0, 0] + (t - s) * velocity
+    same = (1 - t) * second + t * noise
+    near = (first.abs() < 0.2) & ((x[:, 0, 1, 0, 0] - 0.3).abs() < 0.2)
+    assert float((solver - same)[near].mean()) == pytest.approx(0, abs=0.02)
+    assert float((solver - same)[near].std()) > 0.05
+
+
+# ------------------------------------------------------------------------------------------------- a run
+
+
+def test_it_trains_from_a_causal_student_resumes_and_is_exported_with_its_sizes(family, cache, tmp_path, capsys):
+    config = replace(tiny_recipes.llia(), iterations=2)
+    run = trained(config, family, cache, tmp_path / "run")
+    assert main(["export", str(run), "--out", str(tmp_path / "export")]) == 0
+    source = open_generator(str(tmp_path / "export"))
+    assert source.causal == config.causal == open_generator(str(run)).causal
+    card = (tmp_path / "export" / "README.md").read_text()
+    assert "then 1 or 2 at a time" in card
+    teacher = str(family / "teacher")
+    other = replace(config, rollout=Chunked(Causal(2, 2, sizes=(1, 2))), given=0)
+    assert find_models(other, teacher, str(family / "causal"))[1] == family / "causal"  # chunks of any size
+    with pytest.raises(UserError, match="go on with the recipe"):
+        find_models(tiny_recipes.dmd(), teacher, str(tmp_path / "export"))
+
+
+def test_what_does_not_go_together_is_refused():
+    config = tiny_recipes.llia()
+    with pytest.raises(ValueError, match="given 1 or 0"):
+        replace(config, given=2)
+    with pytest.raises(ValueError, match="leave out given"):
+        replace(tiny_recipes.self_forcing(), given=1)
+    with pytest.raises(ValueError, match="warm_up comes before"):
+        replace(config, rollout=Chunked(Causal(1, 1)))
