@@ -146,7 +146,8 @@ def cache(family, tmp_path_factory) -> Path:
         video = torch.rand(1, 3, 13, 32, 32, generator=generator) * 2 - 1
         with torch.no_grad():
             save_latent(folder, f"clip{number}", encode_video(vae, video)[0], {})
-        entries.append({"id": f"clip{number}", "caption": CAPTIONS[number % 4], "motion": 2.0})
+        state = {"state": ("idle", "listening", "speaking")[number % 3], "state_from": 0.0625 * (number % 2)}
+        entries.append({"id": f"clip{number}", "caption": CAPTIONS[number % 4], "motion": 2.0} | state)
     facts = {
         "format": "mogan-cache",
         "version": 1,

@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -10,16 +11,21 @@ import tiny_recipes
 from mogan.cli import main
 from mogan.config import Update
 from mogan.data.batches import Batch
+from mogan.data.cache import open_cache
+from mogan.data.choice import entries
+from mogan.data.listing import scan
 from mogan.errors import UserError
 from mogan.models.attention import stack_text
 from mogan.models.causal import CausalDenoiser
 from mogan.models.causal_cache import Causal, Policy, read_causal
 from mogan.models.denoiser import Denoiser
-from mogan.objectives.consistency import Consistency, ConsistencyConfig
+from mogan.models.states import attach_states, detach_states, read_states, state_names, told, write_states
+from mogan.objectives.consistency import Consistency, ConsistencyConfig, labels_of
 from mogan.runs.generator import open_generator
 from mogan.sampling.causal_rollout import Chunked, stream_causal
 from mogan.sampling.rollout import normal, roll_out
 from mogan.training.load import find_models
+from mogan.world.states import make_state_scene
 from test_causal import loaded, trained
 from test_causal_start import OneClip, Pairs
 
@@ -171,3 +177,119 @@ def test_what_does_not_go_together_is_refused():
         replace(tiny_recipes.self_forcing(), given=1)
     with pytest.raises(ValueError, match="warm_up comes before"):
         replace(config, rollout=Chunked(Causal(1, 1)))
+
+
+# ------------------------------------------------------------------------------------------------- states
+
+ROWS = {name: torch.randn(64, generator=torch.Generator().manual_seed(k)) for k, name in enumerate(("b", "a", "c"))}
+NAMES = ("a", "b", "c")
+
+
+def test_a_state_is_one_more_row_of_text_and_none_is_the_stock_network(family):
+    plain, knows = loaded(family), attach_states(loaded(family), ROWS)
+    assert (state_names(plain), state_names(knows)) == ((), NAMES)
+    x, time = torch.randn(2, 4, 2, 4, 4), torch.tensor([500.0, 900.0])
+    told_ones = stack_text([told(TEXT[0], "b", NAMES), told(TEXT[1], None, NAMES)])
+    assert told_ones.shape == (2, 6, 67)
+    want = stack_text([torch.cat([TEXT[0], ROWS["b"][None]]), TEXT[1]])
+    with torch.no_grad():
+        made, stock = (n(x, time, t, return_dict=False)[0] for n, t in ((knows, told_ones), (plain, want)))
+        assert torch.allclose(made, stock, atol=1e-6)
+        assert torch.equal(knows(x, time, want, return_dict=False)[0], stock)  # who is told nothing is stock
+        other = knows(x, time, stack_text([told(t, "a", NAMES) for t in TEXT]), return_dict=False)[0]
+    assert not torch.allclose(other, stock, atol=1e-3)
+    assert told(torch.zeros(512, 64), "c", NAMES).shape == (512, 67)  # the row has its place in the longest text
+    assert told(TEXT[0], None, ()) is TEXT[0]
+    knows(x, time, told_ones, return_dict=False)[0].square().mean().backward()
+    moved = knows.condition_embedder.text_embedder.states.grad.abs().sum(1) > 0
+    assert moved.tolist() == [False, True, False]
+    rows = detach_states(knows)
+    assert all(torch.equal(rows[name], ROWS[name]) for name in NAMES)
+    assert knows.state_dict().keys() == plain.state_dict().keys()
+
+
+def test_files_of_states_are_read_or_refused(tmp_path):
+    assert read_states(tmp_path) == {}
+    write_states(tmp_path, ROWS)
+    assert all(torch.equal(row, ROWS[name]) for name, row in read_states(tmp_path, 64).items())
+    with pytest.raises(UserError, match="another model's"):
+        read_states(tmp_path, 32)
+    (tmp_path / "states.safetensors").write_bytes(b"nothing")
+    with pytest.raises(UserError, match="cannot be read"):
+        read_states(tmp_path)
+
+
+def test_chunks_that_begin_before_their_state_are_not_asked_for_and_labels_are_dropped(student):
+    labels = {"a": ("listening", 0), "b": ("idle", 2)}
+    student.how = SIZES
+    names = ("idle", "listening")
+    objective = Consistency(student, student, None, torch.zeros(1, 2, 66), SIZES, SETTINGS, 1, 0, names, labels)
+    asked = {one.rest: objective._asked(BATCH, one, 5).tolist() for one in SIZES.variants}
+    assert asked == {
+        1: [[0, 1, 1, 1, 1], [0, 0, 1, 1, 1]],
+        2: [[0, 1, 1, 1, 1], [0, 0, 0, 1, 1]],
+        4: [[0, 1, 1, 1, 1], [0, 0, 0, 0, 0]],
+    }
+    generator, kept = torch.Generator().manual_seed(0), 0
+    for _ in range(200):
+        text = objective._text(BATCH, generator)
+        kept += int(text[0, 3, 65]) + int(text[1, 5, 64])
+        assert text[..., 64:].sum() == text[0, 3, 65] + text[1, 5, 64]
+    assert 330 < kept < 385
+
+
+def test_clips_without_states_or_with_others_are_refused(cache):
+    found = labels_of(open_cache(cache), ("idle", "listening", "speaking"))
+    assert [found[f"clip{k}"] for k in range(3)] == [("idle", 0), ("listening", 1), ("speaking", 0)]
+    other = open_cache(cache)
+    assert labels_of(other, ()) == {}
+    with pytest.raises(UserError, match="is in the state listening"):
+        labels_of(other, ("idle", "speaking"))
+    for entry in other.entries:
+        entry.pop("state")
+    with pytest.raises(UserError, match="no clip of"):
+        labels_of(other, ("idle",))
+    with pytest.raises(ValueError, match="not beside lora"):
+        replace(tiny_recipes.llia(), lora=2)
+
+
+def test_scenes_take_up_their_state_where_they_say_and_captions_do_not_tell():
+    seen = set()
+    for index in range(40):
+        scene, state, since = make_state_scene(3, index)
+        (sprite,) = scene.sprites
+        moved = np.abs(np.diff(sprite.centres_F2, axis=0)).sum(1) > 0
+        turned = np.abs(np.diff(sprite.angles_F)) > 0
+        assert moved[since:].all() == (state == "speaking")
+        assert turned[since:].all() == (state == "listening")
+        before = ("speaking" if moved[0] else "listening" if turned[0] else "idle") if since > 1 else None
+        assert before != state or since == 0
+        assert scene.caption == f"a {sprite.colour} {sprite.shape}"
+        r = sprite.radius
+        assert (sprite.centres_F2 >= r).all()
+        assert (sprite.centres_F2 <= 63 - r).all()
+        seen.add((state, since > 0))
+    assert len(seen) == 6
+
+
+def test_a_list_says_states_and_a_cache_keeps_them(tmp_path):
+    rows = [
+        {"file_name": "a.mp4", "caption": "x", "state": " idle ", "state_from": 0.5},
+        {"file_name": "b.mp4", "caption": "y"},
+    ]
+    (tmp_path / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for name in "ab":
+        (tmp_path / f"{name}.mp4").write_bytes(name.encode())
+    first, second = scan(tmp_path)
+    assert (first.state, first.state_from, second.state) == ("idle", 0.5, None)
+    clips = [{"start": k, "start_s": k / 16, "motion": 0.0, "repeats": 0} for k in (0, 16)]
+    kept = entries([first, second], [{"sha": "0", "reader": 2, "clips": clips}] * 2)
+    assert [(e.get("state"), e.get("state_from")) for e in kept] == [
+        ("idle", 0.5),
+        ("idle", 0.0),
+        (None, None),
+        (None, None),
+    ]
+    (tmp_path / "metadata.jsonl").write_text(json.dumps(rows[0] | {"state_from": "soon"}))
+    with pytest.raises(UserError, match="number of seconds"):
+        scan(tmp_path)

@@ -141,6 +141,8 @@ class Config:
         boundary: the student is two experts, one for levels from here on and one for those below, which both start as the
             start's transformer of those levels; ``None``: as many as the start has.
         given: latent frames the student is given, clean: 0 is text to video, 1 image to video.
+        states: what clips can be in, by name, and the words that each row of text begins as (:mod:`mogan.models.states`);
+            ``None``: those that the start knows.
         ema: decay of the student's averaged weights, which are what is sampled and exported.
         lora: rank of the adapters that student, fake score and MoGAN's trunk learn instead of all their weights; ``None``: all weights.
         negative_prompt: the teacher's unconditional branch.
@@ -170,6 +172,7 @@ class Config:
     checkpointing: bool = False
     compile: bool = False
     offload: bool | None = None
+    states: dict[str, str] | None = None
     seed: int = 0
     save_every: int = 50
     sample_every: int = 50
@@ -242,6 +245,8 @@ class Config:
                 )
         for field in fields(self):
             _check_kept(field.name, getattr(self, field.name))
+        if self.states is not None and (self.lora is not None or not self.states):
+            raise ValueError("states: at least one, and not beside lora: their rows are learnt with all weights")
         for kind in filter(None, (self.rollout, *(update.rollout for update in self.plan))):
             kind.steps(self.sigmas)
         if self.causal is not None and (self.boundary is not None or self.given not in (0, self.causal.first)):

@@ -25,8 +25,16 @@ def _entries(source: Source, record: dict) -> list[dict]:
         {"id": f"{stem}-{mark}-{clip['start']:06d}", "source": source.name, "caption": source.caption}
         | {"start": clip["start"], "start_s": clip["start_s"], "motion": clip["motion"], "repeats": clip["repeats"]}
         | {"sha": record["sha"]}
+        | _state(source, clip["start_s"])
         for clip in record["clips"]
     ]
+
+
+def _state(source: Source, start_s: float) -> dict:
+    """Of a clip of a video whose list says in what state it is: that, and the second from which it holds."""
+    if source.state is None:
+        return {}
+    return {"state": source.state, "state_from": round(max(0.0, source.state_from - start_s), 3)}
 
 
 def vbench_threshold(geometry: Geometry) -> float:

@@ -38,13 +38,17 @@ class File:
 
 @dataclass(frozen=True)
 class Source:
-    """A video file, its name in the folder, its caption; ``problem`` says why it cannot be used."""
+    """A video file, its name in the folder, its caption; ``problem`` says why it cannot be used. ``state`` is what it is in
+    (:mod:`mogan.models.states`) from the second ``state_from`` on.
+    """
 
     path: Path
     name: str
     caption: str | None
     problem: str | None = None
     outside: bool = False
+    state: str | None = None
+    state_from: float = 0.0
 
 
 def scan(folder: str | Path, default_caption: str | None = None, uncaptioned: bool = False) -> list[Source]:
@@ -73,7 +77,9 @@ def scan(folder: str | Path, default_caption: str | None = None, uncaptioned: bo
     if not files:
         raise UserError(f"{folder} holds no video ({', '.join(SUFFIXES)})")
     captions = {file.name: row.caption for file, row in listed}
-    return [_source(here, files[name], captions.get(name), default_caption, uncaptioned) for name in sorted(files)]
+    states = {file.name: row.state for file, row in listed}
+    found = [_source(here, files[name], captions.get(name), default_caption, uncaptioned) for name in sorted(files)]
+    return [replace(s, state=states[s.name][0], state_from=states[s.name][1]) if s.name in states else s for s in found]
 
 
 def _source(here: "Folder", file: File, caption: str | None, default: str | None, uncaptioned: bool) -> Source:

@@ -69,6 +69,20 @@ class Row:
         caption = self.text(CAPTION_COLUMNS)
         return whole(caption.strip(), self.where) if caption else None
 
+    @property
+    def state(self) -> tuple[str | None, float]:
+        """What it is in and from which second on, of the columns ``state`` and ``state_from``."""
+        state, since = self.values.get("state"), self.values.get("state_from")
+        if not isinstance(state, str) or not state.strip():
+            return None, 0.0
+        try:
+            seconds = float(since or 0.0)
+        except (TypeError, ValueError):
+            seconds = -1.0
+        if not 0 <= seconds < 1e6:
+            raise UserError(f"{self.where}: state_from is a number of seconds of at least 0, not {since!r}")
+        return state.strip(), seconds
+
 
 def read_text(path: Path) -> str:
     """A file's text: UTF-8, or UTF-16 and UTF-32 where a byte order mark says so.

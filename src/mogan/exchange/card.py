@@ -83,6 +83,16 @@ def _said(sigmas: tuple[float, ...]) -> str:
     return ", ".join(f"{s:.4g}" for s in sigmas)
 
 
+def states_notes(states: tuple[str, ...]) -> list[str]:
+    """Of a student that is told states what another program needs to tell it."""
+    if not states:
+        return []
+    return [
+        f"- states: {', '.join(states)}; of each `states.safetensors` has a row to append to the prompt's embedding, `(L + 1, D)`; "
+        "without one it is in none"
+    ]
+
+
 def run_notes(run: Path) -> list[str]:
     """Recipe, seed and length of a training run, and what it was trained on."""
     config = read_config(run)

@@ -19,7 +19,7 @@ from mogan.config import LCM
 from mogan.disk.files import new_folder, writable_folder, write_atomically
 from mogan.disk.locks import alone_at
 from mogan.errors import UserError
-from mogan.exchange.card import mask_notes, metrics_table, model_card, run_notes
+from mogan.exchange.card import mask_notes, metrics_table, model_card, run_notes, states_notes
 from mogan.exchange.lora_file import DTYPES, check_range, save_lora
 from mogan.exchange.schedulers import flow_map_scheduler, scheduler_for
 from mogan.models import wan
@@ -27,6 +27,7 @@ from mogan.models.causal_cache import Causal
 from mogan.models.experts import LOW
 from mogan.models.frame_sparse import mask_of, write_mask
 from mogan.models.lora import factors, merge
+from mogan.models.states import detach_states, write_states
 from mogan.models.step_condition import is_told, to_stock
 from mogan.ranges import at_least
 from mogan.runs.checkpoint import load_part, student_checkpoint
@@ -102,7 +103,7 @@ def export(
         print(f"exported to {out}; use it with: pipe.load_lora_weights({str(out)!r})")
         return
     usage = _usage(source)
-    notes = counts_notes(source) + notes
+    notes = counts_notes(source) + states_notes(source.states) + notes
     card = model_card("Few-step Wan student", source.folder, source.sigmas, notes, usage, source.solver, source.causal)
     fake = _fake_score(run, source) if fake_score else None
     student = source.load()
@@ -188,6 +189,7 @@ def save_student(
     """
     told = is_told(transformer)
     scheduler: Any = flow_map_scheduler(sigmas) if told else scheduler_for(sigmas, solver)
+    rows = detach_states(transformer)
     for network in filter(None, (transformer, low, fake_score)):
         check_range(network.state_dict(), dtype)
     with new_folder(out) as temporary:
@@ -201,6 +203,8 @@ def save_student(
                 (to_stock(network) if told else network).save_pretrained(temporary / part)
                 if network is not fake_score and (mask := mask_of(network)) is not None:
                     write_mask(temporary / part, mask)
+        if rows:
+            write_states(temporary, rows)
         scheduler.save_pretrained(temporary / "scheduler")
         index = json.loads((base / "model_index.json").read_text())
         index["scheduler"] = ["diffusers", type(scheduler).__name__]

@@ -23,6 +23,7 @@ from mogan.models.attention import TEXT_LENGTH, set_attention
 from mogan.models.conditions import animates, reads_controls
 from mogan.models.defaults import WAN_22, Defaults, Geometry, read_defaults
 from mogan.models.parts import check_class, check_first_frame, check_parts, class_of, config_of, sees_pictures_by
+from mogan.models.states import attach_states, read_states
 from mogan.models.step_condition import from_stock
 
 TextEncoder = Callable[[list[str]], list[Tensor]]
@@ -194,11 +195,15 @@ def load_vae(model: Path, dtype: torch.dtype | None = None) -> AutoencoderKLWan:
 
 
 def load_transformer(model: Path, part: str = "transformer") -> Any:
-    """A transformer in fp32 whose cross-attention folds the text padding (see :class:`FoldedPadding`)."""
+    """A transformer in fp32 whose cross-attention folds the text padding (see :class:`FoldedPadding`); it reads the states that the
+    folder has rows for (:mod:`mogan.models.states`).
+    """
     transformer = _from_pretrained(class_of(config_of(model, part)), model, part, torch.float32)
     check_first_frame(model, dict(transformer.config))
     if isinstance(transformer, AnyFlowTransformer3DModel):
         transformer = from_stock(transformer, model / part)
+    if part == "transformer" and (rows := read_states(model, transformer.config.text_dim)):
+        attach_states(transformer, rows)
     return set_attention(transformer)
 
 

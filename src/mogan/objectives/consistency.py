@@ -6,6 +6,8 @@ Or consistency training, which needs no teacher (LLIA, arXiv 2506.05806, on Song
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from itertools import accumulate
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -16,6 +18,7 @@ from mogan.config import Config
 from mogan.costs.calls import Tracer
 from mogan.costs.causal import forced
 from mogan.data.batches import Batch
+from mogan.data.cache import Cache
 from mogan.distributed import local
 from mogan.errors import UserError
 from mogan.models import wan
@@ -24,12 +27,15 @@ from mogan.models.causal import CausalDenoiser
 from mogan.models.causal_cache import Causal
 from mogan.models.denoiser import guided_velocity
 from mogan.models.lora import learned_state
+from mogan.models.states import state_names, told
 from mogan.objectives import Bill, Kept, Loss, Objective, Price, Randomness, guided_calls
 from mogan.objectives.base import Base
 from mogan.objectives.teacher_forcing import Forced, forcing_terms, past_of, per_chunk, require_one_pass
 from mogan.sampling.rollout import normal
 from mogan.schedule import add_noise, broadcast, shifted_levels, uniform, velocity_to_x0
 from mogan.terms import Terms
+
+DROPPED = 0.1  # of clips' states, so that a student without one is one, too
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,8 +82,17 @@ class ConsistencyConfig:
         if self.guidance is not None:
             teacher = CausalDenoiser(base.frozen(base.start, "transformer"), base.dtype)
         config = base.config
-        null = base.no_text(config.negative_prompt)
-        found = Consistency(student, target, teacher, null, config.causal, self, config.given, config.seed)
+        states = state_names(student.transformer)
+        null = told(base.no_text(config.negative_prompt)[0], None, states)[None]
+        if states and teacher is not None and state_names(teacher.transformer) != states:
+            raise UserError(
+                f"{config.recipe} teaches states by steps of a teacher, and {base.start} knows none: start from one that does, or "
+                "make its guidance None"
+            )
+        labels = labels_of(base.cache, states)
+        found = Consistency(
+            student, target, teacher, null, config.causal, self, config.given, config.seed, states, labels
+        )
         frozen = tuple(network.transformer for network in (teacher, target) if network)
         losses = {"student": found.student_loss}
         return Objective(found, losses, frozen=frozen, prepare=found.prepare, state=learned_state(target))
@@ -109,6 +124,8 @@ class Consistency:
         settings: grid, guidance, decay.
         given: first latent frames that are only seen, never asked for.
         seed: of the sizes.
+        states: that the networks read; ``labels``: of clips by id, and the latent frame from which each holds: chunks that begin
+            before it are not asked for.
     """
 
     def __init__(
@@ -121,9 +138,12 @@ class Consistency:
         settings: ConsistencyConfig,
         given: int = 0,
         seed: int = 0,
+        states: tuple[str, ...] = (),
+        labels: Mapping[str, tuple[str | None, int]] = MappingProxyType({}),
     ):
         self.student, self.target, self.teacher, self.null_1LD = student, target, teacher, null_1LD
         self.how, self.settings, self.given, self.seed = how, settings, given, seed
+        self.states, self.labels = states, labels
         self.levels = (*shifted_levels(settings.steps, settings.shift), 0.0)
 
     @torch.no_grad()
@@ -141,7 +161,7 @@ class Consistency:
         """The loss on the batch's clips, mean over frames; ``rollout`` is not used."""
         assert batch.latent_BCFHW is not None, "consistency distillation needs clips, not only prompts"
         device = self.null_1LD.device
-        x0, text = batch.latent_BCFHW.float().to(device), stack_text(batch.text, device)
+        x0, text = batch.latent_BCFHW.float().to(device), self._text(batch, generator).to(device)
         frames, how = x0.shape[2], replace(self.how, rest=batch.more.get("size", [self.how.rest])[0], sizes=None)
         drawn = uniform(len(x0), generator, len(how.chunks(frames))) * self.settings.steps
         step = per_chunk(drawn.long(), how, frames).to(device)
@@ -157,4 +177,49 @@ class Consistency:
             velocity = Forced(self.target, past, how).velocity(there, following, text)
             meant = velocity_to_x0(there, velocity, following)  # at level 0 it is what is there
         found = velocity_to_x0(x, Forced(self.student, past, how).velocity(x, level, text), level)
-        return (found - meant)[:, :, self.given :].square().mean(), {}
+        error = (found - meant).square()
+        if not self.states:
+            return error[:, :, self.given :].mean(), {}
+        asked = self._asked(batch, how, frames).to(device)
+        return ((error.mean((1, 3, 4)) * asked).sum(1) / asked.sum(1).clamp(min=1)).mean(), {}
+
+    def _text(self, batch: Batch, generator: Randomness) -> Tensor:
+        """Texts with their clips' states, one in ten of which is left out."""
+        if not self.states:
+            return stack_text(batch.text)
+        dropped = uniform(len(batch.ids), generator) < DROPPED
+        kept = [None if drop else self.labels[i][0] for i, drop in zip(batch.ids, dropped, strict=True)]
+        return stack_text([told(text, state, self.states) for text, state in zip(batch.text, kept, strict=True)])
+
+    def _asked(self, batch: Batch, how: Causal, frames: int) -> Tensor:
+        """``(B, F)``, 1 at frames of chunks that begin where their clip is in its state, and that are not given."""
+        starts = [start for size, start in zip(*_spans(how, frames), strict=True) for _ in range(size)]
+        since = torch.tensor([max(self.labels[i][1], self.given) for i in batch.ids])
+        return (torch.tensor(starts)[None] >= since[:, None]).float()
+
+
+def _spans(how: Causal, frames: int) -> tuple[tuple[int, ...], list[int]]:
+    """Sizes of chunks and where they begin."""
+    sizes = how.chunks(frames)
+    return sizes, [stop - size for size, stop in zip(sizes, accumulate(sizes), strict=True)]
+
+
+def labels_of(cache: Cache, states: tuple[str, ...]) -> dict[str, tuple[str | None, int]]:
+    """Of every clip its state, if it has one, and the latent frame from which it holds; empty for a network that reads none.
+
+    Raises:
+        UserError: none of the clips has a state, or one has another than these.
+    """
+    if not states:
+        return {}
+    found = {entry["id"]: entry.get("state") for entry in cache.entries}
+    if unknown := {state for state in found.values() if state} - {*states}:
+        raise UserError(
+            f"a clip of {cache.path} is in the state {min(unknown)}, and the student learns {', '.join(states)}"
+        )
+    if not any(found.values()):
+        raise UserError(
+            f"no clip of {cache.path} has a state: prepare videos whose metadata.jsonl has a column state, one of {', '.join(states)}"
+        )
+    since = {e["id"]: round(float(e.get("state_from") or 0) * cache.facts["fps"]) for e in cache.entries}
+    return {i: (state, -(-(since[i] + 3) // 4) if since[i] else 0) for i, state in found.items()}

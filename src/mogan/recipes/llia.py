@@ -14,13 +14,14 @@ LEVELS = (1.0, 0.6)
 
 def llia_lab() -> Config:
     """Consistency training in chunks of 1, 2 and 4 latents of the student named with ``--student``: a ``causal_cd_lab`` or
-    ``self_forcing_lab`` export.
+    ``self_forcing_lab`` export. Clips are those of ``mogan lab render --motion states``.
     """
     return Config(
         recipe="llia_lab",
         sigmas=LEVELS,
         rollout=Chunked(Causal(first=1, rest=1, sizes=(1, 2, 4))),
         given=1,
+        states={"idle": "at rest", "listening": "spinning", "speaking": "bouncing"},
         plan=(Update(learns="student", by="consistency", batch=16),),
         optimizers={"student": Optimizer(lr=1e-4)},
         objectives={"consistency": ConsistencyConfig(steps=24, shift=3.0, guidance=None, decay=0.98, warm_up=60)},
@@ -40,6 +41,7 @@ def llia_wan_1_3b() -> Config:
         sigmas=LEVELS,
         rollout=Chunked(Causal(first=1, rest=1, sizes=(1, 2, 4))),
         given=1,
+        states={name: name for name in ("idle", "listening", "speaking")},
         plan=(Update(learns="student", by="consistency", batch=64, accumulate=64),),
         optimizers={"student": Optimizer(lr=2e-6, betas=(0.0, 0.999), weight_decay=0.01, clip=10.0)},
         objectives={

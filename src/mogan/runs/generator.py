@@ -16,6 +16,7 @@ from mogan.models.denoiser import Denoiser
 from mogan.models.experts import LOW, boundary_of, low_noise
 from mogan.models.frame_sparse import Mask, masked, read_mask
 from mogan.models.lora import factors, merge
+from mogan.models.states import attach_states, read_states, state_names
 from mogan.models.step_condition import tell_steps
 from mogan.runs.checkpoint import load_part, settings, student_checkpoint
 from mogan.runs.identity import part_of_run, read_config
@@ -27,7 +28,7 @@ class Generator:
     """Where a generator's parts lie: a diffusers folder, or a training run on top of one.
 
     ``told``: the run's student reads where its steps end. ``counts``: numbers of steps it was trained for, if several.
-    ``causal``: how it makes clips, if it sees the past alone.
+    ``causal``: how it makes clips, if it sees the past alone. ``states``: that it can be told (:mod:`mogan.models.states`).
     """
 
     folder: Path
@@ -40,6 +41,7 @@ class Generator:
     told: bool = False
     boundary: float | None = None
     causal: Causal | None = None
+    states: tuple[str, ...] = ()
 
     def in_steps(self, count: int) -> "Generator":
         """The same generator, sampled in so many steps.
@@ -88,6 +90,8 @@ class Generator:
     def start(self, part: str = "transformer") -> torch.nn.Module:
         """A transformer of the folder as the run began with it, frame-sparse where the folder says so."""
         transformer = masked(wan.load_transformer(self.folder, part), self.folder / part)
+        if self.states and part == "transformer" and not state_names(transformer):
+            attach_states(transformer, dict.fromkeys(self.states, torch.zeros(transformer.config.text_dim)))
         return tell_steps(transformer) if self.told else transformer
 
     def average(self) -> dict[str, Tensor]:
@@ -122,6 +126,7 @@ def open_generator(name: str) -> Generator:
             folder, tuple(config["sigmas"]), wan.geometry(folder), run, config.get("lora"), config.get("solver", LCM),
             tuple(kind.get("counts") or ()), bool(kind.get("told")),
             boundary_of(folder) if own_boundary is None else own_boundary, causal_of_config(kind.get("causal")),
+            tuple(sorted(config.get("states") or read_states(folder))),
         )  # fmt: skip
     folder = wan.resolve_model(name)
     own = wan.defaults(folder)
@@ -133,6 +138,7 @@ def open_generator(name: str) -> Generator:
         counts=own.counts,
         boundary=boundary_of(folder),
         causal=own.causal,
+        states=tuple(sorted(read_states(folder))),
     )
 
 

@@ -14,12 +14,13 @@ from mogan.disk.locks import LOCK, alone_in
 from mogan.errors import UserError
 from mogan.ranges import at_least, is_seed
 from mogan.world import scenes as world
+from mogan.world.states import make_state_scene
 
 
 def render(
     out: Path,
     clips: int = 256,
-    motion: Literal["all", "rich"] = "all",
+    motion: Literal["all", "rich", "states"] = "all",
     seed: int = 0,
     truth: bool = False,
     controls: Path | None = None,
@@ -33,7 +34,8 @@ def render(
     Args:
         out: folder for the mp4 files and `metadata.jsonl`.
         clips: how many.
-        motion: "all" has many still and slow clips, as the web has; in "rich" every clip moves.
+        motion: "all" has many still and slow clips, as the web has; in "rich" every clip moves; in "states" one thing is at rest,
+            spins or bounces, which the column `state` says and not the caption, and half of them take it up on their way.
         seed: of the world.
         truth: also write `truth/<name>.npz` with the exact optical flow, where it is visible, and every sprite's path.
         controls: another folder, for the world's exact maps as videos: `depth` (nearer is brighter), `flow` (as colours) and `mask`
@@ -76,7 +78,7 @@ def render_folder(
         raise UserError(f"{out} already holds {there} clips: ask for --clips {there} or more, or give another --out")
     made, rows = 0, []
     for index in tqdm(range(clips), desc="render", unit="clip"):
-        scene = world.make_scene(seed, index, motion=motion)
+        scene, told = _scene(seed, index, motion)
         name = f"{index:05d}"
         video, facts = out / f"{name}.mp4", out / "truth" / f"{name}.npz"
         if truth and not facts.exists():
@@ -87,10 +89,18 @@ def render_folder(
             write_video(video, world.render(scene), world.FPS)
             made += 1
         row = {"file_name": video.name, "caption": scene.caption, "motion_kind": scene.kind}
-        rows.append(row | {"speed": round(scene.speed, 4), "seed": seed, "index": index})
+        rows.append(row | told | {"speed": round(scene.speed, 4), "seed": seed, "index": index})
     with replacing(out / "metadata.jsonl") as temporary:
         temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return made
+
+
+def _scene(seed: int, index: int, motion: str) -> tuple[world.Scene, dict]:
+    """A scene, and what its row says beside the caption."""
+    if motion != "states":
+        return world.make_scene(seed, index, motion=motion), {}
+    scene, state, since = make_state_scene(seed, index)
+    return scene, {"state": state, "state_from": since / world.FPS}
 
 
 def _claim(out: Path, settings: dict) -> None:

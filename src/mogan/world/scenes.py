@@ -100,6 +100,11 @@ def make_scene(seed: int, index: int, *, motion: str = "all", frames: int = FRAM
         )
     subject = " and ".join(f"a {s.colour} {s.shape}{s.phrase}" for s in sprites)
     caption = f"the camera pans {direction} over {subject}" if kind == "pan" else subject
+    return Scene(seed, index, kind, speed, caption, size, frames, tuple(sprites), camera, *surroundings(rng, scale))
+
+
+def surroundings(rng: np.random.Generator, scale: float) -> tuple[np.ndarray, np.ndarray]:
+    """Waves and tint of a background."""
     waves = np.stack(
         [
             rng.uniform(7, 16, 3),
@@ -107,8 +112,7 @@ def make_scene(seed: int, index: int, *, motion: str = "all", frames: int = FRAM
             rng.uniform(0, 2 * np.pi, 3),
         ]
     )
-    tint = rng.uniform(55, 110) * rng.uniform(0.8, 1.2, 3)
-    return Scene(seed, index, kind, speed, caption, size, frames, tuple(sprites), camera, waves, tint)
+    return waves, rng.uniform(55, 110) * rng.uniform(0.8, 1.2, 3)
 
 
 def captions(seed: int, count: int, *, motion: str = "all") -> tuple[list[str], int]:
