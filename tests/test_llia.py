@@ -160,6 +160,20 @@ def test_it_trains_from_a_causal_student_resumes_and_is_exported_with_its_sizes(
     assert main(["export", str(run), "--out", str(tmp_path / "export")]) == 0
     source = open_generator(str(tmp_path / "export"))
     assert source.causal == config.causal == open_generator(str(run)).causal
+    assert source.states == open_generator(str(run)).states == ("idle", "listening", "speaking")
+    loaded_ones = [g.load() for g in (source, open_generator(str(run)))]
+    text = stack_text([told(t, "idle", source.states) for t in TEXT])
+    made = [
+        torch.cat(list(stream_causal(n, text, (4, 4, 4, 4), SIGMAS, [0, 1], CLIPS[:, :, :1])), 2) for n in loaded_ones
+    ]
+    assert torch.equal(*made)
+    assert torch.equal(made[0][:, :, :1], CLIPS[:, :, :1])
+    rows = read_states(tmp_path / "export", 64)
+    assert all(torch.equal(a, rows[n]) for n, a in detach_states(loaded_ones[1].transformer).items())
+    assert "states.safetensors" in (tmp_path / "export" / "README.md").read_text()
+    (tmp_path / "export" / "states.safetensors").unlink()
+    assert open_generator(str(tmp_path / "export")).states == ()
+    open_generator(str(tmp_path / "export")).load()  # stock weights
     card = (tmp_path / "export" / "README.md").read_text()
     assert "then 1 or 2 at a time" in card
     teacher = str(family / "teacher")
