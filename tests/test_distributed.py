@@ -167,6 +167,8 @@ def test_two_processes_follow_the_trajectory_of_one_and_each_resumes_the_other(f
         ("reward_forcing", 2, ()),
         ("mogan_causal", 2, ()),
         ("msm_causal", 2, ()),
+        ("mogan_i2v", 2, ()),
+        ("mogan_i2v", 2, ("--context-parallel", "2")),
         ("causal_teacher", 2, ()),
         ("causal_cd", 2, ()),
         ("llia", 2, ()),

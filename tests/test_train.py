@@ -44,6 +44,7 @@ RECIPES = {
     "reward_forcing": tiny_recipes.reward_forcing,
     "mogan_causal": tiny_recipes.mogan_causal,
     "msm_causal": tiny_recipes.msm_causal,
+    "mogan_i2v": tiny_recipes.mogan_i2v,
     **{a: (lambda a=a: ablate(mogan, a)) for a in ABLATIONS},
 }
 

@@ -56,6 +56,8 @@ RECIPES = {
     "mogan_causal_lab": tiny_recipes.mogan_causal,
     "msm_causal_lab": tiny_recipes.msm_causal,
     "vdot_lab": tiny_recipes.vdot,
+    "dmd_i2v_lab": tiny_recipes.dmd_i2v,
+    "mogan_i2v_lab": tiny_recipes.mogan_i2v,
     **{f"mogan_lab {name}": (lambda name=name: ablate(tiny_recipes.mogan, name)) for name in ABLATIONS},
     "mogan_lab dmd+gan": together,
     "mogan_lab lora": lambda: replace(tiny_recipes.mogan(), lora=3),

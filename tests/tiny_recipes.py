@@ -224,6 +224,15 @@ def sft_i2v() -> Config:
     return shrink(recipes.sft_i2v_lab())
 
 
+def dmd_i2v() -> Config:
+    return shrink(recipes.dmd_i2v_lab())
+
+
+def mogan_i2v() -> Config:
+    """With guidance: teacher and fake score begin alike, and without it the first update moves nothing."""
+    return shrink(recipes.mogan_i2v_lab()).changed("dmd", guidance=3.0)
+
+
 def shift() -> Config:
     config = shrink(recipes.shift_lab())
     warm, student, refresh = config.plan

@@ -290,7 +290,11 @@ class Config:
             raise ValueError(
                 f"{update.label}: only the student learns by several objectives at once, by each of them once"
             )
-        self.lesson(update)
+        if self.lesson(update).rollout and self.given and self.causal is None and self.solver == LCM:
+            raise ValueError(
+                f"{update.label}: a student that is given its first frames is sampled by Euler steps: give the config "
+                "rollout=Euler(stop=len(sigmas), since=0)"
+            )
         own = getattr(update.rollout, "causal", None)
         if update.rollout is not None and (own and own.fixed) != (self.causal and self.causal.fixed):
             raise ValueError(f"{update.label}: a causal student makes all its clips chunk by chunk, in the same way")

@@ -37,6 +37,7 @@ class Tracer:
         checkpointing: activations are recomputed in the backward pass.
         dtype: networks compute in it.
         offload: as :attr:`mogan.config.Config.offload`.
+        given: latent frames that are given at level 0: every token then has a level, and what modulates it, of its own.
     """
 
     def __init__(
@@ -46,8 +47,10 @@ class Tracer:
         dtype: torch.dtype,
         say: Callable[[str], None] = lambda text: None,
         offload: bool = False,
+        given: int = 0,
     ):
         self.shapes, self.checkpointing, self.dtype, self.say, self.offload = shapes, checkpointing, dtype, say, offload
+        self.given = given
         self._known: dict[tuple, Any] = {}
 
     def once(self, key: tuple, call: Callable[[], Any]) -> Any:
@@ -69,7 +72,9 @@ class Tracer:
         return self._transformer()[1]
 
     def _transformer(self) -> tuple[Call, Call]:
-        return self.once(("transformer",), lambda: transformer_calls(self.shapes, self.checkpointing, self.dtype))
+        return self.once(
+            ("transformer",), lambda: transformer_calls(self.shapes, self.checkpointing, self.dtype, self.given)
+        )
 
     @property
     def parameters(self) -> dict[str, int]:
@@ -187,11 +192,11 @@ def network_parameters(shapes: Shapes) -> dict[str, int]:
     }
 
 
-def transformer_calls(shapes: Shapes, checkpointing: bool, dtype: torch.dtype) -> tuple[Call, Call]:
-    """One call without gradient, one with; at full depth."""
+def transformer_calls(shapes: Shapes, checkpointing: bool, dtype: torch.dtype, given: int = 0) -> tuple[Call, Call]:
+    """One call without gradient, one with; at full depth. ``given``: see :class:`Tracer`."""
     calls: dict[bool, list[Call]] = {False: [], True: []}
     with fake():
-        x, sigma = torch.empty(1, *shapes.latent), torch.full((1,), 0.5)
+        x, sigma = torch.empty(1, *shapes.latent), torch.full((1, shapes.latent[1]) if given else (1,), 0.5)
         text = conditioned(
             torch.empty(1, TEXT_TOKENS, shapes.transformer["text_dim"]), _control(shapes), _picture(shapes)
         )

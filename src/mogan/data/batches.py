@@ -26,8 +26,8 @@ class Batch:
     ``path_BKCFHW`` is what a teacher passed on its way to each clip, at the student's levels, most noisy first, the clip last.
     ``places`` numbers the clips within the whole batch, whichever process holds them. ``more`` is what an objective made of
     the batch, by name: a list or tensor with one entry per clip, or anything else that a slice cuts. ``control_BKFHW`` are the
-    controls of a VACE, whose references stand before ``latent_BCFHW`` too, or given first frames; ``picture_BTD`` is what an image
-    encoder sees of those.
+    controls of a VACE, whose references stand before ``latent_BCFHW`` too, or given first frames, of an image-to-video model as it
+    reads them or the latents themselves; ``picture_BTD`` is what an image encoder sees of those.
     """
 
     ids: list[str]
@@ -64,6 +64,7 @@ def draw_batch(
     prompts: Cache | None = None,
     levels: Sequence[float] = (),
     controls: bool = False,
+    given: int = 0,
 ) -> Batch:
     """The batch of one update: a pure function of its arguments, so a resumed run sees what it would have seen.
 
@@ -85,6 +86,7 @@ def draw_batch(
         prompts: where the text comes from, if not from the clips' captions: a walk of its own.
         levels: at which paths are read.
         controls: those of the clips whose captions are the text come too.
+        given: or so many of their first latent frames.
 
     Raises:
         UserError: a clip whose caption is needed has none.
@@ -103,6 +105,8 @@ def draw_batch(
     start = start_at(starts, seed, iteration, update, repeat) if starts else None
     latent = torch.stack([cache.whole(i) if controls else cache.latent(i) for i in ids]) if LATENT in want else None
     shown, pictures = (prompts or cache).shown([entry["id"] for entry in said]) if controls else (None, None)
+    if given:
+        shown = torch.stack([(prompts or cache).latent(entry["id"])[:, :given] for entry in said]).float()
     passed = torch.stack([cache.path_to(i, levels) for i in ids]) if PATH in want else None
     seen = None
     if OBSERVATION in want:

@@ -32,7 +32,7 @@ def pricing(
     @lru_cache
     def tracer_of(checkpointing: bool, precision: str, offload: bool) -> Tracer:
         dtype = torch.float32 if precision == "fp32" else torch.bfloat16
-        return Tracer(shapes, checkpointing, dtype, say, offload)
+        return Tracer(shapes, checkpointing, dtype, say, offload, config.given)
 
     def price(changed: Config, gpus: int, lora: int | None, on: Machine = machine) -> Estimate:
         tracer = tracer_of(changed.checkpointing, changed.precision, bool(changed.offload))

@@ -39,6 +39,12 @@ CONTROLLED_USAGE = [line.replace("WanPipeline", "WanVACEPipeline") for line in F
 ANIMATING_USAGE = [line.replace("WanPipeline", "WanImageToVideoPipeline") for line in FOLDER_USAGE]
 TOLD_INDEX = {"_class_name": "AnyFlowPipeline", "transformer": ["diffusers", "AnyFlowTransformer3DModel"]}
 CAUSAL_INDEX = {"_class_name": "MoganCausalStudent", "transformer": ["mogan", "CausalWan"]}  # names that are nowhere
+BY_LEVEL_INDEX = {
+    "_class_name": "WanImageToVideoPipeline",
+    "expand_timesteps": True,  # the first frame is given at level 0
+    "image_encoder": [None, None],
+    "image_processor": [None, None],
+}
 CAUSAL_USAGE = [
     "# chunk by chunk, which WanPipeline does not: it would sample whole clips, and wrongly\n",
     "mogan sample --model PATH --prompts prompts.txt --out clips",
@@ -120,6 +126,7 @@ def export(
         low=student.transformer_2,
         boundary=source.boundary,
         causal=source.causal,
+        animates=source.animates,
     )
     print(f"exported to {out}; use it with: {usage[-1].removeprefix('pipe = ').replace('PATH', str(out))}")
 
@@ -130,7 +137,7 @@ def _usage(source: Generator) -> list[str]:
         return CAUSAL_USAGE
     if source.told:
         return TOLD_USAGE
-    if wan.is_image_to_video(source.folder):
+    if source.animates or wan.is_image_to_video(source.folder):
         return ANIMATING_USAGE
     return CONTROLLED_USAGE if wan.has_controls(source.folder) else FOLDER_USAGE
 
@@ -179,6 +186,7 @@ def save_student(
     low: Any = None,
     boundary: float | None = None,
     causal: Causal | None = None,
+    animates: bool = False,
 ) -> None:
     """Write a student's folder under a temporary name, then rename it.
 
@@ -215,6 +223,8 @@ def save_student(
             index = {k: v for k, v in index.items() if k in others} | TOLD_INDEX
         if causal is not None:
             index |= CAUSAL_INDEX
+        if animates:
+            index |= BY_LEVEL_INDEX
         write_atomically(temporary / "model_index.json", json.dumps(index, indent=2) + "\n")
         facts = replace(wan.defaults(base), sigmas=sigmas, solver=solver, counts=counts, causal=causal).facts()
         write_atomically(temporary / "mogan.json", json.dumps(facts, indent=2) + "\n")

@@ -8,6 +8,9 @@ denoised with it and left out of what is decoded.
 An image-to-video model's control is its first frame followed by grey, encoded, and which frames are given; it reads them as
 more channels of its input. Wan 2.1's also reads what CLIP sees of the picture, beside the text.
 
+A network without inputs of its own for a control may have learnt to be given the first latent frames at level 0, as Wan 2.2's
+TI2V: then those frames are its control.
+
 Whoever passes text on passes conditions on: :class:`Conditioned` takes the place of text, and only the network looks into it.
 """
 

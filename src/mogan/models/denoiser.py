@@ -18,7 +18,7 @@ from mogan.errors import UserError
 from mogan.models.attention import TEXT_LENGTH
 from mogan.models.conditions import animates, conditioned, parted
 from mogan.models.step_condition import is_told
-from mogan.schedule import velocity_to_x0
+from mogan.schedule import broadcast, velocity_to_x0
 
 
 class Denoiser(nn.Module):
@@ -37,7 +37,7 @@ class Denoiser(nn.Module):
 
     Attributes:
         told: the transformer reads where its step ends (see :mod:`mogan.models.step_condition`).
-        controlled: it reads a control beside the text (see :mod:`mogan.models.conditions`).
+        controlled: it has inputs for a control beside the text (see :mod:`mogan.models.conditions`).
     """
 
     transformer: Any
@@ -80,7 +80,18 @@ class Denoiser(nn.Module):
         the velocity of a network that is not. Text is :class:`mogan.models.conditions.Conditioned` where clips are made under
         more than words. Of two experts each sees the samples of its levels (of a sample with several
         the highest counts).
+
+        Of a network that reads no control, control frames are latents that are given: it sees them in the place of the first
+        ones, at level 0, and theirs is the velocity that leads to them (diffusers: ``expand_timesteps``).
         """
+        words, given, _ = parted(text_BLD)
+        if given is not None and not self.controlled:
+            count, level = given.shape[2], broadcast(sigma, x_BCFHW)
+            levels = sigma.new_zeros(x_BCFHW.shape[0], x_BCFHW.shape[2])
+            levels[:, count:] = sigma[:, None] if sigma.ndim == 1 else sigma[:, count:]
+            seen = torch.cat([given, x_BCFHW[:, :, count:]], 2)
+            toward = (x_BCFHW[:, :, :count] - given) / level[:, :, :count]
+            return torch.cat([toward, self.velocity(seen, levels, words, to)[:, :, count:]], 2)
         if self.transformer_2 is None or self.boundary is None:
             return self._call(self.transformer, x_BCFHW, sigma, text_BLD, to)
         high_B = (sigma if sigma.ndim == 1 else sigma.amax(1)) >= self.boundary

@@ -5,6 +5,7 @@ from dataclasses import replace
 from mogan.config import Config, Optimizer, Update
 from mogan.models.defaults import WAN_NEGATIVE_PROMPT
 from mogan.objectives.dmd import DMDConfig
+from mogan.sampling.rollout import Euler
 from mogan.schedule import shifted_levels
 
 
@@ -67,3 +68,27 @@ def dmd2_long_wan_1_3b() -> Config:
     average and checkpoints are the short recipe's, so that it is the same run, gone on with.
     """
     return replace(dmd2_wan_1_3b(), recipe="dmd2_long_wan_1_3b", iterations=14000 // 5)
+
+
+def dmd_i2v_lab() -> Config:
+    """A 3-step student of the lab's image-conditioned model (``--model``: the export of a sft_i2v_lab run), first frame given.
+
+    Sampled by Euler steps, as the model is: the sample of a step drawn goes straight to the clean clip. Guidance 1, as of the
+    lab's image-to-video sampling.
+    """
+    return first_frame_given(dmd_lab(), "dmd_i2v_lab", guidance=1.0)
+
+
+def dmd_i2v_wan_1_3b() -> Config:
+    """The same of Wan2.1-T2V-1.3B after ``sft_i2v_wan_1_3b``, or of Wan2.2-TI2V-5B as it is (``--model``)."""
+    return first_frame_given(dmd2_wan_1_3b(), "dmd_i2v_wan_1_3b", guidance=5.0)  # Wan's own
+
+
+def first_frame_given(config: Config, recipe: str, guidance: float) -> Config:
+    """A recipe of few-step students made one of image to video."""
+    return replace(
+        config.changed("dmd", guidance=guidance),
+        recipe=recipe,
+        given=1,
+        rollout=Euler(stop=len(config.sigmas), since=0),
+    )

@@ -9,6 +9,7 @@ from mogan.models.defaults import WAN_NEGATIVE_PROMPT
 from mogan.objectives.dmd import DMDConfig
 from mogan.objectives.gan import GANConfig
 from mogan.objectives.surrogate import SurrogateConfig
+from mogan.recipes.dmd import first_frame_given
 from mogan.recipes.self_forcing import self_forcing_lab, self_forcing_wan_1_3b
 from mogan.schedule import shifted_levels
 
@@ -152,6 +153,16 @@ def mogan_causal_wan_1_3b() -> Config:
         rollout=start.rollout,
         objectives=base.objectives | start.objectives,
     )
+
+
+def mogan_i2v_lab() -> Config:
+    """MoGAN on ``dmd_i2v_lab``'s student, named with ``--student``, which is given the first frame."""
+    return first_frame_given(mogan_lab(), "mogan_i2v_lab", guidance=1.0)
+
+
+def mogan_i2v_wan_1_3b() -> Config:
+    """MoGAN on ``dmd_i2v_wan_1_3b``'s student: of Wan2.1-T2V-1.3B after ``sft_i2v_wan_1_3b``, or of Wan2.2-TI2V-5B."""
+    return first_frame_given(mogan_wan_1_3b(), "mogan_i2v_wan_1_3b", guidance=5.0)
 
 
 def gan_of(config: Config) -> GANConfig:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mogan.config import LCM
+from mogan.config import EULER, LCM
 from mogan.errors import UserError
 from mogan.models import wan
 from mogan.models.causal import CausalDenoiser
@@ -29,6 +29,7 @@ class Generator:
 
     ``told``: the run's student reads where its steps end. ``counts``: numbers of steps it was trained for, if several.
     ``causal``: how it makes clips, if it sees the past alone. ``states``: that it can be told (:mod:`mogan.models.states`).
+    ``animates``: the run's student was distilled to go on from a first frame that it is given at level 0.
     """
 
     folder: Path
@@ -42,6 +43,7 @@ class Generator:
     boundary: float | None = None
     causal: Causal | None = None
     states: tuple[str, ...] = ()
+    animates: bool = False
 
     def in_steps(self, count: int) -> "Generator":
         """The same generator, sampled in so many steps.
@@ -127,6 +129,7 @@ def open_generator(name: str) -> Generator:
             tuple(kind.get("counts") or ()), bool(kind.get("told")),
             boundary_of(folder) if own_boundary is None else own_boundary, causal_of_config(kind.get("causal")),
             tuple(sorted(config.get("states") or read_states(folder))),
+            bool(config.get("given")) and config.get("solver", LCM) == EULER,
         )  # fmt: skip
     folder = wan.resolve_model(name)
     own = wan.defaults(folder)

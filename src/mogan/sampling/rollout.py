@@ -17,6 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mogan.config import EULER, LCM
+from mogan.models.conditions import conditioned
 from mogan.models.denoiser import Denoiser, guided_velocity
 from mogan.schedule import add_noise, levels_of
 
@@ -272,13 +273,11 @@ def animate(
     That is how Wan 2.2's TI2V model is conditioned (diffusers: ``expand_timesteps``). ``sigmas`` descend from 1, final 0
     implied; guidance as in :func:`mogan.models.denoiser.guided_velocity`.
     """
-    x, given = noise_BCFHW, given_BCFHW.shape[2]
+    x, told = noise_BCFHW, conditioned(text_BLD, given_BCFHW)
     for level, following in pairwise((*sigmas, 0.0)):
-        x = torch.cat([given_BCFHW, x[:, :, given:]], 2)
-        sigma = torch.full((x.shape[0], x.shape[2]), level, device=x.device)
-        sigma[:, :given] = 0.0
-        x = x + (following - level) * guided_velocity(denoiser, x, sigma, text_BLD, null_1LD, guidance)
-    return torch.cat([given_BCFHW, x[:, :, given:]], 2)
+        sigma = torch.full((len(x),), level, device=x.device)
+        x = x + (following - level) * guided_velocity(denoiser, x, sigma, told, null_1LD, guidance)
+    return torch.cat([given_BCFHW, x[:, :, given_BCFHW.shape[2] :]], 2)
 
 
 def normal(shape: torch.Size, generator: torch.Generator | list[torch.Generator], device) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from mogan.config import EULER
 from mogan.data.cache import Cache, open_cache
 from mogan.data.clips import to_video
 from mogan.data.lists import read_prompts, whole
@@ -197,7 +198,9 @@ def _guided(model: str, source: Generator, few_steps: bool, by_level: bool, own:
         how = "at its own levels" if by_level else "at its own levels, without guidance"
         raise UserError(f"{model} samples {how}: leave out {names}, or use --mode teacher")
     usual = wan.defaults(source.folder)
-    return replace(usual, **({"guidance": usual.first_frame_guidance} if by_level and few_steps else {}) | own)
+    # a distilled student, which Euler steps say it is, has guidance in its weights
+    guidance = 1.0 if source.solver == EULER else usual.first_frame_guidance
+    return replace(usual, **({"guidance": guidance} if by_level and few_steps else {}) | own)
 
 
 def _guidance_told(guided: Defaults) -> dict[str, Any]:

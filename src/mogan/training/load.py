@@ -61,6 +61,7 @@ def load(
         shape = (shape[0], shape[1] + (prompts or cache).references, *shape[2:])
     _check_window(config, shape[1])
     _check_clips(config, cache, folder)
+    _check_given(config, cache, prompts)
     _check_captions(config, cache, prompts)
     dtype = dtype_of(config, world.device)
     vae = wan.load_vae(folder, dtype).to(world.device)
@@ -188,6 +189,24 @@ def _check_clips(config: Config, cache: Cache, model: Path) -> None:
                 f"{update.label} takes {update.batch} clips at a time and {cache.path} holds {len(cache)}: make more, or "
                 f"give --batch {len(cache)}"
             )
+
+
+def _check_given(config: Config, cache: Cache, prompts: Cache | None) -> None:
+    """First frames that a student is given are those of clips, and all that judge its clips pass them on."""
+    rolled = [update for update in config.plan if config.lesson(update).rollout]
+    if not config.given or not rolled:
+        return
+    for name in dict.fromkeys(name for update in rolled for name in update.judges):
+        if not config.terms(name).first_frames:
+            raise UserError(
+                f"{config.recipe}: {name} asks networks under text alone, and the student is given its first frame: leave out "
+                "given, or take another objective"
+            )
+    if not (prompts or cache).has_clips:
+        raise UserError(
+            f"{config.recipe} gives the student the first frames of clips, and {(prompts or cache).path} has prompts alone: "
+            "prepare captioned videos"
+        )
 
 
 def _check_controls(config: Config, cache: Cache, prompts: Cache | None, world: World, base: Path, start: Path) -> None:

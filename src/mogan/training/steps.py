@@ -101,6 +101,7 @@ def draw(parts: Assembly, where: Position) -> Batch:
         prompts=None if lesson.captions else parts.prompts,
         levels=(*parts.config.sigmas, 0.0),
         controls=parts.student.controlled,
+        given=parts.config.given if lesson.rollout else 0,
         **more,
     )
 
