@@ -29,6 +29,7 @@ from mogan.exchange.export import save_student
 from mogan.lab.teacher import build_text_encoder, build_tokenizer
 from mogan.models.autoencoder import encode_video
 from mogan.models.causal_cache import Causal
+from mogan.models.frame_sparse import Mask, write_mask
 from mogan.models.wan import fingerprint, load_text, load_transformer, load_vae
 from mogan.motion.flow import RaftConfig, save_raft
 from mogan.sampling.trajectories import trajectories
@@ -99,6 +100,16 @@ def family(tmp_path_factory) -> Path:
     save_raft(config.build(), config, folder / "raft")
     student, how = load_transformer(folder / "teacher"), Causal(1, 1)
     save_student(student, folder / "teacher", folder / "causal", SIGMAS, torch.float32, card="a test", causal=how)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def sparse(family, tmp_path_factory) -> Path:
+    """The family's ``teacher/`` and ``student/``, every block with one reference frame."""
+    folder = tmp_path_factory.mktemp("sparse")
+    for name in ("teacher", "student"):
+        shutil.copytree(family / name, folder / name)
+        write_mask(folder / name / "transformer", Mask(4, (1,) * 4, {"threshold": 0.1}))
     return folder
 
 

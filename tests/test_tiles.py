@@ -22,16 +22,6 @@ from mogan.training.loop import run_training
 BLOCKS, FRAMES = 4, 4
 
 
-@pytest.fixture(scope="session")
-def sparse(family, tmp_path_factory):
-    """The family's teacher and student, every block with one reference frame: ``teacher/`` and ``student/``."""
-    folder = tmp_path_factory.mktemp("sparse")
-    for name in ("teacher", "student"):
-        shutil.copytree(family / name, folder / name)
-        write_mask(folder / name / "transformer", Mask(FRAMES, (1,) * BLOCKS, {"threshold": 0.1}))
-    return folder
-
-
 @pytest.fixture
 def prompts(tmp_path):
     path = tmp_path / "prompts.txt"

@@ -50,6 +50,7 @@ RECIPES = {
     "causal_teacher_lab": tiny_recipes.causal_teacher,
     "causal_cd_lab": tiny_recipes.causal_cd,
     "llia_lab": tiny_recipes.llia,
+    "efficient_vdit_mcd_lab": tiny_recipes.efficient_vdit_mcd,
     "self_forcing_lab": tiny_recipes.self_forcing,
     "asd_lab": tiny_recipes.asd,
     "reward_forcing_lab": tiny_recipes.reward_forcing,

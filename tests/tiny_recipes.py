@@ -183,6 +183,10 @@ def llia() -> Config:
     return replace(config, rollout=Chunked(Causal(1, 1, sizes=(1, 2))))
 
 
+def efficient_vdit_mcd() -> Config:
+    return shrink(recipes.efficient_vdit_mcd_lab())
+
+
 def self_forcing() -> Config:
     return shrink(recipes.self_forcing_lab())
 

@@ -4,7 +4,8 @@ Depth and windows repeat equal pieces, so each network is traced at two small de
 followed; ``tests/test_estimate.py`` compares that line with the whole.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -21,6 +22,7 @@ from mogan.models.autoencoder import decode_window, encode_video, stream_video
 from mogan.models.conditions import channels_beside, conditioned, is_vace
 from mogan.models.denoiser import Denoiser, recomputed
 from mogan.models.discriminator import Discriminator
+from mogan.models.frame_sparse import set_frame_sparse
 from mogan.models.host import in_pieces, kept_on_host
 from mogan.models.step_condition import arguments_of
 from mogan.motion.flow import RaftConfig, RaftFlow, motion_picture, read_raft_config
@@ -70,6 +72,22 @@ class Tracer:
     def train(self) -> Call:
         """The transformer, forward and backward."""
         return self._transformer()[1]
+
+    @property
+    def student(self) -> tuple[Call, Call]:
+        """The student without gradient and with: the transformer, or where the shapes say so a frame-sparse one."""
+        if self.shapes.references is None:
+            return self._transformer()
+        return self.once(("frame-sparse transformer",), self._sparse)
+
+    def _sparse(self) -> tuple[Call, Call]:
+        """Blocks cost what all would cost alike, each its share; what comes and goes is the largest block's."""
+        counts = Counter(self.shapes.references)
+        shares = [count / counts.total() for count in counts.values()]
+        settings = (self.shapes, self.checkpointing, self.dtype, self.given)
+        found = [transformer_calls(*settings, number) for number in counts]
+        forward, train = (_mean(calls, shares) for calls in zip(*found, strict=True))
+        return forward, train
 
     def _transformer(self) -> tuple[Call, Call]:
         return self.once(
@@ -192,8 +210,19 @@ def network_parameters(shapes: Shapes) -> dict[str, int]:
     }
 
 
-def transformer_calls(shapes: Shapes, checkpointing: bool, dtype: torch.dtype, given: int = 0) -> tuple[Call, Call]:
-    """One call without gradient, one with; at full depth. ``given``: see :class:`Tracer`."""
+def _mean(calls: Sequence[Call], shares: Sequence[float]) -> Call:
+    """Of calls of networks as deep and wide, one in which each has a share of the blocks."""
+    work = sum((call.work * share for call, share in zip(calls, shares, strict=True)), Work())
+    held = sum(call.held * share for call, share in zip(calls, shares, strict=True))
+    return replace(calls[0], work=work, held=held, peak=held + max(call.peak - call.held for call in calls))
+
+
+def transformer_calls(
+    shapes: Shapes, checkpointing: bool, dtype: torch.dtype, given: int = 0, references: int | None = None
+) -> tuple[Call, Call]:
+    """One call without gradient, one with; at full depth. ``given``: see :class:`Tracer`; with so many ``references`` in every
+    block, or dense.
+    """
     calls: dict[bool, list[Call]] = {False: [], True: []}
     with fake():
         x, sigma = torch.empty(1, *shapes.latent), torch.full((1, shapes.latent[1]) if given else (1,), 0.5)
@@ -202,6 +231,8 @@ def transformer_calls(shapes: Shapes, checkpointing: bool, dtype: torch.dtype, g
         )
         for depth in _depths(shapes):
             network = build_transformer(shapes, *depth).train()
+            if references is not None:
+                set_frame_sparse(network, shapes.latent[1], [references] * depth[0])
             if checkpointing:
                 network.enable_gradient_checkpointing()
             denoiser = Denoiser(network, dtype)

@@ -1,5 +1,6 @@
 """Configurations of published Wan models, and of any diffusers folder: what a network's shape is, without its weights."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -7,13 +8,17 @@ from typing import Any
 from mogan.disk.files import read_json
 from mogan.errors import UserError, closest
 from mogan.models.experts import boundary_of
+from mogan.models.frame_sparse import read_mask
 from mogan.models.parts import check_parts
 from mogan.models.wan import WAN_22, Geometry, fit_latents, geometry, lab_folder
 
 
 @dataclass(frozen=True)
 class Shapes:
-    """Configs as diffusers and transformers write them, and what the model generates."""
+    """Configs as diffusers and transformers write them, and what the model generates.
+
+    ``references``: of a frame-sparse student, how many each block has; its teachers are dense.
+    """
 
     name: str
     transformer: dict[str, Any]
@@ -21,6 +26,7 @@ class Shapes:
     text_encoder: dict[str, Any]
     size: Geometry
     boundary: float | None = None  # of two transformers; see mogan.models.experts
+    references: tuple[int, ...] | None = None
 
     @property
     def latent(self) -> tuple[int, int, int, int]:
@@ -133,7 +139,21 @@ def read_shapes(model: str) -> Shapes:
             )
         configs[part] = read_json(path)
     check_parts(folder)
-    return Shapes(folder.name, **configs, size=geometry(folder), boundary=boundary_of(folder))
+    mask = read_mask(folder / "transformer")
+    references = None if mask is None else mask.references
+    return Shapes(folder.name, **configs, size=geometry(folder), boundary=boundary_of(folder), references=references)
+
+
+def sparse(shapes: Shapes, references: Sequence[int]) -> Shapes:
+    """With a frame-sparse student: one number of references for all blocks, or one for each. Raises UserError."""
+    blocks, frames = shapes.transformer["num_layers"], shapes.latent[1]
+    counts = tuple(references) * (blocks if len(references) == 1 else 1)
+    if len(counts) != blocks or not all(1 <= count <= frames for count in counts):
+        raise UserError(
+            f"--references is from 1 to the {frames} latent frames of a clip, one number or one for each of {blocks} blocks, not "
+            f"{' '.join(map(str, references))}"
+        )
+    return replace(shapes, references=counts)
 
 
 def resized(shapes: Shapes, *, frames: int | None, height: int | None, width: int | None) -> Shapes:

@@ -84,14 +84,14 @@ def beside(
 def _few_steps(config: Config, tracer: Tracer) -> tuple[Work, Call]:
     """What the student's steps compute per clip, and a call whose peak is theirs."""
     if config.causal is None:
-        return tracer.forward.work * len(config.sigmas), tracer.forward
+        return tracer.student[0].work * len(config.sigmas), tracer.student[0]
     (steps, made), _ = roll_out_calls(tracer, config.causal, len(config.sigmas) - 1, learns=False, whole=True)
     return steps.work + made.work, made
 
 
 def sampling(config: Config, tracer: Tracer, machine: Machine) -> tuple[Beside, ...]:
     """``mogan sample`` on one GPU, per clip: the student's steps and, where a model is guided, the teacher's."""
-    parameters, forward = tracer.parameters, tracer.forward
+    parameters, forward = tracer.parameters, tracer.student[0]
     experts = 1 if config.boundary is None and tracer.shapes.boundary is None else 2
     weights = FP32 * experts * parameters["transformer"] + forward.copies + BF16 * parameters["vae"]
     text = text_encoder_bytes(tracer)  # has gone when the others come

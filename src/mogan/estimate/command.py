@@ -28,6 +28,7 @@ def estimate(
     height: int | None = None,
     width: int | None = None,
     clips: int = 15000,
+    references: tuple[int, ...] = (),
     json_output: Annotated[bool, tyro.conf.arg(name="json")] = False,
 ) -> None:
     """Predict memory, time and cost of a recipe, before paying for them.
@@ -48,6 +49,8 @@ def estimate(
         width: pixels.
         clips: real clips (MoGAN: 15000). What the discriminator sees of those that the run draws is computed once, on the
             way; 0 if the cache has it.
+        references: of a frame-sparse student (`mogan tiles`) how many frames all others see: one number for every block, or one
+            for each; a folder that `mogan tiles` made says so itself. Teachers are dense.
         json_output: print JSON.
     """
     if gpu not in MACHINES:
@@ -60,7 +63,9 @@ def estimate(
     config = find_recipe(recipe)
     if gpus > 1 and config.alone:
         raise UserError(f"{config.alone}: leave out --gpus, or estimate another recipe")
-    price = pricing(config, model, MACHINES[gpu], frames=frames, height=height, width=width, clips=clips)
+    price = pricing(
+        config, model, MACHINES[gpu], frames=frames, height=height, width=width, clips=clips, references=references
+    )
     found = price(config, gpus, lora)
     changes = () if found.fits else advise(config, gpus, lora, price)
     if json_output:

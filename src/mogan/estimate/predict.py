@@ -216,11 +216,11 @@ def _bill(config: Config, update: Update, prices: Mapping[str, Price], tracer: T
     calls, passes, repeated = [], 0.0, sum(bill.repeated for bill in bills)
     if config.lesson(update).rollout and not update.again:
         before = (update.rollout or config.rollout or FewStep()).steps(config.sigmas)
-        learns, forward = update.learns == "student", tracer.forward
+        learns, (forward, train) = update.learns == "student", tracer.student
         if config.causal is None:
             calls += [
                 replace(forward, work=forward.work * before, held=0.0),
-                tracer.train if learns else forward.freed(),
+                train if learns else forward.freed(),
             ]
             passes += before + 1 + learns
         else:

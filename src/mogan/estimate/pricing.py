@@ -8,7 +8,8 @@ import torch
 from mogan.config import Config
 from mogan.costs.calls import Tracer
 from mogan.costs.machines import Machine
-from mogan.costs.shapes import PUBLISHED, read_shapes, resized
+from mogan.costs.shapes import PUBLISHED, read_shapes, resized, sparse
+from mogan.errors import UserError
 from mogan.estimate.predict import Estimate, predict
 
 
@@ -21,10 +22,15 @@ def pricing(
     height: int | None = None,
     width: int | None = None,
     clips: int = 15000,
+    references: tuple[int, ...] = (),
 ):
     """A function ``(config, gpus, lora) -> Estimate`` that traces each variant of the networks once."""
     shapes = read_shapes(model or ("lab" if "_lab" in config.recipe else _own_model(config.recipe)))
     shapes = resized(shapes, frames=frames, height=height, width=width)
+    if references:
+        shapes = sparse(shapes, references)
+    if shapes.references is not None and config.causal is not None:
+        raise UserError("a causal student's chunks cannot keep frame-sparse attention: take another recipe or model")
 
     def say(what: str) -> None:
         print(f"tracing the {what} ...", file=sys.stderr, flush=True)

@@ -151,7 +151,7 @@ def attend(
     own = query[:, :, others].transpose(1, 2).flatten(0, 1)
     of_others = F.scaled_dot_product_attention(own, shown(key), shown(value), **settings)
     of_others = of_others.unflatten(0, (-1, len(others))).transpose(1, 2)
-    order = torch.tensor([*chosen, *others]).argsort().tolist()
+    order = sorted(range(frames), key=[*chosen, *others].__getitem__)
     return torch.cat([of_references, of_others], 2)[:, :, order].flatten(2, 3)
 
 

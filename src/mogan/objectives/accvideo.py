@@ -175,7 +175,7 @@ class KeyLevelGANConfig:
         again = tracer.forward.work.flops if checkpointing else 0.0
         rows = len(config.sigmas) * self.batch(config) * 4.0 * torch.Size(shapes.latent).numel()
         bills = {
-            "student": Bill((tracer.train, through), 4, 2 * again),
+            "student": Bill((tracer.student[1], through), 4, 2 * again),
             "discriminator": Bill((tracer.forward.times(2).freed(), learns.times(2)), 1),
         }
         kept = (

@@ -45,8 +45,9 @@ class FlowMatchingConfig:
 
 def learns_alone(config: Config, tracer: Tracer, times: int = 1) -> Bill:
     """The student denoises clips, ``times`` of them for each of the batch."""
-    again = times * tracer.forward.work.flops if config.checkpointing else 0.0
-    return Bill((tracer.train.times(times),), 2, again)
+    forward, train = tracer.student
+    again = times * forward.work.flops if config.checkpointing else 0.0
+    return Bill((train.times(times),), 2, again)
 
 
 def stack_some(text: list[Tensor], null: Tensor, drop: float, generator: Randomness, device: torch.device) -> Tensor:

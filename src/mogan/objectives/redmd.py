@@ -113,7 +113,7 @@ class WeightsConfig:
         costs beside decoding nobody knows.
         """
         steps, seen, kept = (config.rollout or FewStep()).steps(config.sigmas) + 1, tracer.decode.freed(), price.kept
-        looks: tuple[Call, ...] = (replace(tracer.forward.freed(), work=tracer.forward.work * steps),)
+        looks: tuple[Call, ...] = (replace(tracer.student[0].freed(), work=tracer.student[0].work * steps),)
         if config.causal is not None:
             looks, steps = roll_out_calls(tracer, config.causal, steps - 1, learns=False)
         if self.reward == NET_MOTION:

@@ -122,7 +122,7 @@ class ShiftConfig:
         fields = tracer.flow_fields(self.flow, self.flow_iterations, tracer.shapes.size.frames)
         flux = one_after_the_other((tracer.decode, fields, fields))
         reward, weights = tracer.once(("reward", self), lambda: reward_call(self, tracer.shapes))
-        calls, forward = guided_calls(self.guidance), tracer.forward
+        calls, forward = guided_calls(self.guidance), tracer.student[0]
         steps = len(config.sigmas)
         sampled = replace(forward.times(calls).freed(), work=forward.work * (steps * calls))
         seen = replace(flux.freed(), work=(flux.work + reward.work * (1 / 3)) * 2)  # forward alone is a third
