@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from diffusers import SkyReelsV2Transformer3DModel
 
 from mogan.models import wan
-from mogan.models.causal import FULL, CausalDenoiser
-from mogan.models.causal_cache import Cache, Policy
+from mogan.models.causal import CausalDenoiser
+from mogan.models.causal_cache import FULL, Cache, Policy
 from mogan.models.denoiser import Denoiser
 from mogan.models.step_condition import arguments_of
 from mogan.sampling.causal_rollout import roll_out_causal

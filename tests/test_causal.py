@@ -25,10 +25,11 @@ from mogan.exchange.export import save_student
 from mogan.models import causal, wan
 from mogan.models.attention import set_attention
 from mogan.models.autoencoder import decode_video, stream_chunks
-from mogan.models.causal import CausalDenoiser, block_causal, is_causal, make_causal, teacher_forcing
+from mogan.models.causal import CausalDenoiser, is_causal, make_causal
 from mogan.models.causal_cache import Cache, Causal, Policy, read_causal
 from mogan.models.denoiser import Denoiser
 from mogan.models.lora import adapted, hold_in
+from mogan.models.sight import block_causal, teacher_forcing
 from mogan.objectives.flow_matching import FlowMatchingConfig
 from mogan.runs.checkpoint import latest_checkpoint, load_part
 from mogan.runs.generator import open_generator
@@ -202,7 +203,7 @@ def test_what_is_seen_is_gathered_masked_or_flexed_alike(student, monkeypatch):
     flex = pytest.importorskip("torch.nn.attention.flex_attention").flex_attention
     with torch.no_grad():
         gathered = student.teacher_forced(CLEAN, NOISY, PER_FRAME, TEXT, CHUNKS)
-        monkeypatch.setattr(causal, "_flex", lambda device: flex)
+        monkeypatch.setattr(causal, "flex_attention_on", lambda device: flex)
         assert far(student.teacher_forced(CLEAN, NOISY, PER_FRAME, TEXT, CHUNKS), gathered) < 1e-5
 
         def dense(flex, query, key, value, sight):

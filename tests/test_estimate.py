@@ -17,7 +17,8 @@ from conftest import TRANSFORMER, VAE
 from mogan.cli import main
 from mogan.config import Optimizer, Update
 from mogan.costs import machines
-from mogan.costs.calls import Codec, Tracer, build_transformer, judge_call, network_parameters, transformer_calls
+from mogan.costs.calls import Tracer, build_transformer, judge_call, network_parameters, transformer_calls
+from mogan.costs.codec import Codec
 from mogan.costs.shapes import PUBLISHED, Shapes, read_shapes, resized
 from mogan.costs.trace import Call, Work, fake, sizes, trace
 from mogan.data.cache import open_cache

@@ -8,7 +8,8 @@ import torch
 import mogan.models.host as host
 import tiny_recipes
 from conftest import TRANSFORMER, VAE, VAE21
-from mogan.costs.calls import Codec, Tracer, build_transformer
+from mogan.costs.calls import Tracer, build_transformer
+from mogan.costs.codec import Codec
 from mogan.costs.trace import Tape
 from mogan.data.cache import open_cache
 from mogan.estimate.check import allocated_peak

@@ -5,27 +5,25 @@ followed; ``tests/test_estimate.py`` compares that line with the whole.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel, WanVACETransformer3DModel
-from torchvision.models.optical_flow import raft_large
 
+from mogan.costs.codec import Codec, arguments, estimate_flow, random_flow
 from mogan.costs.shapes import Shapes
 from mogan.costs.trace import Call, Work, fake, sizes, trace
 from mogan.models.attention import set_attention
-from mogan.models.autoencoder import decode_window, encode_video, stream_video
 from mogan.models.conditions import channels_beside, conditioned, is_vace
 from mogan.models.denoiser import Denoiser, recomputed
 from mogan.models.discriminator import Discriminator
 from mogan.models.frame_sparse import set_frame_sparse
-from mogan.models.host import in_pieces, kept_on_host
+from mogan.models.host import kept_on_host
 from mogan.models.step_condition import arguments_of
-from mogan.motion.flow import RaftConfig, RaftFlow, motion_picture, read_raft_config
+from mogan.motion.flow import RaftFlow, motion_picture
 
 TEXT_TOKENS = 128  # a long caption; cross-attention to the padding is folded into one token
 PICTURE_TOKENS = 257  # of Wan2.1's image encoder
@@ -102,7 +100,7 @@ class Tracer:
         """
         return self.once(("parameters",), lambda: network_parameters(self.shapes))
 
-    def codec(self, dtype: torch.dtype | None = None) -> "Codec":
+    def codec(self, dtype: torch.dtype | None = None) -> Codec:
         """The autoencoder."""
         dtype = dtype or self.dtype
         return self.once(("autoencoder", dtype), lambda: Codec(self.shapes, dtype, self.offload))
@@ -123,7 +121,7 @@ class Tracer:
 
     def flow(self, name: str, iterations: int) -> tuple[RaftFlow | None, int]:
         """The recipe's RAFT with random weights, and its parameters; None for a classical estimator, whose cost is the CPU's."""
-        return self.once(("optical flow", name, iterations), lambda: _flow(name, iterations, self.offload))
+        return self.once(("optical flow", name, iterations), lambda: random_flow(name, iterations, self.offload))
 
     def flow_fields(self, name: str, iterations: int, frames: int) -> Call:
         """Flow between so many frames, without gradient."""
@@ -187,7 +185,7 @@ def network_parameters(shapes: Shapes) -> dict[str, int]:
     """Exact counts, from two depths."""
     with torch.device("meta"):
         one, two, *more = (sizes(build_transformer(shapes, *depth))[0] for depth in _depths(shapes))
-        vae = sizes(AutoencoderKLWan(**_known(shapes.vae)))[0]
+        vae = sizes(AutoencoderKLWan(**arguments(shapes.vae)))[0]
     width = shapes.transformer["num_attention_heads"] * shapes.transformer["attention_head_dim"]
     layers, ffn = shapes.transformer["num_layers"], shapes.transformer["ffn_dim"]
     text, waves = shapes.text_encoder, shapes.transformer.get("freq_dim", 256)
@@ -267,115 +265,7 @@ def judge_call(
     return _at_depth(calls, shapes, blocks), counts[0] + (blocks - 1) * (counts[1] - counts[0])
 
 
-# ---------------------------------------------------------------------------------------------- autoencoder and flow
-
-
-def _known(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of ``AutoencoderKLWan`` among a config file's entries."""
-    return {k: v for k, v in config.items() if not k.startswith("_") and k != "clip_output"}
-
-
-class Codec:
-    """The autoencoder of some shapes, on the meta device; every call is traced once. ``pieces``: in the smallest."""
-
-    def __init__(self, shapes: Shapes, dtype: torch.dtype, pieces: bool = False):
-        self.shapes = shapes
-        usual = torch.get_default_dtype()
-        torch.set_default_dtype(dtype)
-        try:
-            with torch.device("meta"):
-                self.vae: Any = AutoencoderKLWan(**_known(shapes.vae)).eval().requires_grad_(False)
-        finally:
-            torch.set_default_dtype(usual)
-        self.vae = in_pieces(self.vae) if pieces else self.vae
-        self._traced: dict[tuple, Call] = {}
-
-    def decode(self, length: int, start: int = 0, grad: bool = False, checkpointing: bool = False) -> Call:
-        """Decode of ``length`` latent frames after ``start`` others. From the third latent frame on all cost the same, and
-        from the fourth on none needs more memory than the one before; the first and the last of a window need less.
-        """
-        if not grad:
-            if start + length <= 4:
-                return self._decode(start, length)
-            line = self._decode(0, 3).along(self._decode(0, 4), start + length - 3)
-            return Call(line.work, line.held, max(line.peak, 2 * line.held))  # the frames, and the clip put together
-        if start + length <= 5 or length <= 3:
-            return self._decode(start, length, True, checkpointing)
-        window = self._decode(2, 3, True, checkpointing).along(self._decode(2, 4, True, checkpointing), length - 3)
-        prefix = self._decode(0, 3).work - self._decode(0, 2).work
-        return replace(window, work=window.work + prefix * (start - 2))
-
-    def encode(self, frames: int, grad: bool = False, checkpointing: bool = False) -> Call:
-        """Encode of ``4 k + 1`` frames. From the third chunk on all cost the same: the second one's memories are shorter."""
-        if frames <= 17:
-            return self._encode(frames, grad, checkpointing)
-        four, five = (self._encode(n, grad, checkpointing) for n in (13, 17))
-        return four.along(five, (frames - 13) / 4)
-
-    def stream(self) -> Call:
-        """Decode of a clip whose frames are given away as they come: from the fourth latent frame on none needs more memory."""
-        channels, frames, height, width = self.shapes.latent
-        z = torch.empty(1, channels, min(frames, 4), height, width, device="meta")
-
-        def last() -> torch.Tensor:
-            piece = torch.empty(0, device="meta")
-            for piece in stream_video(self.vae, z):  # noqa: B007  # what the loop leaves is held, one latent frame's
-                pass
-            return piece
-
-        short = self._once(("stream", 0, 0, False, False), last)
-        return Call(self.decode(frames).work, short.held, short.peak)
-
-    def _decode(self, first: int, count: int, grad: bool = False, checkpointing: bool = False) -> Call:
-        channels, _, height, width = self.shapes.latent
-        z = torch.empty(1, channels, first + count, height, width, device="meta", requires_grad=grad)
-        return self._once(
-            ("decode", first, count, grad, checkpointing),
-            lambda: decode_window(self.vae, z, first, count, checkpointing),
-        )
-
-    def _encode(self, frames: int, grad: bool, checkpointing: bool) -> Call:
-        size = self.shapes.size
-        video = torch.empty(1, 3, frames, size.height, size.width, device="meta", requires_grad=grad)
-        return self._once(
-            ("encode", frames, 0, grad, checkpointing), lambda: encode_video(self.vae, video, checkpointing)
-        )
-
-    def _once(self, key: tuple, call: Callable[[], torch.Tensor]) -> Call:
-        if key not in self._traced:
-            self._traced[key] = trace((), call, backward=key[3])
-        return self._traced[key]
-
-
-def _flow(name: str, iterations: int, one_by_one: bool) -> tuple[RaftFlow | None, int]:
-    """The recipe's RAFT with random weights; None for a classical estimator, whose cost is the CPU's."""
-    if name == "farneback":
-        return None, 0
-    settings = Path(name) / "config.json"
-    if settings.is_file():
-        network = read_raft_config(settings).build()
-    else:
-        network = RaftConfig().build() if name == "lab" else raft_large()
-    return RaftFlow(network, iterations, 1 if one_by_one else 16), sizes(network)[0]
-
-
-def estimate_flow(flow: RaftFlow | None, shapes: Shapes, frames: int, grad: bool, checkpointing: bool) -> Call:
-    """RAFT on a window: chunks of pairs one after the other, ``iterations`` refinements each."""
-    if flow is None:
-        return Call(Work(), 0.0, 0.0)
-    size = shapes.size
-    pairs = min(flow.pairs_at_once(size.height, size.width), frames - 1)
-    flow.checkpointing = checkpointing
-    wanted, calls = flow.iterations, []
-    for flow.iterations in (1, 2):
-        with fake():
-            video = torch.empty(1, 3, pairs + 1, size.height, size.width, requires_grad=grad)
-            calls.append(trace((), partial(flow, video), backward=grad))
-    flow.iterations = wanted
-    chunk = calls[0].along(calls[1], wanted - 1)
-    chunks = (frames - 1) / pairs
-    held = chunk.held * chunks
-    return Call(chunk.work * chunks, held, held - chunk.held + chunk.peak, host=chunk.host * chunks)
+# ---------------------------------------------------------------------------------------------- observation
 
 
 def observe_calls(tracer: Tracer, flow: RaftFlow | None, window: int, start: int, *, grad: bool) -> dict[str, Call]:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from mogan.costs.calls import Codec, build_transformer, estimate_flow, judge_call, transformer_calls
+from mogan.costs.calls import build_transformer, judge_call, transformer_calls
+from mogan.costs.codec import Codec, estimate_flow
 from mogan.costs.shapes import Shapes
 from mogan.models.autoencoder import decode_window, encode_video, stream_video
 from mogan.models.denoiser import Denoiser, recomputed

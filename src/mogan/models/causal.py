@@ -7,9 +7,7 @@ Three things of the stock class carry it: what its ``rope`` returns reaches the 
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
-from functools import cache as once
-from itertools import accumulate
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,78 +17,13 @@ from torch import Tensor, nn
 
 from mogan.errors import UserError
 from mogan.models.attention import FoldedPadding, SelfAttention
-from mogan.models.causal_cache import KV, Cache, Causal, Policy, Words
+from mogan.models.causal_cache import FULL, KV, Cache, Causal, Policy, Words
 from mogan.models.conditions import animates
 from mogan.models.denoiser import Denoiser
+from mogan.models.sight import Sight, block_causal, flex_attention_on, flex_masked, teacher_forcing
 from mogan.schedule import velocity_to_x0
 
-FULL, FRAMEWISE = Policy(), Causal(1, 1)
-
-
-# ------------------------------------------------------------------------------------------------- masked passes
-
-
-@dataclass(frozen=True)
-class Sight:
-    """Which frames see which, in a pass over many chunks at once.
-
-    Attributes:
-        groups: consecutive frames that see the same: ``(start, stop)`` and what they see, in runs ``(start, stop)``.
-    """
-
-    groups: tuple[tuple[tuple[int, int], tuple[tuple[int, int], ...]], ...]
-
-    @property
-    def frames(self) -> int:
-        """Of the pass."""
-        return self.groups[-1][0][1]
-
-    def mask(self, tokens: int = 1) -> Tensor:
-        """True where a query (row) sees a key (column), with so many tokens a frame."""
-        mask = torch.zeros(self.frames, self.frames, dtype=torch.bool)
-        for (start, stop), seen in self.groups:
-            for first, last in seen:
-                mask[start:stop, first:last] = True
-        return mask.repeat_interleave(tokens, 0).repeat_interleave(tokens, 1)
-
-
-def _runs(frames: Sequence[int], offset: int = 0) -> tuple[tuple[int, int], ...]:
-    found: list[tuple[int, int]] = []
-    for frame in frames:
-        if found and found[-1][1] == frame + offset:
-            found[-1] = (found[-1][0], frame + offset + 1)
-        else:
-            found.append((frame + offset, frame + offset + 1))
-    return tuple(found)
-
-
-def block_causal(chunks: Sequence[int], policy: Policy = FULL) -> Sight:
-    """Every chunk sees itself and, as noisy as they are, the earlier ones that the policy keeps."""
-    stops = list(accumulate(chunks))
-    spans = [(stop - frames, stop) for frames, stop in zip(chunks, stops, strict=True)]
-    return Sight(
-        tuple((span, _runs((*past, *range(*span)))) for span, past in zip(spans, _seen(chunks, policy), strict=True))
-    )
-
-
-def teacher_forcing(chunks: Sequence[int], policy: Policy = FULL) -> Sight:
-    """Of ``[clean | noisy]``: clean chunks are block-causal, a noisy one sees itself and the clean ones before it."""
-    clean, total = block_causal(chunks, policy).groups, sum(chunks)
-    noisy = []
-    for ((start, stop), _), past in zip(clean, _seen(chunks, policy), strict=True):
-        own = (start + total, stop + total)
-        noisy.append((own, (*_runs(past), own)))
-    return Sight((*clean, *noisy))
-
-
-def _seen(chunks: Sequence[int], policy: Policy) -> list[tuple[int, ...]]:
-    seen = policy.seen(chunks)
-    evicted = any(len(past) < sum(chunks[:number]) for number, past in enumerate(seen))
-    if evicted and (policy.relative or policy.decay is not None):
-        raise ValueError(
-            "in one pass a frame has one position and one key: relative positions and EMA sinks need a pass per chunk"
-        )
-    return seen
+FRAMEWISE = Causal(1, 1)
 
 
 # ------------------------------------------------------------------------------------------------- what a call sees
@@ -191,47 +124,13 @@ class CausalAttention(SelfAttention):
 
     def _masked(self, query: Tensor, key: Tensor, value: Tensor, sight: Sight) -> Tensor:
         """Of each group what it sees is gathered: no mask is read; or flex attention, which skips what it hides."""
-        if flex := _flex(query.device.type):
+        if flex := flex_attention_on(query.device.type):
             return flex_masked(flex, query, key, value, sight)
         tokens, found = query.shape[1] // sight.frames, []
         for (start, stop), seen in sight.groups:
             k, v = (torch.cat([x[:, a * tokens : b * tokens] for a, b in seen], 1) for x in (key, value))
             found.append(self._attend(query[:, start * tokens : stop * tokens], k, v))
         return torch.cat(found, 1)
-
-
-@once
-def _flex(device: str) -> Any:
-    """Flex attention, compiled, on a GPU where it works; ``None``: what is seen is gathered."""
-    if device != "cuda":
-        return None
-    try:
-        from torch.nn.attention.flex_attention import flex_attention
-
-        compiled = torch.compile(flex_attention)
-        x = torch.zeros(1, 1, 128, 64, device=device)
-        compiled(x, x, x)
-    except Exception:  # whatever a compiler may say: gathering needs none
-        return None
-    return compiled
-
-
-def flex_masked(flex: Any, query: Tensor, key: Tensor, value: Tensor, sight: Sight) -> Tensor:
-    """The same by flex attention: ``(B, tokens, heads, width)`` in and out."""
-    out = flex(
-        *(x.transpose(1, 2) for x in (query, key, value)), block_mask=_block_mask(sight, query.shape[1], query.device)
-    )
-    return out.transpose(1, 2)
-
-
-@once
-def _block_mask(sight: Sight, length: int, device: torch.device) -> Any:
-    from torch.nn.attention.flex_attention import create_block_mask
-
-    seen, tokens = sight.mask().to(device), length // sight.frames
-    return create_block_mask(
-        lambda b, h, q, k: seen[q // tokens, k // tokens], None, None, length, length, device=device.type
-    )
 
 
 class TextOnce(FoldedPadding):

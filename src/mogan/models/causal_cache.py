@@ -54,6 +54,9 @@ class Policy:
         return found
 
 
+FULL = Policy()
+
+
 @dataclass(frozen=True)
 class Causal:
     """How the clips of a causal student come about: kept beside its weights, as ``causal`` in ``mogan.json``.

@@ -12,8 +12,9 @@ from mogan.costs.calls import Tracer
 from mogan.costs.causal import forced
 from mogan.data.batches import Batch
 from mogan.errors import UserError
-from mogan.models.causal import CausalDenoiser, teacher_forcing
+from mogan.models.causal import CausalDenoiser
 from mogan.models.causal_cache import Causal
+from mogan.models.sight import teacher_forcing
 from mogan.objectives import Bill, Loss, Objective, Price, Randomness
 from mogan.objectives.base import Base
 from mogan.objectives.flow_matching import OF_CLIPS, stack_some

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from mogan.config import LCM
 from mogan.models.autoencoder import stream_chunks
-from mogan.models.causal import FULL, CausalDenoiser
-from mogan.models.causal_cache import Cache, Causal, Policy
+from mogan.models.causal import CausalDenoiser
+from mogan.models.causal_cache import FULL, Cache, Causal, Policy
 from mogan.sampling.rollout import Rollout, normal
 from mogan.schedule import add_noise, levels_of
 
