@@ -81,7 +81,9 @@ SIZE = {"fps": 16, "height": 32, "width": 48, "frames": 13}
 
 @pytest.fixture(scope="session")
 def family(tmp_path_factory) -> Path:
-    """``teacher/`` (a stock pipeline folder), exports ``student/`` and ``causal/``, and ``raft/``, all random; 32 x 32, 13 frames."""
+    """``teacher/`` (a stock pipeline folder), exports ``student/`` and ``causal/``, the teacher frame-sparse as ``sparse/``, and ``raft/``,
+    all random; 32 x 32, 13 frames.
+    """
     folder = tmp_path_factory.mktemp("family")
     torch.manual_seed(0)
     pipeline = WanPipeline(
@@ -96,6 +98,8 @@ def family(tmp_path_factory) -> Path:
     (folder / "teacher" / "mogan.json").write_text(json.dumps(facts))
     student = load_transformer(folder / "teacher")
     save_student(student, folder / "teacher", folder / "student", SIGMAS, torch.float32, card="a test")
+    shutil.copytree(folder / "teacher", folder / "sparse")
+    write_mask(folder / "sparse" / "transformer", Mask(4, (1,) * 4, {"threshold": 0.1}))
     config = RaftConfig((8, 8, 8, 8, 16), (8, 8, 8, 8, 16), 8, 2, 2, 16)
     save_raft(config.build(), config, folder / "raft")
     student, how = load_transformer(folder / "teacher"), Causal(1, 1)

@@ -77,6 +77,7 @@ def command(recipe, family, cache, out, *more):
     words += ["--data", str(cache), "--out", str(out), *more]
     begins = {"mogan": "student", "offloaded": "student", "redmd": "teacher", "shift": "teacher"}
     begins |= dict.fromkeys(("reward_forcing", "mogan_causal"), "causal")
+    begins |= {"efficient_vdit_kd": "sparse"}
     begin = begins.get(recipe)  # those that post-train
     return words + (["--student", str(family / begin)] if begin else [])
 
@@ -173,6 +174,7 @@ def test_two_processes_follow_the_trajectory_of_one_and_each_resumes_the_other(f
         ("causal_cd", 2, ()),
         ("llia", 2, ()),
         ("efficient_vdit_mcd", 2, ()),
+        ("efficient_vdit_kd", 2, ()),
         ("tdm", 2, ("--context-parallel", "2")),
         ("accvideo", 2, ()),
         ("accvideo", 2, ("--context-parallel", "2")),

@@ -13,8 +13,10 @@ from mogan.costs.shapes import read_shapes
 from mogan.costs.shapes import sparse as made_sparse
 from mogan.data.batches import Batch
 from mogan.data.cache import open_cache
+from mogan.errors import UserError
 from mogan.models.denoiser import Denoiser, guided_velocity
-from mogan.models.frame_sparse import kept_share, mask_of
+from mogan.models.frame_sparse import kept_share, mask_of, set_frame_sparse
+from mogan.objectives.block_distillation import BlockDistillation, BlockDistillationConfig
 from mogan.objectives.mcd import MCD, MCDConfig
 from mogan.recipes import efficient_vdit_mcd_lab
 from mogan.runs.checkpoint import latest_checkpoint, load_part
@@ -176,9 +178,119 @@ def test_a_sparse_student_is_distilled_from_the_dense_model(lora, sparse, family
             assert all(torch.equal(whole[k], again[k]) for k in whole)
 
 
+# ---------------------------------------------------------------------------------------------- distilled by blocks
+
+
+SIGMAS = (1.0, 0.6)
+
+
+def distillation(family, counts, **settings):
+    """Of a student with so many references in each block."""
+    student, teacher = (Denoiser(loaded(family)) for _ in range(2))
+    set_frame_sparse(student.transformer, 4, counts)
+    teacher.requires_grad_(False)
+    own = BlockDistillationConfig(**{"weight": 0.5} | settings)
+    return BlockDistillation(student, teacher, NULL[0], SIGMAS, own)
+
+
+def test_the_dense_student_has_nothing_to_learn_from_blocks(family):
+    loss, numbers = distillation(family, (4,) * 4).student_loss(None, BATCH, torch.Generator().manual_seed(0))
+    assert float(loss.detach()) == float(numbers["blocks"]) == 0.0
+    loss, numbers = distillation(family, (4,) * 4, shift=3.0).student_loss(
+        None, BATCH, torch.Generator().manual_seed(0)
+    )
+    assert float(numbers["blocks"]) == 0.0
+    assert float(loss.detach()) > 0.1  # flow matching is still there
+    loss, numbers = distillation(family, (1,) * 4).student_loss(None, BATCH, torch.Generator().manual_seed(0))
+    assert min(float(loss.detach()), float(numbers["blocks"])) > 1e-5
+
+
+@pytest.mark.parametrize("shift", [None, 3.0])
+def test_the_loss_is_the_one_that_is_written_out(shift, family):
+    objective = distillation(family, (4, 1, 2, 4), shift=shift)
+    generator = torch.Generator().manual_seed(7)
+    drawn = torch.rand(2, generator=generator)
+    sigma = torch.tensor(SIGMAS)[(2 * drawn).long()] if shift is None else 3 * drawn / (1 + 2 * drawn)
+    if shift is not None:
+        torch.rand(2, generator=generator)  # no text is dropped
+    noise, s = torch.randn(CLIPS.shape, generator=generator), sigma.view(2, 1, 1, 1, 1)
+    text = torch.stack([torch.nn.functional.pad(t, (0, 0, 0, 6 - len(t))) for t in TEXT])
+    seen: list[list[torch.Tensor]] = []
+    for network in (objective.student, objective.teacher):
+        kept: list[torch.Tensor] = []
+        for block in network.transformer.blocks:
+            for part in (block.attn1, block.ffn):
+                part.register_forward_hook(lambda module, args, out, kept=kept: kept.append(out))
+        with torch.no_grad():
+            kept.append(network.velocity((1 - s) * CLIPS + s * noise, sigma, text))
+        seen.append(kept)
+    *ours, velocity = seen[0]
+    *theirs, dense = seen[1]
+    assert torch.equal(ours[0], theirs[0])  # the first block sees all
+    assert len(ours) == 8
+    parts = [((a - b) ** 2).sum((1, 2)) / (b**2).sum((1, 2)) for a, b in zip(ours, theirs, strict=True)]
+    blocks = sum(float(part.mean()) for part in parts) / 4  # attention and MLP, over blocks
+    target = dense if shift is None else noise - CLIPS
+    want = float((velocity - target).square().mean()) + 0.5 * blocks
+    loss, _ = objective.student_loss(None, BATCH, torch.Generator().manual_seed(7))
+    assert float(loss.detach()) == pytest.approx(want, rel=1e-5)
+    loss.backward()
+    assert all(p.grad is None for p in objective.teacher.parameters())
+    assert all(p.grad is not None for p in objective.student.transformer.blocks.parameters())
+
+
+def test_blocks_that_are_recomputed_give_the_same_gradients(family):
+    found = []
+    for recompute in (False, True):
+        objective = distillation(family, (1,) * 4)
+        if recompute:
+            objective.student.transformer.enable_gradient_checkpointing()
+            objective.student.train()
+        objective.student_loss(None, BATCH, torch.Generator().manual_seed(1))[0].backward()
+        found.append([p.grad for p in objective.student.transformer.blocks.parameters()])
+    for plain, recomputed in zip(*found, strict=True):
+        torch.testing.assert_close(plain, recomputed)
+
+
+@pytest.mark.parametrize("lora", [None, 3])
+def test_a_distilled_run_learns_from_its_own_weights_and_goes_on(lora, family, cache, tmp_path):
+    config = replace(tiny_recipes.efficient_vdit_kd(), lora=lora, iterations=2)
+    start, made, part = family / "sparse", tmp_path / "run", tmp_path / "part"
+    parts = trained(config, family / "teacher", start, cache, made)
+    judge = parts.objectives["kd"].judge
+    assert mask_of(judge.student.transformer) == open_generator(str(start)).mask
+    assert mask_of(judge.teacher.transformer) is None
+    records = [json.loads(line) for line in (made / "metrics.jsonl").read_text().splitlines()]
+    assert all(record["blocks"] > 0 for record in records)
+    trained(replace(config, iterations=1), family / "teacher", start, cache, part)
+    trained(config, family / "teacher", start, cache, part)
+    whole, again = (load_part(latest_checkpoint(folder), "ema") for folder in (made, part))
+    assert all(torch.equal(whole[k], again[k]) for k in whole)
+
+
+def test_what_cannot_be_distilled_is_a_sentence(family, sparse, cache):
+    def build(start, **changes):
+        config = replace(tiny_recipes.efficient_vdit_kd(), **changes)
+        return assemble(config, open_cache(cache), model=str(family / "teacher"), student=start, run=None, device="cpu")
+
+    for start, changes, said in (
+        (str(family / "teacher"), {}, "attends densely"),
+        (str(family / "sparse"), {"compile": True}, "looks into blocks"),
+        (
+            str(sparse / "student"),
+            {},
+            "samples by lcm and efficient_vdit_kd_lab trains a student that samples by euler",
+        ),
+    ):
+        with pytest.raises(UserError, match=said):
+            build(start, **changes)
+    assert build(str(sparse / "student"), rollout=None).config.solver == "lcm"  # a DMD student, as it is sampled
+
+
 # ---------------------------------------------------------------------------------------------- what it costs
 
 
+@pytest.mark.slow
 def test_attentions_share_of_the_price_falls_with_the_pairs_that_are_kept():
     shapes = read_shapes("lab")
     _, frames, height, width = shapes.latent

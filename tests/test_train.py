@@ -41,6 +41,7 @@ RECIPES = {
     "causal_cd": tiny_recipes.causal_cd,
     "llia": tiny_recipes.llia,
     "efficient_vdit_mcd": tiny_recipes.efficient_vdit_mcd,
+    "efficient_vdit_kd": tiny_recipes.efficient_vdit_kd,
     "self_forcing_windowed": tiny_recipes.self_forcing_windowed,
     "reward_forcing": tiny_recipes.reward_forcing,
     "mogan_causal": tiny_recipes.mogan_causal,

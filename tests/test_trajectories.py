@@ -51,6 +51,8 @@ RECIPES = {
     "causal_cd_lab": tiny_recipes.causal_cd,
     "llia_lab": tiny_recipes.llia,
     "efficient_vdit_mcd_lab": tiny_recipes.efficient_vdit_mcd,
+    "efficient_vdit_kd_lab": tiny_recipes.efficient_vdit_kd,
+    "efficient_vdit_kd_teacher_lab": tiny_recipes.efficient_vdit_kd_teacher,
     "self_forcing_lab": tiny_recipes.self_forcing,
     "asd_lab": tiny_recipes.asd,
     "reward_forcing_lab": tiny_recipes.reward_forcing,

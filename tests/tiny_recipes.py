@@ -39,6 +39,8 @@ def shrink(config: Config) -> Config:
 
 def start(config: Config, family: Path) -> str | None:
     """The folder of the test family that a recipe's student starts from; None where it is the base model."""
+    if "kd" in config.objectives:
+        return str(family / "sparse")
     if not config.post_trains:
         return None
     if config.causal is not None:
@@ -185,6 +187,14 @@ def llia() -> Config:
 
 def efficient_vdit_mcd() -> Config:
     return shrink(recipes.efficient_vdit_mcd_lab())
+
+
+def efficient_vdit_kd() -> Config:
+    return shrink(recipes.efficient_vdit_kd_lab())
+
+
+def efficient_vdit_kd_teacher() -> Config:
+    return shrink(recipes.efficient_vdit_kd_teacher_lab())
 
 
 def self_forcing() -> Config:

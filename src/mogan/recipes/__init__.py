@@ -14,7 +14,14 @@ from mogan.recipes.accvideo import accvideo_lab, accvideo_lab_no_gan, accvideo_w
 from mogan.recipes.asd import asd_lab, asd_wan_1_3b
 from mogan.recipes.causal import causal_cd_lab, causal_cd_wan_1_3b, causal_teacher_lab, causal_teacher_wan_1_3b
 from mogan.recipes.dmd import dmd2_long_wan_1_3b, dmd2_wan_1_3b, dmd_i2v_lab, dmd_i2v_wan_1_3b, dmd_lab
-from mogan.recipes.efficient_vdit import efficient_vdit_mcd_lab, efficient_vdit_mcd_wan_1_3b
+from mogan.recipes.efficient_vdit import (
+    efficient_vdit_kd_lab,
+    efficient_vdit_kd_teacher_lab,
+    efficient_vdit_kd_teacher_wan_1_3b,
+    efficient_vdit_kd_wan_1_3b,
+    efficient_vdit_mcd_lab,
+    efficient_vdit_mcd_wan_1_3b,
+)
 from mogan.recipes.fine_tuning import flow_matching_lab, flow_matching_wan_1_3b, sft_i2v_lab, sft_i2v_wan_1_3b
 from mogan.recipes.llia import llia_lab, llia_wan_1_3b
 from mogan.recipes.mogan import (
@@ -49,7 +56,8 @@ RECIPES: dict[str, Callable[[], Config]] = {
         msm_wan_1_3b, phased_alternating_lab, phased_lab, phased_wan_1_3b, phased_wan_a14b, redmd_lab, redmd_wan_1_3b,
         reward_forcing_lab, reward_forcing_wan_1_3b, self_forcing_lab, self_forcing_wan_1_3b, sft_i2v_lab,
         sft_i2v_wan_1_3b, shift_lab, shift_wan_1_3b, tdm_lab, tdm_wan_1_3b, vdot_lab, vdot_wan_1_3b,
-        efficient_vdit_mcd_lab, efficient_vdit_mcd_wan_1_3b,
+        efficient_vdit_kd_lab, efficient_vdit_kd_teacher_lab, efficient_vdit_kd_teacher_wan_1_3b,
+        efficient_vdit_kd_wan_1_3b, efficient_vdit_mcd_lab, efficient_vdit_mcd_wan_1_3b,
     )
 }  # fmt: skip
 RECIPES |= {

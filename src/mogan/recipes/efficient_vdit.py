@@ -1,7 +1,10 @@
 """Efficient-vDiT (arXiv 2502.06155): fewer steps, then fewer pairs of frames in attention, then what the mask lost learnt again."""
 
+from dataclasses import replace
+
 from mogan.config import Config, Optimizer, Update
 from mogan.models.defaults import WAN_NEGATIVE_PROMPT
+from mogan.objectives.block_distillation import BlockDistillationConfig
 from mogan.objectives.mcd import MCDConfig
 from mogan.sampling.rollout import Euler
 from mogan.schedule import shifted_levels
@@ -43,4 +46,68 @@ def efficient_vdit_mcd_wan_1_3b() -> Config:
         checkpointing=True,
         save_every=100,
         sample_every=500,
+    )
+
+
+def efficient_vdit_kd_lab() -> Config:
+    """Stage 3, knowledge distillation: ``--student`` is what `mogan tiles` made of stage 1's export, and learns from the same
+    weights with dense attention.
+    """
+    return Config(
+        recipe="efficient_vdit_kd_lab",
+        post_trains=True,
+        sigmas=shifted_levels(3, 3.0),
+        rollout=Euler(stop=3),
+        plan=(Update(learns="student", by="kd", batch=16),),
+        optimizers={"student": Optimizer(lr=1e-4)},
+        objectives={"kd": BlockDistillationConfig(weight=1.0)},
+        iterations=200,
+        ema=0.98,
+        save_every=50,
+        sample_every=100,
+    )
+
+
+def efficient_vdit_kd_teacher_lab() -> Config:
+    """The same of a teacher of many guided steps that `mogan tiles` made sparse, beside flow matching on real clips."""
+    few = efficient_vdit_kd_lab()
+    return replace(
+        few,
+        recipe="efficient_vdit_kd_teacher_lab",
+        post_trains=False,
+        sigmas=shifted_levels(50, 3.0),
+        rollout=None,
+        objectives={"kd": BlockDistillationConfig(weight=1.0, shift=3.0, drop_text=0.1)},
+    )
+
+
+def efficient_vdit_kd_wan_1_3b() -> Config:
+    """Stage 3 on Wan2.1-T2V-1.3B; every number chosen here, none tried at this size."""
+    return Config(
+        recipe="efficient_vdit_kd_wan_1_3b",
+        post_trains=True,
+        sigmas=shifted_levels(10, 5.0),
+        rollout=Euler(stop=10),
+        plan=(Update(learns="student", by="kd", batch=64, accumulate=64),),
+        optimizers={"student": Optimizer(lr=1e-5, weight_decay=0.01)},
+        objectives={"kd": BlockDistillationConfig(weight=1.0)},
+        negative_prompt=WAN_NEGATIVE_PROMPT,
+        iterations=2000,
+        ema=0.99,
+        checkpointing=True,
+        save_every=100,
+        sample_every=500,
+    )
+
+
+def efficient_vdit_kd_teacher_wan_1_3b() -> Config:
+    """Wan2.1-T2V-1.3B made sparse, at all levels; every number chosen here, none tried at this size."""
+    few = efficient_vdit_kd_wan_1_3b()
+    return replace(
+        few,
+        recipe="efficient_vdit_kd_teacher_wan_1_3b",
+        post_trains=False,
+        sigmas=shifted_levels(50, 5.0),
+        rollout=None,
+        objectives={"kd": BlockDistillationConfig(weight=1.0, shift=5.0, drop_text=0.1)},
     )
