@@ -34,7 +34,7 @@ def client(studio):
 
 
 def begin(client, prompt=PROMPT, seed=3) -> str:
-    reply = client.post("/api/stream", json={"prompt": prompt, "seed": seed})
+    reply = client.post("/api/stream", json={"prompt": prompt, "state": None, "seed": seed})
     assert reply.status_code == 200, reply.text
     return reply.json()["stream"]
 
@@ -75,7 +75,7 @@ def test_the_page_gets_the_frames_of_the_engine_and_again_if_it_asks_again(clien
 def test_another_prompt_takes_effect_and_words_it_does_not_know_are_named(client):
     stream = begin(client)
     assert ask(client, stream, 0)[1]["change"] == 0
-    reply = client.post("/api/prompt", json={"stream": stream, "prompt": "a purple circle at rest"})
+    reply = client.post("/api/prompt", json={"stream": stream, "prompt": "a purple circle at rest", "state": None})
     assert reply.json() == {"change": 1, "notes": ["Words that the model does not know: purple."]}
     assert [ask(client, stream, number)[1]["change"] for number in (1, 2, 3)][-2:] == [1, 1]
 
@@ -167,20 +167,26 @@ def test_the_page_learns_what_it_needs(client):
 @pytest.mark.parametrize(
     ("path", "body", "status", "said"),
     [
-        ("stream", {"prompt": "", "seed": 0}, 422, "The prompt takes 1 to 2000 characters, not 0"),
-        ("stream", {"prompt": "x" * 2001, "seed": 0}, 422, "The prompt takes 1 to 2000 characters, not 2001"),
-        ("stream", {"prompt": "\ud800", "seed": 0}, 422, "The prompt holds half a character"),
-        ("stream", {"prompt": 3, "seed": 0}, 400, "prompt must be text."),
-        ("stream", {"prompt": "a", "seed": -1}, 400, "seed must be a whole number"),
-        ("stream", {"prompt": "a", "seed": True}, 400, "seed must be a whole number"),
-        ("stream", {"prompt": "a"}, 400, "The body must have exactly the fields prompt, seed."),
+        ("stream", {"prompt": "", "state": None, "seed": 0}, 422, "The prompt takes 1 to 2000 characters, not 0"),
+        (
+            "stream",
+            {"prompt": "x" * 2001, "state": None, "seed": 0},
+            422,
+            "The prompt takes 1 to 2000 characters, not 2001",
+        ),
+        ("stream", {"prompt": "\ud800", "state": None, "seed": 0}, 422, "The prompt holds half a character"),
+        ("stream", {"prompt": 3, "state": None, "seed": 0}, 400, "prompt must be text."),
+        ("stream", {"prompt": "a", "state": None, "seed": -1}, 400, "seed must be a whole number"),
+        ("stream", {"prompt": "a", "state": None, "seed": True}, 400, "seed must be a whole number"),
+        ("stream", {"prompt": "a", "state": "idle", "seed": 0}, 400, "state must be null or one that the model knows."),
+        ("stream", {"prompt": "a"}, 400, "The body must have exactly the fields prompt, state, seed."),
         ("next", {"stream": "x", "number": 0, "flow": False}, 409, "This stream has ended"),
         ("next", {"stream": None, "number": 0, "flow": False}, 409, "This stream has ended"),
         ("next", {"stream": "MINE", "number": 1, "flow": False}, 400, "number must be"),
         ("next", {"stream": "MINE", "number": -1, "flow": False}, 400, "number must be"),
         ("next", {"stream": "MINE", "number": "0", "flow": False}, 400, "number must be"),
-        ("prompt", {"stream": "é", "prompt": "a"}, 409, "This stream has ended"),
-        ("prompt", {"stream": "MINE", "prompt": "\n"}, 422, "The prompt takes"),
+        ("prompt", {"stream": "é", "prompt": "a", "state": None}, 409, "This stream has ended"),
+        ("prompt", {"stream": "MINE", "prompt": "\n", "state": None}, 422, "The prompt takes"),
         ("clip", {"stream": "x"}, 409, "This stream has ended"),
     ],
 )

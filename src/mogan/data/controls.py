@@ -263,7 +263,7 @@ def encode_controls(
             entry, frames, control = item
             control = control or show.made(frames, entry["id"])  # type: ignore[misc]
             mask = torch.from_numpy(control.mask_FHW)[None, None].float()
-            pictures = [_picture(path) for path in show.pictures_of(source)]
+            pictures = [read_picture(path) for path in show.pictures_of(source)]
             references = pictures_of_references(pictures, geometry.height, geometry.width)[None] if pictures else None
             made = show.encode(to_video(control.frames_FHWC), mask, references)[0]
             seen = None if show.look is None else show.look(frames[0])
@@ -305,7 +305,8 @@ def _same(
     return frames
 
 
-def _picture(path: Path) -> np.ndarray:
+def read_picture(path: Path) -> np.ndarray:
+    """uint8 ``(H, W, 3)``. Raises UserError."""
     try:
         with Image.open(path) as image:
             return np.array(image.convert("RGB"))

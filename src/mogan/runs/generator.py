@@ -56,6 +56,21 @@ class Generator:
             raise UserError(f"the student was trained for {offered} steps, not for {count}: give --steps one of these")
         return replace(self, sigmas=levels_of(self.sigmas, count))
 
+    def in_chunks(self, size: int) -> "Generator":
+        """The same generator, in chunks of so many latents after the first.
+
+        Raises:
+            UserError: it was not trained for that.
+        """
+        assert self.causal is not None
+        sizes = self.causal.sizes or (self.causal.rest,)
+        if size not in sizes:
+            offered = ", ".join(map(str, sizes))
+            raise UserError(
+                f"the student was trained for chunks of {offered} latents, not of {size}: give --chunk one of these"
+            )
+        return replace(self, causal=replace(self.causal, rest=size))
+
     def require_whole_clips(self, name: str) -> None:
         """Refuse a student that sees the past alone. Raises UserError."""
         if self.causal is not None:

@@ -41,6 +41,7 @@ def stream_endless(
     sigmas: tuple[float, ...],
     seed: int,
     again: bool = True,
+    given: Float[Tensor, "1 c g h w"] | None = None,
 ) -> Iterator[Float[Tensor, "1 c f h w"]]:
     """Latents, chunk by chunk as they are made; as long as nothing has left the window those of a clip of ``shape``.
 
@@ -51,6 +52,7 @@ def stream_endless(
         sigmas: as of :func:`mogan.sampling.rollout.roll_out`.
         seed: of its noise, which is drawn ``F`` latents at a time.
         again: run the past again under a text that is new.
+        given: the first chunk, which is seen clean and not made.
     """
     how, generator = student.how, [torch.Generator().manual_seed(seed)]
     text, past, start = text_at(0), {}, 0  # type: Tensor, Past, int
@@ -66,10 +68,16 @@ def stream_endless(
         while noise.shape[2] < frames:
             noise = torch.cat([noise, normal(torch.Size((1, *shape)), generator, text.device)], 2)
         x, noise = noise[:, :, :frames], noise[:, :, frames:]
-        x0 = take_steps(student, x, text, how.levels(min(start, 1), sigmas), generator, cache)
+        shown = given if start == 0 else None
+        x0 = (
+            take_steps(student, x, text, how.levels(min(start, 1), sigmas), generator, cache)
+            if shown is None
+            else shown
+        )
         yield x0
-        seen = noised_to(x0, how.context_sigma, generator)
-        cache = student.remember(seen, text, cache, how.context_sigma)
+        level = how.context_sigma if shown is None else 0.0
+        seen = noised_to(x0, level, generator)
+        cache = student.remember(seen, text, cache, level)
         past |= {start + i: (start, latent) for i, latent in enumerate(seen.split(1, 2))}
         start += frames
 

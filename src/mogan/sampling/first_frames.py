@@ -5,9 +5,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from mogan.data.clips import to_video
+from mogan.data.controls import PICTURES, read_picture
 from mogan.data.listing import Source, scan
 from mogan.data.lists import printable
 from mogan.data.video import read_frames
@@ -53,8 +55,14 @@ def _first_readable(sources: list[Source]) -> tuple[Path | None, str]:
 
 
 def first_pictures(clips: list[Path], size: Geometry) -> list[np.ndarray]:
-    """The first frame of each clip, uint8 ``(H, W, 3)``."""
-    return [next(read_frames(path, size=(size.height, size.width), only={0})).image_HWC for path in clips]
+    """The first frame of each clip, or of a picture that, scaled until it covers a frame, and of that the centre; uint8 ``(H, W, 3)``."""
+    fit = (size.width, size.height)
+    return [
+        np.array(ImageOps.fit(Image.fromarray(read_picture(path)), fit, Image.Resampling.LANCZOS))
+        if path.suffix.lower() in PICTURES
+        else next(read_frames(path, size=(size.height, size.width), only={0})).image_HWC
+        for path in clips
+    ]
 
 
 @torch.no_grad()

@@ -3,9 +3,9 @@
 | call | does |
 |---|---|
 | ``GET /api/model`` | what is played, and what the page begins with |
-| ``POST /api/stream`` ``{prompt, seed}`` | a new stream; the one before it ends |
+| ``POST /api/stream`` ``{prompt, state, seed}`` | a new stream; the one before it ends |
 | ``POST /api/next`` ``{stream, number, flow}`` | frames of a piece, RGBA, and their flow; 204: still being made, ask again |
-| ``POST /api/prompt`` ``{stream, prompt}`` | another text from the next chunk on |
+| ``POST /api/prompt`` ``{stream, prompt, state}`` | another text from the next chunk on; of states ``auto`` is what a script or a recording says |
 | ``POST /api/clip`` ``{stream}`` | what is kept of it, as mp4 |
 
 A piece may be asked for again, so that an answer that was lost loses nothing. No request names a path.
@@ -35,9 +35,11 @@ from starlette.routing import Route
 from mogan.data.video import write_video
 from mogan.errors import UserError
 from mogan.ranges import SEEDS
-from mogan.stream.engine import COLOURS, KEPT_SECONDS, MANNERS, SHAPES, Studio, Watched, checked, flow_over
+from mogan.stream.engine import COLOURS, KEPT_SECONDS, MANNERS, SHAPES, Studio, Text, Watched, checked, flow_over
+from mogan.stream.script import Following, When
 from mogan.survey import guard
 
+AUTO = "auto"  # the state that a script or a recording says
 WAIT = 1.0  # seconds after which a page that waits for a piece is told to ask again
 PAGE = {
     "/": ("index.html", "text/html"),
@@ -46,8 +48,8 @@ PAGE = {
 }
 
 
-def make_app(studio: Studio, prompt: str, seed: int) -> Starlette:
-    """The application that plays one model; ``prompt`` and ``seed`` are what its page begins with."""
+def make_app(studio: Studio, prompt: str, seed: int, when: When | None = None) -> Starlette:
+    """The application that plays one model; ``prompt`` and ``seed`` are what its page begins with, ``when`` what it follows."""
     desk = ThreadPoolExecutor(1, "stream")  # all that touches the networks, but for what makes chunks ahead
 
     @asynccontextmanager
@@ -74,7 +76,7 @@ def make_app(studio: Studio, prompt: str, seed: int) -> Starlette:
         lifespan=lifespan,
     )
     app.state.studio, app.state.desk, app.state.begins_with = studio, desk, {"prompt": prompt, "seed": seed}
-    app.state.watched, app.state.token = None, ""
+    app.state.watched, app.state.token, app.state.when = None, "", when
     return app
 
 
@@ -88,17 +90,19 @@ async def _model(request: Request) -> Response:
     size, source = studio.source.geometry, studio.source
     told: dict[str, Any] = {"name": studio.name, "fps": size.fps, "width": size.width, "height": size.height}
     told |= {"steps": len(source.sigmas or ()), "kept": KEPT_SECONDS, **request.app.state.begins_with}
-    lab = {"colours": {c: list(rgb) for c, rgb in COLOURS.items()}, "shapes": SHAPES, "manners": MANNERS}
+    manners = {"": "{}"} if source.states else MANNERS  # who is told states does not read what things do
+    lab = {"colours": {c: list(rgb) for c, rgb in COLOURS.items()}, "shapes": SHAPES, "manners": manners}
+    told |= {"states": [*([AUTO] if request.app.state.when else []), *source.states], "chunk": studio.student.how.rest}
     return _answer(told | ({"lab": lab} if studio.of_lab else {}))
 
 
 async def _begin(request: Request) -> Response:
     state = request.app.state
-    body = guard.fields(await guard.read_json(request), ("prompt", "seed"), "The body")
+    body = guard.fields(await guard.read_json(request), ("prompt", "state", "seed"), "The body")
     seed = body["seed"]
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed <= SEEDS:
         raise HTTPException(400, f"seed must be a whole number from 0 to {SEEDS}.")
-    text, notes = await _read(request, body["prompt"])
+    text, notes = await _read(request, body["prompt"], body["state"])
     if state.watched is not None:
         state.desk.submit(state.watched.close)
     state.watched, state.token = Watched(state.studio, seed, [text]), secrets.token_urlsafe(12)
@@ -106,9 +110,9 @@ async def _begin(request: Request) -> Response:
 
 
 async def _prompt(request: Request) -> Response:
-    body = guard.fields(await guard.read_json(request), ("stream", "prompt"), "The body")
+    body = guard.fields(await guard.read_json(request), ("stream", "prompt", "state"), "The body")
     watched = _mine(request, body["stream"])
-    text, notes = await _read(request, body["prompt"])
+    text, notes = await _read(request, body["prompt"], body["state"])
     return _answer({"change": watched.say(text), "notes": notes})
 
 
@@ -129,9 +133,11 @@ async def _next(request: Request) -> Response:
     if body["flow"] is True:
         parts.append(await asyncio.to_thread(flow_over, watched.kept.get(number - 1), frames))
     times, each = watched.times, max(1, watched.times.frames)
+    following = watched.texts[watched.text_of(number)]
     told = {
         "frames": len(frames),
         "change": watched.text_of(number),
+        "state": following.state(number) if isinstance(following, Following) else None,
         "make": times.make / each,
         "decode": times.decode / each,
     }
@@ -158,12 +164,16 @@ async def _clip(request: Request) -> Response:
     return Response(await asyncio.to_thread(write), headers={"cache-control": "no-store"}, media_type="video/mp4")
 
 
-async def _read(request: Request, prompt: Any) -> tuple[Any, list[str]]:
+async def _read(request: Request, prompt: Any, state: Any) -> tuple[Text, list[str]]:
+    studio, when = request.app.state.studio, request.app.state.when
     if not isinstance(prompt, str):
         raise HTTPException(400, "prompt must be text.")
-    studio: Studio = request.app.state.studio
+    if state not in (None, *([AUTO] if when else []), *studio.source.states):
+        raise HTTPException(400, "state must be null or one that the model knows.")
     words = checked(prompt, "The prompt")
-    return await asyncio.to_thread(studio.text, words), studio.notes(words)
+    if state == AUTO:
+        return Following(studio, words, when), studio.notes(words)
+    return await asyncio.to_thread(studio.text, words, state), studio.notes(words)
 
 
 def _mine(request: Request, token: Any) -> Watched:

@@ -1,7 +1,8 @@
 """``mogan stream``: a causal student's clips as they are made, on a page of this machine or in a file."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -15,7 +16,8 @@ from mogan.disk.files import writable_file
 from mogan.disk.locks import alone_at
 from mogan.errors import UserError
 from mogan.ranges import above, between, is_seed
-from mogan.stream.engine import Studio, Times, checked, cut, lab_prompt, open_studio, pieces
+from mogan.stream.engine import Studio, Times, checked, cut, open_studio, pieces
+from mogan.stream.script import Following, When, follow_sound, read_script
 from mogan.survey.serve import listen, run
 
 MP4 = rb"(?s)....ftyp"
@@ -26,9 +28,14 @@ def stream(
     model: str,
     prompt: tuple[str, ...] = (),
     seed: int = 0,
+    first_frame: Path | None = None,
+    script: Path | None = None,
+    audio: Path | None = None,
     out: Path | None = None,
-    seconds: float = 10.0,
+    seconds: float | None = None,
     steps: int | None = None,
+    chunk: int | None = None,
+    recache: bool = True,
     port: int = 8766,
     precision: Literal["auto", "bf16", "fp32"] = "auto",
     device: str = "auto",
@@ -44,16 +51,22 @@ def stream(
         model: a causal student: a run such as one of self_forcing_lab, an export, or an import with --chunks.
         prompt: what is shown first. With --out several may be given, quoted each; they share the seconds evenly.
         seed: of the noise; the same one, with the same prompts, gives the same frames.
+        first_frame: a picture, or a video whose first frame is meant, with which it begins; for a student that was given its first
+            frame (llia_lab) or any other whose first chunk is one latent.
+        script: lines of JSON, {"at": seconds, "state": name}, with a prompt or one alone: each from its second on.
+        audio: a recording that chooses the states speaking, listening and idle by loudness and voicing; it is not heard.
         out: an mp4 to write, in place of the page.
-        seconds: length of --out.
+        seconds: length of --out; 10, or that of --audio.
         steps: of a student that was trained for several numbers of steps one of them, else the largest.
+        chunk: latents at a time of a student that was trained for several sizes: 1 comes soonest, more are made faster.
+        recache: run what is kept of the past again under another prompt or state.
         port: of the page; 0 takes a free one.
         precision: of the networks; auto is fp32 on a CPU, else bf16.
         device: auto, cpu or cuda.
     """
     is_seed(seed=seed)
     above(0, seconds=seconds)
-    between(1, 1000, steps=steps)
+    between(1, 1000, steps=steps, chunk=chunk)
     between(0, 65535, port=port)
     target = choose_device(device)
     texts = [checked(text, "--prompt") for text in prompt]
@@ -63,28 +76,45 @@ def stream(
         if out.suffix.lower() != ".mp4":
             raise UserError(f"--out {out} must end in .mp4: give another --out")
         writable_file(out, MP4)
+    if script is not None and (audio is not None or len(texts) > 1):
+        raise UserError("--script says what happens when: leave out --audio, and give one --prompt at most")
+    if audio is not None and len(texts) > 1:
+        raise UserError("--audio chooses states under one prompt: give one --prompt")
+    opened = partial(open_studio, model, target, precision, steps, chunk, first_frame, recache)
     if out is None:
-        _serve(model, texts, seed, port, steps, precision, target)
+        _serve(opened, texts, seed, port, script, audio)
         return
-    studio = open_studio(model, target, precision, steps)
+    studio = opened()
     texts = texts or _usual(studio)
     for note in (note for text in texts for note in studio.notes(text)):
         print(f"prompt: {note}")
+    when, length = _when(studio, script, audio)
     with alone_at(out):
-        _write(studio, texts, seed, out, max(1, round(seconds * studio.source.geometry.fps)))
+        frames = max(1, round((seconds or length) * studio.source.geometry.fps))
+        _write(studio, texts, seed, out, frames, when)
 
 
 def _usual(studio: Studio) -> list[str]:
     if not studio.of_lab:
         raise UserError("say with --prompt what is to be shown")
-    return [lab_prompt("red", "circle", "bouncing")]
+    return [studio.usual]
 
 
-def _write(studio: Studio, prompts: list[str], seed: int, out: Path, frames: int) -> None:
+def _when(studio: Studio, script: Path | None, audio: Path | None) -> tuple[When | None, float]:
+    """What happens when, if something does, and for how long, seconds."""
+    if script is not None:
+        return read_script(script, studio.source.states), 10.0
+    return follow_sound(audio, studio.source.states) if audio is not None else (None, 10.0)
+
+
+def _write(studio: Studio, prompts: list[str], seed: int, out: Path, frames: int, when: When | None) -> None:
     texts, each = [studio.text(prompt) for prompt in prompts], studio.frames_per_latent
     begun, first, times = time.perf_counter(), 0.0, Times()
+    following = None if when is None else Following(studio, prompts[0], when)
 
     def text_at(latent: int) -> torch.Tensor:
+        if following is not None:
+            return following(latent)
         return texts[min(latent * each * len(texts) // frames, len(texts) - 1)]
 
     def seen() -> Iterator[np.ndarray]:
@@ -99,7 +129,7 @@ def _write(studio: Studio, prompts: list[str], seed: int, out: Path, frames: int
 
 
 def _serve(
-    model: str, texts: list[str], seed: int, port: int, steps: int | None, precision: str, device: torch.device
+    opened: Callable[[], Studio], texts: list[str], seed: int, port: int, script: Path | None, audio: Path | None
 ) -> None:
     try:
         import uvicorn  # noqa: F401  said before anything is loaded
@@ -108,8 +138,8 @@ def _serve(
     except ModuleNotFoundError as error:
         raise UserError(f"The page needs {error.name}: pip install 'mogan[survey]', or give --out.") from error
     with listen("127.0.0.1", port) as listener:
-        studio = open_studio(model, device, precision, steps)
+        studio = opened()
         begins_with = (texts or (_usual(studio) if studio.of_lab else [""]))[0]
-        app = make_app(studio, begins_with, seed)
+        app = make_app(studio, begins_with, seed, _when(studio, script, audio)[0])
         print(f"{studio.name} plays at http://127.0.0.1:{listener.getsockname()[1]}/ (Ctrl-C stops it)", flush=True)
         run(app, listener)

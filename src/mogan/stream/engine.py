@@ -9,7 +9,7 @@ import time
 import traceback
 from collections import abc
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
@@ -20,17 +20,20 @@ import torch
 from torch import Tensor
 
 from mogan.data.batches import one_ahead
+from mogan.data.clips import to_video
 from mogan.data.lists import whole
 from mogan.data.tokens import load_tokens
 from mogan.data.video import flow_picture
 from mogan.errors import UserError, too_little_memory
 from mogan.models import wan
 from mogan.models.attention import TEXT_LENGTH, stack_text
-from mogan.models.autoencoder import stream_chunks
+from mogan.models.autoencoder import encode_video, stream_chunks
 from mogan.models.causal import CausalDenoiser
+from mogan.models.states import told
 from mogan.motion.classical_flow import dis
 from mogan.runs.generator import Generator, open_generator
 from mogan.sampling.endless import stream_endless
+from mogan.sampling.first_frames import first_pictures
 from mogan.sampling.samplers import refuse_what_is_no_number, to_frames
 from mogan.world.scenes import COLOURS, DIRECTIONS, SHAPES
 
@@ -59,10 +62,24 @@ class Studio:
     tokens: Callable[[list[str]], list[list[int]]]
     unknown: int | None  # the tokenizer's number for words it does not know
     of_lab: bool  # it reads the captions of the lab's world, and nothing else
+    given: Tensor | None = None  # the first chunk's latent, of a first frame
+    again: bool = True  # what is kept of the past is run again under another text or state
 
-    def text(self, prompt: str) -> Tensor:
-        """A prompt as the student reads it, ``(1, L, D)``."""
-        return stack_text(self.encode([prompt]), self.device)
+    def text(self, prompt: str, state: str | None = None) -> Tensor:
+        """A prompt as the student reads it, and the state it is told, ``(1, L, D)``."""
+        return stack_text([told(text, state, self.source.states) for text in self.encode([prompt])], self.device)
+
+    @property
+    def usual(self) -> str:
+        """A prompt of the lab's world; who is told states is not told in words what to do."""
+        return "a red circle" if self.source.states else lab_prompt("red", "circle", "bouncing")
+
+    def chunk_of(self, latent: int) -> tuple[int, int]:
+        """The first latent of the chunk that a latent is in, and that of the next."""
+        how, frames = self.student.how, 1 + (self.source.geometry.frames - 1) // self.frames_per_latent
+        first, rest = min(how.first, frames), min(how.rest, frames)
+        start = 0 if latent < first else latent - (latent - first) % rest
+        return start, start + (rest if start else first)
 
     def notes(self, prompt: str) -> list[str]:
         """Sentences on what of a prompt the student does not read."""
@@ -77,11 +94,28 @@ class Studio:
         return self.vae.config.scale_factor_temporal
 
 
-def open_studio(model: str, device: torch.device, precision: str = "auto", steps: int | None = None) -> Studio:
+def open_studio(
+    model: str,
+    device: torch.device,
+    precision: str = "auto",
+    steps: int | None = None,
+    chunk: int | None = None,
+    first_frame: Path | None = None,
+    again: bool = True,
+) -> Studio:
     """Load a causal student: a run or a folder.
 
+    Args:
+        model: which.
+        device: where it computes.
+        precision: auto, bf16 or fp32.
+        steps: of one that was trained for several numbers of steps.
+        chunk: latents of every chunk but the first, of one that was trained for several sizes.
+        first_frame: a picture, or a video whose first frame is meant: the stream begins with it.
+        again: see :class:`Studio`.
+
     Raises:
-        UserError: it is none, or was not trained for so many steps.
+        UserError: it is none, or was not trained for so many steps, such chunks, or a first chunk of one picture.
     """
     source = open_generator(model)
     if source.causal is None or source.sigmas is None:
@@ -92,6 +126,12 @@ def open_studio(model: str, device: torch.device, precision: str = "auto", steps
     if steps is not None and not source.counts:
         raise UserError(f"{model} was trained for {len(source.sigmas)} steps alone: leave out --steps")
     source = source if steps is None else source.in_steps(steps)
+    source = source if chunk is None else source.in_chunks(chunk)
+    assert source.causal is not None
+    if first_frame is not None and source.causal.first != 1:
+        raise UserError(
+            f"a picture is one latent and the first chunk of {model} is {source.causal.first}: leave out --first-frame"
+        )
     dtype = wan.dtype_of(precision, device, few_steps=True)
     student = source.load(dtype).to(device).eval()
     assert isinstance(student, CausalDenoiser)
@@ -101,10 +141,13 @@ def open_studio(model: str, device: torch.device, precision: str = "auto", steps
         tokenizer.unk_token_id not in row
         for row in tokens([lab_prompt(c, s, m) for c in COLOURS for s in SHAPES for m in MANNERS])
     )
-    name = Path(model).name or model
-    return Studio(
-        name, source, student, vae, device, wan.load_text(source.folder, device), tokens, tokenizer.unk_token_id, known
-    )
+    name, encode, given = Path(model).name or model, wan.load_text(source.folder, device), None
+    if first_frame is not None:
+        picture = to_video(first_pictures([first_frame], source.geometry)[0][None]).to(device)
+        with torch.no_grad():
+            given = encode_video(vae, picture, False)
+    unknown = tokenizer.unk_token_id
+    return Studio(name, source, student, vae, device, encode, tokens, unknown, known, given, again)
 
 
 def lab_prompt(colour: str, shape: str, manner: str) -> str:
@@ -150,12 +193,17 @@ def pieces(
     spent, source = times or Times(), studio.source
     shape = wan.latent_shape(source.folder, source.geometry)
     assert source.sigmas is not None
-    made = stream_endless(studio.student, text_at, shape, source.sigmas, seed)
+    made = stream_endless(studio.student, text_at, shape, source.sigmas, seed, studio.again, studio.given)
+    side = torch.cuda.Stream(studio.device) if overlap and studio.device.type == "cuda" else None
 
     def chunk(_: int) -> Tensor:
-        with _clock(spent, "make"):
+        """On a GPU by a stream of its own, at whose end this thread waits: what is handed over is there."""
+        with _clock(spent, "make"), torch.cuda.stream(side) if side else nullcontext():
             latents = next(made)
-        refuse_what_is_no_number(latents)
+            refuse_what_is_no_number(latents)
+        if side:
+            side.synchronize()
+            latents.record_stream(torch.cuda.default_stream(studio.device))
         return latents
 
     chunks = one_ahead(chunk, count()) if overlap else map(chunk, count())
@@ -195,6 +243,8 @@ def cut(made: Iterator[np.ndarray], frames: int) -> Iterator[np.ndarray]:
 
 # ---------------------------------------------------------------------------------------------- one that is watched
 
+Text = Tensor | Callable[[int], Tensor]  # of a chunk, by its first latent
+
 
 @dataclass
 class Watched:
@@ -205,7 +255,7 @@ class Watched:
 
     studio: Studio
     seed: int
-    texts: list[Tensor]
+    texts: list[Text]
     times: Times = field(default_factory=Times)
     kept: dict[int, np.ndarray] = field(default_factory=dict)
     made: int = 0
@@ -215,7 +265,7 @@ class Watched:
     def __post_init__(self):
         self.source = pieces(self.studio, self._text_at, self.seed, self.times)
 
-    def say(self, text: Tensor) -> int:
+    def say(self, text: Text) -> int:
         """From the next chunk on another text; its number."""
         self.texts.append(text)
         return len(self.texts) - 1
@@ -224,7 +274,8 @@ class Watched:
         number = len(self.texts) - 1
         if not self.changes or self.changes[-1][1] != number:
             self.changes.append((latent, number))
-        return self.texts[number]
+        text = self.texts[number]
+        return text if isinstance(text, Tensor) else text(latent)
 
     def piece(self, number: int) -> np.ndarray | None:
         """Frames of a piece that is kept, or of the next one; ``None``: it is neither."""

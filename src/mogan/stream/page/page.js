@@ -4,11 +4,12 @@
 const $ = (id) => document.getElementById(id);
 const film = $("film").getContext("2d"), veil = $("flow").getContext("2d");
 let model = null;     // what /api/model says
-let stream = null;    // {id, seed, texts: by number, next: number of the piece to ask for, begun: when}
-let frames = [];      // to be shown: {pixels, flow, change, piece}
+let state = null;     // that is asked for: one of model.states, "auto" is what a script or a recording says
+let stream = null;    // {id, seed, texts: by number, states, next: number of the piece to ask for, begun: when}
+let frames = [];      // to be shown: {pixels, flow, change, state, piece}
 let shown = [];       // times of the latest ones
 let playing = true, speed = 1, flowing = false;
-let asking = false, due = 0, could = Infinity, firstFrame = null, now = -1;
+let asking = false, due = 0, could = Infinity, firstFrame = null, now = -1, nowState = null;
 
 // ---- talking to the server -------------------------------------------------------------------------------------
 
@@ -43,10 +44,10 @@ async function begin(prompt, seed) {
   stream = null; frames = []; shown = []; now = -1; could = Infinity; firstFrame = null;
   say("Making the first frame …");
   $("save").disabled = true;
-  const reply = await call("/api/stream", { prompt, seed });
+  const reply = await call("/api/stream", { prompt, state, seed });
   if (!reply.ok) { note(await sentence(reply)); say(""); return; }
   const told = await reply.json();
-  stream = { id: told.stream, seed, texts: [prompt], next: 0, begun };
+  stream = { id: told.stream, seed, texts: [prompt], states: [state], next: 0, begun };
   note(told.notes.join(" "));
   pause(false);
 }
@@ -55,10 +56,11 @@ async function change(prompt) {
   $("prompt").value = prompt;
   press();
   if (!stream) return begin(prompt, model.seed);
-  const mine = stream, reply = await call("/api/prompt", { stream: mine.id, prompt });
+  const mine = stream, reply = await call("/api/prompt", { stream: mine.id, prompt, state });
   if (!reply.ok) return reply.status === 409 ? begin(prompt, mine.seed) : note(await sentence(reply));
   const told = await reply.json();
   mine.texts[told.change] = prompt;
+  mine.states[told.change] = state;
   note(told.notes.join(" "));
   pause(false);
   title();
@@ -89,7 +91,7 @@ function take(told, pixels, mine) {
   const size = model.width * model.height * 4, flows = pixels.length > told.frames * size;
   const picture = (i) => new ImageData(pixels.subarray(i * size, (i + 1) * size), model.width, model.height);
   for (let i = 0; i < told.frames; i++)
-    frames.push({ pixels: picture(i), flow: flows ? picture(told.frames + i) : null, change: told.change, piece: mine.next });
+    frames.push({ pixels: picture(i), flow: flows ? picture(told.frames + i) : null, change: told.change, state: told.state, piece: mine.next });
   mine.next++;
   could = 1 / Math.max(told.make, told.decode);
 }
@@ -109,7 +111,7 @@ function show(time) {
   if (firstFrame === null) { firstFrame = performance.now() - stream.begun; $("save").disabled = false; }
   shown.push(time);
   say("");
-  if (frame.change !== now) { now = frame.change; title(); }
+  if (frame.change !== now || frame.state !== nowState) { now = frame.change; nowState = frame.state; title(); }
   sessionStorage.setItem("stream", JSON.stringify({ ...stream, next: frame.piece }));
 }
 
@@ -125,10 +127,11 @@ function numbers() {
 function title() {
   if (!stream) return;
   const last = stream.texts.length - 1;
-  $("now").textContent = stream.texts[Math.max(now, 0)];
+  const named = (number, told) => [stream.texts[number], told || stream.states[number]].filter(Boolean).join(" · ");
+  $("now").textContent = named(Math.max(now, 0), nowState);
   if (last > Math.max(now, 0)) {
     const next = document.createElement("small");
-    next.textContent = " → " + stream.texts[last];
+    next.textContent = " → " + named(last);
     $("now").append(next);
   }
 }
@@ -192,6 +195,11 @@ function press() {
   if (chosen) press.chosen = chosen;
 }
 
+function takeUp(name) {
+  state = name;
+  for (const one of $("states").children) one.setAttribute("aria-pressed", one.dataset.name === name);
+}
+
 function compose({ colour, shape, manner }) { return model.lab.manners[manner].replace("{}", "a " + colour + " " + shape); }
 
 function furnish(place, kind, names) {
@@ -217,9 +225,20 @@ async function arrive() {
   $("stage").style.setProperty("--ratio", model.width / model.height);
   $("about").textContent = model.name + ": " + model.steps + " steps a frame, " + model.width + " × " + model.height + " at " + model.fps +
     " frames a second. One page plays at a time. A save holds the last " + model.kept + " seconds.";
+  if (model.states.length) {
+    $("state").hidden = false;
+    for (const name of model.states) {
+      const made = button(name, () => { takeUp(name); change(stream ? stream.texts[stream.texts.length - 1] : $("prompt").value.trim()); });
+      made.dataset.name = name;
+      $("states").append(made);
+    }
+    takeUp(model.states[0]);
+  }
   if (model.lab) {
     $("lab").hidden = false;
-    press.chosen = { colour: Object.keys(model.lab.colours)[0], shape: model.lab.shapes[0], manner: "bouncing" };
+    const manners = Object.keys(model.lab.manners);
+    $("motion").hidden = manners.length === 1;
+    press.chosen = { colour: Object.keys(model.lab.colours)[0], shape: model.lab.shapes[0], manner: manners.length === 1 ? manners[0] : "bouncing" };
     furnish("manners", "manner", Object.keys(model.lab.manners));
     furnish("colours", "colour", Object.keys(model.lab.colours));
     furnish("shapes", "shape", model.lab.shapes);
@@ -230,6 +249,7 @@ async function arrive() {
   if (before && (await call("/api/next", { stream: before.id, number: before.next, flow: false })).ok) {
     stream = { ...before, begun };
     $("prompt").value = before.texts[before.texts.length - 1];
+    takeUp(before.states[before.states.length - 1]);
     press();
   } else if (model.prompt) { await begin(model.prompt, model.seed); } else { say("Say what it shows"); $("prompt").focus(); }
   if (stream) stream.begun = begun;

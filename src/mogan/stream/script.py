@@ -1,0 +1,93 @@
+"""What happens when in a stream: a script of states and prompts, or the states that a recording chooses."""
+
+import json
+from bisect import bisect_right
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from torch import Tensor
+
+from mogan.data.lists import read_text, whole
+from mogan.errors import UserError
+from mogan.stream.engine import Studio, checked
+from mogan.stream.sound import RATE, STATES, read_sound, state_of_sound, voiced
+
+When = Callable[
+    [float, float], tuple[str | None, str | None]
+]  # prompt (None: the stream's) and state of a stretch of seconds
+
+
+def read_script(path: Path, states: tuple[str, ...]) -> When:
+    """A line of JSON for each change: ``{"at": seconds, "state": name}``, a ``prompt`` too or alone; in order of time. ``null`` is no state.
+
+    Raises:
+        UserError: a line is none of these, or names a state that the student does not know.
+    """
+    times, found = [0.0], [(None, None)]  # type: list[float], list[tuple[str | None, str | None]]
+    for number, line in enumerate(read_text(path).split("\n"), 1):
+        if not line.strip():
+            continue
+        where = f"{path} line {number}"
+        try:
+            said = json.loads(line)
+            at = float(said["at"])
+            good = set(said) <= {"at", "state", "prompt"} and len(said) > 1 and times[-1] <= at < 1e9
+        except (ValueError, KeyError, TypeError, RecursionError):
+            good = False
+        if not good:
+            raise UserError(
+                f'{where} is no change: write {{"at": seconds, "state": name}}, with a prompt or one alone, in order of time'
+            )
+        prompt, state = said.get("prompt", found[-1][0]), said.get("state", found[-1][1])
+        times.append(at)
+        found.append((None if prompt is None else checked(whole(prompt, where), where), known(state, states, where)))
+    return lambda start, stop: found[bisect_right(times, start + 1e-6) - 1]
+
+
+def follow_sound(path: Path, states: tuple[str, ...]) -> tuple[When, float]:
+    """States by a recording (:func:`mogan.stream.sound.state_of_sound`), and its length in seconds."""
+    for state in STATES:
+        known(state, states, "--audio")
+    sound = read_sound(path)
+    heard = [voiced(channel) for channel in sound]
+    return (lambda start, stop: (None, state_of_sound(sound, start, stop, heard))), sound.shape[1] / RATE
+
+
+def known(state: object, states: tuple[str, ...], where: str) -> str | None:
+    """A state that a student knows, or none. Raises UserError."""
+    if state is not None and state not in states:
+        has = f"knows {', '.join(states)}" if states else "knows no states: train one with states, such as llia_lab"
+        raise UserError(f"{where} asks for the state {state!r}, and the student {has}")
+    return state if isinstance(state, str) else None
+
+
+@dataclass(frozen=True)
+class Following:
+    """A text that changes by itself: of each chunk what a script or a recording says of its seconds.
+
+    A change takes effect with the first chunk that begins at or after it; of a recording a chunk hears what will sound while
+    it is shown.
+    """
+
+    studio: Studio
+    prompt: str
+    when: When
+    texts: dict[tuple[str, str | None], Tensor] = field(default_factory=dict)
+
+    def __call__(self, latent: int) -> Tensor:
+        """The text of the chunk that begins with a latent; the same tensor for the same words, so that nothing is run again then."""
+        prompt, state = self._said(latent)
+        key = (prompt or self.prompt, state)
+        if key not in self.texts:
+            self.texts[key] = self.studio.text(*key)
+        return self.texts[key]
+
+    def state(self, latent: int) -> str | None:
+        """The state that a latent was made in."""
+        return self._said(latent)[1]
+
+    def _said(self, latent: int) -> tuple[str | None, str | None]:
+        each, fps = self.studio.frames_per_latent, self.studio.source.geometry.fps
+        begin, end = ((max(0, n - 1) * each + (n > 0)) / fps for n in self.studio.chunk_of(latent))
+        return self.when(begin, end)

@@ -1,0 +1,277 @@
+"""`mogan stream` of a student that is told states: a given first frame, scripts, recordings, chunks of several sizes, two stages."""
+
+import json
+import time
+import wave
+from itertools import count, islice
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+from mogan.cli import main
+from mogan.data.batches import one_ahead
+from mogan.data.video import read_video
+from mogan.errors import UserError
+from mogan.exchange.export import save_student
+from mogan.models.autoencoder import decode_video
+from mogan.models.causal_cache import Causal
+from mogan.models.states import attach_states
+from mogan.sampling.causal_rollout import stream_causal
+from mogan.sampling.samplers import to_frames
+from mogan.stream.engine import Watched, open_studio, pieces
+from mogan.stream.script import Following, follow_sound, read_script
+from mogan.stream.sound import RATE, read_sound, state_of_sound, voiced
+from test_causal import loaded
+
+SIGMAS, NAMES = (1.0, 0.6), ("idle", "listening", "speaking")
+TIMES = np.arange(RATE) / RATE
+
+
+@pytest.fixture(scope="module")
+def folder(family, tmp_path_factory):
+    """An export of a student for chunks of 1 and 3 latents that knows three states, and a picture."""
+    out = tmp_path_factory.mktemp("llia")
+    rows = {n: 3 * torch.randn(64, generator=torch.Generator().manual_seed(k)) for k, n in enumerate(NAMES)}
+    how = Causal(1, 1, sizes=(1, 3))
+    save_student(
+        attach_states(loaded(family), rows),
+        family / "teacher",
+        out / "student",
+        SIGMAS,
+        torch.float32,
+        "a test",
+        causal=how,
+    )
+    picture = np.random.default_rng(0).integers(0, 255, (40, 60, 3), np.uint8)
+    cv2.imwrite(str(out / "portrait.png"), cv2.GaussianBlur(picture, (9, 9), 0))
+    return out
+
+
+def studio_of(folder, **more):
+    return open_studio(str(folder / "student"), torch.device("cpu"), first_frame=folder / "portrait.png", **more)
+
+
+@pytest.fixture(scope="module")
+def studio(folder):
+    return studio_of(folder)
+
+
+def made(studio, text_at, number, **more):
+    return list(islice(pieces(studio, text_at, 3, **more), number))
+
+
+# ------------------------------------------------------------------------------------------------- first frame, sizes
+
+
+@pytest.mark.parametrize("chunk", [1, 3])
+def test_it_begins_with_the_picture_and_is_the_clip_that_was_given_it_bit_for_bit(folder, chunk):
+    studio = studio_of(folder, chunk=chunk)
+    text = studio.text("a red circle", "idle")
+    latents = torch.cat(list(stream_causal(studio.student, text, (4, 4, 4, 4), SIGMAS, [3], studio.given)), 2)
+    assert torch.equal(latents[:, :, :1], studio.given)
+    with torch.no_grad():
+        whole = to_frames(decode_video(studio.vae, latents))[0]
+    for overlap in (True, False):
+        assert np.array_equal(np.concatenate(made(studio, lambda n: text, 4, overlap=overlap)), whole)
+    assert [studio.chunk_of(n) for n in (0, 1, 3, 4)] == (
+        [(0, 1), (1, 2), (3, 4), (4, 5)] if chunk == 1 else [(0, 1), (1, 4), (1, 4), (4, 7)]
+    )
+
+
+def test_chunks_and_pictures_that_cannot_be_are_refused(folder, family, tmp_path):
+    with pytest.raises(UserError, match="chunks of 1, 3 latents, not of 2"):
+        studio_of(folder, chunk=2)
+    save_student(
+        loaded(family), family / "teacher", tmp_path / "two", SIGMAS, torch.float32, "a test", causal=Causal(2, 2)
+    )
+    with pytest.raises(UserError, match="a picture is one latent"):
+        open_studio(str(tmp_path / "two"), torch.device("cpu"), first_frame=folder / "portrait.png")
+
+
+# ------------------------------------------------------------------------------------------------- scripts
+
+
+def script(path, *changes):
+    path.write_text("".join(json.dumps(change) + "\n" for change in changes))
+    return path
+
+
+def test_a_state_takes_effect_with_the_chunk_that_begins_after_it(folder, tmp_path):
+    path = script(
+        tmp_path / "s.jsonl", {"at": 0, "state": "idle"}, {"at": 0.5, "state": "speaking"}, {"at": 1, "state": None}
+    )
+    for chunk, wanted in ((1, "iiiss....."), (3, "iiiisss...")):  # latent n begins with frame 4 n - 3, of 16 a second
+        studio = studio_of(folder, chunk=chunk)
+        follow = Following(studio, "a red circle", read_script(path, NAMES))
+        assert [follow.state(n) for n in range(10)] == [{"i": "idle", "s": "speaking", ".": None}[c] for c in wanted]
+        assert follow(0) is follow(1)  # nothing is run again where nothing changes
+        assert torch.equal(follow(4), studio.text("a red circle", "speaking"))
+    prompts = read_script(script(path, {"at": 0, "state": "idle"}, {"at": 1, "prompt": "a blue circle"}), NAMES)
+    assert prompts(1.0, 2.0) == ("a blue circle", "idle")
+
+
+def test_the_change_is_seen_at_once_and_with_the_past_run_again_or_not(folder):
+    studio, stale = studio_of(folder), studio_of(folder, again=False)
+    texts = [studio.text("a red circle", name) for name in ("idle", "speaking")]
+    plain = made(studio, lambda n: texts[0], 5)
+    changed = made(studio, lambda n: texts[n >= 3], 5)
+    kept = made(stale, lambda n: texts[n >= 3], 5)
+    assert [np.array_equal(a, b) for a, b in zip(plain, changed, strict=True)] == [True, True, True, False, False]
+    assert [np.array_equal(a, b) for a, b in zip(plain, kept, strict=True)] == [True, True, True, False, False]
+    assert not np.array_equal(changed[3], kept[3])
+    copy = texts[0].clone()
+    assert np.array_equal(
+        np.concatenate(made(studio, lambda n: texts[0] if n < 3 else copy, 4)), np.concatenate(plain[:4])
+    )
+
+
+@pytest.mark.parametrize(
+    ("line", "sentence"),
+    [
+        ("{", "line 1 is no change"),
+        ('{"at": 1}', "line 1 is no change"),
+        ('{"at": -1, "state": "idle"}', "line 1 is no change"),
+        ('{"at": "nan", "state": "idle"}', "line 1 is no change"),
+        ('{"at": 2, "state": "idle"}\n{"at": 1, "state": "idle"}', "line 2 is no change"),
+        (
+            '{"at": 1, "state": "asleep"}',
+            "asks for the state 'asleep', and the student knows idle, listening, speaking",
+        ),
+        ('{"at": 1, "state": 3}', "asks for the state 3"),
+        ('{"at": 1, "prompt": " "}', "takes 1 to 2000 characters"),
+        ('{"at": 1, "mood": "x"}', "line 1 is no change"),
+    ],
+)
+def test_lines_that_are_no_change_are_a_sentence(line, sentence, tmp_path):
+    (tmp_path / "s.jsonl").write_text(line)
+    with pytest.raises(UserError, match=sentence):
+        read_script(tmp_path / "s.jsonl", NAMES)
+
+
+# ------------------------------------------------------------------------------------------------- sound
+
+
+def vowel(pitch, seconds=1.0, loud=0.3):
+    """A buzz of harmonics, as of a voice."""
+    time = np.arange(int(seconds * RATE)) / RATE
+    return loud * sum(np.sin(2 * np.pi * k * pitch * time) / k for k in range(1, 8)) / 2
+
+
+def write(path, *channels):
+    samples = (np.stack(channels, 1) * 32767).astype("<i2")
+    with wave.open(str(path), "wb") as file:
+        file.setnchannels(len(channels))
+        file.setsampwidth(2)
+        file.setframerate(RATE)
+        file.writeframes(samples.tobytes())
+    return path
+
+
+def test_a_voice_is_loud_and_periodic_and_noise_hum_and_silence_are_none():
+    noise = np.random.default_rng(0).normal(size=RATE)
+    for pitch in (80, 120, 220, 380):
+        assert voiced(vowel(pitch)).mean() > 0.9
+        assert voiced(vowel(pitch) + 0.01 * noise).mean() > 0.9
+    assert voiced(0.2 * noise).mean() < 0.05
+    assert voiced(np.zeros(RATE)).sum() == 0
+    assert voiced(vowel(120, loud=1e-4)).sum() == 0
+    assert (
+        voiced(0.3 * np.sin(2 * np.pi * 3000.7 * TIMES) * (TIMES > 0.5)).mean() < 0.6
+    )  # a limit: tones are voices, too
+    assert len(voiced(np.zeros(10))) == 0
+
+
+def test_one_voice_speaks_pauses_and_is_idle_and_two_take_turns(tmp_path):
+    still = np.zeros(RATE)
+    mono = read_sound(write(tmp_path / "m.wav", np.concatenate([still, vowel(150), still, still, still, still])))
+    assert mono.shape == (1, 6 * RATE)
+    assert [state_of_sound(mono, k, k + 1) for k in range(7)] == [
+        "idle", "speaking", "listening", "listening", "idle", "idle", "idle"
+    ]  # fmt: skip
+    left, right = np.concatenate([vowel(110), still, still]), np.concatenate([vowel(210), vowel(210), still])
+    stereo = read_sound(write(tmp_path / "s.wav", left, right))
+    assert [state_of_sound(stereo, k, k + 1) for k in range(3)] == ["speaking", "listening", "idle"]
+
+
+def test_what_is_no_sound_or_of_a_student_without_states_is_refused(folder, tmp_path):
+    (tmp_path / "no.wav").write_text("no")
+    for path in (tmp_path / "no.wav", tmp_path / "nowhere.wav"):
+        with pytest.raises(UserError, match="cannot be read as sound"):
+            read_sound(path)
+    with pytest.raises(UserError, match="holds no sound"):
+        read_sound(folder / "portrait.png")
+    with pytest.raises(UserError, match="knows no states"):
+        follow_sound(write(tmp_path / "a.wav", np.zeros(RATE)), ())
+
+
+def test_a_file_follows_a_recording_and_is_the_same_again(folder, tmp_path, capsys):
+    sound = write(tmp_path / "talk.wav", np.concatenate([np.zeros(RATE // 2), vowel(150, 0.5)]))
+    given = ["--first-frame", str(folder / "portrait.png"), "--prompt", "a red circle", "--precision", "fp32"]
+    command = ["stream", "--model", str(folder / "student"), *given, "--out", str(tmp_path / "a.mp4")]
+    assert main([*command, "--audio", str(sound)]) == 0
+    first = (tmp_path / "a.mp4").read_bytes()
+    assert read_video(tmp_path / "a.mp4")[0].shape == (16, 32, 32, 3)
+    same = script(tmp_path / "s.jsonl", {"at": 0, "state": "idle"}, {"at": 0.3, "state": "speaking"})
+    assert main([*command, "--script", str(same), "--seconds", "1"]) == 0
+    assert (tmp_path / "a.mp4").read_bytes() == first
+    assert main([*command, "--script", str(same), "--audio", str(sound)]) == 2
+    assert "leave out --audio" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------------- two stages
+
+
+@pytest.mark.parametrize(("make", "decode"), [(0.06, 0.04), (0.04, 0.06)])
+def test_two_stages_side_by_side_take_the_time_of_the_slower_one(make, decode):
+    chunks = 8
+    begun = time.perf_counter()
+    for _ in islice(one_ahead(lambda n: time.sleep(make), count()), chunks):
+        time.sleep(decode)
+    taken = time.perf_counter() - begun
+    meant, in_turn = max(make, decode) * (chunks - 1) + make + decode, chunks * (make + decode)
+    assert meant - 0.01 < taken < (meant + in_turn) / 2
+
+
+# ------------------------------------------------------------------------------------------------- the page
+
+
+def test_the_page_takes_states_up_and_follows_a_script(studio, tmp_path):
+    pytest.importorskip("starlette", reason="needs the extra `survey`")
+    from starlette.testclient import TestClient
+
+    from mogan.stream.app import make_app
+
+    when = read_script(
+        script(tmp_path / "s.jsonl", {"at": 0, "state": "idle"}, {"at": 0.2, "state": "speaking"}), NAMES
+    )
+    with TestClient(make_app(studio, "a red circle", 3, when), base_url="http://127.0.0.1") as client:
+        told = client.get("/api/model").json()
+        assert (told["states"], told["lab"]["manners"]) == (["auto", *NAMES], {"": "{}"})
+        stream = client.post("/api/stream", json={"prompt": "a red circle", "state": "auto", "seed": 3}).json()[
+            "stream"
+        ]
+
+        def piece(number):
+            while (
+                reply := client.post("/api/next", json={"stream": stream, "number": number, "flow": False})
+            ).status_code == 204:
+                pass
+            return json.loads(reply.headers["x-piece"]), np.frombuffer(reply.content, np.uint8).reshape(-1, 32, 32, 4)[
+                ..., :3
+            ]
+
+        found = [piece(n) for n in range(3)]
+        assert [t["state"] for t, _ in found] == ["idle", "idle", "speaking"]
+        follow = Following(studio, "a red circle", when)
+        client.post("/api/prompt", json={"stream": stream, "prompt": "a red circle", "state": "listening"})
+        assert [piece(n)[0]["change"] for n in (3, 4, 5)][1:] == [1, 1]
+        assert piece(5)[0]["state"] is None
+        unknown = client.post("/api/prompt", json={"stream": stream, "prompt": "a red circle", "state": "asleep"})
+        assert unknown.status_code == 400
+    want = made(studio, follow, 3)
+    assert all(np.array_equal(a, b) for a, (_, b) in zip(want, found, strict=True))
+    watched = Watched(studio, 3, [follow])
+    assert np.array_equal(watched.piece(0), want[0])
+    watched.close()
