@@ -232,6 +232,16 @@ def test_fields_are_taken_apart(tmp_path):
     assert probe(tmp_path / "a.mp4").remarks == (stream.INTERLACED,)
 
 
+def test_a_recording_that_kept_its_clock_is_not_truncated(tmp_path):
+    stamps = [3600000 + 62 * i for i in range(30)]
+    path = encode(tmp_path / "late.mkv", moving(30), stamps)
+    assert len(list(read_frames(path))) == 30
+    assert probe(path).duration_s == pytest.approx(30 * 0.062, abs=0.07)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 3])
+    with pytest.raises(UserError, match="truncated|breaks"):
+        list(read_frames(path))
+
+
 def test_a_duration_tag_that_is_no_number_says_nothing(tmp_path):
     with av.open(str(tmp_path / "a.mkv"), "w") as out:
         video = out.add_stream("ffv1", rate=16)

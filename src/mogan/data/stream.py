@@ -103,7 +103,11 @@ def opened(path: Path) -> Iterator[tuple[Any, Any]]:
 
 
 def declared_duration(container, stream) -> float | None:
-    """Seconds of picture the file says it has. Matroska times streams in a tag, or not at all when cut off."""
+    """Seconds of picture the file says it has. Matroska times streams in a tag, or not at all when cut off.
+
+    Matroska's are counted from 0, where the first picture need not lie: it comes later than the sound, or hours later where a
+    recording kept its clock.
+    """
     if stream.duration:
         return float(stream.duration * stream.time_base)
     tag = next((v for k, v in stream.metadata.items() if k.upper().startswith("DURATION")), None)
@@ -112,10 +116,13 @@ def declared_duration(container, stream) -> float | None:
             hours, minutes, seconds = (float(part) for part in tag.split(":"))
         except ValueError:  # some write what they like
             return None
-        return 3600 * hours + 60 * minutes + seconds
-    if container.duration and len(container.streams) == 1:
-        return container.duration / av.time_base
-    return None
+        end = 3600 * hours + 60 * minutes + seconds
+    elif container.duration and len(container.streams) == 1:
+        end = container.duration / av.time_base
+    else:
+        return None
+    start = float((stream.start_time or 0) * stream.time_base)
+    return end - start if start < end else end
 
 
 def timing(path: Path) -> Timing:
