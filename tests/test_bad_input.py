@@ -7,7 +7,7 @@ import pytest
 
 from mogan.cli import main
 from mogan.data.cache import open_cache
-from mogan.disk.files import replacing
+from mogan.disk.files import replacing, writable_folder
 from mogan.errors import UserError
 from mogan.models.wan import Geometry, fingerprint, latent_shape, load_text, load_transformer, resolve_model
 from mogan.training.loop import run_training
@@ -143,3 +143,47 @@ def test_a_cached_clip_cut_short_is_named_and_the_run_keeps_its_checkpoint(famil
         run_training(longer, tmp_path / "run")
     assert sorted((tmp_path / "run" / "checkpoints").iterdir()) == kept
     assert len(open_cache(own_cache)) == 8
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["sample", "--prompts", "x", "--motion-ratio", "0.9"], "--motion-ratio says nothing without --motion"),
+        (["train", "dmd_lab", "--data", "x", "--patience", "3"], "--patience says nothing without --held-out"),
+        (["prepare", "a.txt", "--fps", "8"], "--fps is of videos, and a.txt is a list of prompts"),
+        (["prepare", "a.jsonl", "--shard", "0/2"], "--shard is of videos"),
+        (
+            ["train", "dmd_lab", "--data", "x", "--seed", "1" + "0" * 400],
+            "--seed takes a number from 0 to 4294967295, not 1",
+        ),
+        (
+            ["sample", "--prompts", "x", "--first-seed", str(2**63)],
+            "from 0 to 9223372036854775807, not 9223372036854775808",
+        ),
+        (["sample", "--prompts", "x", "--guidance", "inf"], "of at least 0, and finite, not inf"),
+        (["prepare", "x", "--extra-prompts", "a", ""], "x is not a folder of videos"),
+    ],
+)
+def test_what_would_say_nothing_or_what_is_said_of_numbers(words, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main([*words, "--out", "made"]) == 2
+    assert said in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_student_of_a_few_steps_is_no_teacher(family, cache, tmp_path, capsys):
+    student, teacher, prompts = str(family / "student"), str(family / "teacher"), tmp_path / "a.txt"
+    prompts.write_text("a red circle")
+    for words in (
+        ["train", "dmd_lab", "--data", str(cache), "--model", student, "--student", teacher],
+        ["trajectories", "--prompts", str(prompts), "--model", student],
+    ):
+        assert main([*words, "--out", str(tmp_path / "out")]) == 2
+        assert "is a student of a few steps, which a teacher is not" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == [prompts]
+
+
+def test_a_link_that_leads_nowhere_is_one(tmp_path):
+    (tmp_path / "link").symlink_to("nowhere")
+    with pytest.raises(UserError, match="is a link that leads nowhere"):
+        writable_folder(tmp_path / "link")

@@ -288,6 +288,9 @@ def test_a_file_holds_the_seconds_asked_for_and_is_the_same_again(folder, studio
     before = (tmp_path / "want.mp4").read_bytes()
     (tmp_path / "want.mp4").unlink()
     assert out.read_bytes() == before
+    assert main(arguments) == 2
+    assert "is there already" in capsys.readouterr().err
+    out.unlink()
     assert main(arguments) == 0
     assert out.read_bytes() == before
     assert list(tmp_path.iterdir()) == [out]
@@ -303,6 +306,11 @@ def test_a_file_holds_the_seconds_asked_for_and_is_the_same_again(folder, studio
         (["--model", "CAUSAL", "--prompt", "a", "b"], "the page begins with one --prompt"),
         (["--model", "nowhere", "--out", "clip.mp4"], "nowhere"),
         (["--model", "CAUSAL", "--steps", "2"], "was trained for 3 steps alone"),
+        (["--model", "CAUSAL", "--seconds", "2"], "--seconds says nothing without --out"),
+        (
+            ["--model", "CAUSAL", "--out", "a.mp4", "--seconds", "0.2", "--prompt", "a", "b", "c"],
+            "too few for 3 prompts",
+        ),
     ],
 )
 def test_a_wrong_word_is_a_sentence(words, sentence, folder, family, tmp_path, monkeypatch, capsys):

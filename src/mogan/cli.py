@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from inspect import signature
 from pathlib import Path
 from threading import current_thread, main_thread
-from typing import NoReturn, get_args
+from typing import NoReturn, get_args, get_origin
 
 from mogan.disk.files import refusal
 from mogan.errors import UserError, closest, too_little_memory
@@ -157,8 +157,10 @@ def _check_options(command: Callable[..., None], words: list[str]) -> None:
         known |= {f"--{option}"} | (
             {f"--no-{option}"} if bool in (parameter.annotation, *get_args(parameter.annotation)) else set()
         )
-    for before, word in zip(["", *words], words, strict=False):
-        if not word and not _takes_text(before, command):
+    for number, word in enumerate(words):
+        before = words[number - 1] if number else ""
+        option = next((w for w in reversed(words[:number]) if w.startswith("--")), "")  # may take several words
+        if not word and not _takes_text(before, command) and not _takes_text(option, command, several=True):
             raise UserError(
                 f"an empty word stands {f'after {before}' if before else 'first'}, where a file or folder should be"
             )
@@ -171,12 +173,14 @@ def _check_options(command: Callable[..., None], words: list[str]) -> None:
             raise UserError(f"no option {option}{hint}")
 
 
-def _takes_text(word: str, command: Callable[..., None]) -> bool:
-    """Whether a word is an option whose value may be empty: an empty path would be the current folder."""
+def _takes_text(word: str, command: Callable[..., None], several: bool = False) -> bool:
+    """Whether a word is an option whose value may be empty, or each of several: an empty path would be the current folder."""
     found = (
         signature(command).parameters.get(word.removeprefix("--").replace("-", "_")) if word.startswith("--") else None
     )
-    return found is not None and Path not in (found.annotation, *get_args(found.annotation))
+    if found is None or (several and get_origin(found.annotation) is not tuple):
+        return False
+    return Path not in (found.annotation, *get_args(found.annotation))
 
 
 def run() -> NoReturn:

@@ -9,6 +9,13 @@ class UserError(Exception):
     """A mistake in what the user gave. The message is one sentence that says the fix; the CLI prints it and exits with 2."""
 
 
+def goes_with(other: str, there: bool, **options: bool) -> None:
+    """Refuse options that were given and say nothing where another one was not: whoever gives them expects something."""
+    for name, given in options.items():
+        if given and not there:
+            raise UserError(f"--{name.replace('_', '-')} says nothing without {other}: give that, too, or leave it out")
+
+
 def too_little_memory(error: Exception) -> str | None:
     """A sentence if the machine or its GPU had no memory left for what was asked of it; None for any other error."""
     text = str(error)

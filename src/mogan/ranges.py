@@ -22,7 +22,7 @@ def above(limit: float, **options: float | None) -> None:
 
 def between(least: float, most: float, **options: float | None) -> None:
     """Refuse what is below ``least`` or above ``most``."""
-    _check(options, lambda value: least <= value <= most, f"from {least:g} to {most:.10g}")
+    _check(options, lambda value: least <= value <= most, f"from {least:g} to {most}")  # every digit: seeds have many
 
 
 def is_seed(**options: int | None) -> None:
@@ -32,5 +32,10 @@ def is_seed(**options: int | None) -> None:
 
 def _check(options, holds, words: str) -> None:
     for name, value in options.items():
-        if value is not None and not (math.isfinite(value) and holds(value)):
-            raise UserError(f"--{name.replace('_', '-')} takes a number {words}, not {value}")
+        if value is None:
+            continue
+        finite = isinstance(value, int) or math.isfinite(value)  # an int may be larger than any float
+        if not finite or not holds(value):
+            raise UserError(
+                f"--{name.replace('_', '-')} takes a number {words}{'' if finite else ', and finite'}, not {value}"
+            )

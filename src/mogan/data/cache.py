@@ -248,6 +248,8 @@ def read_facts(path: Path) -> dict | None:
 
 def unlike(have: dict, want: dict) -> str:
     """In words, where the facts ``want`` differ from those a cache was made with; empty if nowhere."""
+    if have.get("contents") != want.get("contents", have.get("contents")):
+        return f"was made of {have.get('contents')}, not of {want['contents']}"
     wrong = [f"{key} {have.get(key)}, not {value}" for key, value in want.items() if have.get(key) != value]
     return "was made with " + " and ".join(wrong) if wrong else ""
 

@@ -107,13 +107,20 @@ def prepare(
     between(0, 1, motion_quantile=motion_quantile)
     if not motion_rich and (min_motion is not None or motion_quantile is not None):
         raise UserError("--min-motion and --motion-quantile choose among clips: add --motion-rich")
+    lists = source.suffix.lower() in SUFFIXES and not os.path.isdir(source)
+    of_videos = {"caption": caption, "flow": flow, "fps": fps, "height": height, "width": width, "frames": frames}
+    of_videos |= {"motion-rich": motion_rich or None, "uncaptioned": uncaptioned or None, "shard": shard}
+    if lists and (given := [f"--{name}" for name, value in of_videos.items() if value is not None]):
+        raise UserError(
+            f"{given[0]} is of videos, and {source} is a list of prompts: leave it out, or give a folder of videos"
+        )
     folder = wan.resolve_model(model)
     target = choose_device(device)
     _check_controls(folder, model, source, controls, references)
     text = once(lambda: wan.load_text(folder, target))
     tokens = load_tokens(folder)
     text_facts = {"model": model} | {part: wan.fingerprint(folder, part) for part in ("text_encoder", "tokenizer")}
-    if source.suffix.lower() in SUFFIXES and not os.path.isdir(source):
+    if lists:
         writable_folder(out)
         with alone_in(out):
             count = prepare_prompts(source, out, text_facts, lambda p: text()(p), extra_prompts, tokens)

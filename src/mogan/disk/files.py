@@ -182,6 +182,10 @@ def writable_folder(path: Path, option: str = "--out") -> None:
         probe.touch()
         probe.unlink()
     except OSError as error:
+        if path.is_symlink() and not path.exists():
+            raise UserError(
+                f"{option} {path} is a link that leads nowhere: give another {option}, or make what it names"
+            ) from error
         raise UserError(f"{option} {path} cannot be written to ({error.strerror}): give another {option}") from error
 
 

@@ -103,6 +103,14 @@ def refuse_controls(model: Path, who: str) -> Path:
     return model
 
 
+def refuse_few_steps(model: Path, name: str) -> None:
+    """Raise UserError for a student of a few steps where a teacher is wanted: guided as one it makes no clips."""
+    if defaults(model).sigmas is not None:
+        raise UserError(
+            f"{name} is a student of a few steps, which a teacher is not: name the model it was made from with --model"
+        )
+
+
 def model_facts(model: Path) -> dict:
     """What ``mogan.json`` beside ``model_index.json`` says; empty for a stock folder."""
     path = model / "mogan.json"

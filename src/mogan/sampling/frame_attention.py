@@ -54,7 +54,7 @@ def attention(
         device: auto, cpu or cuda.
     """
     if not levels or not all(0 < level <= 1 for level in levels):
-        raise UserError(f"--levels lie above 0 and up to 1, at least one, not {' '.join(map(str, levels))}")
+        raise UserError(f"--levels lie above 0 and up to 1, at least one, not {' '.join(map(str, levels)) or 'none'}")
     if not all(threshold >= 0 for threshold in thresholds):
         raise UserError(f"--thresholds are at least 0, not {' '.join(map(str, thresholds))}")
     target = choose_device(device)

@@ -21,7 +21,7 @@ from mogan.devices import choose_device
 from mogan.disk.files import writable_folder
 from mogan.disk.locks import alone_in
 from mogan.disk.shards import share_of
-from mogan.errors import UserError
+from mogan.errors import UserError, goes_with
 from mogan.models import attention, wan
 from mogan.models.conditions import conditioned, encode_control, encode_first_frame, nothing_shown
 from mogan.models.defaults import Defaults
@@ -97,6 +97,7 @@ def sample(
     at_least(0, guidance=guidance)
     above(0, shift=shift)
     between(0, 1, motion_ratio=motion_ratio)
+    goes_with("--motion", motion is not None, motion_ratio=motion_ratio != 0.5)
     target = choose_device(device)
     lines = read_prompts(prompts)
     list_sha = fingerprint(lines)

@@ -82,6 +82,7 @@ def trajectories(
         raise UserError(f"{model} is a training run: give its export (`mogan export`) as --model")
     source = open_generator("lab-teacher" if model == "lab" else model)
     source.require_whole_clips(model)
+    wan.refuse_few_steps(source.folder, model)
     wan.refuse_controls(source.folder, "a store of paths keeps none")
     own: dict[str, Any] = {"steps": steps, "guidance": guidance, "shift": shift, "negative_prompt": negative_prompt}
     how = replace(wan.defaults(source.folder), **{name: value for name, value in own.items() if value is not None})

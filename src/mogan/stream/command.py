@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from typing import Literal
 
@@ -14,13 +15,11 @@ from mogan.data.video import write_video
 from mogan.devices import choose_device
 from mogan.disk.files import writable_file
 from mogan.disk.locks import alone_at
-from mogan.errors import UserError
+from mogan.errors import UserError, goes_with
 from mogan.ranges import above, between, is_seed
 from mogan.stream.engine import Studio, Times, checked, cut, open_studio, pieces
 from mogan.stream.script import Following, When, follow_sound, read_script
 from mogan.survey.serve import listen, run
-
-MP4 = rb"(?s)....ftyp"
 
 
 def stream(
@@ -55,7 +54,7 @@ def stream(
             frame (llia_lab) or any other whose first chunk is one latent.
         script: lines of JSON, {"at": seconds, "state": name}, with a prompt or one alone: each from its second on.
         audio: a recording that chooses the states speaking, listening and idle by loudness and voicing; it is not heard.
-        out: an mp4 to write, in place of the page.
+        out: an mp4 to write, in place of the page; must not exist yet.
         seconds: length of --out; 10, or that of --audio.
         steps: of a student that was trained for several numbers of steps one of them, else the largest.
         chunk: latents at a time of a student that was trained for several sizes: 1 comes soonest, more are made faster.
@@ -72,10 +71,13 @@ def stream(
     texts = [checked(text, "--prompt") for text in prompt]
     if out is None and len(texts) > 1:
         raise UserError("the page begins with one --prompt and is told others while it plays; give several with --out")
+    goes_with("--out", out is not None, seconds=seconds is not None)
     if out is not None:
         if out.suffix.lower() != ".mp4":
             raise UserError(f"--out {out} must end in .mp4: give another --out")
-        writable_file(out, MP4)
+        writable_file(out, b"")
+        if out.exists():
+            raise UserError(f"--out {out} is there already: give another --out, or remove it")
     if script is not None and (audio is not None or len(texts) > 1):
         raise UserError("--script says what happens when: leave out --audio, and give one --prompt at most")
     if audio is not None and len(texts) > 1:
@@ -89,8 +91,9 @@ def stream(
     for note in (note for text in texts for note in studio.notes(text)):
         print(f"prompt: {note}")
     when, length = _when(studio, script, audio)
+    frames = max(1, round((seconds or length) * studio.source.geometry.fps))
+    _refuse_what_is_never_seen(studio, len(texts), frames)
     with alone_at(out):
-        frames = max(1, round((seconds or length) * studio.source.geometry.fps))
         _write(studio, texts, seed, out, frames, when)
 
 
@@ -107,6 +110,20 @@ def _when(studio: Studio, script: Path | None, audio: Path | None) -> tuple[When
     return follow_sound(audio, studio.source.states) if audio is not None else (None, 10.0)
 
 
+def _text_of(latent: int, texts: int, frames: int, each: int) -> int:
+    """Which of the texts the chunk that begins with this latent has."""
+    return min(latent * each * texts // frames, texts - 1)
+
+
+def _refuse_what_is_never_seen(studio: Studio, texts: int, frames: int) -> None:
+    each = studio.frames_per_latent
+    begins = accumulate(studio.student.how.chunks(1 + -(-(frames - 1) // each))[:-1], initial=0)
+    if len({_text_of(begin, texts, frames, each) for begin in begins}) < texts:
+        raise UserError(
+            f"{frames} frames are too few for {texts} prompts, each of which begins with a chunk: give more --seconds, or fewer prompts"
+        )
+
+
 def _write(studio: Studio, prompts: list[str], seed: int, out: Path, frames: int, when: When | None) -> None:
     texts, each = [studio.text(prompt) for prompt in prompts], studio.frames_per_latent
     begun, first, times = time.perf_counter(), 0.0, Times()
@@ -115,7 +132,7 @@ def _write(studio: Studio, prompts: list[str], seed: int, out: Path, frames: int
     def text_at(latent: int) -> torch.Tensor:
         if following is not None:
             return following(latent)
-        return texts[min(latent * each * len(texts) // frames, len(texts) - 1)]
+        return texts[_text_of(latent, len(texts), frames, each)]
 
     def seen() -> Iterator[np.ndarray]:
         nonlocal first

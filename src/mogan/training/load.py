@@ -88,6 +88,7 @@ def find_models(config: Config, model: str, student: str | None) -> tuple[Path, 
         raise UserError(
             f"{model} sees the past alone, which a teacher does not: name the model it was made from with --model"
         )
+    wan.refuse_few_steps(base, model)
     if student is None and config.post_trains and model != "lab":
         raise UserError(
             f"{config.recipe} post-trains a student: name it with --student (the export of the run that made it)"

@@ -16,7 +16,7 @@ from mogan.data.cache import Cache, open_cache
 from mogan.disk.files import writable_folder, write_atomically
 from mogan.disk.locks import alone_in
 from mogan.distributed import ONE, World, join
-from mogan.errors import UserError
+from mogan.errors import UserError, goes_with
 from mogan.estimate.fit import fit_run, would_fit
 from mogan.ranges import above, at_least, between, is_seed
 from mogan.recipes import find_recipe
@@ -94,6 +94,7 @@ def train(
     at_least(1, iterations=iterations, batch=batch, save_every=save_every, sample_every=sample_every)
     between(1, 10_000, lora=lora)  # no Wan is wider
     at_least(1, patience=patience, hsdp=hsdp, context_parallel=context_parallel)
+    goes_with("--held-out", held_out is not None, patience=patience != 5)
     is_seed(seed=seed)
     above(0, lr=lr, fit=fit)
     config = find_recipe(recipe)
