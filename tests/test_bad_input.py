@@ -168,7 +168,7 @@ def test_what_would_say_nothing_or_what_is_said_of_numbers(words, said, tmp_path
     monkeypatch.chdir(tmp_path)
     assert main([*words, "--out", "made"]) == 2
     assert said in capsys.readouterr().err
-    assert not list(tmp_path.iterdir())
+    assert not list(tmp_path.rglob("*.*"))
 
 
 def test_a_student_of_a_few_steps_is_no_teacher(family, cache, tmp_path, capsys):
@@ -180,7 +180,7 @@ def test_a_student_of_a_few_steps_is_no_teacher(family, cache, tmp_path, capsys)
     ):
         assert main([*words, "--out", str(tmp_path / "out")]) == 2
         assert "is a student of a few steps, which a teacher is not" in capsys.readouterr().err
-    assert list(tmp_path.iterdir()) == [prompts]
+    assert list(tmp_path.rglob("*.*")) == [prompts]
 
 
 def test_a_link_that_leads_nowhere_is_one(tmp_path):

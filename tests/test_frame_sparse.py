@@ -193,6 +193,9 @@ def test_the_command_writes_numbers_and_a_picture(family, tmp_path, capsys):
     assert kept["1000000000.0"]["kept"] == pytest.approx(kept_share(facts["frames"], 1))
     assert (out / "attention.png").stat().st_size > 1000
     assert "of pairs of frames kept" in capsys.readouterr().out
+    (out / "attention.json").write_text('{"mine": 1}')
+    assert main([str(w) for w in words]) == 2
+    assert "not what this command writes" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("option", "value"), [("--levels", "1.5"), ("--levels", "0"), ("--thresholds", "-1")])

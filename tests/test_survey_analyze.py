@@ -119,6 +119,9 @@ def test_the_same_votes_and_seed_give_the_same_numbers(folder):
     Rater(folder, {"motion": "first"})
     Rater(folder, {"text": "second"})
     assert analyze(folder) == analyze(folder, out=folder / "again")
+    (folder / "again" / "results.json").write_text('{"systems": {}}')  # of `mogan evaluate`
+    with pytest.raises(UserError, match="not what this command writes"):
+        analyze(folder, out=folder / "again")
 
 
 def test_metrics_are_held_against_the_votes(folder, tmp_path, capsys):

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from mogan.data.lists import read_prompts
 from mogan.devices import choose_device
-from mogan.disk.files import replacing, writable_folder, write_atomically
+from mogan.disk.files import replacing, writable_file, writable_folder, write_atomically
 from mogan.errors import UserError
 from mogan.models import wan
 from mogan.models.attention import stack_text
@@ -65,6 +65,7 @@ def attention(
     if thresholds and source.mask is not None:
         raise UserError(f"{model} is frame-sparse already: leave out --thresholds, or name the model it was made of")
     writable_folder(out)
+    writable_file(out / "attention.json", rb'\s*\{\s*"model"')
     frames = wan.latent_shape(source.folder, source.geometry)[1]
     found: Found = {level: {} for level in levels}
     wrong: dict[float, Tensor] = {}

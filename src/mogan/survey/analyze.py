@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import tyro
 
 from mogan import __version__
-from mogan.disk.files import replacing, writable_folder
+from mogan.disk.files import replacing, writable_file, writable_folder
 from mogan.ranges import is_seed
 from mogan.survey.ballots import Rater, Vote, read_votes
 from mogan.survey.figure import draw
@@ -47,6 +47,7 @@ def analyze(
     values = read_values(metrics, design) if metrics else None
     out = out or survey / "results"
     writable_folder(out)
+    writable_file(out / "results.json", rb'\s*\{\s*"format"')  # that of `mogan evaluate` has this name, too
     kept = {rater.id for rater in raters if not rater.reasons}
     results: dict[str, Any] = {
         "format": 1,
