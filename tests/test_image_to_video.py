@@ -9,6 +9,8 @@ import PIL.Image
 import pytest
 import torch
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanImageToVideoPipeline, WanTransformer3DModel
+from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
+from safetensors.torch import save_file
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
 
 import tiny_recipes
@@ -22,6 +24,8 @@ from mogan.data.video import read_frames, write_video
 from mogan.errors import UserError
 from mogan.estimate.random_wan import random_wan
 from mogan.exchange.export import export
+from mogan.exchange.imports import import_student
+from mogan.exchange.layouts import original_module, split_leaf
 from mogan.lab.teacher import build_text_encoder, build_tokenizer
 from mogan.models import attention, wan
 from mogan.models.conditions import conditioned
@@ -255,6 +259,62 @@ def test_two_experts_each_see_the_first_frame(without, tmp_path):
         both = denoiser.velocity(x, sigma, conditioned(text, control))
         one = Denoiser(denoiser.transformer).velocity(x, sigma, conditioned(text, control))
     torch.testing.assert_close(both, one)  # they are alike, and each sees its own row
+
+
+def in_diffusers(folder, file):
+    """Weights of the base after diffusers' own loader has read a LoRA file."""
+    pipe = WanImageToVideoPipeline.from_pretrained(folder)
+    pipe.load_lora_weights(file.parent, weight_name=file.name)
+    pipe.fuse_lora()
+    pipe.unload_lora_weights()
+    return pipe.transformer.state_dict()
+
+
+def close(a, b, but=()):
+    assert a.keys() == b.keys()
+    for name in a.keys() - {*but}:
+        torch.testing.assert_close(a[name], b[name], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("lora", [None, 3], ids=["all weights", "adapters"])
+def test_a_lora_file_is_read_alike_by_diffusers_and_by_us(lora, model, tmp_path):
+    folder, cache = model
+    config = replace(tiny_recipes.flow_matching(), iterations=3, lora=lora, ema=0.5)
+    config = replace(config, optimizers={k: replace(o, lr=0.02) for k, o in config.optimizers.items()})
+    trained(config, folder, cache, tmp_path / "run")
+    file = tmp_path / "x.safetensors"
+    export(tmp_path / "run", out=file, to="lora", rank=None if lora else 32)
+    assert "WanImageToVideoPipeline.from_pretrained" in file.with_suffix(".md").read_text()
+    import_student(file, base=str(folder), out=tmp_path / "back", sigmas=(1.0, 0.5))
+    ours, theirs = wan.load_transformer(tmp_path / "back").state_dict(), in_diffusers(folder, file)
+    close(ours, theirs)
+    student, base = open_generator(str(tmp_path / "run")).load().transformer, wan.load_transformer(folder)
+    matrices = [n for n, m in student.named_modules() if isinstance(m, torch.nn.Linear)]
+    if lora is None and wan.sees_pictures(folder):  # what sees the picture goes along
+        assert {"blocks.0.attn2.add_k_proj", "condition_embedder.image_embedder.ff.net.2"} < {*matrices}
+    for name in matrices:
+        torch.testing.assert_close(ours[f"{name}.weight"], student.state_dict()[f"{name}.weight"], atol=1e-4, rtol=1e-4)
+    before = base.state_dict()
+    assert any((ours[f"{n}.weight"] - before[f"{n}.weight"]).abs().max() > 1e-3 for n in matrices)
+    assert json.loads((tmp_path / "back" / "model_index.json").read_text())["_class_name"] == "WanImageToVideoPipeline"
+
+
+def test_weights_named_as_in_the_original_code_arrive_whole(model, tmp_path):
+    torch.manual_seed(2)
+    state = {k: torch.randn_like(v) for k, v in wan.load_transformer(model[0]).state_dict().items()}
+    there = {}
+    for name, tensor in state.items():
+        module, leaf = split_leaf(name)
+        there[".".join(filter(None, (original_module(module), leaf)))] = tensor
+    agreed = convert_wan_transformer_to_diffusers(dict(there))
+    close(agreed, state)
+    save_file(there, tmp_path / "x.safetensors")
+    import_student(tmp_path / "x.safetensors", base=str(model[0]), out=tmp_path / "in", sigmas=(1.0, 0.5))
+    close(wan.load_transformer(tmp_path / "in").state_dict(), state)
+    with pytest.raises(UserError, match="causal students make clips from text"):
+        import_student(
+            tmp_path / "x.safetensors", base=str(model[0]), out=tmp_path / "no", sigmas=(1.0, 0.5), chunks=(1, 1)
+        )
 
 
 # ---------------------------------------------------------------------------------------------- what is refused

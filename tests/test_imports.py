@@ -349,7 +349,7 @@ LORAS = {  # changes of one adapter -> what the sentence must say
     ),
     "image to video": (
         lora(**{"diffusion_model__blocks__0__cross_attn__k_img__diff_b": torch.ones(24)}),
-        "image-conditioned",
+        "image-to-video Wan with CLIP",
     ),
     "LoKr": (lora(Q_lokr_w1=torch.ones(2, 2), Q_lokr_w2=torch.ones(12, 12)), r"is a LoKr \(.*lokr_w1\)"),
     "LoHa": ({f"{Q}.hada_w1_a": torch.ones(24, 2), f"{Q}.alpha": torch.tensor(1.0)}, "is a LoHa"),
@@ -375,7 +375,9 @@ def test_a_lora_that_cannot_be_merged_is_refused_for_what_it_is(kind, family, tm
     with pytest.raises(UserError, match=message) as error:
         brought_in(tensors(state, tmp_path / "x.safetensors"), family, tmp_path)
     assert "\n" not in str(error.value)
-    assert ("give the --base" in str(error.value)) == (kind in ("another width", "turned", "a block too many"))
+    assert ("give the --base" in str(error.value)) == (
+        kind in ("another width", "turned", "a block too many", "image to video")
+    )
     assert not (tmp_path / "in").exists()
 
 
@@ -460,7 +462,7 @@ BROKEN = {  # a file that must be refused (from a whole student in the original 
     ),
     "image to video": (
         lambda s, p: tensors(s | {"img_emb.proj.1.weight": torch.zeros(2, 2)}, p / "x.safetensors"),
-        r"image-conditioned Wan \(img_emb",
+        r"image-to-video Wan with CLIP \(img_emb",
     ),
     "another shape": (
         lambda s, p: tensors(s | {Q0: torch.zeros(48, 48)}, p / "x.safetensors"),
@@ -536,7 +538,7 @@ def test_what_does_not_fit_is_named_in_one_sentence_and_nothing_is_written(kind,
     with pytest.raises(UserError, match=message) as error:
         brought_in(file, family, tmp_path)
     assert "\n" not in str(error.value)
-    assert ("give the --base" in str(error.value)) == (kind in ("another shape", "fewer blocks"))
+    assert ("give the --base" in str(error.value)) == (kind in ("another shape", "fewer blocks", "image to video"))
     assert not (tmp_path / "in").exists()
     assert "stranger" not in capsys.readouterr().out
 

@@ -97,9 +97,8 @@ def export(
             raise UserError(
                 f"{run} trained a student that is told where its steps end, which no LoRA of a stock Wan can be: leave out --to lora"
             )
-        if wan.has_controls(source.folder):
-            kind = "an image-to-video model" if wan.is_image_to_video(source.folder) else "a VACE"
-            raise UserError(f"{run} trained {kind}, of which no LoRA file is written here: leave out --to lora")
+        if wan.has_controls(source.folder) and not wan.is_image_to_video(source.folder):
+            raise UserError(f"{run} trained a VACE, of which no LoRA file is written here: leave out --to lora")
         if source.causal:
             raise UserError(
                 f"{run} trained a causal student, which a stock Wan with a LoRA would sample wrongly: leave out --to lora"

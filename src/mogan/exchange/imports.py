@@ -13,7 +13,7 @@ from torch import Tensor
 from mogan.disk.files import writable_folder
 from mogan.errors import UserError
 from mogan.exchange.card import model_card
-from mogan.exchange.export import CAUSAL_USAGE, FOLDER_USAGE, save_student
+from mogan.exchange.export import ANIMATING_USAGE, CAUSAL_USAGE, FOLDER_USAGE, save_student
 from mogan.exchange.layouts import IMAGE, QUANTISED, UNMERGED, adapters_in, diffusers_name, is_lora, parts_of_lora
 from mogan.exchange.lora_file import DTYPES
 from mogan.exchange.schedulers import scheduler_for
@@ -74,10 +74,12 @@ def import_student(
         raise UserError(f"--sigmas fall from 1 to above 0 (a timestep of 757 is 0.757), not {list(sigmas)}")
     causal = _causal(chunks, (window, sink, sink_decay, relative))
     scheduler_for(sigmas)  # refuse before reading gigabytes
-    files, folder = (
-        files_of(file),
-        wan.refuse_controls(wan.resolve_model(base), "files of students have no part for them"),
-    )
+    files, folder = files_of(file), wan.resolve_model(base)
+    animates = wan.is_image_to_video(folder)
+    if not animates:
+        wan.refuse_controls(folder, "files of students have no part for them")
+    elif causal is not None:
+        raise UserError(f"{base} animates a first frame, and causal students make clips from text: leave out --chunks")
     state, critic, part = read_student(files)
     refuse_unread(state, file)
     transformer = wan.load_transformer(folder)
@@ -92,12 +94,12 @@ def import_student(
         fake_score = wan.load_transformer(folder)
         set_weights(fake_score, critic, file)
     note = f"- made from `{file.resolve().name}` ({what}) by `mogan import`; the licence of that file holds too"
-    card = model_card(
-        "Few-step Wan student", folder, sigmas, [note], FOLDER_USAGE if causal is None else CAUSAL_USAGE, causal=causal
-    )
+    usage = CAUSAL_USAGE if causal else ANIMATING_USAGE if animates else FOLDER_USAGE
+    card = model_card("Few-step Wan student", folder, sigmas, [note], usage, causal=causal)
     save_student(transformer, folder, out, sigmas, DTYPES[dtype], card, fake_score=fake_score, causal=causal)
     also = " and its critic as the fake score" if critic is not None else ""
-    print(f"imported {what}{also} to {out}; try: mogan sample --model {out} --prompts prompts.txt --out clips")
+    more = " --first-frames VIDEOS" if animates else ""
+    print(f"imported {what}{also} to {out}; try: mogan sample --model {out} --prompts prompts.txt{more} --out clips")
 
 
 def _causal(chunks: tuple[int, int] | None, policy: tuple[int | None, int, float | None, bool]) -> Causal | None:
@@ -160,7 +162,7 @@ def set_weights(transformer: Any, state: dict[str, Tensor], file: Path) -> None:
     misfits = {k for k in own.keys() & named.keys() if own[k].shape != named[k].shape}
     if lacks == own.keys():
         raise UserError(f"{file} holds no Wan transformer but {some(more)}: name the file of the transformer")
-    _refuse_image(more, file)
+    _refuse_image((name for name in state if diffusers_name(name) in more), file)
     wrong = [f"lacks {some(lacks)}"] if lacks else []
     wrong += [f"has {some(more)} too many"] if more else []
     wrong += [f"has another shape for {some(misfits)}"] if misfits else []
@@ -271,7 +273,9 @@ def _fits(change: Tensor, parameter: Tensor) -> bool:
 def _refuse_image(names: Iterable[str], file: Path) -> None:
     seen = {name for name in names if IMAGE.search(name)}
     if seen:
-        raise UserError(f"{file} is of an image-conditioned Wan ({min(seen)}): only text-to-video models are read here")
+        raise UserError(
+            f"{file} is of an image-to-video Wan with CLIP ({min(seen)}), which this base is not: give the --base it was made from"
+        )
 
 
 def _size(shapes: Mapping[str, torch.Size]) -> str:

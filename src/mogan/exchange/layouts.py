@@ -17,6 +17,11 @@ ORIGINAL_TOP = {  # module or parameter in the original code -> in diffusers
     "time_projection.1": "condition_embedder.time_proj",
     "head.head": "proj_out",
     "head.modulation": "scale_shift_table",
+    # of image-to-video models that see the picture through CLIP
+    "img_emb.proj.0": "condition_embedder.image_embedder.norm1",
+    "img_emb.proj.1": "condition_embedder.image_embedder.ff.net.0.proj",
+    "img_emb.proj.3": "condition_embedder.image_embedder.ff.net.2",
+    "img_emb.proj.4": "condition_embedder.image_embedder.norm2",
 }
 ORIGINAL_BLOCK = {
     **{
@@ -28,6 +33,9 @@ ORIGINAL_BLOCK = {
     "self_attn.norm_k": "attn1.norm_k",
     "cross_attn.norm_q": "attn2.norm_q",
     "cross_attn.norm_k": "attn2.norm_k",
+    "cross_attn.k_img": "attn2.add_k_proj",
+    "cross_attn.v_img": "attn2.add_v_proj",
+    "cross_attn.norm_k_img": "attn2.norm_added_k",
     "norm3": "norm2",  # the one norm with weights; the two codes number it differently
     "ffn.0": "ffn.net.0.proj",
     "ffn.2": "ffn.net.2",
@@ -40,6 +48,8 @@ FASTVIDEO_TOP = {
     "condition_embedder.time_embedder.mlp.fc_in": "condition_embedder.time_embedder.linear_1",
     "condition_embedder.time_embedder.mlp.fc_out": "condition_embedder.time_embedder.linear_2",
     "condition_embedder.time_modulation.linear": "condition_embedder.time_proj",
+    "condition_embedder.image_embedder.ff.fc_in": "condition_embedder.image_embedder.ff.net.0.proj",
+    "condition_embedder.image_embedder.ff.fc_out": "condition_embedder.image_embedder.ff.net.2",
 }
 FASTVIDEO_BLOCK = {
     "to_q": "attn1.to_q",

@@ -72,15 +72,17 @@ def lora_usage(base: Path, source: Generator, files: list[str]) -> list[str]:
     """Lines of Python that put LoRA files and the levels they were trained for into a stock pipeline."""
     assert source.sigmas is not None
     config, name = scheduler_for(source.sigmas, source.solver).config, SCHEDULERS[source.solver].__name__
-    own, more, several = model_name(base), "", ", WanTransformer3DModel" if len(files) > 1 else ""
-    lines = [f"from diffusers import {name}, WanPipeline{several}\n"]
+    own, several = model_name(base), ", WanTransformer3DModel" if len(files) > 1 else ""
+    more = ", expand_timesteps=True" if source.animates else ""  # the first frame is given at level 0
+    pipeline = "WanImageToVideoPipeline" if source.animates or wan.is_image_to_video(base) else "WanPipeline"
+    lines = [f"from diffusers import {name}, {pipeline}{several}\n"]
     if len(files) > 1 and boundary_of(base) is None:
         lines.append(f'low = WanTransformer3DModel.from_pretrained("{own}", subfolder="transformer")')
-        more = f", transformer_2=low, boundary_ratio={source.boundary}"
+        more += f", transformer_2=low, boundary_ratio={source.boundary}"
     elif len(files) > 1:
-        more = f", boundary_ratio={source.boundary}"
+        more += f", boundary_ratio={source.boundary}"
     lines += [
-        f'pipe = WanPipeline.from_pretrained("{own}"{more})',
+        f'pipe = {pipeline}.from_pretrained("{own}"{more})',
         f"pipe.scheduler = {name}(shift={config.shift}, shift_terminal={config.shift_terminal})",
         f'pipe.load_lora_weights("{files[0]}")',
     ]
