@@ -29,6 +29,7 @@ from mogan.exchange.layouts import original_module, split_leaf
 from mogan.lab.teacher import build_text_encoder, build_tokenizer
 from mogan.models import attention, wan
 from mogan.models.conditions import conditioned
+from mogan.models.defaults import Defaults, Geometry
 from mogan.models.denoiser import Denoiser, guided_velocity
 from mogan.runs.generator import open_generator
 from mogan.training.assemble import assemble
@@ -245,6 +246,15 @@ def test_a_teacher_animates_with_guidance_as_the_stock_pipeline_does(model, clip
         model[0], first_picture(clips, 0), 3, 4, guidance_scale=2.0, negative_prompt="", generator=torch.manual_seed(4)
     )
     torch.testing.assert_close(ours, stock, atol=1e-3, rtol=0)
+
+
+def test_it_is_sampled_as_wans_own_code_does_where_its_folder_says_nothing(without):
+    size = {k: v for k, v in SIZE.items() if k in ("fps", "height", "width", "frames")}
+    assert vars(wan.defaults(without)) == vars(Defaults(steps=40, shift=3.0, size=Geometry(**size)))
+    (without / "transformer_2").mkdir()  # Wan2.2 A14B
+    assert vars(wan.defaults(without)) == vars(Defaults(steps=40, guidance=3.5, size=Geometry(**size)))
+    (without / "mogan.json").write_text(json.dumps(size | {"steps": 7, "shift": 2.5}))
+    assert (wan.defaults(without).steps, wan.defaults(without).shift) == (7, 2.5)
 
 
 def test_two_experts_each_see_the_first_frame(without, tmp_path):

@@ -37,6 +37,10 @@ class Geometry:
 
 WAN_22 = Geometry(fps=24, height=704, width=1280, frames=121)  # TI2V-5B, whose autoencoder has 48 channels
 
+# Wan's image-to-video models: generate.py of Wan2.1 at 480 lines (5 at 720), wan_i2v_A14B.py of Wan2.2
+ANIMATING = {"steps": 40, "shift": 3.0}
+ANIMATING_22 = {"steps": 40, "guidance": 3.5}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Defaults:

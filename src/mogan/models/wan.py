@@ -21,7 +21,7 @@ from mogan.disk.files import read_json
 from mogan.errors import UserError
 from mogan.models.attention import TEXT_LENGTH, set_attention
 from mogan.models.conditions import animates, reads_controls
-from mogan.models.defaults import WAN_22, Defaults, Geometry, read_defaults
+from mogan.models.defaults import ANIMATING, ANIMATING_22, WAN_22, Defaults, Geometry, read_defaults
 from mogan.models.parts import check_class, check_first_frame, check_parts, class_of, config_of, sees_pictures_by
 from mogan.models.states import attach_states, read_states
 from mogan.models.step_condition import from_stock
@@ -118,10 +118,13 @@ def model_facts(model: Path) -> dict:
 
 
 def defaults(model: Path) -> Defaults:
-    """What a model is sampled and measured with; where its folder does not say, as Wan 2.1 or 2.2's TI2V-5B."""
+    """What a model is sampled and measured with; where its folder does not say, as Wan 2.1 or 2.2's TI2V-5B, or as Wan's
+    image-to-video models.
+    """
     vae = config_of(model, "vae") or {}
     usual = WAN_22 if vae.get("z_dim") == 48 else Geometry()
-    return read_defaults(model_facts(model), usual, model / "mogan.json")
+    animating = (ANIMATING_22 if (model / "transformer_2").is_dir() else ANIMATING) if is_image_to_video(model) else {}
+    return read_defaults(animating | model_facts(model), usual, model / "mogan.json")
 
 
 def geometry(model: Path) -> Geometry:
