@@ -1,6 +1,7 @@
 """`mogan stream` of a student that is told states: a given first frame, scripts, recordings, chunks of several sizes, two stages."""
 
 import json
+import sys
 import time
 import wave
 from itertools import count, islice
@@ -16,7 +17,9 @@ from mogan.data.video import read_video
 from mogan.errors import UserError
 from mogan.exchange.export import save_student
 from mogan.models.autoencoder import decode_video
+from mogan.models.causal import CausalDenoiser
 from mogan.models.causal_cache import Causal
+from mogan.models.int8 import in_int8
 from mogan.models.states import attach_states
 from mogan.sampling.causal_rollout import stream_causal
 from mogan.sampling.samplers import to_frames
@@ -275,3 +278,47 @@ def test_the_page_takes_states_up_and_follows_a_script(studio, tmp_path):
     watched = Watched(studio, 3, [follow])
     assert np.array_equal(watched.piece(0), want[0])
     watched.close()
+
+
+# ------------------------------------------------------------------------------------------------- 8 bits
+
+
+def called(student):
+    """A chunk's velocity after another chunk."""
+    x = torch.randn(2, 1, 4, 1, 4, 4, generator=torch.Generator().manual_seed(1))
+    text = torch.randn(1, 4, 64, generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        cache = student.remember(x[0], text, student.begin(text))
+        return student.chunk_velocity(x[1], torch.full((1,), 0.6), text, cache)
+
+
+def rounded(weight_OI):
+    """Each row in 8 bits, symmetric about 0: what torchao keeps of weights."""
+    scale = weight_OI.abs().amax(1, keepdim=True) / 127
+    return (weight_OI / scale).round().clamp(-127, 127) * scale
+
+
+def test_weights_in_8_bits_are_off_by_half_a_step_and_the_answer_by_a_few_per_cent(family):
+    student = CausalDenoiser(loaded(family))
+    want = called(student)
+    for layer in (m for m in student.transformer.blocks.modules() if isinstance(m, torch.nn.Linear)):
+        found = rounded(layer.weight)
+        assert (found - layer.weight).abs().amax() <= layer.weight.abs().amax() / 254 * 1.001
+        layer.weight.data = found.detach()
+    assert 1e-5 < float((called(student) - want).norm() / want.norm()) < 0.03
+
+
+def test_int8_computes_in_the_blocks_alone_or_says_what_is_missing(folder, family, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchao.quantization", None)
+    with pytest.raises(UserError, match=r"pip install 'mogan\[int8\]'"):
+        studio_of(folder, precision="int8")
+    monkeypatch.undo()
+    pytest.importorskip("torchao", reason="needs the extra `int8`")
+    student = CausalDenoiser(loaded(family))
+    want, outside = called(student), student.transformer.proj_out.weight.clone()
+    in_int8(student.transformer)
+    assert 1e-5 < float((called(student) - want).norm() / want.norm()) < 0.06
+    assert torch.equal(student.transformer.proj_out.weight, outside)
+    assert type(student.transformer.blocks[0].attn1.to_q.weight.data) is not torch.Tensor
+    text = studio_of(folder).text("a red circle", "idle")
+    assert made(studio_of(folder, precision="int8"), lambda n: text, 3)[2].shape == (4, 32, 32, 3)

@@ -36,7 +36,7 @@ def stream(
     chunk: int | None = None,
     recache: bool = True,
     port: int = 8766,
-    precision: Literal["auto", "bf16", "fp32"] = "auto",
+    precision: Literal["auto", "bf16", "fp32", "int8"] = "auto",
     device: str = "auto",
 ) -> None:
     """Watch what a causal student makes while it makes it, and change the prompt meanwhile; or write it into a file.
@@ -60,7 +60,7 @@ def stream(
         chunk: latents at a time of a student that was trained for several sizes: 1 comes soonest, more are made faster.
         recache: run what is kept of the past again under another prompt or state.
         port: of the page; 0 takes a free one.
-        precision: of the networks; auto is fp32 on a CPU, else bf16.
+        precision: of the networks; auto is fp32 on a CPU, else bf16; int8 is auto with products in 8 bits (torchao).
         device: auto, cpu or cuda.
     """
     is_seed(seed=seed)

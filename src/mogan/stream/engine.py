@@ -29,6 +29,7 @@ from mogan.models import wan
 from mogan.models.attention import TEXT_LENGTH, stack_text
 from mogan.models.autoencoder import encode_video, stream_chunks
 from mogan.models.causal import CausalDenoiser
+from mogan.models.int8 import in_int8
 from mogan.models.states import told
 from mogan.motion.classical_flow import dis
 from mogan.runs.generator import Generator, open_generator
@@ -108,7 +109,7 @@ def open_studio(
     Args:
         model: which.
         device: where it computes.
-        precision: auto, bf16 or fp32.
+        precision: auto, bf16, fp32 or int8.
         steps: of one that was trained for several numbers of steps.
         chunk: latents of every chunk but the first, of one that was trained for several sizes.
         first_frame: a picture, or a video whose first frame is meant: the stream begins with it.
@@ -132,9 +133,11 @@ def open_studio(
         raise UserError(
             f"a picture is one latent and the first chunk of {model} is {source.causal.first}: leave out --first-frame"
         )
-    dtype = wan.dtype_of(precision, device, few_steps=True)
+    dtype = wan.dtype_of("auto" if precision == "int8" else precision, device, few_steps=True)
     student = source.load(dtype).to(device).eval()
     assert isinstance(student, CausalDenoiser)
+    if precision == "int8":
+        in_int8(student.transformer)
     vae, tokenizer = wan.load_vae(source.folder, dtype).to(device), wan.load_tokenizer(source.folder)
     tokens = load_tokens(source.folder)
     known = len(tokenizer) < 100 and all(
