@@ -23,12 +23,11 @@ from mogan.stream.engine import open_studio, pieces
 
 def measured(studio, text, overlap: bool, frames: int) -> tuple[float, float, float]:
     """Seconds to the first frame and to the next piece, frames a second after the first chunk that was made."""
-    begun, times, shown = time.perf_counter(), [], []
+    begun, times, shown, since = time.perf_counter(), [], [], studio.chunk_of(1)[1]
     with closing(pieces(studio, lambda latent: text, 0, overlap=overlap)) as made:
-        for piece in islice(made, 1 + -(-frames // studio.frames_per_latent)):
+        for piece in islice(made, since + -(-frames // studio.frames_per_latent)):
             times.append(time.perf_counter() - begun)
             shown.append(len(piece))
-    since = studio.chunk_of(1)[1]
     return times[0], times[1], sum(shown[since:]) / (times[-1] - times[since - 1])
 
 

@@ -1,6 +1,7 @@
 """LLIA: one set of weights for chunks of several sizes, given its first frame; consistency with and without a solver's step."""
 
 import json
+from collections import Counter
 from dataclasses import replace
 
 import numpy as np
@@ -10,6 +11,10 @@ import torch
 import tiny_recipes
 from mogan.cli import main
 from mogan.config import Update
+from mogan.costs.calls import Tracer
+from mogan.costs.causal import forced, one_of
+from mogan.costs.shapes import read_shapes
+from mogan.costs.trace import Call, Work
 from mogan.data.batches import Batch
 from mogan.data.cache import open_cache
 from mogan.data.choice import entries
@@ -21,13 +26,17 @@ from mogan.models.causal_cache import Causal, Policy, read_causal
 from mogan.models.denoiser import Denoiser
 from mogan.models.states import attach_states, detach_states, read_states, state_names, told, write_states
 from mogan.objectives.consistency import Consistency, ConsistencyConfig, labels_of
+from mogan.recipes import find_recipe
+from mogan.runs.checkpoint import latest_checkpoint, load_part
 from mogan.runs.generator import open_generator
 from mogan.sampling.causal_rollout import Chunked, stream_causal
 from mogan.sampling.rollout import normal, roll_out
 from mogan.training.load import find_models
+from mogan.training.loop import run_training
 from mogan.world.states import make_state_scene
 from test_causal import loaded, trained
 from test_causal_start import OneClip, Pairs
+from test_train import build
 
 SIZES = Causal(1, 1, sizes=(1, 2, 4))
 SIGMAS = (1.0, 0.6)
@@ -119,8 +128,8 @@ def test_without_a_teacher_the_next_level_has_the_same_noise_and_given_frames_do
         w = target.teacher_forced(CLIPS, moved, there, text, (1, 2, 2))
     gap = (x - framed[0] * v) - (moved - framed[1] * w)
     loss, _ = objective.student_loss(None, batch, torch.Generator().manual_seed(6))
-    assert float(loss) == pytest.approx(float(gap[:, :, 1:].square().mean()), rel=1e-5)
-    assert abs(float(gap.square().mean()) / float(loss) - 1) > 1e-3
+    assert float(loss.detach()) == pytest.approx(float(gap[:, :, 1:].square().mean()), rel=1e-5)
+    assert abs(float(gap.square().mean()) / float(loss.detach()) - 1) > 1e-3
 
 
 def test_the_exact_model_of_one_clip_is_consistent_without_a_solver_too():
@@ -307,3 +316,52 @@ def test_a_list_says_states_and_a_cache_keeps_them(tmp_path):
     (tmp_path / "metadata.jsonl").write_text(json.dumps(rows[0] | {"state_from": "soon"}))
     with pytest.raises(UserError, match="number of seconds"):
         scan(tmp_path)
+
+
+# ------------------------------------------------------------------------------------------------- cost, resuming
+
+
+def test_chunks_of_any_size_cost_their_mean_and_need_the_most_memory():
+    works = [Work(Counter({(flops, 0.0, "bf16"): 1})) for flops in (100.0, 40.0)]
+    mean = one_of([Call(works[0], 1.0, 5.0), Call(works[1], 2.0, 4.0, copies=3.0)])
+    assert (mean.work.flops, mean.held, mean.peak, mean.copies) == (70.0, 2.0, 5.0, 3.0)
+    assert one_of([mean]) is mean
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["llia_lab", "llia_wan_1_3b"])
+def test_a_recipe_has_a_price_and_a_teachers_step_costs_more(recipe, capsys):
+    config, shapes = find_recipe(recipe), read_shapes("lab" if recipe == "llia_lab" else "wan2.1-t2v-1.3b")
+    tracer = Tracer(shapes, config.checkpointing, torch.float32)
+    plain, guided = (replace(config.objectives["consistency"], guidance=g).price(config, tracer) for g in (None, 3.0))
+    assert [k.name for k in plain.kept] == ["target"]
+    assert [k.name for k in guided.kept] == ["teacher", "target"]
+    flops = [sum(call.work.flops for call in p.bills["student"].calls) for p in (plain, guided)]
+    forward = forced(tracer, config.causal)[0].work.flops
+    assert flops[1] - flops[0] == pytest.approx(2 * forward)
+    each = [forced(tracer, one)[0].work.flops for one in config.causal.variants]
+    assert forward == pytest.approx(sum(each) / 3)
+    assert each[0] < each[1] < each[2]  # a larger chunk sees more of its own
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_bit_for_bit_with_its_states_and_sizes(family, cache, tmp_path):
+    config = tiny_recipes.llia()
+    whole = trained(config, family, cache, tmp_path / "whole")
+    part = trained(replace(config, iterations=1), family, cache, tmp_path / "part")
+    run_training(build(config, family, cache, part), part)
+    for name in ("ema", "consistency_state"):
+        found = [load_part(latest_checkpoint(run), name) for run in (whole, part)]
+        assert found[0].keys() == found[1].keys()
+        assert any("states" in key for key in found[0])
+        assert all(torch.equal(found[0][k], found[1][k]) for k in found[0])
+
+
+def test_an_update_costs_the_students_training_and_the_targets_look():
+    from test_estimate import price
+
+    config = find_recipe("llia_wan_1_3b")
+    (student,) = price(config).steps
+    assert student.flops == pytest.approx(64 * (1120e12 + 280e12))
+    (guided,) = price(config.changed("consistency", guidance=3.0)).steps
+    assert guided.flops == pytest.approx(64 * (1120e12 + 280e12 + 2 * 280e12))
