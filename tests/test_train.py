@@ -136,9 +136,9 @@ def test_a_plan_with_an_update_that_no_objective_offers_is_refused(learns, by, s
     [
         ({"optimizer": "student"}, "the optimiser student is the student's; give the fake_score its own"),
         ({"optimizer": "adam"}, "no optimiser named adam"),
-        ({"times": 0}, "times must be at least 1, not 0"),
-        ({"every": 0}, "every must be at least 1"),
-        ({"accumulate": 0}, "accumulate must be at least 1"),
+        ({"times": 0}, "times must be a whole number of at least 1, not 0"),
+        ({"every": 0}, "every must be a whole number of at least 1"),
+        ({"accumulate": 0}, "accumulate must be a whole number of at least 1"),
         ({"batch": 3, "accumulate": 2}, "batch 3 does not split into 2 parts"),
     ],
 )
@@ -364,3 +364,22 @@ def test_an_option_that_is_newer_than_a_run_does_not_stop_it(tmp_path):
         check_same_run(tmp_path, replace(config, optimizers=config.optimizers | {"student": Optimizer(lr=1.0)}))
     with pytest.raises(UserError, match="another gan"):
         check_same_run(tmp_path, config.changed("gan", flow_resolution=0.5))
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"iterations": "many"}, "iterations must be a whole number of at least 1, not 'many'"),
+        ({"iterations": 2.5}, "iterations must be a whole number"),
+        ({"iterations": -3}, "iterations must be"),
+        ({"save_every": 0}, "save_every must be"),
+        ({"seed": -1}, "seed must be a whole number of at least 0"),
+        ({"sample_prompts": -1}, "sample_prompts must be"),
+        ({"precision": "fp8"}, "precision one of auto, bf16, fp32"),
+        ({"recipe": 5}, "recipe is text"),
+        ({"ema": 2.0}, "ema from 0 to below 1"),
+    ],
+)
+def test_a_setting_of_ones_own_recipe_that_means_nothing_is_refused_where_it_is_set(settings, said):
+    with pytest.raises(ValueError, match=re.escape(said)):
+        replace(flow_matching(), **settings)

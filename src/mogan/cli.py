@@ -161,9 +161,7 @@ def _check_options(command: Callable[..., None], words: list[str]) -> None:
         before = words[number - 1] if number else ""
         option = next((w for w in reversed(words[:number]) if w.startswith("--")), "")  # may take several words
         if not word and not _takes_text(before, command) and not _takes_text(option, command, several=True):
-            raise UserError(
-                f"an empty word stands {f'after {before}' if before else 'first'}, where a file or folder should be"
-            )
+            raise UserError(f"an empty word stands {f'after {before}' if before else 'first'}, where a name should be")
         if (word.partition("=")[2] if word.startswith("--") else word).startswith("~/"):
             raise UserError(
                 f"{word} begins with a ~ that the shell has left as it is: leave a space before it, or write $HOME"

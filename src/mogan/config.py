@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from itertools import pairwise
 from typing import Any, ClassVar, Protocol
 
-from mogan.terms import Lesson, Terms, joined, several
+from mogan.terms import Lesson, Terms, joined, several, whole_numbers
 
 
 class Block(Protocol):
@@ -28,6 +28,11 @@ class Block(Protocol):
         ...
 
 
+PRECISIONS = ("auto", "bf16", "fp32")
+_LEAST = dict.fromkeys(("iterations", "save_every", "sample_every", "keep", "lora"), 1) | {
+    "seed": 0,
+    "sample_prompts": 0,
+}
 LCM, EULER = "lcm", "euler"  # between a student's steps: fresh noise on its clean prediction, or its own flow
 
 
@@ -236,8 +241,12 @@ class Config:
         levels = (*self.sigmas, 0.0)
         if any(a <= b for a, b in pairwise(levels)) or self.sigmas[0] != 1.0:
             raise ValueError(f"sigmas must fall from 1 to above 0, not {self.sigmas}")
-        if self.lora is not None and self.lora < 1:
-            raise ValueError(f"lora must be a rank of at least 1, not {self.lora}")
+        whole_numbers(self, _LEAST)
+        if not isinstance(self.recipe, str) or self.precision not in PRECISIONS or not 0 <= self.ema < 1:
+            raise ValueError(
+                f"recipe is text, precision one of {', '.join(PRECISIONS)}, ema from 0 to below 1, "
+                f"not {self.recipe!r}, {self.precision!r}, {self.ema!r}"
+            )
         for name, settings in {**self.objectives, "rollout": self.rollout}.items():
             if settings is not None and not is_dataclass(settings):
                 raise ValueError(
@@ -326,9 +335,8 @@ def _check_kept(name: str, value: Any) -> None:
 
 
 def _check_numbers(update: Update) -> None:
-    for name in ("times", "batch", "accumulate", "every", "unless"):
-        if (number := getattr(update, name)) is not None and number < 1:
-            raise ValueError(f"{update.label}: {name} must be at least 1, not {number}")
+    least = dict.fromkeys(("times", "batch", "accumulate", "every", "unless"), 1) | {"start": 0, "stop": 0}
+    whole_numbers(update, least, f"{update.label}: ")
     if update.batch % update.accumulate:
         raise ValueError(f"{update.label}: batch {update.batch} does not split into {update.accumulate} parts")
 

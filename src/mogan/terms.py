@@ -102,6 +102,14 @@ def several(what: str, values: Any, *kinds: type) -> None:
         )
 
 
+def whole_numbers(of: Any, least: Mapping[str, int], where: str = "") -> None:
+    """Refuse attributes that are no whole numbers of at least so much; ``None`` is none given. Raises ValueError."""
+    for name, low in least.items():
+        value = getattr(of, name)
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < low):
+            raise ValueError(f"{where}{name} must be a whole number of at least {low}, not {value!r}")
+
+
 def joined(lessons: Iterable[Lesson]) -> Lesson:
     """What objectives that judge together need: all that any of them does. Raises ValueError if they cannot."""
     several = list(lessons)
