@@ -92,7 +92,7 @@ async def _model(request: Request) -> Response:
     told |= {"steps": len(source.sigmas or ()), "kept": KEPT_SECONDS, **request.app.state.begins_with}
     manners = {"": "{}"} if source.states else MANNERS  # who is told states does not read what things do
     lab = {"colours": {c: list(rgb) for c, rgb in COLOURS.items()}, "shapes": SHAPES, "manners": manners}
-    told |= {"states": [*([AUTO] if request.app.state.when else []), *source.states], "chunk": studio.student.how.rest}
+    told |= {"states": [*([AUTO] if request.app.state.when else []), *source.states]}
     return _answer(told | ({"lab": lab} if studio.of_lab else {}))
 
 

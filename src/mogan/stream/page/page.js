@@ -246,7 +246,7 @@ async function arrive() {
   $("prompt").value = model.prompt;
   press();
   const before = JSON.parse(sessionStorage.getItem("stream") || "null");  // this tab was reloaded
-  if (before && (await call("/api/next", { stream: before.id, number: before.next, flow: false })).ok) {
+  if (before && before.states && (await call("/api/next", { stream: before.id, number: before.next, flow: false })).ok) {
     stream = { ...before, begun };
     $("prompt").value = before.texts[before.texts.length - 1];
     takeUp(before.states[before.states.length - 1]);
