@@ -131,6 +131,9 @@ def test_mistakes_are_told_in_one_sentence(tmp_path):
     assert set(named_folders([folders[0], str(tmp_path / "lr=1")])) >= {"lr=1"}
     with mistake("Two systems are called"):
         named_folders([folders[0], folders[0]])
+    (tmp_path / "link").symlink_to(folders[0].partition("=")[2])
+    with mistake("are the same folder"):
+        named_folders([folders[0], f"b={tmp_path / 'link'}"])
     with mistake("exists already"):
         build(tuple(folders), out=empty)
     with mistake("completion-code"):

@@ -20,6 +20,8 @@ def named_folders(given: Sequence[str]) -> dict[str, Path]:
             raise UserError(f"{path} is not a folder: give the folder that holds the clips of {name}.")
         if name in folders:
             raise UserError(f"Two systems are called '{name}': tell them apart with NAME=FOLDER.")
+        if twin := next((other for other, place in folders.items() if os.path.samefile(path, place)), None):
+            raise UserError(f"'{twin}' and '{name}' are the same folder, {path}: give each system's own.")
         folders[name] = path
     if len(folders) < 2:
         raise UserError("A survey compares at least two systems: give --a FOLDER --b FOLDER, or more folders.")
