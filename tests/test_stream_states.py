@@ -212,14 +212,14 @@ def test_what_is_no_sound_or_of_a_student_without_states_is_refused(folder, tmp_
 def test_a_file_follows_a_recording_and_is_the_same_again(folder, tmp_path, capsys):
     sound = write(tmp_path / "talk.wav", np.concatenate([np.zeros(RATE // 2), vowel(150, 0.5)]))
     given = ["--first-frame", str(folder / "portrait.png"), "--prompt", "a red circle", "--precision", "fp32"]
-    command = ["stream", "--model", str(folder / "student"), *given, "--out", str(tmp_path / "a.mp4")]
-    assert main([*command, "--audio", str(sound)]) == 0
+    command = ["stream", "--model", str(folder / "student"), *given]
+    assert main([*command, "--audio", str(sound), "--out", str(tmp_path / "a.mp4")]) == 0
     first = (tmp_path / "a.mp4").read_bytes()
     assert read_video(tmp_path / "a.mp4")[0].shape == (16, 32, 32, 3)
     same = script(tmp_path / "s.jsonl", {"at": 0, "state": "idle"}, {"at": 0.3, "state": "speaking"})
-    assert main([*command, "--script", str(same), "--seconds", "1"]) == 0
-    assert (tmp_path / "a.mp4").read_bytes() == first
-    assert main([*command, "--script", str(same), "--audio", str(sound)]) == 2
+    assert main([*command, "--script", str(same), "--seconds", "1", "--out", str(tmp_path / "b.mp4")]) == 0
+    assert (tmp_path / "b.mp4").read_bytes() == first
+    assert main([*command, "--script", str(same), "--audio", str(sound), "--out", str(tmp_path / "c.mp4")]) == 2
     assert "leave out --audio" in capsys.readouterr().err
 
 
