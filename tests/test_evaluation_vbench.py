@@ -151,7 +151,7 @@ def test_mistakes_of_the_command(info, tmp_path):
         check_folder(tmp_path / "absent", read_info(info), ("scene",))
     with pytest.raises(UserError, match="no dimension is called speed: there are subject_consistency"):
         check_folder(tmp_path, read_info(info), ("speed",))
-    with pytest.raises(UserError, match="is not VBench_full_info"):
+    with pytest.raises(UserError, match="is no file: give VBench_full_info"):
         read_info(tmp_path / "absent.json")
     info.write_text(json.dumps([{"prompt_en": "a cat", "dimension": ["speed"]}]))
     with pytest.raises(UserError, match="asks for none of VBench's dimensions"):

@@ -70,8 +70,13 @@ def read_info(path: Path) -> Info:
         if not prompts:
             raise KeyError("no dimension")
     except (UserError, KeyError, TypeError) as error:
+        if not path.is_file():
+            raise UserError(
+                f"{path} is no file: give VBench_full_info.json, of github.com/Vchitect/VBench (folder vbench)"
+            ) from error
+        why = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
         raise UserError(
-            f"{path} is not VBench_full_info.json ({type(error).__name__}: {error}): take vbench/VBench_full_info.json "
+            f"{path} is not VBench_full_info.json ({why}): take vbench/VBench_full_info.json "
             "of github.com/Vchitect/VBench"
         ) from error
     told = about(row["prompt_en"] for row in rows)
