@@ -36,6 +36,8 @@ _ALONE = {  # what a file may be, and where it may lead
     "format_whitelist": "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,gif,mpegts,mpeg,mpegvideo,flv,asf,ogg,nut,mxf,rm,ivf,h264,hevc",
     "protocol_whitelist": "file",
 }
+# a title in another encoding than UTF-8 is no reason to refuse a video; from 19 on PyAV takes it as it is
+_TITLES: dict[str, Any] = {} if int(av.__version__.partition(".")[0]) >= 19 else {"metadata_errors": "replace"}
 _AREA = Interpolation.AREA | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
 _HDR_CURVES = (ColorTrc.SMPTE2084, ColorTrc.ARIB_STD_B67)
 
@@ -70,7 +72,7 @@ def open_file(path: Path) -> Any:
         ValueError: it is no container of video.
     """
     try:
-        return av.open(f"file:{path}", options=_ALONE, metadata_errors="replace")
+        return av.open(f"file:{path}", options=_ALONE, **_TITLES)
     except av.ArgumentError as error:
         raise ValueError("a picture, a list of files or a script, and no container of video") from error
 
