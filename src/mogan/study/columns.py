@@ -92,23 +92,23 @@ def table2() -> tuple[Column, ...]:
 def methods() -> tuple[Column, ...]:
     """The methods of this package side by side; docs/methods/comparison.md says what is equal and what is not.
 
-    MoGAN adds 80 + 80 student updates to the 400 that made its DMD student. Every other student gets 560 too, the last
-    160 with fresh optimisers as MoGAN's are; SHIFT's come in twelves, so 156. ``_t`` gets MoGAN's seconds instead.
+    MoGAN adds 20 + 20 student updates to the 400 that made its DMD student. Every other student gets 440 too, the last
+    40 with fresh optimisers as MoGAN's are; SHIFT's come in twelves, so 36. ``_t`` gets MoGAN's seconds instead.
     """
-    sft = Column("sft", "50 steps, fine-tuned on the motion-rich videos", "flow_matching_lab", iterations=560)
+    sft = Column("sft", "50 steps, fine-tuned on the motion-rich videos", "flow_matching_lab", iterations=440)
     sft = replace(sft, sampling=("--mode", "teacher"))
     msm = Column("msm", "3 steps, DMD with motion scores", "msm_lab", videos=False, against=("mogan", "dmd"))
-    dmd_long = replace(DMD, name="dmd_long", about="3 steps, DMD and more of it", start="dmd", iterations=160)
-    msm_long = replace(msm, name="msm_long", about="3 steps, MSM and more of it", start="msm", iterations=160)
+    dmd_long = replace(DMD, name="dmd_long", about="3 steps, DMD and more of it", start="dmd", iterations=40)
+    msm_long = replace(msm, name="msm_long", about="3 steps, MSM and more of it", start="msm", iterations=40)
     msm_long = replace(msm_long, against=("mogan", "dmd_long"))
     mogan_msm = replace(
         MOGAN, name="mogan_msm", about="3 steps, MoGAN, motion scores in its DMD", recipe="mogan_msm_lab"
     )
     i2v = Column("sft_i2v", "10 steps, first frame given, fine-tuned", "sft_i2v_lab", first_frames=True)
     i2v = replace(i2v, against=("sft_i2v_long",))  # as many updates as SHIFT's, and nothing of SHIFT
-    i2v_long = replace(i2v, name="sft_i2v_long", about=f"{i2v.about}, more of it", start="sft_i2v", iterations=156)
+    i2v_long = replace(i2v, name="sft_i2v_long", about=f"{i2v.about}, more of it", start="sft_i2v", iterations=36)
     shift = replace(
-        i2v_long, name="shift", about="10 steps, first frame given, SHIFT", recipe="shift_lab", iterations=21
+        i2v_long, name="shift", about="10 steps, first frame given, SHIFT", recipe="shift_lab", iterations=11
     )
     frozen = replace(shift, name="shift_frozen", about=f"{shift.about}, its rewards never refreshed")
     frozen = replace(frozen, recipe="mogan.study.columns:shift_frozen", against=("sft_i2v_long", "shift"))
