@@ -321,7 +321,7 @@ def test_run_and_export_are_sampled_alike_in_every_number_of_steps(family, cache
     assert (row["sigmas"], row["causal"]["first_sigmas"]) == ([1.0, 0.75], list(SIGMAS))
     capsys.readouterr()
     (out / "mogan.json").write_text(json.dumps(facts | {"causal": facts["causal"] | {"first_sigmas": [1, 2]}}))
-    with pytest.raises(UserError, match="first_sigmas if it has them"):
+    with pytest.raises(UserError, match="first_sigmas and sizes if it has them"):
         wan.defaults(out)
 
 
