@@ -75,7 +75,9 @@ def finish(processes, seconds=600):
 def command(recipe, family, cache, out, *more):
     words = ["-m", "mogan", "train", f"tiny_recipes:{recipe}", "--model", str(family / "teacher"), "--device", "cpu"]
     words += ["--data", str(cache), "--out", str(out), *more]
-    begins = {"mogan": "student", "offloaded": "student", "redmd": "teacher", "shift": "teacher"}
+    begins = {"redmd": "teacher", "shift": "teacher"} | dict.fromkeys(
+        ("mogan", "offloaded", "mogan_i2v", "surrogate", "surrogate_of_four", "mogan_of_four"), "student"
+    )
     begins |= dict.fromkeys(("reward_forcing", "mogan_causal"), "causal")
     begins |= {"efficient_vdit_kd": "sparse"}
     begin = begins.get(recipe)  # those that post-train
@@ -168,6 +170,9 @@ def test_two_processes_follow_the_trajectory_of_one_and_each_resumes_the_other(f
         ("reward_forcing", 2, ()),
         ("mogan_causal", 2, ()),
         ("msm_causal", 2, ()),
+        ("surrogate", 2, ()),
+        ("surrogate", 2, ("--context-parallel", "2")),
+        ("surrogate_of_four", 4, ()),
         ("mogan_i2v", 2, ()),
         ("mogan_i2v", 2, ("--context-parallel", "2")),
         ("causal_teacher", 2, ()),
@@ -190,15 +195,23 @@ def test_sharded_run_follows_the_trajectory_of_one(recipe, ranks, more, family, 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("recipe", "more"),
-    [("mogan", ()), ("vdot", ("--context-parallel", "2")), ("phased", ()), ("tdm", ("--context-parallel", "2"))],
+    ("recipe", "ranks", "more"),
+    [
+        ("mogan", 2, ()),
+        ("mogan_of_four", 4, ()),
+        ("vdot", 2, ("--context-parallel", "2")),
+        ("phased", 2, ()),
+        ("tdm", 2, ("--context-parallel", "2")),
+    ],
 )
-def test_adapters_on_two_processes_follow_the_run_of_one_and_are_resumed_by_one(recipe, more, family, cache, tmp_path):
+def test_adapters_on_processes_follow_the_run_of_one_and_are_resumed_by_one(
+    recipe, ranks, more, family, cache, tmp_path
+):
     """Every process holds all of the frozen weights and all adapters, whose gradients are averaged."""
     config = replace(getattr(tiny_recipes, recipe)(), lora=3, iterations=2)
     more = ("--lora", "3", *more)
     before = train_alone(config, family, cache, tmp_path / "one")
-    train_together(2, recipe, family, cache, tmp_path / "two", *more, "--iterations", "2")
+    train_together(ranks, recipe, family, cache, tmp_path / "two", *more, "--iterations", "2")
     assert_same_trajectory(before, tmp_path / "one", tmp_path / "two")
     for run in ("one", "two"):
         train_alone(replace(config, iterations=3), family, cache, tmp_path / run)

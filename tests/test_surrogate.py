@@ -338,10 +338,15 @@ def test_one_update_judged_by_two_is_the_sum_of_both(family, cache):
     assert {"motion", "fake_logit"} <= set(record)
 
 
-def test_what_cannot_be_is_refused_in_a_sentence(family, cache):
+def test_what_cannot_be_is_refused_in_a_sentence(family, cache, monkeypatch):
     with pytest.raises(ValueError, match="a gan with space motion"):
         ablate(surrogate, "latent-gan")
-    with pytest.raises(UserError, match="one process"):
+    settings = type(surrogate().objectives["surrogate"])
+    own = settings.terms
+    monkeypatch.setattr(
+        settings, "terms", lambda self, config: replace(own(self, config), alone="it keeps to one process")
+    )
+    with pytest.raises(UserError, match="one process: start one, or choose another recipe"):
         assemble(surrogate(), open_cache(cache), model="", run=None, world=World(torch.device("cpu"), 0, 2))
 
 

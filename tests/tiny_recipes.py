@@ -83,6 +83,19 @@ def surrogate() -> Config:
     return shrink(recipes.mogan_surrogate_lab())
 
 
+def of_four(config: Config) -> Config:
+    """A clip for each of four processes."""
+    return replace(config, plan=tuple(replace(u, batch=4) for u in config.plan))
+
+
+def surrogate_of_four() -> Config:
+    return of_four(surrogate())
+
+
+def mogan_of_four() -> Config:
+    return of_four(mogan())
+
+
 def dmd() -> Config:
     return shrink(recipes.dmd_lab())
 

@@ -116,6 +116,10 @@ class World:
         dist.all_gather(found, mine.contiguous())
         return torch.cat(found)
 
+    def samples(self, mine: Tensor) -> Tensor:
+        """:meth:`rows` of the batch: once, where several processes work on the same samples."""
+        return self.rows(mine).unflatten(0, (self.shares, -1, len(mine)))[:, 0].flatten(0, 1)
+
     def gather(self, value: Any) -> list[Any]:
         """The value of every process, in their order, on each of them."""
         if self.mesh is None:

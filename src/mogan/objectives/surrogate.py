@@ -1,6 +1,6 @@
 """MoGAN's adversarial objective through a motion surrogate: no decoding, no optical flow, no encoding."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -59,7 +59,7 @@ class SurrogateConfig:
             "discriminator": Lesson(clips=both, starts=starts),
             "surrogate": Lesson(rollout=False, clips=both, starts=starts),
         }
-        return Terms(lessons=lessons, alarms=(ALARM,), alone="a motion surrogate remembers the clips of one process")
+        return Terms(lessons=lessons, alarms=(ALARM,))
 
     def build(self, base: Base, others: Mapping[str, Objective]) -> Objective:
         """The surrogate, which from now on watches ``gan``'s exact observations."""
@@ -70,8 +70,8 @@ class SurrogateConfig:
             (channels, height, width), window, width=self.width, blocks=self.blocks, pairs=self.pairs
         ).to(base.device)
         assert gan.observe is not None
-        gan.observe = Remembered(gan.observe, network)
-        found = Surrogate(network, gan, self.limit)
+        gan.observe = Remembered(gan.observe, network, base.world.samples)
+        found = Surrogate(network, gan, self.limit, base.world.samples)
         losses: dict[str, LossFn] = {
             "student": found.student_loss,
             "discriminator": found.judge_loss,
@@ -92,7 +92,7 @@ class SurrogateConfig:
             "discriminator": Bill((plain.times(2).freed(), judged.times(2).freed()), 2, 2 * again),
             "surrogate": Bill((learns.times(2),), 0),
         }
-        return Price(bills, (Kept("surrogate", parameters, beside=4 * remembered),))
+        return Price(bills, (Kept("surrogate", parameters, sharded=False, beside=4 * remembered),))
 
 
 class Surrogate:
@@ -107,10 +107,17 @@ class Surrogate:
         network: the surrogate.
         gan: the objective whose discriminator judges, and whose exact observations the surrogate remembers.
         limit: of :meth:`mogan.objectives.surrogate_network.MotionSurrogate.error`; above it every update is ``gan``'s. ``None``: no limit.
+        rows: gives the samples of all processes.
     """
 
-    def __init__(self, network: MotionSurrogate, gan: GAN, limit: float | None):
-        self.network, self.gan, self.limit = network, gan, limit
+    def __init__(
+        self,
+        network: MotionSurrogate,
+        gan: GAN,
+        limit: float | None,
+        rows: Callable[[Tensor], Tensor] = lambda mine: mine,
+    ):
+        self.network, self.gan, self.limit, self.rows = network, gan, limit, rows
 
     def _trusted(self) -> bool:
         return self.limit is None or bool(
@@ -151,7 +158,7 @@ class Surrogate:
             windows, observations = torch.cat([windows, recalled]), torch.cat([observations, seen])
         error = self.network.error()
         logs = {"surrogate_error": error} if torch.isfinite(error) else {}
-        return relative_error(self.network(windows), observations), logs
+        return relative_error(self.network(windows), observations, self.rows), logs
 
 
 def _predicted(loss: Tensor, share: float) -> dict[str, Tensor]:

@@ -109,20 +109,28 @@ def spread(observation_BCFHW: Float[Tensor, "b c f h w"]) -> Tensor:
     return observation_BCFHW.var((0, 2, 3, 4), unbiased=False).mean()
 
 
-def relative_error(predicted_BCFHW: Tensor, observation_BCFHW: Tensor) -> Tensor:
-    """Mean squared error over :func:`spread`: 1 is what the mean of every channel would be off by."""
-    return (predicted_BCFHW - observation_BCFHW).square().mean() / spread(observation_BCFHW)
+def relative_error(
+    predicted_BCFHW: Tensor, observation_BCFHW: Tensor, rows: Callable[[Tensor], Tensor] = lambda mine: mine
+) -> Tensor:
+    """Mean squared error over :func:`spread`: 1 is what the mean of every channel would be off by. ``rows`` gives those of all
+    processes, whose spread it is.
+    """
+    return (predicted_BCFHW - observation_BCFHW).square().mean() / spread(rows(observation_BCFHW))
 
 
 @dataclass(frozen=True)
 class Remembered:
-    """An exact observation of the student's clips that the surrogate watches."""
+    """An exact observation of the student's clips that the surrogate watches. Every process remembers those of all: ``rows``
+    gives it theirs, in one order, so that memories are alike.
+    """
 
     observe: Callable[[Tensor, int], Observed]
     surrogate: MotionSurrogate
+    rows: Callable[[Tensor], Tensor] = lambda mine: mine
 
     def __call__(self, latent_BCFHW: Float[Tensor, "b c f h w"], start: int) -> Observed:
         """Observe exactly, as without a surrogate, and let it remember."""
         seen = self.observe(latent_BCFHW, start)
-        self.surrogate.remember(latent_BCFHW.detach(), start, seen.latent_BCFHW.detach())
+        latents, observations = (self.rows(x.detach().float()) for x in (latent_BCFHW, seen.latent_BCFHW))
+        self.surrogate.remember(latents, start, observations)
         return seen
