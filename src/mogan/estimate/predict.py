@@ -165,7 +165,7 @@ def predict(
         beside(config, tracer, tuple(prices.values()), machine, gpus, clips, stays, more),
         sampling(config, tracer, machine),
         text_encoder_bytes(tracer),
-        f"a batch of {odd[0]} does not split over {gpus} GPUs: give --batch a multiple of {gpus}" if odd else "",
+        f"a batch of {odd[0]} does not split over {gpus} GPUs: train with --batch, a multiple of {gpus}" if odd else "",
     )
 
 
