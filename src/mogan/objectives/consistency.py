@@ -25,7 +25,7 @@ from mogan.models import wan
 from mogan.models.attention import stack_text
 from mogan.models.causal import CausalDenoiser
 from mogan.models.causal_cache import Causal
-from mogan.models.denoiser import guided_velocity
+from mogan.models.denoiser import Denoiser, guided_velocity
 from mogan.models.lora import learned_state
 from mogan.models.states import state_names, told
 from mogan.objectives import Bill, Kept, Loss, Objective, Price, Randomness, guided_calls
@@ -149,9 +149,7 @@ class Consistency:
     @torch.no_grad()
     def prepare(self, batch: Batch, *, iteration: int, generator: Randomness, most: int) -> Batch:
         """The target takes in what the student has learnt up to this update; the size of its chunks."""
-        new = 1.0 if iteration <= self.settings.since else 1 - self.settings.decay
-        mine, live = learned_state(self.target), self.student.state_dict()
-        torch._foreach_lerp_([local(v) for v in mine.values()], [local(live[k]) for k in mine], new)
+        follow(self.target, self.student, 1.0 if iteration <= self.settings.since else 1 - self.settings.decay)
         if self.how.sizes is None or iteration < (self.settings.warm_up or 0):
             return batch
         size = int(np.random.default_rng([self.seed, 2, iteration]).choice(self.how.sizes))
@@ -223,3 +221,9 @@ def labels_of(cache: Cache, states: tuple[str, ...]) -> dict[str, tuple[str | No
         )
     since = {e["id"]: round(float(e.get("state_from") or 0) * cache.facts["fps"]) for e in cache.entries}
     return {i: (state, -(-(since[i] + 3) // 4) if since[i] else 0) for i, state in found.items()}
+
+
+def follow(target: Denoiser, student: Denoiser, share: float) -> None:
+    """Move a target's weights a share of the way to the student's, in place; 1 copies them."""
+    mine, live = learned_state(target), student.state_dict()
+    torch._foreach_lerp_([local(v) for v in mine.values()], [local(live[k]) for k in mine], share)

@@ -13,12 +13,12 @@ from torch import Tensor
 from mogan.config import EULER, Config
 from mogan.costs.calls import Tracer
 from mogan.data.batches import Batch
-from mogan.distributed import local
 from mogan.models.attention import stack_text
 from mogan.models.denoiser import Denoiser, guided_velocity
 from mogan.models.lora import learned_state
 from mogan.objectives import Bill, Kept, Loss, Objective, Price, Randomness, guided_calls
 from mogan.objectives.base import Base
+from mogan.objectives.consistency import follow
 from mogan.objectives.flow_matching import OF_CLIPS
 from mogan.sampling.rollout import normal
 from mogan.schedule import add_noise, broadcast, shifted_levels, uniform
@@ -114,9 +114,7 @@ class MCD:
     @torch.no_grad()
     def prepare(self, batch: Batch, *, iteration: int, generator: Randomness, most: int) -> Batch:
         """The target takes in what the student has learnt up to this update."""
-        new = 1.0 if iteration <= self.settings.since else 1 - self.settings.decay
-        mine, live = learned_state(self.target), self.student.state_dict()
-        torch._foreach_lerp_([local(v) for v in mine.values()], [local(live[k]) for k in mine], new)
+        follow(self.target, self.student, 1.0 if iteration <= self.settings.since else 1 - self.settings.decay)
         return batch
 
     def student_loss(self, rollout: None, batch: Batch, generator: Randomness) -> Loss:
