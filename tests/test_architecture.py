@@ -17,6 +17,7 @@ ORDER = [  # a room may use those before it
         "disk",
         "devices",
         "distributed",
+        "sharding",
         "models",
         "motion",
         "costs",

@@ -23,10 +23,11 @@ import tiny_recipes
 from conftest import TRANSFORMER
 from mogan.data.batches import one_ahead
 from mogan.data.cache import ensure_text, open_cache
-from mogan.distributed import World, join, whole
+from mogan.distributed import World, join
 from mogan.errors import UserError
 from mogan.models.wan import load_text
 from mogan.runs.checkpoint import held_out_motions, latest_checkpoint, load_checkpoint, save_checkpoint, stored
+from mogan.sharding import whole
 from mogan.training.assemble import assemble
 from mogan.training.loop import _graceful_stop, run_training
 from mogan.training.steps import Position, draw, parts_of, step

@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from mogan.distributed import all_tokens
 from mogan.models.conditions import channels_beside
 from mogan.models.denoiser import Denoiser, taps
+from mogan.sharding import all_tokens
 
 PROMPT = "a video with good motion"  # MoGAN, section 3.3: what the discriminator is always told
 

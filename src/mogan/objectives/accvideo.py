@@ -19,7 +19,6 @@ from mogan.costs.calls import TEXT_TOKENS, Tracer, build_transformer
 from mogan.costs.shapes import Shapes
 from mogan.costs.trace import Call, fake, sizes, trace
 from mogan.data.batches import Batch
-from mogan.distributed import shard, tapped
 from mogan.errors import UserError
 from mogan.models.attention import stack_text
 from mogan.models.denoiser import Denoiser, frozen
@@ -31,6 +30,7 @@ from mogan.objectives.flow_matching import learns_alone
 from mogan.objectives.queues import Queues
 from mogan.sampling.rollout import normal
 from mogan.schedule import uniform
+from mogan.sharding import shard, tapped
 from mogan.terms import PATH, Lesson, Terms
 
 OF_PATHS = Lesson(rollout=False, clips=(PATH,), captions=True)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mogan.config import Config
 from mogan.data.cache import Cache
-from mogan.distributed import World, shard, split_tokens
+from mogan.distributed import World
 from mogan.errors import UserError
 from mogan.models import wan
 from mogan.models.attention import stack_text
@@ -25,6 +25,7 @@ from mogan.models.states import attach_states, state_names
 from mogan.models.step_condition import tell_steps
 from mogan.motion import estimators
 from mogan.motion.flow import FlowEstimator, RaftFlow
+from mogan.sharding import shard, split_tokens
 from mogan.terms import Alarm
 
 

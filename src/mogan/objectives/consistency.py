@@ -19,7 +19,6 @@ from mogan.costs.calls import Tracer
 from mogan.costs.causal import forced
 from mogan.data.batches import Batch
 from mogan.data.cache import Cache
-from mogan.distributed import local
 from mogan.errors import UserError
 from mogan.models import wan
 from mogan.models.attention import stack_text
@@ -33,6 +32,7 @@ from mogan.objectives.base import Base
 from mogan.objectives.teacher_forcing import Forced, forcing_terms, past_of, per_chunk, require_one_pass
 from mogan.sampling.rollout import normal
 from mogan.schedule import add_noise, broadcast, shifted_levels, uniform, velocity_to_x0
+from mogan.sharding import local
 from mogan.terms import Terms
 
 DROPPED = 0.1  # of clips' states, so that a student without one is one, too

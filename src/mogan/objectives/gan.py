@@ -14,7 +14,6 @@ from mogan.costs.calls import Tracer, judge_call
 from mogan.costs.trace import Call
 from mogan.data.batches import Batch
 from mogan.data.cache import Cache
-from mogan.distributed import shard
 from mogan.errors import UserError
 from mogan.models import attention, wan
 from mogan.models.denoiser import frozen, recomputed
@@ -27,6 +26,7 @@ from mogan.objectives.base import Base, wins_outright
 from mogan.objectives.motion_view import observation_of, of_real_clips, price_observation
 from mogan.sampling.rollout import Rollout, normal
 from mogan.schedule import add_noise, uniform
+from mogan.sharding import shard
 from mogan.terms import LATENT, OBSERVATION, Alarm, Lesson, Terms
 
 MOTION = (

@@ -16,7 +16,6 @@ from mogan.costs.calls import Tracer, build_transformer, judge_call
 from mogan.costs.shapes import Shapes
 from mogan.costs.trace import Call, fake, sizes, trace
 from mogan.data.batches import Batch
-from mogan.distributed import all_tokens, shard
 from mogan.errors import UserError
 from mogan.models.denoiser import Denoiser, frozen, recomputed, taps
 from mogan.models.discriminator import Heads
@@ -24,6 +23,7 @@ from mogan.objectives import Bill, Kept, Loss, Objective, Price, Randomness
 from mogan.objectives.base import Base, wins_outright
 from mogan.sampling.rollout import Rollout, normal
 from mogan.schedule import add_noise, draw_sigma
+from mogan.sharding import all_tokens, shard
 from mogan.terms import LATENT, Lesson, Terms
 
 
@@ -140,7 +140,7 @@ class Relativistic:
         with frozen(self.trunk), taps(self.trunk.transformer.blocks, self.settings.taps) as found:
             out = self.trunk.velocity(x_t, sigma, text_BLD)
         # sharded weights outside the blocks are gathered again when a gradient of what the transformer returns arrives. They
-        # cannot stay gathered, as those of a frozen trunk may (mogan.distributed.tapped): this one learns, elsewhere
+        # cannot stay gathered, as those of a frozen trunk may (mogan.sharding.tapped): this one learns, elsewhere
         found[-1] = found[-1] + (0.0 * out.mean()).to(found[-1].dtype)
         return [all_tokens(features, self.trunk.transformer) for features in found]
 

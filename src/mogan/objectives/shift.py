@@ -20,7 +20,6 @@ from mogan.costs.shapes import Shapes
 from mogan.costs.trace import Call, fake, sizes, trace
 from mogan.data.batches import Batch
 from mogan.data.cache import Cache
-from mogan.distributed import shard
 from mogan.errors import UserError
 from mogan.models.attention import stack_text
 from mogan.models.denoiser import Denoiser
@@ -33,6 +32,7 @@ from mogan.objectives.flow_matching import OF_CLIPS, learns_alone, velocity_erro
 from mogan.objectives.rewards import MotionRewards
 from mogan.sampling.rollout import animate, normal
 from mogan.schedule import draw_sigma, uniform
+from mogan.sharding import shard
 from mogan.terms import Alarm, Terms
 
 STILLER = Alarm(

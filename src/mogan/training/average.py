@@ -6,8 +6,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from mogan.distributed import local
 from mogan.models.lora import learned_state, load_learned
+from mogan.sharding import local
 
 
 class Average:

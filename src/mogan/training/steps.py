@@ -14,13 +14,13 @@ from torch import Tensor, nn
 
 from mogan.config import Config, Update
 from mogan.data.batches import Batch, draw_batch
-from mogan.distributed import average_gradients, whole
 from mogan.errors import UserError
 from mogan.models.denoiser import Denoiser
 from mogan.models.host import kept_on_host
 from mogan.objectives import Loss, Objective, Randomness
 from mogan.runs.checkpoint import latest_checkpoint
 from mogan.sampling.rollout import Rollout, normal
+from mogan.sharding import average_gradients, whole
 from mogan.terms import OBSERVATION
 from mogan.training.assemble import Assembly
 
@@ -184,7 +184,7 @@ def learn(parts: Assembly, where: Position, batch: Batch, again: Sequence[Rollou
     """One update: roll out, judge, back-propagate in parts, clip, optimise, average. Nothing waits for the device.
 
     Every process does this on its share of the batch; the backward pass averages gradients over them (see
-    :func:`mogan.distributed.shard`). ``again`` are the clips of the student's last update, for those that judge them again.
+    :func:`mogan.sharding.shard`). ``again`` are the clips of the student's last update, for those that judge them again.
     """
     update = parts.config.plan[where.update]
     network, optimizer = parts.networks[update.learns], parts.optimizers[update.optimizer_name]
