@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tqdm import tqdm
 
@@ -19,10 +19,8 @@ from mogan.data.lists import printable
 from mogan.data.video import probe, read_frames
 from mogan.disk.files import json_line, replacing
 from mogan.errors import UserError
+from mogan.models.defaults import Geometry
 from mogan.motion.flow import FlowEstimator
-
-if TYPE_CHECKING:
-    from mogan.models.wan import Geometry
 
 RENEW = 16  # clips of one file after which its unfinished record is written
 
@@ -31,7 +29,7 @@ EMPTY: dict[str, Any] = {"reader": READER, "done": False, "error": None, "clips"
 
 
 def measure(
-    sources: list[Source], out: Path, geometry: "Geometry", estimate_flow: FlowEstimator, workers: int
+    sources: list[Source], out: Path, geometry: Geometry, estimate_flow: FlowEstimator, workers: int
 ) -> list[dict]:
     """One record per source: its ``clips`` with their motion, its ``short`` shots, the times at which one frame was ``held`` for as long
     as a clip, or the ``error`` that rules it out.
@@ -72,7 +70,7 @@ def measure(
     return [records[s.name] for s in sources]
 
 
-def _read_clips(source: Source, geometry: "Geometry") -> Iterator[Any]:
+def _read_clips(source: Source, geometry: Geometry) -> Iterator[Any]:
     """In a worker: facts of the file, then its clips and short shots."""
     found = probe(source.path)
     yield {"source_fps": found.fps, "source_height": found.height, "source_width": found.width}

@@ -107,12 +107,11 @@ def prepare(
     between(0, 1, motion_quantile=motion_quantile)
     if not motion_rich and (min_motion is not None or motion_quantile is not None):
         raise UserError("--min-motion and --motion-quantile choose among clips: add --motion-rich")
-    lists = source.suffix.lower() in SUFFIXES and not os.path.isdir(source)
-    of_videos = {"caption": caption, "flow": flow, "fps": fps, "height": height, "width": width, "frames": frames}
-    of_videos |= {"motion-rich": motion_rich or None, "uncaptioned": uncaptioned or None, "shard": shard}
-    if lists and (given := [f"--{name}" for name, value in of_videos.items() if value is not None]):
-        raise UserError(
-            f"{given[0]} is of videos, and {source} is a list of prompts: leave it out, or give a folder of videos"
+    if _is_list(source):
+        of_videos: dict[str, Any] = {"caption": caption, "uncaptioned": uncaptioned, "shard": shard, "flow": flow}
+        _refuse_given(
+            source,
+            of_videos | {"motion-rich": motion_rich, "fps": fps, "height": height, "width": width, "frames": frames},
         )
     folder = wan.resolve_model(model)
     target = choose_device(device)
@@ -120,7 +119,7 @@ def prepare(
     text = once(lambda: wan.load_text(folder, target))
     tokens = load_tokens(folder)
     text_facts = {"model": model} | {part: wan.fingerprint(folder, part) for part in ("text_encoder", "tokenizer")}
-    if lists:
+    if _is_list(source):
         writable_folder(out)
         with alone_in(out):
             count = prepare_prompts(source, out, text_facts, lambda p: text()(p), extra_prompts, tokens)
@@ -130,16 +129,15 @@ def prepare(
     wan.latent_shape(folder, geometry)  # some models want larger multiples
     vae = once(lambda: wan.load_vae(folder, wan.fast_dtype(target)).to(target))
     measures = _flow_of(flow, out, wan.defaults(folder).flow)
-    estimator = once(lambda: estimators.load_flow(measures, device=target))
-
-    def measure(video: Tensor) -> Tensor:
-        return estimator()(video.to(target)).cpu()
-
     flow_facts = {"flow_name": measures, "flow": estimators.flow_fingerprint(measures)}
+    estimate_flow = _loaded_when_needed(measures, target)
     if motion_rich and min_motion is None:
         min_motion = 0.0 if motion_quantile is not None else vbench_threshold(geometry)
-    show = None if controls is None else _show(controls, references, folder, target, vae, measure)
-    show = _show_first_frames(folder, target, vae, measure) if wan.is_image_to_video(folder) else show
+    show = None
+    if wan.is_image_to_video(folder):
+        show = _show_first_frames(folder, target, vae, estimate_flow)
+    elif controls is not None:
+        show = _show(controls, references, folder, target, vae, estimate_flow)
     writable_folder(out)
     with alone_in(out, shard), claimed_by_work_alone(out, shard):
         summary = prepare_clips(
@@ -150,7 +148,7 @@ def prepare(
             encode_video=lambda video: autoencoder.encode_video(vae(), video.to(target)).cpu(),
             encode_text=lambda prompts: text()(prompts),
             tokens=tokens,
-            estimate_flow=measure,
+            estimate_flow=estimate_flow,
             min_motion=min_motion,
             motion_quantile=motion_quantile,
             caption=caption,
@@ -161,6 +159,20 @@ def prepare(
             show=show,
         )
     print(summary.notes[-1] if shard is not None else _in_words(summary, out))
+
+
+def _refuse_given(prompts: Path, of_videos: dict[str, Any]) -> None:
+    """Refuse options that a list of prompts has no use for."""
+    if given := [f"--{name}" for name, value in of_videos.items() if value not in (None, False)]:
+        raise UserError(
+            f"{given[0]} is of videos, and {prompts} is a list of prompts: leave it out, or give a folder of videos"
+        )
+
+
+def _loaded_when_needed(name: str, device: torch.device) -> FlowEstimator:
+    """The flow estimator of that name, on the device."""
+    estimator = once(lambda: estimators.load_flow(name, device=device))
+    return lambda video: estimator()(video.to(device)).cpu()
 
 
 def _show(
@@ -197,6 +209,10 @@ def _show_first_frames(
     return Show(FIRST_FRAME, encode, estimate_flow, wan.mask_channels(folder), look=look)
 
 
+def _is_list(source: Path) -> bool:
+    return source.suffix.lower() in SUFFIXES and not os.path.isdir(source)
+
+
 def _is_folder(controls: str) -> bool:
     return controls not in KINDS and ":" not in controls
 
@@ -210,7 +226,7 @@ def _check_controls(folder: Path, model: str, source: Path, controls: str | None
             raise UserError(
                 f"{model} is given the first frame of each clip, and reads nothing else: leave out --controls and --references"
             )
-        if source.suffix.lower() in SUFFIXES and not os.path.isdir(source):
+        if _is_list(source):
             raise UserError(f"{model} animates first frames, which prompts alone do not have: give a folder of videos")
         return
     if references is not None and controls is None:
@@ -219,7 +235,7 @@ def _check_controls(folder: Path, model: str, source: Path, controls: str | None
         return
     if not wan.has_controls(folder):
         raise UserError(f"{model} reads no controls: leave out --controls, or give a VACE as --model")
-    if source.suffix.lower() in SUFFIXES and not os.path.isdir(source):
+    if _is_list(source):
         raise UserError("--controls belong to videos, and a list of prompts has none: leave them out")
     for option, path in (
         ("--controls", Path(controls) if _is_folder(controls) else None),

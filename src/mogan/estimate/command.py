@@ -91,43 +91,65 @@ def as_table(found: Estimate, changes: tuple[Change, ...]) -> str:
     """The answer for people."""
     frames, height, width = found.clip
     adapters = f", adapters of rank {found.lora}" if found.lora else ""
-    lines = [
+    title = (
         f"{found.recipe} on {found.model}, {frames} x {height} x {width}, "
-        f"{found.gpus} x {found.machine.name}{adapters}, checkpointing {'on' if found.checkpointing else 'off'}",
-        "",
-        f"{'per GPU, GB':<20}{'parameters':>12}{'weights':>10}{'gradients':>11}{'Adam':>9}{'average':>9}",
-    ]
+        f"{found.gpus} x {found.machine.name}{adapters}, checkpointing {'on' if found.checkpointing else 'off'}"
+    )
+    assumed = (
+        f"assumed, not measured: {REACHED_COMPUTE:.0%} of peak FLOPS, {REACHED_BANDWIDTH:.0%} of memory bandwidth, "
+        f"{CONTEXT / GB:g} GB and {FRAGMENTS:.0%} of memory lost to the driver and fragments"
+    )
+    blocks = [[title], _networks(found), _updates(found), _observation(found), _beside(found), _sampling(found)]
+    blocks += [_whole(found), _changes(found, changes), [assumed]]
+    return "\n\n".join("\n".join(block) for block in blocks if block)
+
+
+def _networks(found: Estimate) -> list[str]:
+    lines = [f"{'per GPU, GB':<20}{'parameters':>12}{'weights':>10}{'gradients':>11}{'Adam':>9}{'average':>9}"]
     for n in found.networks:
         numbers = (n.weights, n.gradients, n.moments, n.average)
         cells = "".join(
             f"{x / GB:>{w}.2f}" if x else f"{'-':>{w}}" for x, w in zip(numbers, (10, 11, 9, 9), strict=True)
         )
         lines.append(f"{n.name:<20}{n.parameters / 1e6:>10.0f} M{cells}")
-    lines += [
-        "",
-        f"{'update':<24}{'times':>6}{'clips':>7}{'at once':>9}{'activations':>13}{'peak GB':>9}{'PFLOP':>9}{'seconds':>9}",
+    return lines
+
+
+def _updates(found: Estimate) -> list[str]:
+    head = f"{'update':<24}{'times':>6}{'clips':>7}{'at once':>9}{'activations':>13}{'peak GB':>9}{'PFLOP':>9}{'seconds':>9}"
+    return [head] + [
+        f"{s.label:<24}{s.times * s.share:>6.3g}{s.clips:>7g}{s.part:>9}{s.activations / GB:>13.1f}{s.peak / GB:>9.1f}"
+        f"{s.flops / 1e15:>9.2f}{s.seconds:>9.1f}"
+        for s in found.steps
     ]
-    for s in found.steps:
-        lines.append(
-            f"{s.label:<24}{s.times * s.share:>6.3g}{s.clips:>7g}{s.part:>9}{s.activations / GB:>13.1f}{s.peak / GB:>9.1f}"
-            f"{s.flops / 1e15:>9.2f}{s.seconds:>9.1f}"
-        )
-    if found.observation:
-        lines += ["", f"{'motion observation, one clip':<35}{'kept GB':>9}{'peak GB':>13}{'PFLOP':>18}{'seconds':>9}"]
-    for stage in found.observation:
-        cells = f"{stage.held / GB:>9.1f}{stage.peak / GB:>13.1f}{stage.flops / 1e15:>18.2f}{stage.seconds:>9.2f}"
-        lines.append(f"{stage.name:<35}{cells}")
-    lines += ["", f"{'beside the updates':<35}{'times':>9}{'peak GB':>13}{'seconds each':>18}{'hours':>9}"]
-    for b in found.beside:
-        hours = b.times * b.seconds / 3600
-        lines.append(
-            f"{b.name:<35}{b.times:>9g}{b.peak / GB:>13.1f}{b.seconds:>18.2f}{hours:>9.2f}{' if asked' * b.asked}"
-        )
-    lines += ["", f"{'sampling, one GPU':<35}{'peak GB':>22}{'seconds a clip':>18}"]
-    lines += [f"{b.name:<35}{b.peak / GB:>22.1f}{b.seconds:>18.1f}" for b in found.sampling]
+
+
+def _observation(found: Estimate) -> list[str]:
+    if not found.observation:
+        return []
+    head = f"{'motion observation, one clip':<35}{'kept GB':>9}{'peak GB':>13}{'PFLOP':>18}{'seconds':>9}"
+    return [head] + [
+        f"{s.name:<35}{s.held / GB:>9.1f}{s.peak / GB:>13.1f}{s.flops / 1e15:>18.2f}{s.seconds:>9.2f}"
+        for s in found.observation
+    ]
+
+
+def _beside(found: Estimate) -> list[str]:
+    head = f"{'beside the updates':<35}{'times':>9}{'peak GB':>13}{'seconds each':>18}{'hours':>9}"
+    return [head] + [
+        f"{b.name:<35}{b.times:>9g}{b.peak / GB:>13.1f}{b.seconds:>18.2f}{b.times * b.seconds / 3600:>9.2f}{' if asked' * b.asked}"
+        for b in found.beside
+    ]
+
+
+def _sampling(found: Estimate) -> list[str]:
+    head = f"{'sampling, one GPU':<35}{'peak GB':>22}{'seconds a clip':>18}"
+    return [head] + [f"{b.name:<35}{b.peak / GB:>22.1f}{b.seconds:>18.1f}" for b in found.sampling]
+
+
+def _whole(found: Estimate) -> list[str]:
     hours, more = found.hours, sum(b.hours for b in found.beside)
-    lines += [
-        "",
+    lines = [
         f"iteration {found.iteration_seconds:.1f} s; {found.iterations} iterations and {more:.1f} h beside the updates: "
         f"{hours:.1f} h, {hours * found.gpus:.0f} GPU-hours",
         f"memory: {found.peak / GB:.1f} GB of {found.available / GB:.1f} that {found.machine.memory / GB:.0f} GB leave for tensors: "
@@ -135,17 +157,11 @@ def as_table(found: Estimate, changes: tuple[Change, ...]) -> str:
         f"main memory while starting: {found.main_memory / GB:.0f} GB for the text encoder, then "
         + (f"{found.host / GB:.0f} GB per GPU" if found.host else "none"),
     ]
-    if found.note:
-        lines.append(found.note)
-    if changes:
-        lines += [
-            "",
-            f"change, in this order (`mogan train --fit {found.machine.memory / GB:g}` does what is no shard and no window):",
-        ]
-        lines += [f"  {c.what}: {c.peak / GB:.1f} GB{', fits' if c.fits else ''}" for c in changes]
-    lines += [
-        "",
-        f"assumed, not measured: {REACHED_COMPUTE:.0%} of peak FLOPS, {REACHED_BANDWIDTH:.0%} of memory bandwidth, "
-        f"{CONTEXT / GB:g} GB and {FRAGMENTS:.0%} of memory lost to the driver and fragments",
-    ]
-    return "\n".join(lines)
+    return [*lines, found.note] if found.note else lines
+
+
+def _changes(found: Estimate, changes: tuple[Change, ...]) -> list[str]:
+    if not changes:
+        return []
+    head = f"change, in this order (`mogan train --fit {found.machine.memory / GB:g}` does what is no shard and no window):"
+    return [head] + [f"  {c.what}: {c.peak / GB:.1f} GB{', fits' if c.fits else ''}" for c in changes]
