@@ -25,7 +25,7 @@ ORDER = [  # a room may use those before it
         "runs",
     ),
     *("sampling", "objectives", "recipes", "estimate", "training", "world", "evaluation", "exchange", "report", "lab"),
-    *("survey", "stream", "study", "cli"),
+    *("survey", "stream", "study", "completion", "cli"),
 ]
 
 

@@ -1,6 +1,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,7 +12,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from mogan import __version__
 from mogan.cli import COMMANDS, main, run
+from mogan.completion import completion
 from mogan.errors import UserError
 from mogan.recipes import ABLATIONS, dmd2_wan_1_3b, find_recipe, mogan_wan_1_3b
 from mogan.runs.watch import Watch
@@ -83,6 +86,11 @@ def test_unknown_command_is_one_clear_error(capsys):
         (["trian", "mogan_lab"], "train"),
         (["surve"], "survey"),
         (["survey", "bild", "x"], "survey build"),
+        (["--verson"], "--version"),
+        (["-v"], "--version"),
+        (["help"], "--help"),
+        (["train", "dmd", "--data", "x", "--out", "y"], "dmd_lab"),
+        (["train", "mogan_lab", "--data", "x", "-out", "y"], "--out"),
         (["train", "moagn_lab", "--data", "x", "--out", "y"], "mogan_lab"),
         (["train", "mogan_lab", "--dta", "x", "--out", "y"], "--data"),
         (["train", "mogan_lab", "--data", "x", "--out", "y", "--save_evry=3"], "--save-every"),
@@ -102,6 +110,64 @@ def test_a_misspelt_word_is_answered_with_the_word_that_was_meant(words, meant, 
 def test_options_are_taken_in_every_spelling_there_is(word, capsys):
     assert main(["train", "mogan_lab", "--data", "x", "--out", "y", "--dry-run", word]) == 0
     assert json.loads(capsys.readouterr().out)["recipe"] == "mogan_lab"
+
+
+@pytest.fixture(scope="module")
+def completions():
+    return {shell: completion(shell, COMMANDS) for shell in ("bash", "zsh", "fish")}
+
+
+def completed(shell, script, words):
+    """What a shell offers for the last of some words."""
+    if shell == "fish":
+        asked = f"{script}\ncomplete --do-complete '{' '.join(words)}'"
+        return {
+            line.split("\t")[0]
+            for line in subprocess.check_output(["fish", "--no-config", "-c", asked], text=True).splitlines()
+        }
+    before = "setopt ksharrays\n" if shell == "zsh" else ""
+    listed = " ".join(f"'{word}'" for word in words)
+    asked = f"{script}\n{before}COMP_WORDS=({listed})\nCOMP_CWORD={len(words) - 1}\n_mogan\nprintf '%s\\n' \"${{COMPREPLY[@]}}\""
+    bare = ["--norc"] if shell == "bash" else ["-f"]
+    shown = subprocess.check_output([shell, *bare, "-c", asked], text=True).split()
+    return (
+        {word for word in shown if word.startswith(words[-1])} if shell == "zsh" else set(shown)
+    )  # zsh's compadd chooses
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+@pytest.mark.parametrize(
+    ("words", "offered"),
+    [
+        (["mogan", "tra"], {"train", "trajectories"}),
+        (["mogan", "survey", "b"], {"build"}),
+        (["mogan", "train", "mogan_wan_1_3b_no"], {"mogan_wan_1_3b_no_dmd", "mogan_wan_1_3b_no_r1r2"}),
+        (["mogan", "train", "x", "--prec"], {"--precision"}),
+        (["mogan", "train", "x", "--precision", ""], {"auto", "bf16", "fp32"}),
+        (["mogan", "survey", "build", "--comp"], {"--completion-code"}),
+        (["mogan", "lab", "render", "--motion", "r"], {"rich"}),
+        (["mogan", "export", "x", "--to", "l"], {"lora"}),
+        (["mogan", "--print-completion", "f"], {"fish"}),
+    ],
+)
+def test_a_shell_completes_commands_recipes_options_and_their_values(shell, words, offered, completions):
+    if not shutil.which(shell):
+        pytest.skip(f"no {shell} here")
+    assert completed(shell, completions[shell], words) == offered
+
+
+@pytest.mark.parametrize(
+    ("words", "said"), [(["tcsh"], "give bash, zsh or fish"), ([], "no shell"), (["bsh"], "'bash'")]
+)
+def test_a_shell_without_completion_is_one_sentence(words, said, capsys):
+    assert main(["--print-completion", *words]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_its_version_is_the_packages(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"mogan {__version__}\n"
 
 
 CTRL_C = """

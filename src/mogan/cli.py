@@ -14,11 +14,13 @@ from pathlib import Path
 from threading import current_thread, main_thread
 from typing import NoReturn, get_args, get_origin
 
+from mogan.completion import completion, options_of
 from mogan.disk.files import refusal
 from mogan.errors import UserError, closest, too_little_memory
 
 INTERRUPTED = 130  # as a shell counts a process that Ctrl-C ended
 NARROWEST = 40  # columns in which help can be set; in one tyro never ends
+NO_COMMAND = ("--help", "--version", "--print-completion")
 
 COMMANDS = {
     "demo": ("mogan.lab.demo:demo", "post-train the lab's student, evaluate it, write a report"),
@@ -65,7 +67,8 @@ def usage() -> str:
     return (
         "Post-train few-step video generators so that they move well.\n\n"
         + "\n".join(lines)
-        + ("\n\n`mogan COMMAND --help` explains a command. Start with `mogan demo`.")
+        + "\n\n`mogan COMMAND --help` explains a command. Start with `mogan demo`."
+        + "\n`mogan --version`; `mogan --print-completion bash` (zsh, fish) prints what a shell completes words by."
     )
 
 
@@ -77,6 +80,8 @@ def main(arguments: list[str] | None = None) -> int:
 
         print(f"mogan {__version__}")
         return 0
+    if words and words[0].partition("=")[0] == "--print-completion":
+        return _print_completion(words)
     name = " ".join(words[:2]) if " ".join(words[:2]) in COMMANDS else " ".join(words[:1])
     if name not in COMMANDS:
         return _list_commands(words)
@@ -117,6 +122,17 @@ def _interrupted(name: str) -> str:
     return f"mogan {name}: interrupted; give the same command again to finish"
 
 
+def _print_completion(words: list[str]) -> int:
+    """The script by which a shell completes commands, options and their values."""
+    shell = words[0].partition("=")[2] or "".join(words[1:2])
+    try:
+        print(completion(shell, COMMANDS), end="")
+    except UserError as error:
+        print(f"mogan: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
 @contextmanager
 def _on_ctrl_c(handler: Callable[[int, object], None]) -> Iterator[None]:
     """Handle Ctrl-C so meanwhile, unless whoever calls us has a way of their own."""
@@ -142,7 +158,7 @@ def _list_commands(words: list[str]) -> int:
             print(f"mogan: no command '{words[0]} {words[1]}'{hint}", file=sys.stderr)
         print("\n".join(f"  mogan {n}  {text}" for n, (_, text) in COMMANDS.items() if n.split()[0] == words[0]))
     else:
-        hint = closest(words[0], sorted(groups))
+        hint = closest(words[0], sorted(groups)) or closest(f"--{words[0].strip('-')}", NO_COMMAND)
         print(f"mogan: no command {words[0]!r}{hint or chr(10) * 2 + usage()}", file=sys.stderr)
         return 2
     return 0 if asked else 2
@@ -150,13 +166,7 @@ def _list_commands(words: list[str]) -> int:
 
 def _check_options(command: Callable[..., None], words: list[str]) -> None:
     """Name an option that was misspelt: tyro does so only where no other one is missing."""
-    known = {"--help"}
-    for name, parameter in signature(command).parameters.items():
-        renamed = [m.name for m in getattr(parameter.annotation, "__metadata__", ()) if getattr(m, "name", None)]
-        option = (renamed or [name.replace("_", "-")])[0]
-        known |= {f"--{option}"} | (
-            {f"--no-{option}"} if bool in (parameter.annotation, *get_args(parameter.annotation)) else set()
-        )
+    known = {"--help", *options_of(command)}
     for number, word in enumerate(words):
         before = words[number - 1] if number else ""
         option = next((w for w in reversed(words[:number]) if w.startswith("--")), "")  # may take several words
@@ -169,6 +179,8 @@ def _check_options(command: Callable[..., None], words: list[str]) -> None:
         option = word.partition("=")[0].replace("_", "-")
         if option.startswith("--") and option not in known and (hint := closest(option, sorted(known))):
             raise UserError(f"no option {option}{hint}")
+        if f"-{option}" in known:
+            raise UserError(f"no option {option}: did you mean '-{option}'?")
 
 
 def _takes_text(word: str, command: Callable[..., None], several: bool = False) -> bool:

@@ -30,6 +30,9 @@ def too_little_memory(error: Exception) -> str | None:
 
 
 def closest(word: str, names: Iterable[str]) -> str:
-    """``: did you mean 'train'?`` to put after "no command 'trian'"; nothing where no name resembles the word."""
-    found = get_close_matches(word, list(names), n=1, cutoff=0.7)
+    """``: did you mean 'train'?`` to put after "no command 'trian'"; nothing where no name resembles the word or begins with it."""
+    names = list(names)
+    found = get_close_matches(word, names, n=1, cutoff=0.7)
+    if not found and len(word) >= 3:
+        found = sorted((name for name in names if name.startswith(word)), key=len)
     return f": did you mean {found[0]!r}?" if found else ""
