@@ -116,7 +116,6 @@ def test_rows_of_text_and_control_stay_together():
     ("part", "entries", "message"),
     [
         ("transformer", {"vace_in_channels": 96}, "reads controls of 96 channels and those of its autoencoder have 72"),
-        ("vae", {"patch_size": 2}, "autoencoder of Wan 2.2"),
     ],
 )
 def test_a_vace_of_parts_that_do_not_belong_together_is_a_sentence(part, entries, message, vace, tmp_path):

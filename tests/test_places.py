@@ -27,6 +27,7 @@ def commands(family, cache, prompts, run):
         "stream": ["--model", family / "student"],
         "attention": ["--prompts", prompts, "--model", family / "teacher"],
         "tiles": [family, "--threshold", "0.1"],
+        "vace": [family / "teacher"],
         "trajectories": ["--prompts", prompts, "--model", family / "teacher"],
         "prepare": [prompts, "--model", family / "teacher"],
         "evaluate": [family],

@@ -18,6 +18,7 @@ NEEDED = {
     "trajectories": ["--prompts", "x"],
     "attention": ["--prompts", "x"],
     "tiles": ["x"],
+    "vace": ["x"],
     "report": ["x"],
     "export": ["x"],
     "import": ["x", "--base", "x", "--sigmas", "1"],

@@ -32,6 +32,7 @@ RECIPES = {
     "redmd": redmd,
     "motion_score": motion_score,
     "sft_i2v": sft_i2v,
+    "vace": tiny_recipes.vace,
     "shift": shift,
     "surrogate": surrogate,
     "phased": tiny_recipes.phased,

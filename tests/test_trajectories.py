@@ -45,6 +45,7 @@ RECIPES = {
     "phased_alternating_lab": lambda: alternating(tiny_recipes.phased()),
     "redmd_lab": tiny_recipes.redmd,
     "sft_i2v_lab": tiny_recipes.sft_i2v,
+    "vace_lab": tiny_recipes.vace,
     "shift_lab": tiny_recipes.shift,
     "tdm_lab": tiny_recipes.tdm,
     "causal_teacher_lab": tiny_recipes.causal_teacher,

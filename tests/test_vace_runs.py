@@ -35,15 +35,16 @@ from test_scale import CLIP, NARROW, videos
 SHAPE = SIZE["frames"], SIZE["height"], SIZE["width"]
 
 
-def fill(folder, vace, clips=6, references=1, controls=True):
+def fill(folder, vace, clips=6, references=1, controls=True, size=SIZE):
     """A cache of random clips with random controls, as ``mogan prepare --controls`` writes it."""
+    shape = size["frames"], size["height"], size["width"]
     vae, draws = wan.load_vae(vace, torch.float32), torch.Generator().manual_seed(1)
     entries = []
     for number in range(clips):
-        video, shown = (torch.rand(1, 3, *SHAPE, generator=draws) * 2 - 1 for _ in range(2))
-        mask = (torch.rand(1, 1, *SHAPE, generator=draws) > 0.5).float()
+        video, shown = (torch.rand(1, 3, *shape, generator=draws) * 2 - 1 for _ in range(2))
+        mask = (torch.rand(1, 1, *shape, generator=draws) > 0.5).float()
         pictures = pictures_of_references(
-            [np.full((9, 9, 3), 40 * number + i, np.uint8) for i in range(references)], *SHAPE[1:]
+            [np.full((9, 9, 3), 40 * number + i, np.uint8) for i in range(references)], *shape[1:]
         )
         with torch.no_grad():
             save_latent(folder, f"clip{number}", encode_video(vae, video)[0], {})
@@ -52,7 +53,7 @@ def fill(folder, vace, clips=6, references=1, controls=True):
         entries.append(
             {"id": f"clip{number}", "caption": CAPTIONS[number % 4], "motion": 2.0, "control": f"of {number}"}
         )
-    facts = {"format": "mogan-cache", "version": 1, "contents": "clips", "vae": wan.fingerprint(vace, "vae"), **SIZE}
+    facts = {"format": "mogan-cache", "version": 1, "contents": "clips", "vae": wan.fingerprint(vace, "vae"), **size}
     facts |= {"controls": "files", "references": references} if controls else {}
     (folder / "cache.json").write_text(json.dumps(facts))
     (folder / "index.jsonl").write_text("".join(json.dumps(e) + "\n" for e in entries))
@@ -160,6 +161,7 @@ SLOW = pytest.mark.slow
     ("name", "lora"),
     [
         ("dmd", 3),
+        ("vace", None),
         pytest.param("dmd", None, marks=SLOW),
         pytest.param("vdot", None, marks=SLOW),
         pytest.param("vdot", 3, marks=SLOW),

@@ -251,6 +251,10 @@ def sft_i2v() -> Config:
     return shrink(recipes.sft_i2v_lab())
 
 
+def vace() -> Config:
+    return shrink(recipes.vace_lab())
+
+
 def dmd_i2v() -> Config:
     return shrink(recipes.dmd_i2v_lab())
 

@@ -40,6 +40,10 @@ COMMANDS = {
         "mogan.exchange.tiles:tiles",
         "what mogan attention measured -> a model whose blocks see few frames: frame-sparse attention",
     ),
+    "vace": (
+        "mogan.exchange.vace:vace",
+        "a text-to-video model -> one that reads controls, and so far makes the same clips",
+    ),
     "evaluate": ("mogan.evaluation.evaluate:evaluate", "folders of clips -> results.json"),
     "vbench": ("mogan.evaluation.vbench:vbench", "check that a folder holds every clip VBench wants, by name"),
     "report": ("mogan.report.page:report", "results and runs -> one HTML page"),

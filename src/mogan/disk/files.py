@@ -233,3 +233,11 @@ def read_json(path: Path) -> dict:
     if not isinstance(found, dict):
         raise UserError(f"{path} holds a {type(found).__name__} where names and values should be: get it again")
     return found
+
+
+def link_or_copy(source: str, target: str) -> None:
+    """The same file at another place, or its copy where the disk has no links."""
+    try:
+        os.link(os.path.realpath(source), target)
+    except OSError:
+        shutil.copy2(source, target)

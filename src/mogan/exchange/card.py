@@ -18,7 +18,7 @@ the pipeline does not hand it to the scheduler, which draws new noise at every s
 def model_card(
     title: str,
     base: Path,
-    sigmas: tuple[float, ...],
+    sigmas: tuple[float, ...] | None,
     notes: list[str],
     load: list[str],
     solver: str = LCM,
@@ -29,17 +29,18 @@ def model_card(
     Args:
         title: heading.
         base: folder of the base model, for its name, its licence and its geometry.
-        sigmas: levels the student samples at.
+        sigmas: levels the student samples at; of a teacher None.
         notes: list entries and tables about where it came from; see :func:`run_notes` and :func:`metrics_table`.
         load: lines of Python that make ``pipe``.
         solver: between the student's steps.
         causal: of a student that sees the past alone; ``load`` is then the command that samples it.
     """
-    size, name, licence = wan.geometry(base), model_name(base), licence_of(base)
+    usual, name, licence = wan.defaults(base), model_name(base), licence_of(base)
+    size = usual.size
     front = ["library_name: diffusers", "pipeline_tag: text-to-video", "tags: [text-to-video, distillation, mogan]"]
     front += [f"license: {licence}"] if licence else []
     front += [f"base_model: {name}"] if "/" in name else []
-    head, code, steps = "\n".join(front), "\n".join(load), len(sigmas)
+    head, code, steps = "\n".join(front), "\n".join(load), len(sigmas or ()) or usual.steps
     said = f" ({licence})" if licence else "; its folder does not say which that is"
     entries = [
         *notes,
@@ -54,7 +55,8 @@ def model_card(
             + (f"; the first always at noise levels {_said(causal.first_sigmas)}" if causal.first_sigmas else "")
         )
     facts = "\n".join(sorted(entries, key=lambda line: line.startswith("\n")))  # tables after the list
-    levels = _said(sigmas)
+    levels = _said(sigmas or ())
+    guidance = "1.0" if sigmas else f"{usual.guidance:g}"
     if causal is not None:
         use = f"""```bash
 {code}
@@ -69,14 +71,18 @@ import torch
 {code}
 torch.manual_seed(0)  # the clip's seed
 video = pipe("a prompt", height={size.height}, width={size.width}, num_frames={size.frames},
-             num_inference_steps={steps}, guidance_scale=1.0).frames[0]
+             num_inference_steps={steps}, guidance_scale={guidance}).frames[0]
 ```
 
-It samples at noise levels {levels}; this scheduler visits exactly these with
-`num_inference_steps={steps}`. Use no guidance.
+{_visited(levels, steps) if sigmas else "It is sampled as its base model is, in many guided steps."}
 
-{AGAIN if solver == LCM else "Its steps draw no noise: the first noise, so `pipe(generator=...)`, gives a clip again."}"""
+{AGAIN if sigmas and solver == LCM else "Its steps draw no noise: the first noise, so `pipe(generator=...)`, gives a clip again."}"""
     return f"---\n{head}\n---\n\n# {title}\n\n{use}\n\n{facts}\n"
+
+
+def _visited(levels: str, steps: int) -> str:
+    return f"""It samples at noise levels {levels}; this scheduler visits exactly these with
+`num_inference_steps={steps}`. Use no guidance."""
 
 
 def _said(sigmas: tuple[float, ...]) -> str:

@@ -5,7 +5,6 @@ pipeline opens, since none samples it as it was trained: its clips would look pl
 """
 
 import json
-import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +15,7 @@ import tyro
 from torch import nn
 
 from mogan.config import LCM
-from mogan.disk.files import new_folder, writable_folder, write_atomically
+from mogan.disk.files import link_or_copy, new_folder, writable_folder, write_atomically
 from mogan.disk.locks import alone_at
 from mogan.errors import UserError
 from mogan.exchange.card import mask_notes, metrics_table, model_card, run_notes, states_notes
@@ -27,15 +26,20 @@ from mogan.models.causal_cache import Causal
 from mogan.models.experts import LOW
 from mogan.models.frame_sparse import mask_of, write_mask
 from mogan.models.lora import factors, merge
+from mogan.models.parts import config_of
 from mogan.models.states import detach_states, write_states
 from mogan.models.step_condition import is_told, to_stock
 from mogan.ranges import at_least
 from mogan.runs.checkpoint import load_part, student_checkpoint
 from mogan.runs.generator import Generator, open_generator
+from mogan.runs.identity import read_config
 from mogan.schedule import levels_of
 
 FOLDER_USAGE = ["from diffusers import WanPipeline\n", 'pipe = WanPipeline.from_pretrained("PATH")']
 CONTROLLED_USAGE = [line.replace("WanPipeline", "WanVACEPipeline") for line in FOLDER_USAGE]
+CODEC_USAGE = [
+    "\npipe.vae_scale_factor_spatial = pipe.vae.config.scale_factor_spatial  # which this pipeline reckons as Wan 2.1's"
+]
 ANIMATING_USAGE = [line.replace("WanPipeline", "WanImageToVideoPipeline") for line in FOLDER_USAGE]
 TOLD_INDEX = {"_class_name": "AnyFlowPipeline", "transformer": ["diffusers", "AnyFlowTransformer3DModel"]}
 CAUSAL_INDEX = {"_class_name": "MoganCausalStudent", "transformer": ["mogan", "CausalWan"]}  # names that are nowhere
@@ -56,7 +60,7 @@ def export(
     run: tyro.conf.Positional[Path],
     *,
     out: Path,
-    to: Literal["diffusers", "lora"] = "diffusers",
+    to: Literal["diffusers", "teacher", "lora"] = "diffusers",
     rank: int | None = None,
     dtype: Literal["fp32", "fp16", "bf16"] = "fp32",
     results: Path | None = None,
@@ -69,6 +73,8 @@ def export(
         out: where the export goes, a folder or (lora) a .safetensors file; must not exist yet.
         to: diffusers: a folder stock WanPipeline (AnyFlowPipeline, of a student that is told where its steps end) opens and
             samples with num_inference_steps and guidance_scale=1.
+            teacher: of a fine-tuned model (flow matching) a folder that is sampled as its base is, in many guided steps, and
+            distilled from: name it as --model.
             lora: a file for pipe.load_lora_weights and for ComfyUI, with a card beside it; of two experts a file each,
             whose names end in -high and -low.
         rank: of the LoRA file. A run with adapters is exported exactly if this is left out; the difference of any other
@@ -107,9 +113,20 @@ def export(
             save_lora(run, source, out, rank, precision, notes)
         print(f"exported to {out}; use it with: pipe.load_lora_weights({str(out)!r})")
         return
+    if to == "teacher":
+        _refuse_as_teacher(run, source, fake_score)
+        source = replace(source, sigmas=None)
     usage = _usage(source)
     notes = counts_notes(source) + states_notes(source.states) + notes
-    card = model_card("Few-step Wan student", source.folder, source.sigmas, notes, usage, source.solver, source.causal)
+    card = model_card(
+        "Few-step Wan student" if source.sigmas else "Fine-tuned Wan",
+        source.folder,
+        source.sigmas,
+        notes,
+        usage,
+        source.solver,
+        source.causal,
+    )
     fake = _fake_score(run, source) if fake_score else None
     student = source.load()
     save_student(
@@ -127,7 +144,18 @@ def export(
         causal=source.causal,
         animates=source.animates,
     )
-    print(f"exported to {out}; use it with: {usage[-1].removeprefix('pipe = ').replace('PATH', str(out))}")
+    print(f"exported to {out}; use it with: {usage[1].removeprefix('pipe = ').replace('PATH', str(out))}")
+
+
+def _refuse_as_teacher(run: Path, source: Generator, fake_score: bool) -> None:
+    """A teacher is what was trained on clips at all levels, and by nothing else."""
+    config = read_config(run)
+    plain = set(config["objectives"]) == {"flow_matching"} and not (source.told or source.causal)
+    if not plain or fake_score:
+        raise UserError(
+            f"{run} trained {config['recipe']}, and a teacher comes of fine-tuning by flow matching alone: leave out "
+            + ("--fake-score" if plain else "--to teacher")
+        )
 
 
 def _usage(source: Generator) -> list[str]:
@@ -138,7 +166,9 @@ def _usage(source: Generator) -> list[str]:
         return TOLD_USAGE
     if source.animates or wan.is_image_to_video(source.folder):
         return ANIMATING_USAGE
-    return CONTROLLED_USAGE if wan.has_controls(source.folder) else FOLDER_USAGE
+    if not wan.has_controls(source.folder):
+        return FOLDER_USAGE
+    return CONTROLLED_USAGE + (CODEC_USAGE if (config_of(source.folder, "vae") or {}).get("patch_size") else [])
 
 
 def counts_notes(source: Generator) -> list[str]:
@@ -176,7 +206,7 @@ def save_student(
     transformer: Any,
     base: Path,
     out: Path,
-    sigmas: tuple[float, ...],
+    sigmas: tuple[float, ...] | None,
     dtype: torch.dtype,
     card: str,
     solver: str = LCM,
@@ -191,17 +221,17 @@ def save_student(
 
     A causal student's folder is one that no stock pipeline opens: they make whole clips, which would look plausible and be wrong.
 
-    A student of two experts has a ``low`` one for levels below ``boundary``. Text encoder, tokenizer, autoencoder and image
+    Without ``sigmas`` it is a teacher, sampled as the base model is. A student of two experts has a ``low`` one for levels below ``boundary``. Text encoder, tokenizer, autoencoder and image
     encoder are the base model's own files, hard-linked where the disk allows it.
     """
     told = is_told(transformer)
-    scheduler: Any = flow_map_scheduler(sigmas) if told else scheduler_for(sigmas, solver)
+    scheduler: Any = None if sigmas is None else flow_map_scheduler(sigmas) if told else scheduler_for(sigmas, solver)
     rows = detach_states(transformer)
     for network in filter(None, (transformer, low, fake_score)):
         check_range(network.state_dict(), dtype)
     with new_folder(out) as temporary:
         eye = ("image_encoder", "image_processor") if wan.sees_pictures(base) else ()
-        for part in ("text_encoder", "tokenizer", "vae", *eye):
+        for part in ("text_encoder", "tokenizer", "vae", *eye, *(("scheduler",) if scheduler is None else ())):
             shutil.copytree(base / part, temporary / part, copy_function=link_or_copy)
         for part, network in (("transformer", transformer), (LOW, low), ("fake_score", fake_score)):
             if network is not None:
@@ -212,9 +242,10 @@ def save_student(
                     write_mask(temporary / part, mask)
         if rows:
             write_states(temporary, rows)
-        scheduler.save_pretrained(temporary / "scheduler")
         index = json.loads((base / "model_index.json").read_text())
-        index["scheduler"] = ["diffusers", type(scheduler).__name__]
+        if scheduler is not None:
+            scheduler.save_pretrained(temporary / "scheduler")
+            index["scheduler"] = ["diffusers", type(scheduler).__name__]
         if low is not None:
             index |= {LOW: index["transformer"], "boundary_ratio": boundary}
         if told:
@@ -228,11 +259,3 @@ def save_student(
         facts = replace(wan.defaults(base), sigmas=sigmas, solver=solver, counts=counts, causal=causal).facts()
         write_atomically(temporary / "mogan.json", json.dumps(facts, indent=2) + "\n")
         write_atomically(temporary / "README.md", card)
-
-
-def link_or_copy(source: str, target: str) -> None:
-    """The same file at another place, or its copy where the disk has no links."""
-    try:
-        os.link(os.path.realpath(source), target)
-    except OSError:
-        shutil.copy2(source, target)

@@ -8,10 +8,9 @@ import torch
 import tyro
 from torch import Tensor
 
-from mogan.disk.files import new_folder, read_json, writable_folder, write_atomically
+from mogan.disk.files import link_or_copy, new_folder, read_json, writable_folder, write_atomically
 from mogan.errors import UserError
 from mogan.exchange.card import mask_notes
-from mogan.exchange.export import link_or_copy
 from mogan.models.experts import LOW
 from mogan.models.frame_sparse import Mask, search, write_mask
 from mogan.ranges import at_least

@@ -46,9 +46,7 @@ def check_parts(model: Path) -> None:
 
 
 def _check_controls(model: Path, transformer: dict, vae: dict) -> None:
-    """Stock ``WanVACEPipeline`` prepares controls for Wan 2.1's autoencoder, and so do we."""
-    if vae.get("patch_size") is not None:
-        raise UserError(f"{model} is a VACE with the autoencoder of Wan 2.2, which stock WanVACEPipeline cannot use")
+    """A control has the autoencoder's latents twice, and its mask's pixels."""
     if transformer.get("vace_in_channels", 96) != channels_of(vae):
         raise UserError(
             f"{model}: the transformer reads controls of {transformer.get('vace_in_channels', 96)} channels and those of its "

@@ -22,7 +22,7 @@ from mogan.recipes.efficient_vdit import (
     efficient_vdit_mcd_lab,
     efficient_vdit_mcd_wan_1_3b,
 )
-from mogan.recipes.fine_tuning import flow_matching_lab, flow_matching_wan_1_3b, sft_i2v_lab, sft_i2v_wan_1_3b
+from mogan.recipes.fine_tuning import flow_matching_lab, flow_matching_wan_1_3b, sft_i2v_lab, sft_i2v_wan_1_3b, vace_lab
 from mogan.recipes.llia import llia_lab, llia_wan_1_3b
 from mogan.recipes.mogan import (
     ABLATIONS,
@@ -55,7 +55,7 @@ RECIPES: dict[str, Callable[[], Config]] = {
         mogan_wan_1_3b, motion_score_lab, motion_score_wan_1_3b, msm_causal_lab, msm_causal_wan_1_3b, msm_lab,
         msm_wan_1_3b, phased_alternating_lab, phased_lab, phased_wan_1_3b, phased_wan_a14b, redmd_lab, redmd_wan_1_3b,
         reward_forcing_lab, reward_forcing_wan_1_3b, self_forcing_lab, self_forcing_wan_1_3b, sft_i2v_lab,
-        sft_i2v_wan_1_3b, shift_lab, shift_wan_1_3b, tdm_lab, tdm_wan_1_3b, vdot_lab, vdot_wan_1_3b,
+        sft_i2v_wan_1_3b, shift_lab, shift_wan_1_3b, tdm_lab, tdm_wan_1_3b, vace_lab, vdot_lab, vdot_wan_1_3b,
         efficient_vdit_kd_lab, efficient_vdit_kd_teacher_lab, efficient_vdit_kd_teacher_wan_1_3b,
         efficient_vdit_kd_wan_1_3b, efficient_vdit_mcd_lab, efficient_vdit_mcd_wan_1_3b,
     )

@@ -71,7 +71,7 @@ def dmd2_long_wan_1_3b() -> Config:
 
 
 def dmd_i2v_lab() -> Config:
-    """A 3-step student of the lab's image-conditioned model (``--model``: the export of a sft_i2v_lab run), first frame given.
+    """A 3-step student of the lab's image-conditioned model (``--model``: a sft_i2v_lab run exported ``--to teacher``), first frame given.
 
     Sampled by Euler steps, as the model is: the sample of a step drawn goes straight to the clean clip. Guidance 1, as of the
     lab's image-to-video sampling.

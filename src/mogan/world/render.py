@@ -1,6 +1,7 @@
 """Clips of the rendered world as ordinary mp4 files with captions, and their truth beside them on request."""
 
 import json
+import os
 from pathlib import Path
 from typing import Literal
 
@@ -9,12 +10,15 @@ from tqdm import tqdm
 
 from mogan.data.controls import FASTEST
 from mogan.data.video import flow_picture, write_video
-from mogan.disk.files import replacing, writable_folder
+from mogan.disk.files import link_or_copy, replacing, writable_folder, write_atomically
 from mogan.disk.locks import LOCK, alone_in
 from mogan.errors import UserError
 from mogan.ranges import at_least, is_seed
 from mogan.world import scenes as world
 from mogan.world.states import make_state_scene
+
+MAPS = ("depth", "flow", "mask")
+DEPTHS = 0, 128, 255  # of the background, the first sprite and the second, which is nearer
 
 
 def render(
@@ -39,7 +43,8 @@ def render(
         seed: of the world.
         truth: also write `truth/<name>.npz` with the exact optical flow, where it is visible, and every sprite's path.
         controls: another folder, for the world's exact maps as videos: `depth` (nearer is brighter), `flow` (as colours) and `mask`
-            (of everything that is not background), each of which `mogan prepare --controls` takes.
+            (of everything that is not background), and `mixed`, where clips have one of these in turn; each of the four is one
+            that `mogan prepare --controls` takes.
     """
     at_least(1, clips=clips)
     is_seed(seed=seed)
@@ -76,7 +81,7 @@ def render_folder(
     there = len(list(out.glob("[0-9]*.mp4")))
     if there > clips:
         raise UserError(f"{out} already holds {there} clips: ask for --clips {there} or more, or give another --out")
-    made, rows = 0, []
+    made, rows, tasks = 0, [], list[dict]()
     for index in tqdm(range(clips), desc="render", unit="clip"):
         scene, told = _scene(seed, index, motion)
         name = f"{index:05d}"
@@ -84,7 +89,8 @@ def render_folder(
         if truth and not facts.exists():
             _write_truth(facts, scene)
         if controls is not None:
-            _write_controls(controls, name, scene)
+            _write_controls(controls, index, scene)
+            tasks += _tasks(controls, out, index, scene)
         if not video.exists():
             write_video(video, world.render(scene), world.FPS)
             made += 1
@@ -92,6 +98,8 @@ def render_folder(
         rows.append(row | told | {"speed": round(scene.speed, 4), "seed": seed, "index": index})
     with replacing(out / "metadata.jsonl") as temporary:
         temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    if controls is not None:
+        write_atomically(controls / "tasks.jsonl", "".join(json.dumps(task) + "\n" for task in tasks))
     return made
 
 
@@ -116,19 +124,39 @@ def _claim(out: Path, settings: dict) -> None:
             temporary.write_text(json.dumps(settings) + "\n")
 
 
-def _write_controls(folder: Path, name: str, scene: world.Scene) -> None:
+def _map_path(folder: Path, kind: str, index: int) -> Path:
+    """Where a clip's map lies; a mask is told from a video by its name."""
+    return folder / kind / f"{index:05d}{'.mask' if kind == 'mask' else ''}.mp4"
+
+
+def _write_controls(folder: Path, index: int, scene: world.Scene) -> None:
     """Exact maps, without loss but for colours' half resolution."""
-    paths = [folder / "depth" / f"{name}.mp4", folder / "flow" / f"{name}.mp4", folder / "mask" / f"{name}.mask.mp4"]
-    if all(path.exists() for path in paths):
+    paths = [_map_path(folder, kind, index) for kind in MAPS]
+    mixed = folder / "mixed" / paths[index % len(MAPS)].name
+    if all(path.exists() for path in (*paths, mixed)):
         return
     owners = np.stack([world.owner(scene, frame) for frame in range(scene.frames)])
-    depth = np.array([0, 128, 255], np.uint8)[np.minimum(owners, 1) + 1]  # sprites later in the scene are nearer
+    depth = np.array(DEPTHS, np.uint8)[np.minimum(owners, 1) + 1]  # sprites later in the scene are nearer
     flow, _ = world.exact_flow(scene)
     fields = flow_picture(np.concatenate([flow[:1], flow]), scene.size / FASTEST)
     mask = np.where(owners >= 0, np.uint8(255), np.uint8(0))
     maps = [np.repeat(depth[..., None], 3, -1), fields, np.repeat(mask[..., None], 3, -1)]
     for path, frames in zip(paths, maps, strict=True):
         write_video(path, frames, world.FPS, crf=0)
+    mixed.parent.mkdir(exist_ok=True)
+    mixed.unlink(missing_ok=True)
+    link_or_copy(str(paths[index % len(MAPS)]), str(mixed))
+
+
+def _tasks(folder: Path, out: Path, index: int, scene: world.Scene) -> list[dict]:
+    """A task for each map of a clip: see :mod:`mogan.data.tasks`."""
+    clip = {"clip": os.path.relpath(out / f"{index:05d}.mp4", folder)}
+    return [
+        {"task": kind, "kind": kind, "prompt": scene.caption}
+        | ({"mask": place} | clip if kind == "mask" else {"control": place})
+        for kind in MAPS
+        for place in [_map_path(folder, kind, index).relative_to(folder).as_posix()]
+    ]
 
 
 def _write_truth(path: Path, scene: world.Scene) -> None:
