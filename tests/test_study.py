@@ -18,23 +18,16 @@ from mogan.recipes import find_recipe, mogan_lab
 from mogan.sampling.flowmo import FlowMo, temporal_variance
 from mogan.study import columns
 from mogan.study.collect import bars, combine, markdown, minus
+from mogan.study.commands import PROMPT_SEED, jobs_of, shared_jobs
 from mogan.study.cost import Training, from_teacher, iterations_that_fit, read_training, training
 from mogan.study.figure import draw
 from mogan.study.jobs import Job, core_seconds, run_jobs
 from mogan.study.measured import keep_measured, path_of, read_measured
-from mogan.study.study import (
-    PROMPT_SEED,
-    chosen,
-    jobs_of,
-    left_to_do,
-    measure_all,
-    needed,
-    shared_jobs,
-    write_prompts,
-)
+from mogan.study.methods import methods, shift_frozen
+from mogan.study.study import chosen, left_to_do, measure_all, needed, write_prompts
 from mogan.world.scenes import make_scene
 
-STUDIES = [columns.table1, columns.table2, columns.methods]
+STUDIES = [columns.table1, columns.table2, methods]
 
 
 @pytest.mark.parametrize("table", STUDIES)
@@ -66,30 +59,53 @@ def student_updates(column, known):
 
 
 def test_columns_are_held_against_mogan_and_against_their_own_pair_of_as_many_updates_or_seconds():
-    known = {c.name: c for c in columns.methods()}
+    known = {c.name: c for c in methods()}
     first = {c.against[0] for c in known.values() if c.first_frames and not c.as_long_as}
     first_for_as_long = {c.against[0] for c in known.values() if c.first_frames and c.as_long_as}
     assert (first, first_for_as_long) == ({"sft_i2v_long"}, {"sft_i2v_long_t"})
     assert {c.against[0] for c in known.values() if not c.first_frames} == {"mogan"}
     pairs = {c.name: c.against[1] for c in known.values() if len(c.against) > 1}
-    assert pairs == {"msm": "dmd", "msm_long": "dmd_long", "msm_long_t": "dmd_long_t", "shift_frozen": "shift"}
+    assert pairs.keys() >= {
+        "msm",
+        "redmd",
+        "phased",
+        "tdm",
+        "vdot",
+        "accvideo",
+        "efficient_vdit",
+        "asd",
+        "mogan_causal",
+    }
     for name, pair in pairs.items():
         mine, its = known[name], known[pair]
         assert bool(mine.as_long_as) == bool(its.as_long_as)
-        assert student_updates(mine, known) == student_updates(its, known) or mine.as_long_as
+        more = 40 if mine.start == pair else 0  # MoGAN on top of it
+        assert student_updates(mine, known) == student_updates(its, known) + more or mine.as_long_as
 
 
 def test_methods_are_compared_at_equal_student_updates():
-    known = {c.name: c for c in columns.methods()}
+    known = {c.name: c for c in methods()}
     found = {n: student_updates(c, known) for n, c in known.items() if not c.as_long_as}
     assert found == {
         "teacher": 0, "dmd": 400, "msm": 400, "sft_i2v": 400,
         "sft": 440, "dmd_long": 440, "msm_long": 440, "mogan": 440, "mogan_msm": 440, "sft_i2v_long": 436, "shift": 436,
-        "shift_frozen": 436,
+        "shift_frozen": 436, "redmd": 440, "vdot": 440, "tdm": 440, "phased": 440, "accvideo": 440, "mcd": 300,
+        "efficient_vdit": 440, "causal_teacher": 200, "causal_cd": 500, "self_forcing": 700, "self_forcing_long": 740,
+        "reward_forcing": 740, "asd": 740, "mogan_causal": 740, "llia": 800,
+        **{f"mogan_{on}": 480 for on in ("redmd", "vdot", "phased", "accvideo", "efficient_vdit")},
     }  # fmt: skip
     for name, column in known.items():
         if column.as_long_as:
             assert column.as_long_as == (name.removesuffix("_t"), "mogan")
+
+
+def test_calls_are_those_of_the_steps_and_chunks():
+    for column in (c for table in STUDIES for c in table() if c.recipe):
+        config = find_recipe(column.recipe)
+        steps, again = len(config.sigmas), 4 / 5 if config.causal else 0
+        made = steps * (4 / 5 if config.causal and config.given else 1)
+        guided = 2 if steps == 50 else 1
+        assert column.calls == pytest.approx(made * guided + again), column.name
 
 
 def logged(log, seconds_of_updates, **facts):
@@ -104,7 +120,7 @@ def logged(log, seconds_of_updates, **facts):
 
 
 def test_equal_seconds_are_counted_from_the_teacher_and_a_warm_up_is_paid_once(tmp_path):
-    known = {c.name: c for c in columns.methods()}
+    known = {c.name: c for c in methods()}
     log = tmp_path / "metrics.jsonl"
     trained = {
         ("dmd", 1): logged(log, [[("student<dmd", 1.0), ("fake_score<dmd", 1.0)]] * 10),
@@ -160,7 +176,7 @@ def test_one_factor_changes_at_a_time():
 
 def test_a_column_brings_what_it_starts_from():
     assert [c.name for c in chosen(columns.table1(), ("mogan",))] == ["dmd", "mogan"]
-    found = [c.name for c in chosen(columns.methods(), ("shift_t",))]
+    found = [c.name for c in chosen(methods(), ("shift_t",))]
     assert found == ["dmd", "mogan", "sft_i2v", "shift", "shift_t"]
     with pytest.raises(UserError, match="the study has teacher"):
         chosen(columns.table1(), ("nothing",))
@@ -186,7 +202,7 @@ def test_image_to_video_starts_from_the_clips_of_the_held_out_prompts(tmp_path):
     captions = [make_scene(PROMPT_SEED, i, motion="rich").caption for i in range(scenes)]
     assert list(dict.fromkeys(captions)) == (tmp_path / "held_out.txt").read_text().splitlines()
     assert jobs["held_out"].command[-6:] == ("--clips", str(scenes), "--motion", "rich", "--seed", str(PROMPT_SEED))
-    shift = next(c for c in columns.methods() if c.name == "shift")
+    shift = next(c for c in methods() if c.name == "shift")
     train, _, sample, _ = jobs_of(shift, 2, tmp_path, 5, shift.iterations)
     assert train.command[-4:] == ("--student", str(tmp_path / "sft_i2v" / "seed2" / "export"), "--iterations", "11")
     assert sample.command[-2:] == ("--first-frames", str(tmp_path / "held_out"))
@@ -195,7 +211,7 @@ def test_image_to_video_starts_from_the_clips_of_the_held_out_prompts(tmp_path):
 
 
 def test_frozen_rewards_learn_in_the_warm_up_alone():
-    plan = columns.shift_frozen().plan
+    plan = shift_frozen().plan
     learners = [{u.learns for u in plan if u.happens(iteration)} for iteration in range(21)]
     assert learners == [{"reward"}] * 8 + [{"student"}] * 13
 
@@ -258,7 +274,7 @@ def test_a_measured_seed_is_not_made_again_but_what_starts_from_it_is(tmp_path):
     assert left("teacher", "dmd", "mogan") == []
     shared = shared_jobs(tmp_path, 3)
     assert needed(shared, []) == []
-    assert {j.name for j in needed(shared, jobs["mogan", 0])} == {j.name for j in shared} - {"captions", "held_out"}
+    assert {j.name for j in needed(shared, jobs["mogan", 0])} == {"videos", "cache"}
 
 
 def test_what_is_measured_is_kept_though_the_study_ends_before_the_rest_is(tmp_path, monkeypatch):

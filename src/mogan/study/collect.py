@@ -223,7 +223,7 @@ def markdown(study: str, results: dict[str, Any]) -> str:
     for name in names:
         cells = [_cell(s["metrics"].get(name)) for s in systems.values()]
         lines.append(f"| {_label(name)} | " + " | ".join(cells) + " |")
-    lines += _costs(systems)
+    lines += _costs(systems) + _speeds(systems)
     lines += ["", "Systems:", ""]
     lines += [f"- `{name}`: {system['about']}{_cost(system)}" for name, system in systems.items()]
     lines += _differences(systems)
@@ -274,6 +274,16 @@ def _costs(systems: dict[str, Any]) -> list[str]:
     return [
         f"| Student updates, from the teacher on | {' | '.join(updates)} |",
         f"| Training, from the teacher on (core-minutes) | {' | '.join(minutes)} |",
+    ]
+
+
+def _speeds(systems: dict[str, Any]) -> list[str]:
+    """Two lines of the table: what a clip takes."""
+    calls = [f"{system['calls']:g}" if "calls" in system else "-" for system in systems.values()]
+    seconds = [f"{system['seconds_a_clip']:.2f}" if "seconds_a_clip" in system else "-" for system in systems.values()]
+    return [
+        f"| Network calls for a clip | {' | '.join(calls)} |",
+        f"| Sampling and decoding a clip, loading shared (core-seconds) | {' | '.join(seconds)} |",
     ]
 
 

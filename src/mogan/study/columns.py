@@ -7,7 +7,7 @@ the training loop.
 from dataclasses import dataclass, replace
 
 from mogan.config import Config, Update
-from mogan.recipes import ablate, mogan_lab, mogan_surrogate_lab, shift_lab
+from mogan.recipes import ablate, mogan_lab, mogan_surrogate_lab
 
 
 @dataclass(frozen=True)
@@ -19,8 +19,13 @@ class Column:
         about: what it is, in a few words.
         recipe: what ``mogan train`` is given; None for a system that is sampled as it is.
         start: the column whose student it starts from, seed by seed; None starts from the base model.
-        videos: trained on the motion-rich videos; otherwise on captions alone.
+        data: what it is trained on: ``cache``, the motion-rich videos; ``captions`` alone; ``paths`` of the teacher; ``states``,
+            videos of things that take up a state.
+        keeps: what is exported beside the student for those who start from it, options of ``mogan export``.
+        before: commands that make the folder START of its own from what it starts from, with ``{start}`` (that student's
+            export), ``{home}`` (the folder of this column and seed) and ``{out}`` (the study's); the last writes ``{home}/start``.
         sampling: further options of ``mogan sample``.
+        calls: of the network for one clip; a call for one chunk of a causal student counts as its share of the frames.
         iterations: of training, in place of the recipe's.
         first_frames: image to video: sampled from the first frames of the held-out prompts' own clips.
         against: columns whose clips its own are held against, clip by clip.
@@ -32,8 +37,11 @@ class Column:
     about: str
     recipe: str | None = None
     start: str | None = None
-    videos: bool = True
+    data: str = "cache"
+    keeps: tuple[str, ...] = ()
+    before: tuple[tuple[str, ...], ...] = ()
     sampling: tuple[str, ...] = ()
+    calls: float = 3
     iterations: int | None = None
     first_frames: bool = False
     against: tuple[str, ...] = ("mogan",)
@@ -45,14 +53,15 @@ class Column:
         return (*((self.start,) if self.start else ()), *(self.as_long_as or ()))
 
 
-TEACHER = Column("teacher", "50 steps, guidance 3")
-DMD = Column("dmd", "3 steps, distribution matching alone", "dmd_lab", videos=False)
+TEACHER = Column("teacher", "50 steps, guidance 3", calls=100)
+FAKE_SCORE = ("--fake-score",)
+DMD = Column("dmd", "3 steps, distribution matching alone", "dmd_lab", data="captions", keeps=FAKE_SCORE)
 MOGAN = Column("mogan", "3 steps, MoGAN on the motion-rich videos", "mogan_lab", start="dmd")
 
 
 def table1() -> tuple[Column, ...]:
     """MoGAN's Table 1: teacher, FlowMo guidance on it, DMD, MoGAN."""
-    flowmo = Column("flowmo", "teacher with FlowMo guidance in its first 12 steps", sampling=("--flowmo",))
+    flowmo = Column("flowmo", "teacher with FlowMo guidance in its first 12 steps", sampling=("--flowmo",), calls=100)
     return (TEACHER, flowmo, DMD, MOGAN)
 
 
@@ -86,40 +95,11 @@ def table2() -> tuple[Column, ...]:
     )
     one_changed = tuple(Column(name, about, here + name, start="dmd") for name, about in variants)
     surrogate = next(column for column in one_changed if column.name == "surrogate")
-    return (TEACHER, DMD, MOGAN, *one_changed, _for_as_long(surrogate))
+    return (TEACHER, DMD, MOGAN, *one_changed, for_as_long(surrogate))
 
 
-def methods() -> tuple[Column, ...]:
-    """The methods of this package side by side; docs/methods/comparison.md says what is equal and what is not.
-
-    MoGAN adds 20 + 20 student updates to the 400 that made its DMD student. Every other student gets 440 too, the last
-    40 with fresh optimisers as MoGAN's are; SHIFT's come in twelves, so 36. ``_t`` gets MoGAN's seconds instead.
-    """
-    sft = Column("sft", "50 steps, fine-tuned on the motion-rich videos", "flow_matching_lab", iterations=440)
-    sft = replace(sft, sampling=("--mode", "teacher"))
-    msm = Column("msm", "3 steps, DMD with motion scores", "msm_lab", videos=False, against=("mogan", "dmd"))
-    dmd_long = replace(DMD, name="dmd_long", about="3 steps, DMD and more of it", start="dmd", iterations=40)
-    msm_long = replace(msm, name="msm_long", about="3 steps, MSM and more of it", start="msm", iterations=40)
-    msm_long = replace(msm_long, against=("mogan", "dmd_long"))
-    mogan_msm = replace(
-        MOGAN, name="mogan_msm", about="3 steps, MoGAN, motion scores in its DMD", recipe="mogan_msm_lab"
-    )
-    i2v = Column("sft_i2v", "10 steps, first frame given, fine-tuned", "sft_i2v_lab", first_frames=True)
-    i2v = replace(i2v, against=("sft_i2v_long",))  # as many updates as SHIFT's, and nothing of SHIFT
-    i2v_long = replace(i2v, name="sft_i2v_long", about=f"{i2v.about}, more of it", start="sft_i2v", iterations=36)
-    shift = replace(
-        i2v_long, name="shift", about="10 steps, first frame given, SHIFT", recipe="shift_lab", iterations=11
-    )
-    frozen = replace(shift, name="shift_frozen", about=f"{shift.about}, its rewards never refreshed")
-    frozen = replace(frozen, recipe="mogan.study.columns:shift_frozen", against=("sft_i2v_long", "shift"))
-    timed = (sft, dmd_long, msm_long, i2v_long, shift)
-    return (
-        TEACHER, sft, DMD, dmd_long, msm, msm_long, MOGAN, mogan_msm, i2v, i2v_long, shift, frozen,
-        *map(_for_as_long, timed),
-    )  # fmt: skip
-
-
-def _for_as_long(column: Column) -> Column:
+def for_as_long(column: Column) -> Column:
+    """The column, trained for MoGAN's seconds."""
     about = f"{column.about}; for MoGAN's seconds"
     own = replace(column, name=f"{column.name}_t", about=about, iterations=None, as_long_as=(column.name, MOGAN.name))
     return replace(own, against=tuple(base if base == MOGAN.name else f"{base}_t" for base in column.against))
@@ -259,12 +239,6 @@ def shared_rollout() -> Config:
     student = next(u for u in config.plan if u.learns == "student")
     others = tuple(u for u in config.plan if u.learns != "student")
     return replace(config, plan=(replace(student, by="dmd+gan"), *others))
-
-
-def shift_frozen() -> Config:
-    """SHIFT judged by the rewards that its warm-up leaves."""
-    config = shift_lab()
-    return replace(config, plan=tuple(u for u in config.plan if u.learns != "reward" or u.stop is not None))
 
 
 def _guided(guidance: float) -> Config:

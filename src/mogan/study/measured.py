@@ -29,12 +29,14 @@ class Measured:
         clips: of each ``prompt``, ``index``, ``values`` by metric and ``features`` of its look.
         training: None for what is not trained.
         core_seconds: that the commands took.
+        sampling: core-seconds of sampling and decoding, loading included; None where it was not kept.
     """
 
     commands: list[str]
     clips: list[Record]
     training: Training | None
     core_seconds: float
+    sampling: float | None = None
 
 
 def path_of(out: Path, column: str, seed: int) -> Path:
@@ -67,7 +69,8 @@ def keep_measured(path: Path, home: Path, out: Path, jobs: list[Job]) -> Measure
     clips = [{key: clip[key] for key in KEPT} for clip in records(home / "samples", home / "results.json")]
     log = home / "run" / "metrics.jsonl"
     training = read_training(log) if log.is_file() else None
-    measured = Measured(_commands(jobs, out), clips, training, core_seconds(jobs, out / "logs"))
+    logs, sampled = out / "logs", [job for job in jobs if job.command[0] == "sample"]
+    measured = Measured(_commands(jobs, out), clips, training, core_seconds(jobs, logs), core_seconds(sampled, logs))
     with replacing(path) as temporary:
         temporary.write_bytes(gzip.compress(json.dumps(asdict(measured)).encode(), mtime=0))
     return measured

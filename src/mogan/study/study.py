@@ -15,16 +15,17 @@ from mogan.errors import UserError, closest
 from mogan.ranges import SEEDS, at_least, between
 from mogan.report.page import report
 from mogan.study.collect import bars, combine, markdown, minus
-from mogan.study.columns import MOGAN, Column, methods, table1, table2
+from mogan.study.columns import MOGAN, Column, table1, table2
+from mogan.study.commands import PROMPT_SEED, TRAIN_SEED, jobs_of, reference_jobs, shared_jobs
 from mogan.study.cost import Cell, Trained, iterations_that_fit, training
 from mogan.study.figure import draw
 from mogan.study.jobs import Job, core_seconds, run_jobs
 from mogan.study.measured import Measured, keep_measured, path_of, read_measured, records
+from mogan.study.methods import methods
 from mogan.world.scenes import captions
 
 STUDIES = {"table1": table1, "table2": table2, "methods": methods}
-TRAIN_SEED, PROMPT_SEED, RICH_SEED, WORLD_SEED = 21, 22, 23, 24  # worlds: no training sees the last three
-TRAIN_VIDEOS, TRAIN_PROMPTS, REFERENCE = 512, 4000, 256
+TRAIN_PROMPTS, PATHS, FEW = 4000, 512, 8  # to train on, for the teacher's paths, for an analysis of attention
 
 
 def study(
@@ -48,8 +49,8 @@ def study(
     copy the others' OUT/COLUMN/seedN.json.gz into one OUT, and what they hold is not done again.
 
     Args:
-        name: table1 (teacher, FlowMo, DMD, MoGAN), table2 (MoGAN with one part or setting changed) or methods (fine-tuning,
-            DMD, MSM, MoGAN, SHIFT and MoGAN with MSM, at equal student updates and at equal seconds).
+        name: table1 (teacher, FlowMo, DMD, MoGAN), table2 (MoGAN with one part or setting changed) or methods (every system
+            of this package at equal student updates, some at equal seconds, and MoGAN on top of other students).
         out: folder for everything, the same for all studies.
         seeds: training seeds.
         first_seed: the first of them.
@@ -65,7 +66,8 @@ def study(
     writable_folder(out)
     columns = chosen(STUDIES[name](), column)
     scenes = write_prompts(out / "held_out.txt", PROMPT_SEED, prompts, "rich")
-    write_prompts(out / "captions.txt", TRAIN_SEED, TRAIN_PROMPTS, "all")
+    for what, count in (("captions", TRAIN_PROMPTS), ("paths", PATHS), ("few", FEW)):
+        write_prompts(out / f"{what}.txt", TRAIN_SEED, count, "all")
     numbers = range(first_seed, first_seed + seeds)
     shared = shared_jobs(out, scenes if any(c.first_frames for c in columns) else None)
     references = reference_jobs(out)
@@ -128,67 +130,6 @@ def write_prompts(path: Path, seed: int, count: int, motion: str) -> int:
         raise UserError(f"{path} was written for other numbers: give another --out, or the same --prompts")
     write_atomically(path, text)
     return scenes
-
-
-# ---------------------------------------------------------------------------------------------- jobs
-
-
-def shared_jobs(out: Path, held_out: int | None = None) -> list[Job]:
-    """What all columns need: captions, videos and their cache; and for image to video the first so many clips of the
-    world that the held-out prompts come from.
-    """
-    cache = ("prepare", str(out / "videos"), "--out", str(out / "cache"), "--motion-rich", "--min-motion", "0.5")
-    return [
-        Job("captions", ("prepare", str(out / "captions.txt"), "--out", str(out / "captions"))),
-        _render(out, "videos", TRAIN_VIDEOS, "rich", TRAIN_SEED),
-        Job("cache", cache, after=("videos",)),
-        *([_render(out, "held_out", held_out, "rich", PROMPT_SEED)] if held_out else []),
-    ]
-
-
-def reference_jobs(out: Path) -> list[Job]:
-    """The two sets of real clips that every table is held against; nothing else waits for them."""
-    return [
-        _render(out, "rich", REFERENCE, "rich", RICH_SEED),
-        _render(out, "world", REFERENCE, "all", WORLD_SEED),
-        *(Job(f"{n}-measure", _evaluate(out / n, out / f"{n}.json"), after=(n,)) for n in ("rich", "world")),
-    ]
-
-
-def _render(out: Path, name: str, clips: int, motion: str, seed: int) -> Job:
-    options = ("--clips", str(clips), "--motion", motion, "--seed", str(seed))
-    return Job(name, ("lab", "render", "--out", str(out / name), *options))
-
-
-def jobs_of(column: Column, seed: int, out: Path, clips: int, iterations: int | None) -> list[Job]:
-    """Train, export, sample and measure one column with one training seed."""
-    home, mark = out / column.name / f"seed{seed}", f"{column.name}-{seed}"
-    jobs, model = [], "lab-teacher"
-    if column.recipe is not None:
-        data = "cache" if column.videos else "captions"
-        train = ["train", column.recipe, "--data", str(out / data), "--out", str(home / "run"), "--seed", str(seed)]
-        after = [data]
-        if column.start is not None:
-            train += ["--student", str(out / column.start / f"seed{seed}" / "export")]
-            after.append(f"{column.start}-{seed}-export")
-        train += ["--iterations", str(iterations)] if iterations else []
-        jobs.append(Job(f"{mark}-train", tuple(train), after=tuple(after)))
-        model = str(home / "export")
-        export = ("export", str(home / "run"), "--out", model, *(() if column.videos else ("--fake-score",)))
-        jobs.append(Job(f"{mark}-export", export, after=(f"{mark}-train",), makes=home / "export" / "model_index.json"))
-    sample = ["sample", "--prompts", str(out / "held_out.txt"), "--out", str(home / "samples"), "--model", model]
-    sample += ["--seeds", str(clips), *column.sampling]
-    after_sample = [f"{mark}-export"] if column.recipe else []
-    if column.first_frames:
-        sample += ["--first-frames", str(out / "held_out")]
-        after_sample.append("held_out")
-    jobs.append(Job(f"{mark}-sample", tuple(sample), after=tuple(after_sample)))
-    measure = _evaluate(home / "samples", home / "results.json")
-    return [*jobs, Job(f"{mark}-measure", measure, after=(f"{mark}-sample",))]
-
-
-def _evaluate(folder: Path, out: Path) -> tuple[str, ...]:
-    return ("evaluate", str(folder), "--out", str(out), "--quick")
 
 
 # ---------------------------------------------------------------------------------------------- measured
@@ -270,11 +211,18 @@ def collect(columns: tuple[Column, ...], numbers: range, measured: dict[Cell, Me
     for column in columns:
         clips = clips_of[column.name]
         systems[column.name] = combine(column, clips, rich, world) | {"first_frames": column.first_frames}
+        systems[column.name] |= {"calls": column.calls} | sampling(measured, column.name)
         bases = [base for base in column.against if base != column.name and base in clips_of]
         systems[column.name] |= {f"minus_{base}": minus(clips, clips_of[base]) for base in bases}
         if column.recipe:
             systems[column.name] |= training(column, seeds_of(column, numbers), known, trained)
     return systems
+
+
+def sampling(measured: dict[Cell, Measured], name: str) -> dict[str, float]:
+    """Core-seconds for a clip, mean over training seeds; nothing where they were not kept."""
+    found = [(m.sampling, len(m.clips)) for (column, _), m in measured.items() if column == name and m.sampling]
+    return {"seconds_a_clip": sum(s for s, _ in found) / sum(clips for _, clips in found)} if found else {}
 
 
 def sampled_here(columns: tuple[Column, ...], numbers: range, out: Path) -> list[tuple[Column, Path]]:
