@@ -1,3 +1,3 @@
 """MoGAN: post-train few-step video generators so that they move well."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
