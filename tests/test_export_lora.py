@@ -173,7 +173,7 @@ def test_the_header_and_the_card_say_what_the_file_is(full, tmp_path, capsys):
 def test_a_students_mistakes_at_export(full, tmp_path):
     with pytest.raises(UserError, match=r"end --out in .safetensors"):
         export(full, out=tmp_path / "x", to="lora")
-    with pytest.raises(UserError, match=r"--out is not a .safetensors"):
+    with pytest.raises(UserError, match="give --out no suffix"):
         export(full, out=tmp_path / "x.safetensors")
     with pytest.raises(UserError, match="--to lora"):
         export(full, out=tmp_path / "x", rank=4)

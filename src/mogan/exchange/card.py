@@ -7,6 +7,7 @@ from mogan.config import LCM
 from mogan.evaluation.results import read_results
 from mogan.models import wan
 from mogan.models.causal_cache import Causal
+from mogan.models.defaults import Defaults
 from mogan.models.frame_sparse import FILE, Mask
 from mogan.runs.checkpoint import student_checkpoint
 from mogan.runs.identity import read_config
@@ -23,6 +24,7 @@ def model_card(
     load: list[str],
     solver: str = LCM,
     causal: Causal | None = None,
+    use: str | None = None,
 ) -> str:
     """The card as Markdown with the front matter that the Hugging Face Hub reads.
 
@@ -34,13 +36,14 @@ def model_card(
         load: lines of Python that make ``pipe``.
         solver: between the student's steps.
         causal: of a student that sees the past alone; ``load`` is then the command that samples it.
+        use: how it is called, as Markdown, where it is not by ``load``.
     """
     usual, name, licence = wan.defaults(base), model_name(base), licence_of(base)
     size = usual.size
     front = ["library_name: diffusers", "pipeline_tag: text-to-video", "tags: [text-to-video, distillation, mogan]"]
     front += [f"license: {licence}"] if licence else []
     front += [f"base_model: {name}"] if "/" in name else []
-    head, code, steps = "\n".join(front), "\n".join(load), len(sigmas or ()) or usual.steps
+    head = "\n".join(front)
     said = f" ({licence})" if licence else "; its folder does not say which that is"
     entries = [
         *notes,
@@ -55,18 +58,24 @@ def model_card(
             + (f"; the first always at noise levels {_said(causal.first_sigmas)}" if causal.first_sigmas else "")
         )
     facts = "\n".join(sorted(entries, key=lambda line: line.startswith("\n")))  # tables after the list
+    use = use or _use(load, usual, sigmas, solver, causal)
+    return f"---\n{head}\n---\n\n# {title}\n\n{use}\n\n{facts}\n"
+
+
+def _use(load: list[str], usual: Defaults, sigmas: tuple[float, ...] | None, solver: str, causal: Causal | None) -> str:
+    """How a folder is called."""
+    code, size, steps = "\n".join(load), usual.size, len(sigmas or ()) or usual.steps
     levels = _said(sigmas or ())
     guidance = "1.0" if sigmas else f"{usual.guidance:g}"
     if causal is not None:
-        use = f"""```bash
+        return f"""```bash
 {code}
 ```
 
 It makes clips chunk by chunk, each chunk at noise levels {levels} and without guidance. `WanPipeline`
 makes whole clips: with these weights they would look plausible and be wrong, so this folder does not open there.
 Programs round differently in bf16, and the difference grows from chunk to chunk: compare in fp32."""
-    else:
-        use = f"""```python
+    return f"""```python
 import torch
 {code}
 torch.manual_seed(0)  # the clip's seed
@@ -77,7 +86,6 @@ video = pipe("a prompt", height={size.height}, width={size.width}, num_frames={s
 {_visited(levels, steps) if sigmas else "It is sampled as its base model is, in many guided steps."}
 
 {AGAIN if sigmas and solver == LCM else "Its steps draw no noise: the first noise, so `pipe(generator=...)`, gives a clip again."}"""
-    return f"---\n{head}\n---\n\n# {title}\n\n{use}\n\n{facts}\n"
 
 
 def _visited(levels: str, steps: int) -> str:

@@ -6,7 +6,9 @@ pipeline opens, since none samples it as it was trained: its clips would look pl
 
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,6 +21,8 @@ from mogan.disk.files import link_or_copy, new_folder, writable_folder, write_at
 from mogan.disk.locks import alone_at
 from mogan.errors import UserError
 from mogan.exchange.card import mask_notes, metrics_table, model_card, run_notes, states_notes
+from mogan.exchange.elsewhere import PROGRAMS, UNTRIED, for_fastvideo, require_sampled_alike, save_original
+from mogan.exchange.elsewhere import usage as how_to_call
 from mogan.exchange.lora_file import DTYPES, check_range, save_lora
 from mogan.exchange.schedulers import flow_map_scheduler, scheduler_for
 from mogan.models import wan
@@ -35,6 +39,7 @@ from mogan.runs.generator import Generator, open_generator
 from mogan.runs.identity import read_config
 from mogan.schedule import levels_of
 
+SUFFIXES = {"lora": ".safetensors", "self-forcing": ".pt", "comfyui": ".safetensors"}  # the others write folders
 FOLDER_USAGE = ["from diffusers import WanPipeline\n", 'pipe = WanPipeline.from_pretrained("PATH")']
 CONTROLLED_USAGE = [line.replace("WanPipeline", "WanVACEPipeline") for line in FOLDER_USAGE]
 CODEC_USAGE = [
@@ -60,23 +65,25 @@ def export(
     run: tyro.conf.Positional[Path],
     *,
     out: Path,
-    to: Literal["diffusers", "teacher", "lora"] = "diffusers",
+    to: Literal["diffusers", "teacher", "lora", "self-forcing", "fastvideo", "comfyui"] = "diffusers",
     rank: int | None = None,
     dtype: Literal["fp32", "fp16", "bf16"] = "fp32",
     results: Path | None = None,
     fake_score: bool = False,
 ) -> None:
-    """Export a run's student (averaged weights) as a diffusers folder or as one LoRA file.
+    """Export a run's student (averaged weights) as a diffusers folder, as one LoRA file, or as other programs read it.
 
     Args:
         run: folder of a training run.
-        out: where the export goes, a folder or (lora) a .safetensors file; must not exist yet.
+        out: where the export goes, a folder or a file (lora and comfyui .safetensors, self-forcing .pt); must not exist yet.
         to: diffusers: a folder stock WanPipeline (AnyFlowPipeline, of a student that is told where its steps end) opens and
             samples with num_inference_steps and guidance_scale=1.
             teacher: of a fine-tuned model (flow matching) a folder that is sampled as its base is, in many guided steps, and
             distilled from: name it as --model.
             lora: a file for pipe.load_lora_weights and for ComfyUI, with a card beside it; of two experts a file each,
             whose names end in -high and -low.
+            Of a causal student: self-forcing: a file of the original code's weights for LightX2V and Self-Forcing's code, comfyui:
+            one for ComfyUI's autoregressive sampler, each with a card beside it; fastvideo: a folder for FastVideo.
         rank: of the LoRA file. A run with adapters is exported exactly if this is left out; the difference of any other
             student to the base model is approximated (rank 64 if left out), and the error printed.
         dtype: precision of the saved tensors.
@@ -88,30 +95,26 @@ def export(
         raise UserError(f"{run} is not a training run (no run.json)")
     if out.exists():
         raise UserError(f"{out} exists already: give another --out or remove it")
-    if (to == "lora") != (out.suffix == ".safetensors"):
+    if (suffix := SUFFIXES.get(to)) != (out.suffix if out.suffix in SUFFIXES.values() else None):
         raise UserError(
-            f"--to {to} writes {'a file: end --out in' if to == 'lora' else 'a folder: --out is not a'} .safetensors"
+            f"--to {to} writes a {f'file: end --out in {suffix}' if suffix else 'folder: give --out no suffix'}"
         )
     if rank is not None and to != "lora":
         raise UserError("--rank is the rank of a LoRA file: give it with --to lora")
+    if fake_score and to not in ("diffusers", "teacher"):
+        raise UserError(f"--fake-score goes into a folder of diffusers: leave it or --to {to} out")
     writable_folder(out.parent)
     source, precision = open_generator(str(run)), DTYPES[dtype]
     assert source.sigmas is not None
     notes = run_notes(run) + mask_notes(source.mask) + metrics_table(results)
     if to == "lora":
-        if source.told:
-            raise UserError(
-                f"{run} trained a student that is told where its steps end, which no LoRA of a stock Wan can be: leave out --to lora"
-            )
-        if wan.has_controls(source.folder) and not wan.is_image_to_video(source.folder):
-            raise UserError(f"{run} trained a VACE, of which no LoRA file is written here: leave out --to lora")
-        if source.causal:
-            raise UserError(
-                f"{run} trained a causal student, which a stock Wan with a LoRA would sample wrongly: leave out --to lora"
-            )
+        _require_lora(source, run)
         with alone_at(out):
             save_lora(run, source, out, rank, precision, notes)
         print(f"exported to {out}; use it with: pipe.load_lora_weights({str(out)!r})")
+        return
+    if to in PROGRAMS:
+        _to_program(source, run, out, to, precision, notes)
         return
     if to == "teacher":
         _refuse_as_teacher(run, source, fake_score)
@@ -127,14 +130,56 @@ def export(
         source.solver,
         source.causal,
     )
-    fake = _fake_score(run, source) if fake_score else None
+    _save_folder(source, out, precision, card, _fake_score(run, source) if fake_score else None)
+    print(f"exported to {out}; use it with: {usage[1].removeprefix('pipe = ').replace('PATH', str(out))}")
+
+
+def _require_lora(source: Generator, run: Path) -> None:
+    """Refuse a student of which no LoRA file is written. Raises UserError."""
+    if source.told:
+        raise UserError(
+            f"{run} trained a student that is told where its steps end, which no LoRA of a stock Wan can be: leave out --to lora"
+        )
+    if wan.has_controls(source.folder) and not wan.is_image_to_video(source.folder):
+        raise UserError(f"{run} trained a VACE, of which no LoRA file is written here: leave out --to lora")
+    if source.causal:
+        raise UserError(
+            f"{run} trained a causal student, which a stock Wan with a LoRA would sample wrongly: leave out --to lora"
+        )
+
+
+def _to_program(source: Generator, run: Path, out: Path, to: str, dtype: torch.dtype, notes: list[str]) -> None:
+    """Write a causal student as a program reads it, and say how that is called."""
+    require_sampled_alike(source, to, run)
+    assert source.sigmas is not None
+    use = f"{how_to_call(source, to, out.name)}\n\n{UNTRIED}"
+    card = model_card("Causal Wan student", source.folder, source.sigmas, notes, [], causal=source.causal, use=use)
+    if to == "fastvideo":
+        _save_folder(source, out, dtype, card, finish=partial(for_fastvideo, source=source))
+        print(f"exported to {out}; how FastVideo opens it is in {out / 'README.md'}")
+        return
+    with alone_at(out):
+        save_original(source.load().transformer, out, to, dtype)
+        write_atomically(out.with_suffix(".md"), card)
+    print(f"exported to {out}; how {PROGRAMS[to]} opens it is in {out.with_suffix('.md')}")
+
+
+def _save_folder(
+    source: Generator,
+    out: Path,
+    dtype: torch.dtype,
+    card: str,
+    fake: Any = None,
+    finish: Callable[[Path], None] | None = None,
+) -> None:
+    """Write what a run made as a folder of its base model's kind."""
     student = source.load()
     save_student(
         student.transformer,
         source.folder,
         out,
         source.sigmas,
-        precision,
+        dtype,
         card,
         source.solver,
         source.counts,
@@ -143,8 +188,8 @@ def export(
         boundary=source.boundary,
         causal=source.causal,
         animates=source.animates,
+        finish=finish,
     )
-    print(f"exported to {out}; use it with: {usage[1].removeprefix('pipe = ').replace('PATH', str(out))}")
 
 
 def _refuse_as_teacher(run: Path, source: Generator, fake_score: bool) -> None:
@@ -216,8 +261,9 @@ def save_student(
     boundary: float | None = None,
     causal: Causal | None = None,
     animates: bool = False,
+    finish: Callable[[Path], None] | None = None,
 ) -> None:
-    """Write a student's folder under a temporary name, then rename it.
+    """Write a student's folder under a temporary name, then rename it; ``finish`` may change it before.
 
     A causal student's folder is one that no stock pipeline opens: they make whole clips, which would look plausible and be wrong.
 
@@ -259,3 +305,5 @@ def save_student(
         facts = replace(wan.defaults(base), sigmas=sigmas, solver=solver, counts=counts, causal=causal).facts()
         write_atomically(temporary / "mogan.json", json.dumps(facts, indent=2) + "\n")
         write_atomically(temporary / "README.md", card)
+        if finish is not None:
+            finish(temporary)

@@ -52,8 +52,15 @@ def flow_map_scheduler(sigmas: tuple[float, ...]) -> FlowMapEulerDiscreteSchedul
     Raises:
         UserError: they are no shifted uniform grid, which is all that it has.
     """
-    even = 1 - 1 / len(sigmas)  # the second level before the shift
-    k = sigmas[1] * (1 - even) / (even * (1 - sigmas[1])) if len(sigmas) > 1 else 1.0
-    if max(abs(a - b) for a, b in zip(shifted_levels(len(sigmas), k), sigmas, strict=True)) > TOLERANCE:
+    k = grid_shift(sigmas)
+    if k is None:
         raise UserError(f"AnyFlowPipeline samples at shifted uniform grids, and {list(sigmas)} is none: distil at one")
-    return FlowMapEulerDiscreteScheduler(shift=round(k, 6))
+    return FlowMapEulerDiscreteScheduler(shift=k)
+
+
+def grid_shift(sigmas: tuple[float, ...]) -> float | None:
+    """The shift of the uniform grid that these levels are; ``None``: they are none."""
+    even = 1 - 1 / len(sigmas)  # the second level before the shift
+    k = round(sigmas[1] * (1 - even) / (even * (1 - sigmas[1])), 6) if len(sigmas) > 1 else 1.0
+    close = max(abs(a - b) for a, b in zip(shifted_levels(len(sigmas), k), sigmas, strict=True)) <= TOLERANCE
+    return k if close else None
