@@ -178,6 +178,7 @@ def test_two_processes_follow_the_trajectory_of_one_and_each_resumes_the_other(f
         ("mogan_i2v", 2, ("--context-parallel", "2")),
         ("causal_teacher", 2, ()),
         ("causal_cd", 2, ()),
+        ("causal_ode", 2, ()),
         ("llia", 2, ()),
         ("efficient_vdit_mcd", 2, ()),
         ("efficient_vdit_kd", 2, ()),

@@ -40,6 +40,7 @@ RECIPES = {
     "asd": tiny_recipes.asd,
     "causal_teacher": tiny_recipes.causal_teacher,
     "causal_cd": tiny_recipes.causal_cd,
+    "causal_ode": tiny_recipes.causal_ode,
     "llia": tiny_recipes.llia,
     "efficient_vdit_mcd": tiny_recipes.efficient_vdit_mcd,
     "efficient_vdit_kd": tiny_recipes.efficient_vdit_kd,

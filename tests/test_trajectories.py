@@ -50,6 +50,7 @@ RECIPES = {
     "tdm_lab": tiny_recipes.tdm,
     "causal_teacher_lab": tiny_recipes.causal_teacher,
     "causal_cd_lab": tiny_recipes.causal_cd,
+    "causal_ode_lab": tiny_recipes.causal_ode,
     "llia_lab": tiny_recipes.llia,
     "efficient_vdit_mcd_lab": tiny_recipes.efficient_vdit_mcd,
     "efficient_vdit_kd_lab": tiny_recipes.efficient_vdit_kd,

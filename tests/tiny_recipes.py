@@ -192,6 +192,10 @@ def causal_cd() -> Config:
     return shrink(recipes.causal_cd_lab())
 
 
+def causal_ode() -> Config:
+    return shrink(recipes.causal_ode_lab())
+
+
 def llia() -> Config:
     """Chunks of two sizes from the second iteration on."""
     config = shrink(recipes.llia_lab()).changed("consistency", warm_up=1)

@@ -72,7 +72,7 @@ class Terms:
         controls: it asks networks under what the batch or the roll-out says and nothing else, and looks at latents alone: it also
             trains models that are told controls and references beside text (:mod:`mogan.models.conditions`).
         first_frames: it asks networks as above, but needs clips without references: it also trains image-to-video models.
-        forces: where it makes no clips it calls a causal student on real ones, whose chunks see the clean ones before them.
+        forces: where it makes no clips it calls a causal student on all chunks of a clip that is there, each with its past.
     """
 
     lessons: Mapping[str, Lesson]

@@ -40,8 +40,19 @@ def roll_out_calls(
 
 def forced(tracer: Tracer, causal: Causal) -> tuple[Call, Call]:
     """A clip all of whose chunks see the clean ones before them, in one pass; without gradient and with."""
-    rest = (tracer.checkpointing, tracer.dtype)
-    found = [tracer.once(("forced", one), partial(forced_calls, tracer.shapes, one, *rest)) for one in causal.variants]
+    return _in_one_pass(tracer, causal, clean=True)
+
+
+def diffusion_forced(tracer: Tracer, causal: Causal) -> tuple[Call, Call]:
+    """A clip all of whose chunks see earlier ones as noisy as those are, in one pass; without gradient and with."""
+    return _in_one_pass(tracer, causal, clean=False)
+
+
+def _in_one_pass(tracer: Tracer, causal: Causal, *, clean: bool) -> tuple[Call, Call]:
+    rest = (clean, tracer.checkpointing, tracer.dtype)
+    found = [
+        tracer.once(("forced", one, clean), partial(forced_calls, tracer.shapes, one, *rest)) for one in causal.variants
+    ]
     forward, train = (one_of(calls) for calls in zip(*found, strict=True))
     return forward, train
 
@@ -84,8 +95,10 @@ def _roll_out(student: CausalDenoiser, parts: Iterable[Tensor], sigma: Tensor, t
     return torch.cat(made, 2)
 
 
-def forced_calls(shapes: Shapes, causal: Causal, checkpointing: bool, dtype: torch.dtype) -> tuple[Call, Call]:
-    """Of :func:`forced`, at full depth."""
+def forced_calls(
+    shapes: Shapes, causal: Causal, clean: bool, checkpointing: bool, dtype: torch.dtype
+) -> tuple[Call, Call]:
+    """Of :func:`forced`, or :func:`diffusion_forced` if not ``clean``, at full depth."""
     frames, found = shapes.latent[1], []
     with fake():
         x, sigma = torch.empty(1, *shapes.latent), torch.full((1, frames), 0.5)
@@ -95,7 +108,8 @@ def forced_calls(shapes: Shapes, causal: Causal, checkpointing: bool, dtype: tor
             if checkpointing:
                 network.enable_gradient_checkpointing()
             student = CausalDenoiser(network, dtype, causal)
-            call = partial(student.teacher_forced, x, x, sigma, text, causal.chunks(frames), causal.policy)
+            how = (x, sigma, text, causal.chunks(frames), causal.policy)
+            call = partial(student.teacher_forced, x, *how) if clean else partial(student.masked, *how)
             found.append([trace(network.parameters(), call, backward=backward) for backward in (False, True)])
     more = shapes.transformer["num_layers"] - 1
     forward, train = (one.along(two, more) for one, two in zip(*found, strict=True))

@@ -12,7 +12,14 @@ from mogan.errors import UserError, closest
 from mogan.own import in_their_words, own_function
 from mogan.recipes.accvideo import accvideo_lab, accvideo_lab_no_gan, accvideo_wan_1_3b
 from mogan.recipes.asd import asd_lab, asd_wan_1_3b
-from mogan.recipes.causal import causal_cd_lab, causal_cd_wan_1_3b, causal_teacher_lab, causal_teacher_wan_1_3b
+from mogan.recipes.causal import (
+    causal_cd_lab,
+    causal_cd_wan_1_3b,
+    causal_ode_lab,
+    causal_ode_wan_1_3b,
+    causal_teacher_lab,
+    causal_teacher_wan_1_3b,
+)
 from mogan.recipes.dmd import dmd2_long_wan_1_3b, dmd2_wan_1_3b, dmd_i2v_lab, dmd_i2v_wan_1_3b, dmd_lab
 from mogan.recipes.efficient_vdit import (
     efficient_vdit_kd_lab,
@@ -49,7 +56,7 @@ RECIPES: dict[str, Callable[[], Config]] = {
     recipe.__name__: recipe
     for recipe in (
         accvideo_lab, accvideo_lab_no_gan, accvideo_wan_1_3b, asd_lab, asd_wan_1_3b, causal_cd_lab, causal_cd_wan_1_3b,
-        causal_teacher_lab, causal_teacher_wan_1_3b, dmd_i2v_lab, dmd_i2v_wan_1_3b, dmd_lab, dmd2_wan_1_3b,
+        causal_ode_lab, causal_ode_wan_1_3b, causal_teacher_lab, causal_teacher_wan_1_3b, dmd_i2v_lab, dmd_i2v_wan_1_3b, dmd_lab, dmd2_wan_1_3b,
         dmd2_long_wan_1_3b, flow_matching_lab, flow_matching_wan_1_3b, llia_lab, llia_wan_1_3b, mogan_causal_lab,
         mogan_causal_wan_1_3b, mogan_i2v_lab, mogan_i2v_wan_1_3b, mogan_lab, mogan_msm_lab, mogan_surrogate_lab,
         mogan_wan_1_3b, motion_score_lab, motion_score_wan_1_3b, msm_causal_lab, msm_causal_wan_1_3b, msm_lab,

@@ -1,12 +1,17 @@
 """From a model that sees whole clips to a few-step causal student (Causal Forcing, arXiv 2602.02214): where Self-Forcing starts."""
 
+from dataclasses import replace
+
 from mogan.config import Config, Optimizer, Update
 from mogan.models.causal_cache import Causal
 from mogan.models.defaults import WAN_NEGATIVE_PROMPT
 from mogan.objectives.consistency import ConsistencyConfig
+from mogan.objectives.ode_regression import ODERegressionConfig
 from mogan.objectives.teacher_forcing import TeacherForcingConfig
 from mogan.sampling.causal_rollout import Chunked
 from mogan.schedule import shifted_levels
+
+ODE = Update(learns="student", by="ode_regression", batch=16)
 
 
 def causal_teacher_lab() -> Config:
@@ -38,6 +43,16 @@ def causal_cd_lab() -> Config:
         ema=0.98,
         save_every=50,
         sample_every=100,
+    )
+
+
+def causal_ode_lab() -> Config:
+    """The lab's student from its teacher's paths: ``mogan trajectories --steps 48 --keep 0,16,32,48``, guidance and shift 3.
+
+    To compare with ``causal_cd_lab``, whose batch, rate and iterations it has. It starts from the teacher's weights.
+    """
+    return replace(
+        causal_cd_lab(), recipe="causal_ode_lab", plan=(ODE,), objectives={"ode_regression": ODERegressionConfig()}
     )
 
 
@@ -74,4 +89,19 @@ def causal_cd_wan_1_3b() -> Config:
         checkpointing=True,
         save_every=100,
         sample_every=500,
+    )
+
+
+def causal_ode_wan_1_3b() -> Config:
+    """Regression of Wan2.1-T2V-1.3B on ``mogan trajectories --steps 48 --guidance 6 --shift 5 --keep 0,12,24,36,48``.
+
+    Rate, betas and updates are CausVid's. Levels are those of ``self_forcing_wan_1_3b``, which goes on from it; Self-Forcing's own
+    paths have shift 8, so its student begins at other levels than it is trained at afterwards. None tried at this size.
+    """
+    return replace(
+        causal_cd_wan_1_3b(),
+        recipe="causal_ode_wan_1_3b",
+        plan=(replace(ODE, batch=64, accumulate=64),),  # the batch: chosen
+        optimizers={"student": Optimizer(lr=2e-6, betas=(0.9, 0.999), weight_decay=0.01, clip=10.0)},
+        objectives={"ode_regression": ODERegressionConfig()},
     )
