@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from torch import nn
 
 from mogan.data.batches import Batch
+from mogan.errors import UserError
 from mogan.models import attention, autoencoder, wan
 from mogan.models.denoiser import Denoiser, frozen, guided_velocity, recomputed, taps
 from mogan.models.discriminator import Discriminator, approximate_penalty, discriminator_loss, generator_loss
@@ -222,6 +223,16 @@ def test_taps_must_lie_inside_the_trunk(family):
 def gan_with(discriminator, observe=None, **changes):
     settings = GANConfig(space="motion", blocks=3, taps=(0, 1, 2), normalise=True, window=2, flow="lab")
     return GAN(discriminator, observe, replace(settings, **changes))
+
+
+def test_what_stops_above_level_0_is_no_clip_to_judge_motion_by(discriminator):
+    half_way = Rollout(torch.randn(1, 4, 2, 4, 4), 0, TEXT, level=0.5, interval=(0.5, 1.0))
+    gan, batch = gan_with(discriminator), Batch([], [], [], latent_BCFHW=torch.randn(1, 4, 2, 4, 4))
+    for loss in (gan.student_loss, gan.judge_loss):
+        with pytest.raises(
+            UserError, match=r"a discriminator of motion judges clean clips, .* stops at level 0\.5: leave"
+        ):
+            loss(half_way, batch, torch.Generator())
 
 
 def test_gan_losses_weigh_their_parts_as_equation_8(discriminator):

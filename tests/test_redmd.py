@@ -325,7 +325,7 @@ def test_the_student_goes_on_with_a_run_of_adapters_whose_unit_is_measured_anew(
         (lambda: weighted(reward="test_redmd:brightnes"), "has no function 'brightnes': did you mean 'brightness'"),
         (lambda: weighted(reward="no_such_module:f"), "no module 'no_such_module'"),
         (lambda: own(constant, standard=None), "the same for all 2 clips of the teacher, which gives it no unit"),
-        (lambda: replace(weighted(standard=(0.0, 1.0)), rollout=Euler(stop=1)), "leave weights out"),
+        (lambda: replace(weighted(standard=(0.0, 1.0)), rollout=Euler(stop=1)), "leave a reward out"),
     ],
 )
 def test_mistakes_are_sentences(config, said, family, cache):

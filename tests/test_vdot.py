@@ -379,7 +379,7 @@ def test_two_directions_and_a_discriminator_without_a_fake_score_are_refused():
     [
         (lambda c: c.changed("relativistic", taps=(1, 4)), "read after block 4 and the fake score has 4: lower taps"),
         (lambda c: replace(c, objectives=dict(reversed(c.objectives.items()))), "name dmd first in objectives"),
-        (lambda c: replace(c, rollout=Euler(stop=1)), "leave the discriminator out"),
+        (lambda c: replace(c, rollout=Euler(stop=1)), "leave a discriminator of clips out"),
     ],
 )
 def test_mistakes_are_sentences(change, said, family, cache):

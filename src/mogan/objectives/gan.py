@@ -222,9 +222,10 @@ class GAN:
         self.discriminator, self.observe, self.settings, self.apart = discriminator, observe, settings, apart
 
     def _observe(self, rollout: Rollout, start: int) -> tuple[Tensor, dict[str, Tensor]]:
+        sample = rollout.finished("a discriminator of motion")
         if self.observe is None:
-            return rollout.sample_BCFHW, {}
-        seen = self.observe(rollout.sample_BCFHW, start)
+            return sample, {}
+        seen = self.observe(sample, start)
         with torch.no_grad():
             logs = {
                 "motion": motion_amount(seen.flow_BCFHW).mean(),

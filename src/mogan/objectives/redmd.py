@@ -195,9 +195,7 @@ class Weights:
 
     def compare(self, batch: Batch, rollouts: Sequence[Rollout]) -> Batch:
         """The batch with the ``weight`` of each clip, which :class:`mogan.objectives.dmd.DMD` reads."""
-        if any(rollout.level for rollout in rollouts):
-            raise UserError("a reward judges clean clips, and this roll-out stops above level 0: leave weights out")
-        reward_B = self.rewards(torch.cat([rollout.sample_BCFHW for rollout in rollouts]), batch.prompts)
+        reward_B = self.rewards(torch.cat([rollout.finished("a reward") for rollout in rollouts]), batch.prompts)
         self._measure()
         mean, deviation = self.standard.numbers_2.to(reward_B)
         standing_B = ((reward_B - mean) / deviation).clamp(-self.settings.limit, self.settings.limit)

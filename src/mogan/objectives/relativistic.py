@@ -147,10 +147,9 @@ class Relativistic:
     def _logits(self, rollout: Rollout, batch: Batch, generator: Randomness, grad: bool) -> tuple[Tensor, Tensor]:
         """Of the real clips and of the generated ones, at levels of their own."""
         assert batch.latent_BCFHW is not None, "the batch holds no real clips"
-        if rollout.level:
-            raise UserError("real clips are clean, and this roll-out stops above level 0: leave the discriminator out")
-        real = self.noised(batch.latent_BCFHW.to(rollout.sample_BCFHW), generator)
-        made = self.noised(rollout.sample_BCFHW, generator)
+        fake = rollout.finished("a discriminator of clips")
+        real = self.noised(batch.latent_BCFHW.to(fake), generator)
+        made = self.noised(fake, generator)
         of_real, of_made = self.logits([real, made], rollout.text_BLD, grad)
         return of_real, of_made
 

@@ -130,7 +130,7 @@ class Surrogate:
             loss, logs = self.gan.student_loss(rollout, batch, generator)
             return loss, logs | _predicted(loss, 0.0)
         with frozen(self.network):
-            observation = self.network.see(rollout.sample_BCFHW, batch.window_start or 0)
+            observation = self.network.see(rollout.finished("a surrogate"), batch.window_start or 0)
         loss, logs = self.gan.persuade(observation, generator)
         return loss, logs | _predicted(loss, 1.0)
 
@@ -140,7 +140,7 @@ class Surrogate:
             loss, logs = self.gan.judge_loss(rollout, batch, generator, penalise=False)
             return loss, logs | _predicted(loss, 0.0)
         assert batch.latent_BCFHW is not None, "the batch holds no real latents"
-        fake = rollout.sample_BCFHW
+        fake = rollout.finished("a surrogate")
         with torch.no_grad():
             both = self.network.see(torch.cat([batch.latent_BCFHW.to(fake), fake]), batch.window_start or 0)
         loss, logs = self.gan.tell_apart(both[: len(fake)], both[len(fake) :], generator, penalise=False)

@@ -17,6 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mogan.config import EULER, LCM
+from mogan.errors import UserError
 from mogan.models.conditions import conditioned
 from mogan.models.denoiser import Denoiser, guided_velocity
 from mogan.schedule import add_noise, levels_of
@@ -45,6 +46,19 @@ class Rollout:
     clean_BCFHW: Float[Tensor, "b c f h w"] | None = None
     toward: float | None = None
     count: int = 0
+
+    def finished(self, who: str) -> Float[Tensor, "b c f h w"]:
+        """The sample, for who judges clean clips alone.
+
+        Raises:
+            UserError: it lies above level 0.
+        """
+        if self.level:
+            raise UserError(
+                f"{who} judges clean clips, and a roll-out of this recipe stops at level {self.level:.4g}: leave {who} out "
+                "of the updates with that roll-out"
+            )
+        return self.sample_BCFHW
 
     @property
     def guess_BCFHW(self) -> Float[Tensor, "b c f h w"]:
