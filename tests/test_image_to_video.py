@@ -224,7 +224,10 @@ def test_the_stock_pipeline_animates_the_export_as_we_do(model, clips, tmp_path,
     trained(config, folder, cache, tmp_path / "run")
     export(tmp_path / "run", out=tmp_path / "out")
     assert json.loads((tmp_path / "out" / "model_index.json").read_text())["_class_name"] == "WanImageToVideoPipeline"
-    assert "WanImageToVideoPipeline.from_pretrained" in (tmp_path / "out" / "README.md").read_text()
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "WanImageToVideoPipeline.from_pretrained" in card
+    assert "pipeline_tag: image-to-video" in card
+    assert 'video = pipe(picture, "a prompt"' in card
     (tmp_path / "prompts.txt").write_text(CAPTIONS[0] + "\n")
     how = ["--prompts", tmp_path / "prompts.txt", "--first-frames", clips, "--first-seed", 3]
     stock = stock_latents(tmp_path / "out", first_picture(clips, 0), 3, 3)

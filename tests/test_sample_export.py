@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 import tiny_recipes
 from conftest import CAPTIONS, SIGMAS
+from mogan import __version__
 from mogan.config import EULER
 from mogan.data.cache import open_cache
 from mogan.data.video import read_frames, read_video, write_video
@@ -209,6 +210,14 @@ def test_export_does_not_tell_where_its_parts_lay(exported):
 def test_export_says_how_to_use_it(exported):
     card = (exported / "export" / "README.md").read_text()
     assert "num_inference_steps=3, guidance_scale=1.0" in card
+    for fact in (
+        "- recipe: `",
+        "iteration ",
+        "- data: 8 clips of 13 frames at 16 fps, 32 x 32",
+        f"- made with mogan {__version__}",
+    ):
+        assert fact in card
+    assert str(exported) not in card
     assert json.loads((exported / "export" / "mogan.json").read_text())["sigmas"] == list(SIGMAS)
     with pytest.raises(UserError, match="exists already"):
         export(exported / "run", out=exported / "export")

@@ -3,14 +3,17 @@
 import re
 from pathlib import Path
 
+from mogan import __version__
 from mogan.config import LCM
+from mogan.data.cache import open_cache
+from mogan.errors import UserError
 from mogan.evaluation.results import read_results
 from mogan.models import wan
 from mogan.models.causal_cache import Causal
 from mogan.models.defaults import Defaults
 from mogan.models.frame_sparse import FILE, Mask
 from mogan.runs.checkpoint import student_checkpoint
-from mogan.runs.identity import read_config
+from mogan.runs.identity import read_config, read_facts
 
 AGAIN = """To get a clip again, call `torch.manual_seed` before it. `pipe(generator=...)` is not enough: it gives the first noise, but
 the pipeline does not hand it to the scheduler, which draws new noise at every step from torch's global generator."""
@@ -40,7 +43,8 @@ def model_card(
     """
     usual, name, licence = wan.defaults(base), model_name(base), licence_of(base)
     size = usual.size
-    front = ["library_name: diffusers", "pipeline_tag: text-to-video", "tags: [text-to-video, distillation, mogan]"]
+    task, library = "image-to-video" if _animates(load) else "text-to-video", "diffusers" if causal is None else "mogan"
+    front = [f"library_name: {library}", f"pipeline_tag: {task}", f"tags: [{task}, distillation, mogan]"]
     front += [f"license: {licence}"] if licence else []
     front += [f"base_model: {name}"] if "/" in name else []
     head = "\n".join(front)
@@ -75,11 +79,16 @@ def _use(load: list[str], usual: Defaults, sigmas: tuple[float, ...] | None, sol
 It makes clips chunk by chunk, each chunk at noise levels {levels} and without guidance. `WanPipeline`
 makes whole clips: with these weights they would look plausible and be wrong, so this folder does not open there.
 Programs round differently in bf16, and the difference grows from chunk to chunk: compare in fp32."""
+    animates = _animates(load)
+    picture = (
+        "\nfrom diffusers.utils import load_image\n"
+        f'picture = load_image("first_frame.png").resize(({size.width}, {size.height}))'
+    )
     return f"""```python
 import torch
-{code}
+{code}{picture if animates else ""}
 torch.manual_seed(0)  # the clip's seed
-video = pipe("a prompt", height={size.height}, width={size.width}, num_frames={size.frames},
+video = pipe({"picture, " if animates else ""}"a prompt", height={size.height}, width={size.width}, num_frames={size.frames},
              num_inference_steps={steps}, guidance_scale={guidance}).frames[0]
 ```
 
@@ -91,6 +100,11 @@ video = pipe("a prompt", height={size.height}, width={size.width}, num_frames={s
 def _visited(levels: str, steps: int) -> str:
     return f"""It samples at noise levels {levels}; this scheduler visits exactly these with
 `num_inference_steps={steps}`. Use no guidance."""
+
+
+def _animates(load: list[str]) -> bool:
+    """Whether what these lines open begins with a picture."""
+    return any("WanImageToVideoPipeline" in line for line in load)
 
 
 def _said(sigmas: tuple[float, ...]) -> str:
@@ -108,14 +122,36 @@ def states_notes(states: tuple[str, ...]) -> list[str]:
 
 
 def run_notes(run: Path) -> list[str]:
-    """Recipe, seed and length of a training run, and what it was trained on."""
+    """Recipe, seed and length of a training run, what it started from and what it was trained on; no place on this machine."""
     config = read_config(run)
     how = f"adapters of rank {config['lora']}" if config.get("lora") else "all weights"
     updates = ", ".join(f"{u['learns']} by {u['by']} (batch {u['batch']})" for u in config["plan"])
     return [
         f"- recipe: `{config['recipe']}`, seed {config['seed']}, iteration {int(student_checkpoint(run).name)}; {how}",
         f"- each iteration: {updates}",
+        *_origin_notes(read_facts(run)),
+        f"- made with mogan {__version__}",
     ]
+
+
+def _origin_notes(facts: dict) -> list[str]:
+    """Of what ``run.json`` names: the student's start, and how much data of what kind; less where the data is gone."""
+    notes = []
+    if facts.get("student", facts.get("model")) != facts.get("model"):
+        notes.append(f"- the student started from: `{model_name(Path(facts['student']))}`")
+    for what in ("data", "prompts"):
+        if what not in facts:
+            continue
+        try:
+            cache = open_cache(facts[what])
+        except UserError:
+            notes.append(f"- {what}: `{Path(facts[what]).name}`")
+            continue
+        facts_of, kind = cache.facts, cache.facts["contents"]
+        sized = kind != "prompts" and {"frames", "fps", "height", "width"} <= facts_of.keys()
+        size = " of {frames} frames at {fps} fps, {height} x {width}".format_map(facts_of) if sized else ""
+        notes.append(f"- {what}: {len(cache.entries)} {kind}{size}")
+    return notes
 
 
 def mask_notes(mask: Mask | None) -> list[str]:
