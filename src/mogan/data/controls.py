@@ -246,13 +246,13 @@ def encode_controls(
     def read(source: Source) -> Iterator[tuple[dict, np.ndarray, Control | None]]:
         entries = {e["start"]: e for e in missing[source.name]}
         files = show.files_of(source) if show.folder is not None else (None, None)
-        shown = [None if path is None else _clips_at(path, entries, geometry) for path in files]
-        for start, frames in _clips_at(source.path, entries, geometry):
+        shown = [None if path is None else clips_at(path, entries, geometry) for path in files]
+        for start, frames in clips_at(source.path, entries, geometry):
             beside = [
                 None if clips is None else _same(clips, start, path, source, geometry)
                 for clips, path in zip(shown, files, strict=True)
             ]
-            yield entries[start], frames, _put_together(frames, *beside)
+            yield entries[start], frames, put_together(frames, *beside)
 
     with tqdm(total=total, desc="controls", unit="clip", disable=not total) as bar:
         for source, item in in_threads(jobs, read, workers):
@@ -272,7 +272,7 @@ def encode_controls(
     return total
 
 
-def _put_together(frames: np.ndarray, shown: np.ndarray | None, mask: np.ndarray | None) -> Control | None:
+def put_together(frames: np.ndarray, shown: np.ndarray | None, mask: np.ndarray | None) -> Control | None:
     """A control from its files; a mask alone is of the clip itself."""
     where = None if mask is None else mask.mean(-1) > 127.5
     if shown is None:
@@ -280,7 +280,7 @@ def _put_together(frames: np.ndarray, shown: np.ndarray | None, mask: np.ndarray
     return everywhere(shown) if where is None else Control(shown, where)
 
 
-def _clips_at(path: Path, starts: dict[int, dict], geometry: Geometry) -> Iterator[tuple[int, np.ndarray]]:
+def clips_at(path: Path, starts: dict[int, dict], geometry: Geometry) -> Iterator[tuple[int, np.ndarray]]:
     """Clips of a file that begin with these frames, as far as it goes."""
     length, held = geometry.frames, []
     only = {start + i for start in starts for i in range(length)}

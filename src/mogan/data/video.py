@@ -260,6 +260,21 @@ def flow_picture(flow: np.ndarray | Tensor, max_flow: float) -> np.ndarray:
     return np.floor(255 * (1 - speed * (1 - hue))).astype(np.uint8)
 
 
+def flow_of_picture(pictures_FHW3: np.ndarray, max_flow: float) -> np.ndarray:
+    """The flow that :func:`flow_picture` shows, float32 ``(F, 2, H, W)``: directions to 2 degrees, speeds up to ``max_flow``."""
+    turns = np.linspace(-np.pi, np.pi, 180, endpoint=False)
+    ways = np.stack([np.cos(turns), np.sin(turns)])
+    away = 255.0 - flow_picture(max_flow * ways[:, None], max_flow)[0]  # what full speed takes off white
+    length = np.linalg.norm(away, axis=1)
+    fields = []
+    for shown in pictures_FHW3:
+        likeness = (255.0 - shown) @ (away / length[:, None]).T
+        best = likeness.argmax(-1)
+        speed = np.minimum(likeness.max(-1) / length[best], 1.0) * max_flow
+        fields.append(speed * ways[:, best])
+    return np.stack(fields).astype(np.float32)
+
+
 def _colour_wheel() -> np.ndarray:
     """Baker's 55 hues in [0, 1]: red, yellow, green, cyan, blue, magenta and back, finer where the eye is."""
     corners = np.array([[1, 0, 0], [1, 1, 0], [0, 1, 0], [0, 1, 1], [0, 0, 1], [1, 0, 1], [1, 0, 0]], float)

@@ -8,6 +8,7 @@ from typing import Any
 
 from mogan.data.listing import File, Folder, refuse_twice
 from mogan.data.lists import Row, printable, read_rows
+from mogan.data.tasks import Task, read_task
 from mogan.data.video import SUFFIXES
 from mogan.errors import UserError
 from mogan.sampling.samples import HOW
@@ -15,7 +16,7 @@ from mogan.sampling.samples import HOW
 
 @dataclass(frozen=True)
 class Entry:
-    """One clip: where it is, its prompt, its number among the clips of that prompt, its seed if known.
+    """One clip: where it is, its prompt, its number among the clips of that prompt, its seed and its task if known.
 
     ``problem`` says why it cannot be opened.
     """
@@ -25,6 +26,7 @@ class Entry:
     index: int = 0
     seed: int | None = None
     problem: str | None = None
+    task: Task | None = None
 
 
 @dataclass(frozen=True)
@@ -157,7 +159,7 @@ def _entries(here: Folder, found: list[tuple[File, Row]]) -> tuple[dict[str, Ent
         if index is None:
             index = counts.get(prompt, 0) if caption else named.index
         counts[prompt] = counts.get(prompt, 0) + 1
-        entries[file.name] = Entry(file.path, prompt, index, _number(row, "seed"), problem)
+        entries[file.name] = Entry(file.path, prompt, index, _number(row, "seed"), problem, read_task(row, here.path))
         if caption is None and file.there:
             nameless[file.name] = None
     return entries, tuple(nameless)

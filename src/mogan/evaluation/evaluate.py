@@ -20,7 +20,7 @@ from mogan.evaluation.provenance import how_measured, relative
 from mogan.evaluation.records import measure_share, measure_systems
 from mogan.evaluation.sets import set_metrics
 from mogan.evaluation.statistics import mean_interval
-from mogan.evaluation.table import table
+from mogan.evaluation.table import table, tables_of_tasks
 from mogan.evaluation.tools import choose_flow, gather_tools
 from mogan.evaluation.vbench import read_info, restrict
 
@@ -100,12 +100,15 @@ def evaluate(
         metrics = _metrics(system, clips, target)
         how = how_measured(system, clips, tools.how | about, device_of(tools.flow), out, real)
         results["systems"][system.name] = {"metrics": metrics, "how": how, "clips": _told(system, clips, out)}
+        if by_task := _by_task(system, clips):
+            results["systems"][system.name]["tasks"] = by_task
     _write(out, results)
     if compare_vbench:
         for system in systems:
             print(official.compare(compare_vbench, system, results["systems"][system.name], out))
         _write(out, results)
     print(table(results))
+    print(tables_of_tasks(results), end="")
     for name, result in results["systems"].items():
         for warning in result["how"]["warnings"]:
             print(f"{name}: {warning}")
@@ -134,6 +137,15 @@ def _metrics(system: System, clips: list[Record], target: list[Record] | None) -
         real = [clip for clip in target if "error" not in clip]
         metrics |= {name: interval.to_json() for name, interval in set_metrics(good, real).items()}
     return metrics
+
+
+def _by_task(system: System, clips: list[Record]) -> dict[str, dict[str, Any]]:
+    """The same means over the clips of each task, where the list of a system names tasks."""
+    groups: dict[str, list[Record]] = {}
+    for clip in clips:
+        if "task" in clip and "error" not in clip:
+            groups.setdefault(clip["task"], []).append(clip)
+    return {task: {"metrics": _metrics(system, group, None)} for task, group in groups.items()}
 
 
 def _column(clips: list[Record], metric: str) -> list[float]:

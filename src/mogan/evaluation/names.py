@@ -71,6 +71,19 @@ METRICS: dict[str, Metric] = {
         "Travels", "", "higher", "share of moving subjects that are there all the way, and only once"
     ),
     "lab_count": Metric("Number agrees", "", "higher", "share of clips with as many things as the caption names"),
+    "follow_mask": Metric(
+        "Follows its mask", "", "higher", "overlap of the lab's things with the mask they were to be made in"
+    ),
+    "follow_depth": Metric("Follows its depth", "", "higher", "overlap of each of the lab's things with its region"),
+    "follow_order": Metric(
+        "In front as shown", "", "higher", "share of pixels between two of the lab's things that touch"
+    ),
+    "follow_flow": Metric(
+        "Follows its flow", "", "higher", "1 - error / (its motion + the control's); 0 for a still clip"
+    ),
+    "follow_flow_error": Metric(
+        "Distance from its flow", "px/frame", "lower", "end-point error where the control moves"
+    ),
     "lab_speed_wasserstein": Metric(
         "Speed histogram distance", "px/frame", "lower", "Wasserstein, to the reference set"
     ),

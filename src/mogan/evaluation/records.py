@@ -13,6 +13,7 @@ from mogan.disk.shards import share_of
 from mogan.errors import UserError
 from mogan.evaluation import cd_fvd
 from mogan.evaluation.clips import Entry, System
+from mogan.evaluation.following import follow_values
 from mogan.evaluation.frames import KEPT_BYTES, Clip
 from mogan.evaluation.kept import Kept, Record
 from mogan.evaluation.measure import measure
@@ -59,6 +60,7 @@ def measure_share(systems: list[System], shard: str, tools: Tools, kept: Kept, o
 def _measure_entry(entry: Entry, tools: Tools, kept: Kept, bar: tqdm) -> Record:
     bar.set_postfix_str(entry.path.name, refresh=False)
     record: Record = {"prompt": entry.prompt, "index": entry.index, "seed": entry.seed}
+    record |= {"task": entry.task.name} if entry.task else {}
     try:
         if entry.problem:
             raise UserError(f"{entry.path} {entry.problem}")
@@ -72,7 +74,10 @@ def _measure_entry(entry: Entry, tools: Tools, kept: Kept, bar: tqdm) -> Record:
 def _measure_clip(entry: Entry, tools: Tools, kept: Kept) -> Record:
     clip = Clip(entry.path)
     tracked = tools.lab and parse_caption(entry.prompt) is not None
-    settings = json.dumps([tools.how, entry.prompt if tracked else None], sort_keys=True)
+    held = entry.task if entry.task is not None and entry.task.kind else None
+    settings = json.dumps(
+        [tools.how, entry.prompt if tracked else None, *([held.mark()] if held else [])], sort_keys=True
+    )
     key = f"{clip.sha256}-{hashlib.sha256(settings.encode()).hexdigest()[:16]}"
     record = kept.get(key)
     if record is None:
@@ -81,6 +86,7 @@ def _measure_clip(entry: Entry, tools: Tools, kept: Kept) -> Record:
         all_at_once = 3 * found.frames * found.height * found.width <= KEPT_BYTES  # the lab's instruments want them so
         if tracked and max(found.height, found.width) <= 256 and all_at_once:
             values |= {f"lab_{name}": value for name, value in read_instruments(list(clip), entry.prompt).items()}
+        values |= follow_values(clip, held, entry.prompt, tools.flow) if held else {}
         record = {
             "sha256": clip.sha256,
             "frames": found.frames,

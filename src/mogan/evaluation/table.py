@@ -19,6 +19,12 @@ def table(results: dict[str, Any]) -> str:
     )
 
 
+def tables_of_tasks(results: dict[str, Any]) -> str:
+    """A table per system whose clips are of tasks, with a column for each; "" where there are none."""
+    told = {name: system["tasks"] for name, system in results["systems"].items() if "tasks" in system}
+    return "".join(f"\n{name}, by task\n{table({'systems': tasks})}\n" for name, tasks in told.items())
+
+
 def _cell(metric: dict[str, Any] | None) -> str:
     if metric is None:
         return "-"

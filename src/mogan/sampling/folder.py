@@ -1,12 +1,14 @@
 """A folder of clips: how they are called, which of them it lacks, and filling it."""
 
 import json
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from tqdm import tqdm
 
+from mogan.data.tasks import Task
 from mogan.data.video import write_video
 from mogan.errors import UserError
 from mogan.sampling.samples import append_samples, listed_samples, refuse_others
@@ -14,16 +16,22 @@ from mogan.sampling.samples import append_samples, listed_samples, refuse_others
 
 @dataclass(frozen=True)
 class Job:
-    """One clip to make: ``index`` counts the seeds of a prompt from 0."""
+    """One clip to make: ``index`` counts the clips of a prompt from 0, those of its seeds and, in a list of tasks, of its rows."""
 
     prompt: str
     index: int
     seed: int
+    task: Task | None = None
 
     @property
     def file(self) -> str:
         """VBench's name, ``{prompt}-{index}.mp4``."""
         return f"{safe_name(self.prompt)}-{self.index}.mp4"
+
+    def told(self, folder: Path) -> dict:
+        """As ``samples.jsonl`` in ``folder`` has it."""
+        own = {"file": self.file, "prompt": self.prompt, "index": self.index, "seed": self.seed}
+        return own | (self.task.told(folder) if self.task else {})
 
 
 def safe_name(prompt: str) -> str:
@@ -32,13 +40,16 @@ def safe_name(prompt: str) -> str:
     return name.encode()[:240].decode(errors="ignore")
 
 
-def jobs_of(prompts: list[str], seeds: int, first_seed: int) -> list[Job]:
-    """Clips of every prompt and seed, in order.
+def jobs_of(prompts: list[str], seeds: int, first_seed: int, tasks: list[tuple[str, Task]] | None = None) -> list[Job]:
+    """Clips of every prompt and seed, in order; of a list of tasks those of every row.
 
     Raises:
         UserError: two prompts would have clips of one name.
     """
-    jobs = [Job(prompt, k, first_seed + k) for prompt in prompts for k in range(seeds)]
+    jobs, made = [], Counter[str]()
+    for prompt, task in tasks or zip(prompts, [None] * len(prompts), strict=True):
+        jobs += [Job(prompt, made[prompt] + k, first_seed + k, task) for k in range(seeds)]
+        made[prompt] += seeds
     prompt_of: dict[str, str] = {}
     for job in jobs:
         if prompt_of.setdefault(job.file, job.prompt) != job.prompt:
@@ -51,7 +62,7 @@ def fill(out: Path, jobs: list[Job], about_all: dict, batch: int, maker: Callabl
     listed = listed_samples(out)
 
     def record(job: Job) -> dict:
-        return json.loads(json.dumps({"file": job.file, **vars(job), **about_all}))  # as it is read again
+        return json.loads(json.dumps(job.told(out) | about_all))  # as it is read again
 
     there = {job for job in jobs if (out / job.file).is_file()}
     if strange := [job.file for job in jobs if job in there and job.file not in listed]:

@@ -16,6 +16,7 @@ from mogan.data.cache import Cache, open_cache
 from mogan.data.clips import to_video
 from mogan.data.lists import read_prompts, whole
 from mogan.data.prompts import KNOWN, fingerprint, warn_if_changed
+from mogan.data.tasks import Task, control_of, read_tasks
 from mogan.data.tokens import about_tokens, load_tokens
 from mogan.devices import choose_device
 from mogan.disk.files import writable_folder
@@ -65,7 +66,8 @@ def sample(
 
     Args:
         prompts: text file with one prompt per line, or rows with a caption or prompt: jsonl, csv, tsv, or json such as
-            VBench_full_info.json.
+            VBench_full_info.json. Of rows with a column `task` every clip is one of that task, and made under the `control`, `mask`
+            and `references` that it names by a VACE.
         out: folder for the clips and samples.jsonl.
         model: lab, lab-teacher, a diffusers folder, an export, or a training run.
         mode: few steps at the student's own levels, or many guided steps; auto asks the model.
@@ -99,11 +101,12 @@ def sample(
     between(0, 1, motion_ratio=motion_ratio)
     goes_with("--motion", motion is not None, motion_ratio=motion_ratio != 0.5)
     target = choose_device(device)
-    lines = read_prompts(prompts)
+    tasks = read_tasks(prompts)
+    lines = list(dict.fromkeys(prompt for prompt, _ in tasks)) or read_prompts(prompts)
     list_sha = fingerprint(lines)
     if told := KNOWN.get(list_sha) or warn_if_changed(prompts, lines):
         print(f"prompts: {told}")
-    jobs = share_of(jobs_of(lines[:limit], seeds, first_seed), shard)
+    jobs = share_of(jobs_of(lines[:limit], seeds, first_seed, tasks[:limit]), shard)
     source = open_generator(model)
     _tell_of_tokens(source, jobs, negative_prompt)
     few_steps = source.sigmas is not None if mode == "auto" else mode == "student"
@@ -111,6 +114,7 @@ def sample(
     if few_steps and source.counts and steps is not None:
         source, steps = source.in_steps(steps), None
     shown = _open_controls(model, source, controls, lines[:limit], first_frames, motion)
+    under_tasks = _under_tasks(model, source, tasks, controls)
     own = {"steps": steps, "guidance": guidance, "shift": shift, "negative_prompt": negative_prompt}
     by_level = first_frames is not None and not source.causal and not wan.is_image_to_video(source.folder)
     guided = _guided(model, source, few_steps, by_level, {k: v for k, v in own.items() if v is not None})
@@ -118,7 +122,7 @@ def sample(
     how = as_teacher.told() if as_teacher else source.steps_told()
     how |= {"first_frames": str(first_frames)} if first_frames else {}
     how |= _guidance_told(guided) if by_level and guided.guidance != 1 else {}
-    how |= {"controls": str(controls)} if controls else {}
+    how |= {"controls": str(controls)} if controls else {"controls": "of its task"} if under_tasks else {}
     starts = clip_of_prompts(first_frames, lines[:limit]) if first_frames else None
     about_all = {"system": out.name, "fps": source.geometry.fps, **how, "weights": source.mark()}
     about_all["prompts_sha256"] = list_sha
@@ -191,6 +195,18 @@ def _open_controls(
     return cache
 
 
+def _under_tasks(model: str, source: Generator, tasks: list[tuple[str, Task]], controls: Path | None) -> bool:
+    """Whether clips are made under the controls that a list names."""
+    if not any(task.files for _, task in tasks):
+        return False
+    if controls is not None:
+        raise UserError("rows of --prompts name controls of their own: leave out --controls")
+    if not wan.has_controls(source.folder) or wan.is_image_to_video(source.folder):
+        print(f"{model} reads no controls: clips are made from the prompts alone, as a measure of what chance follows")
+        return False
+    return True
+
+
 def _guided(model: str, source: Generator, few_steps: bool, by_level: bool, own: dict[str, Any]) -> Defaults:
     """The model's defaults, but for what was asked for; ``by_level``: it is given first frames at a level of their own."""
     useless = own.keys() - ({"guidance", "negative_prompt"} if by_level else set()) if few_steps else set()
@@ -250,8 +266,6 @@ def _maker(
     shape, levels = wan.latent_shape(source.folder, source.geometry), source.sigmas or ()
     told = _told(denoiser, vae, source, shown, starts, device)
     from_pictures = starts is not None and not denoiser.animates
-    references = shown.references if shown else 0
-    shape = (shape[0], shape[1] + references, *shape[2:])
     change = None
     if teacher is not None and teacher.motion is not None:
         network, given = open_motion(teacher.motion, source.folder, shape[1])
@@ -263,16 +277,21 @@ def _maker(
 
     @torch.no_grad()
     def make(jobs: list[Job]) -> list[Iterator[np.ndarray]]:
-        text = conditioned(stacked(*(job.prompt for job in jobs)), *told(jobs))
+        if len({len(job.task.references) for job in jobs if job.task}) > 1:  # of other numbers of latent frames
+            return [clip for job in jobs for clip in make([job])]
+        control, picture = told(jobs)
+        references = 0 if control is None else control.shape[2] - shape[1]
+        whole = (shape[0], shape[1] + references, *shape[2:])
+        text = conditioned(stacked(*(job.prompt for job in jobs)), control, picture)
         numbers = [job.seed for job in jobs]
         if teacher is not None:
             latents = sample_teacher(
-                denoiser, text, stacked(guided.negative_prompt), shape, numbers, steps=guided.steps,
+                denoiser, text, stacked(guided.negative_prompt), whole, numbers, steps=guided.steps,
                 guidance=guided.guidance, shift=guided.shift, solver=teacher.solver, flowmo=teacher.flowmo,
                 change=change and partial(change, text_BLD=text),
             )  # fmt: skip
         elif not from_pictures:
-            latents = sample_student(denoiser, text, shape, levels, numbers, source.solver)
+            latents = sample_student(denoiser, text, whole, levels, numbers, source.solver)
         else:
             assert starts is not None
             first = [starts[job.prompt] for job in jobs]
@@ -313,7 +332,7 @@ def _told(
     if shown is None:
         video, mask = (t.to(device) for t in nothing_shown(size.frames, size.height, size.width))
         grey = encode_control(vae, video, mask)
-        return lambda jobs: (grey.expand(len(jobs), -1, -1, -1, -1), None)
+        return lambda jobs: (torch.cat([control_of(vae, job.task, size) if job.task else grey for job in jobs]), None)
     first = {entry["caption"]: entry["id"] for entry in reversed(shown.entries)}
     return lambda jobs: shown.shown([first[job.prompt] for job in jobs], device)
 
