@@ -4,16 +4,17 @@ import json
 from dataclasses import replace
 
 import numpy as np
-import PIL.Image
 import pytest
 import torch
 from diffusers import WanImageToVideoPipeline
+from PIL import Image
 from torch import nn
 
 import tiny_recipes
 from conftest import CAPTIONS
 from mogan import recipes
 from mogan.data.cache import open_cache
+from mogan.data.controls import read_picture
 from mogan.data.video import read_frames, write_video
 from mogan.errors import UserError
 from mogan.exchange.export import export
@@ -145,7 +146,7 @@ def test_a_run_resumes_and_the_stock_pipeline_animates_its_export_as_we_do(famil
     frame = next(iter(read_frames(videos / "one.mp4", size=size, only={0})))
     torch.manual_seed(3)
     stock = pipe(
-        PIL.Image.fromarray(frame.image_HWC), CAPTIONS[0], height=clip.height, width=clip.width,
+        Image.fromarray(frame.image_HWC), CAPTIONS[0], height=clip.height, width=clip.width,
         num_frames=clip.frames, num_inference_steps=3, guidance_scale=1.0, output_type="latent",
     ).frames  # fmt: skip
     how = ["--prompts", tmp_path / "prompts.txt", "--first-frames", videos, "--first-seed", 3]
@@ -170,3 +171,23 @@ def test_what_does_not_go_together_is_refused_in_a_sentence(family, cache, tmp_p
     (bare / "index.jsonl").write_text(json.dumps({"id": "a", "caption": CAPTIONS[0]}) + "\n")
     with pytest.raises(UserError, match="has prompts alone: prepare captioned videos"):
         built(tiny_recipes.dmd_i2v(), family, bare)
+
+
+def test_pictures_are_read_upright_at_all_depths_and_over_what_is_under_them(tmp_path):
+    quarter = np.zeros((8, 16, 3), np.uint8)
+    quarter[:4, :8] = 200
+    turned = Image.Exif()
+    turned[0x0112] = 6  # shown a quarter turn to the right
+    Image.fromarray(quarter).save(tmp_path / "phone.png", exif=turned)
+    assert np.array_equal(read_picture(tmp_path / "phone.png"), np.rot90(quarter, -1))
+    deep = np.linspace(0, 65535, 128).reshape(8, 16).astype(np.uint16)
+    for name in ("deep.png", "deep.tif"):
+        Image.fromarray(deep).save(tmp_path / name)
+        assert np.array_equal(read_picture(tmp_path / name)[..., 0], np.round(deep / 257).astype(np.uint8))
+    clear = Image.fromarray(np.dstack([quarter, quarter[..., 0]]))
+    clear.save(tmp_path / "clear.png")
+    assert read_picture(tmp_path / "clear.png")[-1, -1].tolist() == [255] * 3
+    assert read_picture(tmp_path / "clear.png", "black")[-1, -1].tolist() == [0] * 3
+    Image.fromarray(deep.astype(np.float32)).save(tmp_path / "float.tif")
+    with pytest.raises(UserError, match="floating-point numbers: save it with 8 or 16 bits"):
+        read_picture(tmp_path / "float.tif")

@@ -140,6 +140,16 @@ def test_a_causal_student_is_one_if_it_is_said_to_be(student, family, tmp_path, 
     sigmas = ["--sigmas", "1", "0.5", "--chunks", "0", "3", "--out", str(tmp_path / "other")]
     assert main(["import", "no-file.pt", "--base", str(family / "teacher"), *sigmas]) == 2
     assert "--chunks are two numbers of latent frames above 0" in capsys.readouterr().err
+    with pytest.raises(UserError, match="no chunk can have 1000"):
+        brought_in(WEIGHTS["self-forcing"](student, tmp_path), family, tmp_path / "longer", chunks=(1, 1000))
+
+
+@pytest.mark.parametrize("blank", ["blocks.0.attn1.to_q.weight", ""])
+def test_zeros_where_a_download_broke_off_are_refused(blank, student, family, tmp_path):
+    save_file({k: torch.zeros_like(v) if k.startswith(blank) else v for k, v in student.items()}, tmp_path / "x.sft")
+    with pytest.raises(UserError, match="nothing but zeros where weights should be"):
+        brought_in(tmp_path / "x.sft", family, tmp_path)
+    assert not (tmp_path / "in").exists()
 
 
 def adapters(family, rank=3):

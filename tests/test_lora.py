@@ -211,6 +211,14 @@ def test_adapters_of_another_rank_do_not_load(family):
         load_learned(one, base.state_dict())
 
 
+def test_adapters_larger_than_the_matrices_are_refused(family):
+    base = hold_in(load_transformer(family / "teacher"), torch.float32)
+    width = base.config.num_attention_heads * base.config.attention_head_dim
+    adapted(base, width, 0)
+    with pytest.raises(UserError, match=f"give --lora {width} or less"):
+        adapted(base, width + 1, 0)
+
+
 def test_merging_gives_what_the_adapters_give(family):
     base = hold_in(load_transformer(family / "teacher"), torch.float32)
     tree = adapted(base, RANK, 0)

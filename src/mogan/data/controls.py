@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import cv2
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
@@ -35,7 +35,7 @@ from mogan.motion.flow import FlowEstimator
 from mogan.own import own_function
 
 GREY = 128
-PICTURES = (".png", ".jpg", ".jpeg", ".webp")
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp")
 FASTEST = 20  # a flow picture is of full colour where a clip moves by its height in so many frames
 
 
@@ -305,11 +305,18 @@ def _same(
     return frames
 
 
-def read_picture(path: Path) -> np.ndarray:
-    """uint8 ``(H, W, 3)``. Raises UserError."""
+def read_picture(path: Path, under: str = "white") -> np.ndarray:
+    """uint8 ``(H, W, 3)``, upright, what is transparent over a colour. Raises UserError."""
     try:
         with Image.open(path) as image:
-            return np.array(image.convert("RGB"))
+            if image.mode == "F":
+                raise UserError(f"{path} is a picture of floating-point numbers: save it with 8 or 16 bits")
+            upright = ImageOps.exif_transpose(image)
+            if upright.mode.startswith("I"):  # Pillow would clip 16 bits to 8
+                upright = Image.fromarray((np.asarray(upright).clip(0, 65535) / 257).round().astype(np.uint8))
+            if upright.has_transparency_data:
+                upright = Image.alpha_composite(Image.new("RGBA", upright.size, under), upright.convert("RGBA"))
+            return np.array(upright.convert("RGB"))
     except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
         raise UserError(f"{path} is not a picture that can be read ({error})") from error
 

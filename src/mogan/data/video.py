@@ -21,7 +21,10 @@ from mogan.data.stream import declared_duration, decode, opened, picture, remark
 from mogan.disk.files import replacing
 from mogan.errors import UserError
 
-SUFFIXES = (".mp4", ".webm", ".mov", ".avi", ".mkv", ".m4v", ".gif")
+SUFFIXES = (
+    *(".mp4", ".webm", ".mov", ".avi", ".mkv", ".m4v", ".gif", ".mpg", ".mpeg"),
+    *(".ts", ".mts", ".m2ts", ".flv", ".wmv", ".ogv", ".3gp"),
+)
 
 # Left alone, x264 chooses by processor how it weighs macroblocks over time (mb-tree), and the assembly for that reads memory
 # nobody wrote, as valgrind shows: other bytes on another machine, and on some from run to run. This is its portable

@@ -80,6 +80,8 @@ def import_student(
         wan.refuse_controls(folder, "files of students have no part for them")
     elif causal is not None:
         raise UserError(f"{base} animates a first frame, and causal students make clips from text: leave out --chunks")
+    if chunks is not None and max(chunks) > (longest := wan.latent_shape(folder, wan.geometry(folder))[1]):
+        raise UserError(f"--chunks: a clip of {base} has {longest} latent frames, and no chunk can have {max(chunks)}")
     state, critic, part = read_student(files)
     refuse_unread(state, file)
     transformer = wan.load_transformer(folder)
@@ -177,6 +179,12 @@ def set_weights(transformer: Any, state: dict[str, Tensor], file: Path) -> None:
             )
         )
     check_numbers(state, file)
+    blank = {k for k in own if own[k].dim() > 1 and own[k].any() and not named[k].any()}
+    if blank:
+        raise UserError(
+            f"{file} holds nothing but zeros where weights should be, in {some(blank)}: its download broke off, or it was saved "
+            "too early; get it again"
+        )
     transformer.load_state_dict(named)
 
 

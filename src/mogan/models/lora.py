@@ -60,9 +60,17 @@ def adapted(base: Any, rank: int, seed: int, told: bool = False) -> Any:
         rank: of every adapter.
         seed: of ``A``; ``B`` starts at zero.
         told: the tree reads where its step ends, whether ``base`` does or not.
+
+    Raises:
+        UserError: the rank is larger than the transformer is wide.
     """
     from peft import LoraConfig
 
+    width = base.config.num_attention_heads * base.config.attention_head_dim
+    if rank > width:
+        raise UserError(
+            f"adapters of rank {rank} are larger than what they adapt, matrices of {width} rows: give --lora {width} or less"
+        )
     tree = tell_steps(twin(base)) if told else twin(base)
     torch.manual_seed(seed)
     tree.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=TARGETS))

@@ -55,10 +55,13 @@ def _first_readable(sources: list[Source]) -> tuple[Path | None, str]:
 
 
 def first_pictures(clips: list[Path], size: Geometry) -> list[np.ndarray]:
-    """The first frame of each clip, or of a picture that, scaled until it covers a frame, and of that the centre; uint8 ``(H, W, 3)``."""
+    """The first frame of each clip, or of a picture that, scaled until it covers a frame, and of that the centre; uint8 ``(H, W, 3)``.
+
+    What is transparent lies over black, as in videos.
+    """
     fit = (size.width, size.height)
     return [
-        np.array(ImageOps.fit(Image.fromarray(read_picture(path)), fit, Image.Resampling.LANCZOS))
+        np.array(ImageOps.fit(Image.fromarray(read_picture(path, "black")), fit, Image.Resampling.LANCZOS))
         if path.suffix.lower() in PICTURES
         else next(read_frames(path, size=(size.height, size.width), only={0})).image_HWC
         for path in clips
