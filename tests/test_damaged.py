@@ -337,7 +337,7 @@ def test_half_a_character_in_a_list_of_vbench_is_told(tmp_path, capsys):
     assert "half a character" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("text", ["[" * 100_000, "[]", "{", '"x"'], ids=range(4))
+@pytest.mark.parametrize("text", ["[" * 100_000, "[]", "{", '"x"', '{"a": 1%s}' % ("0" * 400)], ids=range(5))
 def test_what_holds_no_names_and_values_is_named_by_every_reader(text, tmp_path):
     path = tmp_path / "survey.json"
     path.write_text(text)

@@ -10,7 +10,17 @@ from pathlib import Path
 import pytest
 
 from mogan.cli import COMMANDS, main
-from mogan.disk.files import _sweep, new_folder, refusal, replacing, writable_file, writable_folder, write_atomically
+from mogan.disk.files import (
+    _sweep,
+    make_folder,
+    new_folder,
+    none_left_empty,
+    refusal,
+    replacing,
+    writable_file,
+    writable_folder,
+    write_atomically,
+)
 from mogan.disk.locks import alone_at, alone_in
 from mogan.errors import UserError
 from test_train import build
@@ -75,6 +85,30 @@ def test_a_place_that_cannot_be_written_is_refused_before_the_work(
         assert "another --out" in said
     assert file.read_text() == "mine"
     assert set(tmp_path.iterdir()) == {file, prompts}
+
+
+def test_a_command_that_fails_leaves_no_empty_folder_and_none_of_others_is_taken(tmp_path, capsys):
+    (tmp_path / "mine").mkdir()
+    for out in ("mine", "new/deep", "new/deep/s.mp4", "mine/x"):
+        words = (
+            ["stream", "--model"]
+            if out.endswith("mp4")
+            else ["sample", "--prompts", str(tmp_path / "p.txt"), "--model"]
+        )
+        (tmp_path / "p.txt").write_text("a red circle\n")
+        assert main([*words, str(tmp_path / "nowhere"), "--out", str(tmp_path / out)]) == 2
+        assert sorted(path.name for path in tmp_path.rglob("*")) == ["mine", "p.txt"], out
+    capsys.readouterr()
+
+    @none_left_empty()
+    def interrupted():
+        make_folder(tmp_path / "new" / "deep")
+        (tmp_path / "new" / "kept").touch()
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["kept", "mine", "new", "p.txt"]
 
 
 def test_every_command_with_an_out_is_tried(family):

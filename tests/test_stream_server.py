@@ -185,6 +185,7 @@ def test_the_page_learns_what_it_needs(client):
         ("next", {"stream": "MINE", "number": 1, "flow": False}, 400, "number must be"),
         ("next", {"stream": "MINE", "number": -1, "flow": False}, 400, "number must be"),
         ("next", {"stream": "MINE", "number": "0", "flow": False}, 400, "number must be"),
+        ("clip", {"stream": "\ud800"}, 409, "This stream has ended"),
         ("prompt", {"stream": "é", "prompt": "a", "state": None}, 409, "This stream has ended"),
         ("prompt", {"stream": "MINE", "prompt": "\n", "state": None}, 422, "The prompt takes"),
         ("clip", {"stream": "x"}, 409, "This stream has ended"),

@@ -1,11 +1,13 @@
 """`mogan stream` of a student that is told states: a given first frame, scripts, recordings, chunks of several sizes, two stages."""
 
 import json
+import os
 import sys
 import time
 import wave
 from itertools import count, islice
 
+import av
 import cv2
 import numpy as np
 import pytest
@@ -13,7 +15,8 @@ import torch
 
 from mogan.cli import main
 from mogan.data.batches import one_ahead
-from mogan.data.video import read_video
+from mogan.data.controls import read_picture
+from mogan.data.video import read_video, write_video
 from mogan.errors import UserError
 from mogan.exchange.export import save_student
 from mogan.models.autoencoder import decode_video
@@ -137,6 +140,9 @@ def test_the_change_is_seen_at_once_and_with_the_past_run_again_or_not(folder):
         ('{"at": 1}', "line 1 is no change"),
         ('{"at": -1, "state": "idle"}', "line 1 is no change"),
         ('{"at": "nan", "state": "idle"}', "line 1 is no change"),
+        ('{"at": "1", "state": "idle"}', "line 1 is no change"),
+        ('{"at": true, "state": "idle"}', "line 1 is no change"),
+        ('{"at": 1%s, "state": "idle"}' % ("0" * 400), "line 1 is no change"),
         ('{"at": 2, "state": "idle"}\n{"at": 1, "state": "idle"}', "line 2 is no change"),
         (
             '{"at": 1, "state": "asleep"}',
@@ -200,13 +206,45 @@ def test_one_voice_speaks_pauses_and_is_idle_and_two_take_turns(tmp_path):
 
 def test_what_is_no_sound_or_of_a_student_without_states_is_refused(folder, tmp_path):
     (tmp_path / "no.wav").write_text("no")
-    for path in (tmp_path / "no.wav", tmp_path / "nowhere.wav"):
+    lists = {"ffconcat.wav": f"ffconcat version 1.0\nfile '{tmp_path / 'a.wav'}'\n", "m3u.wav": "#EXTM3U\na.wav\n"}
+    for name, text in lists.items():  # which lead to other files
+        (tmp_path / name).write_text(text)
+    for path in (tmp_path / "no.wav", folder / "portrait.png", *(tmp_path / name for name in lists)):
         with pytest.raises(UserError, match="cannot be read as sound"):
             read_sound(path)
+    write_video(tmp_path / "silent.mp4", np.zeros((2, 16, 16, 3), np.uint8), 8)
     with pytest.raises(UserError, match="holds no sound"):
-        read_sound(folder / "portrait.png")
+        read_sound(tmp_path / "silent.mp4")
+    os.mkfifo(tmp_path / "pipe.wav")
+    for path, said in ((tmp_path / "pipe.wav", "is a pipe, not a file"), (tmp_path / "x.wav", "not there")):
+        with pytest.raises(UserError, match=said):
+            read_sound(path)
+    with pytest.raises(UserError, match="is a pipe, not a file"):
+        read_picture(tmp_path / "pipe.wav")
     with pytest.raises(UserError, match="knows no states"):
         follow_sound(write(tmp_path / "a.wav", np.zeros(RATE)), ())
+
+
+def test_a_recording_of_any_depth_is_heard_alike_and_one_of_no_numbers_is_refused(tmp_path):
+    sound = 0.5 * np.sin(np.arange(RATE) / 20)
+    heard = {}
+    for codec, form in (("pcm_u8", "u8"), ("pcm_s24le", "s32"), ("pcm_f32le", "flt"), ("pcm_f64le", "dbl")):
+        scaled = {"u8": sound * 127 + 128, "s32": sound * (2**31 - 1)}.get(form, sound)
+        heard[codec] = recorded(tmp_path / f"{codec}.wav", codec, form, scaled)
+        assert np.abs(heard[codec][0] - sound).max() < 0.02
+    with pytest.raises(UserError, match="samples that are infinite or none"):
+        recorded(tmp_path / "nan.wav", "pcm_f32le", "flt", np.where(np.arange(RATE) == 99, np.nan, sound))
+
+
+def recorded(path, codec, form, samples):
+    kind = {"u8": np.uint8, "s32": np.int32, "flt": np.float32, "dbl": np.float64}[form]
+    with av.open(str(path), "w") as file:
+        stream = file.add_stream(codec, rate=RATE, layout="mono")
+        frame = av.AudioFrame.from_ndarray(samples.astype(kind)[None], form, "mono")
+        frame.sample_rate = RATE
+        for packet in [*stream.encode(frame), *stream.encode(None)]:
+            file.mux(packet)
+    return read_sound(path)
 
 
 def test_a_file_follows_a_recording_and_is_the_same_again(folder, tmp_path, capsys):

@@ -75,6 +75,20 @@ def test_what_makes_no_mask_is_refused(measured, family, tmp_path, capsys):
         "other weights": facts | {"weights": "0" * 16},
         "says no errors": {k: v for k, v in facts.items() if k != "sparse"},
     }
+    level = next(iter(facts["blocks"]))
+    for name, wrong in (
+        ("frames", "4"),
+        ("frames", 10**400),
+        ("model", None),
+        ("blocks", []),
+        ("blocks", {"x": []}),
+        ("sparse", {level: {"errors": [[0.1]]}}),
+        ("sparse", {level: {"errors": [[]]}}),
+        ("sparse", True),
+    ):
+        path.write_text(json.dumps(facts | {name: wrong}))
+        assert run("tiles", measured, "--threshold", "0.1", "--out", tmp_path / "made") == 2, (name, wrong)
+        assert str(path) in capsys.readouterr().err
     for said, other in changed.items():
         path.write_text(json.dumps(other))
         assert run("tiles", measured, "--threshold", "0.1", "--out", tmp_path / "made") == 2

@@ -15,7 +15,7 @@ from threading import current_thread, main_thread
 from typing import NoReturn, get_args, get_origin
 
 from mogan.completion import completion, options_of
-from mogan.disk.files import refusal
+from mogan.disk.files import none_left_empty, refusal
 from mogan.errors import UserError, closest, too_little_memory
 
 INTERRUPTED = 130  # as a shell counts a process that Ctrl-C ended
@@ -108,7 +108,7 @@ def main(arguments: list[str] | None = None) -> int:
             command = getattr(importlib.import_module(module), function)
         options = words[len(name.split()) :]
         _check_options(command, options)
-        with _on_ctrl_c(stop):
+        with _on_ctrl_c(stop), none_left_empty():
             tyro.cli(command, prog=f"mogan {name}", args=options)
     except (Exception, KeyboardInterrupt) as error:
         if asked or isinstance(error, KeyboardInterrupt):  # readers of files tell of it as an error of their own

@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mogan.data.paths import path_file, read_path, rows_of
-from mogan.disk.files import replacing
+from mogan.disk.files import from_json, replacing
 from mogan.errors import UserError
 
 FORMAT = "mogan-cache"
@@ -210,7 +210,7 @@ def _read_index(path: Path, command: str) -> list[dict]:
         if not line:
             continue
         try:
-            entry = json.loads(line)
+            entry = from_json(line)
             good = isinstance(entry["id"], str) and isinstance(entry["caption"], str | None)
         except (ValueError, KeyError, TypeError, RecursionError):
             good = False
@@ -230,7 +230,7 @@ def read_facts(path: Path) -> dict | None:
     if file is None:
         return None
     try:
-        facts = json.loads(file.read_text(encoding="utf-8"))
+        facts = from_json(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError):
         facts = None
     if not isinstance(facts, dict) or facts.get("format") != FORMAT:

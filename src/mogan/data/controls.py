@@ -25,7 +25,7 @@ from tqdm import tqdm
 from mogan.data import cache as data
 from mogan.data.clips import to_video
 from mogan.data.listing import Source
-from mogan.data.lists import printable
+from mogan.data.lists import printable, unreadable
 from mogan.data.measure import Done, in_threads
 from mogan.data.video import SUFFIXES, flow_picture, read_frames
 from mogan.errors import UserError
@@ -307,6 +307,8 @@ def _same(
 
 def read_picture(path: Path, under: str = "white") -> np.ndarray:
     """uint8 ``(H, W, 3)``, upright, what is transparent over a colour. Raises UserError."""
+    if problem := unreadable(path):
+        raise UserError(f"{path} {problem}: give a picture")
     try:
         with Image.open(path) as image:
             if image.mode == "F":

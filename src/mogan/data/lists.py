@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mogan.disk.files import from_json
 from mogan.errors import UserError
 
 TABLES = (".csv", ".tsv")
@@ -193,7 +194,7 @@ def _values(path: Path, needed: Sequence[str]) -> Iterator[tuple[str, Any]]:
 
 def _json(where: str, text: str) -> Any:
     try:
-        return json.loads(text, object_pairs_hook=_object)
+        return from_json(text, object_pairs_hook=_object)
     except RecursionError as error:
         raise UserError(f"{where} is nested too deeply: write one flat object per row") from error
     except ValueError as error:

@@ -1,7 +1,6 @@
 """The first pass over videos: decode in threads, cut, measure motion; one record per file, kept on disk."""
 
 import hashlib
-import json
 import os
 import queue
 import threading
@@ -17,7 +16,7 @@ from mogan.data.clips import Held, ShortShot, clips_of, motion_of
 from mogan.data.listing import Source
 from mogan.data.lists import printable
 from mogan.data.video import probe, read_frames
-from mogan.disk.files import json_line, replacing
+from mogan.disk.files import from_json, json_line, replacing
 from mogan.errors import UserError
 from mogan.models.defaults import Geometry
 from mogan.motion.flow import FlowEstimator
@@ -99,7 +98,7 @@ def _stored(out: Path, source: Source) -> dict | None:
     """An earlier record, unless it was made of other pictures or other times, or is damaged: the file is measured again."""
     path = _record_path(out, source.name)
     try:
-        old = json.loads(path.read_bytes()) if path.is_file() else None
+        old = from_json(path.read_bytes()) if path.is_file() else None
     except (ValueError, RecursionError):
         return None
     if not isinstance(old, dict) or not {"source", "sha", *EMPTY} <= old.keys():

@@ -32,10 +32,7 @@ TAG = "have a frame rate tag that their time stamps contradict: the time stamps 
 UNEVEN = "have a variable frame rate: motion per frame is not motion per time"
 GAP = f"have pauses of more than {HELD_S:g} s between time stamps: a picture is held so long, then the video is cut"
 
-_ALONE = {  # what a file may be, and where it may lead
-    "format_whitelist": "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,gif,mpegts,mpeg,mpegvideo,flv,asf,ogg,nut,mxf,rm,ivf,h264,hevc",
-    "protocol_whitelist": "file",
-}
+VIDEOS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,gif,mpegts,mpeg,mpegvideo,flv,asf,ogg,nut,mxf,rm,ivf,h264,hevc"
 # a title in another encoding than UTF-8 is no reason to refuse a video; from 19 on PyAV takes it as it is
 _TITLES: dict[str, Any] = {} if int(av.__version__.partition(".")[0]) >= 19 else {"metadata_errors": "replace"}
 _AREA = Interpolation.AREA | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
@@ -64,17 +61,18 @@ class Timing:
     remarks: tuple[str, ...]
 
 
-def open_file(path: Path) -> Any:
-    """The container that a file is. FFmpeg would also open a script or a playlist, and then whatever files and addresses that
+def open_file(path: Path, formats: str = VIDEOS) -> Any:
+    """The container that a file is, one of FFmpeg's formats. FFmpeg would also open a script or a playlist, and then whatever files and addresses that
     names, and take ``concat:a|b`` for two files.
 
     Raises:
         ValueError: it is no container of video.
     """
+    alone = {"format_whitelist": formats, "protocol_whitelist": "file"}
     try:
-        return av.open(f"file:{path}", options=_ALONE, **_TITLES)
+        return av.open(f"file:{path}", options=alone, **_TITLES)
     except av.ArgumentError as error:
-        raise ValueError("a picture, a list of files or a script, and no container of video") from error
+        raise ValueError("a picture, a list of files or a script, and no container of video or sound") from error
 
 
 @contextmanager

@@ -32,6 +32,31 @@ REFUSED = {
 }
 
 
+_MADE: list[Path] = []  # folders that this process made
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder and those it lies in; see :func:`none_left_empty`."""
+    new = [folder for folder in (path, *path.parents) if not folder.exists()]
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    finally:
+        _MADE.extend(reversed(new))
+
+
+@contextmanager
+def none_left_empty() -> Iterator[None]:
+    """Where the block fails, of the folders that were made in it those that are still empty are taken away."""
+    _MADE.clear()
+    try:
+        yield
+    except BaseException:
+        while _MADE:
+            with suppress(OSError):
+                _MADE.pop().rmdir()
+        raise
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary name beside ``path``, with its suffix, that takes its place when the block ends well.
@@ -45,7 +70,7 @@ def replacing(path: Path) -> Iterator[Path]:
     path = Path(path)
     temporary = path.with_name(f"{OWN}{_here()}-{os.getpid()}-{zlib.crc32(os.fsencode(path.name)):08x}{path.suffix}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         _sweep(path.parent)
         yield temporary
         with temporary.open("rb") as written:
@@ -110,7 +135,7 @@ def new_folder(path: Path) -> Iterator[Path]:
         UserError: as :func:`replacing`; another process makes the same folder, or has made it by now.
     """
     temporary = path.with_name(f".{path.name}.new")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     with alone_at(path):
         if path.exists():
             raise UserError(f"{path} exists already: give another --out or remove it")
@@ -176,7 +201,7 @@ def writable_folder(path: Path, option: str = "--out") -> None:
     if path.exists() and not path.is_dir():
         raise UserError(f"{option} {path} is a file, not a folder: give another {option}")
     try:
-        path.mkdir(parents=True, exist_ok=True)
+        make_folder(path)
         _sweep(path)
         probe = path / f"{OWN}{_here()}-{os.getpid()}-probe"
         probe.touch()
@@ -222,10 +247,21 @@ def writable_file(path: Path, ours: bytes, option: str = "--out") -> None:
         )
 
 
+def from_json(text: str | bytes, **how: Any) -> Any:
+    """``json.loads`` of what strangers wrote: a whole number that no float holds is a ValueError too."""
+    return json.loads(text, parse_int=_whole_number, **how)
+
+
+def _whole_number(digits: str) -> int:
+    if len(digits) > 300:
+        raise ValueError(f"a number of {len(digits)} digits")
+    return int(digits)
+
+
 def read_json(path: Path) -> dict:
     """The object that a JSON file holds. Raises UserError where it is none."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = from_json(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}): give the right to read it") from error
     except (ValueError, RecursionError) as error:

@@ -1,6 +1,5 @@
 """What makes a recipe fit a GPU: of the settings that do, those that cost least in quality and in time."""
 
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 from mogan.config import Config
 from mogan.costs.machines import MACHINES, Machine
 from mogan.data.cache import Cache
+from mogan.disk.files import from_json
 from mogan.errors import UserError
 from mogan.estimate.predict import Estimate
 from mogan.estimate.pricing import pricing
@@ -78,7 +78,7 @@ def fit_run(
         UserError: nothing fits.
     """
     try:
-        known = json.loads((run / "config.json").read_text())
+        known = from_json((run / "config.json").read_text())
         parts = [u["accumulate"] for u in known["plan"]]
         plan = tuple(replace(u, accumulate=n) for u, n in zip(config.plan, parts, strict=True))
         lora = known["lora"] if config.lora is None else config.lora

@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from mogan.disk.files import writing
+from mogan.disk.files import from_json, writing
 from mogan.disk.locks import locked
 
 Record = dict[str, Any]
@@ -21,7 +21,7 @@ class Kept:
         if path.is_file():
             for line in path.read_bytes().split(b"\n"):
                 try:
-                    row = json.loads(line)
+                    row = from_json(line)
                     if NEEDED <= row["record"].keys():
                         self._found[row["key"]] = row["record"]
                 except (ValueError, KeyError, TypeError, AttributeError, RecursionError):

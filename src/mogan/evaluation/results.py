@@ -1,12 +1,12 @@
 """Reading a ``results.json``: all that other commands take from one is checked before they begin."""
 
-import json
 import math
 from collections.abc import Iterator
 from numbers import Real
 from pathlib import Path
 from typing import Any
 
+from mogan.disk.files import from_json
 from mogan.errors import UserError
 from mogan.evaluation.measure import VERSION
 
@@ -22,7 +22,7 @@ def read_results(path: Path, clips_have: tuple[str, ...] = ()) -> dict[str, dict
         UserError: it is none, or of another version, or damaged; and where.
     """
     try:
-        systems = json.loads(path.read_text(encoding="utf-8"))["systems"]
+        systems = from_json(path.read_text(encoding="utf-8"))["systems"]
         wrong = next(_wrong(systems, clips_have), None)
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}): give the results.json of mogan evaluate") from error
@@ -48,7 +48,10 @@ def _wrong(systems: Any, clips_have: tuple[str, ...]) -> Iterator[str]:
         for metric, found in system.get("metrics", {}).items():
             interval = found.get("ci95") or (0.0, 0.0)
             if not (
-                _is_number(found["mean"]) and len(interval) == 2 and all(map(_is_number, interval)) and "n" in found
+                _is_number(found["mean"])
+                and len(interval) == 2
+                and all(map(_is_number, interval))
+                and type(found["n"]) is int
             ):
                 yield f"{metric} of {name}"
         yield from (f"{entry} of {name}" for entry in _wrong_about(system.get("how", {})))

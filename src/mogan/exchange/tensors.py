@@ -1,6 +1,5 @@
 """Files of tensors made by strangers: opened without running anything in them, and refused in a sentence that is true."""
 
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -15,6 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from mogan.disk.files import from_json
 from mogan.errors import UserError
 
 SAFETENSORS = (".safetensors", ".sft")  # in lower case
@@ -118,7 +118,7 @@ def declared_alpha(file: Path) -> float | None:
     if not text:
         return None
     try:
-        about = {k.removeprefix("transformer."): v for k, v in json.loads(text).items()}
+        about = {k.removeprefix("transformer."): v for k, v in from_json(text).items()}
         alpha = about.get("lora_alpha")
         usable = alpha is None or (math.isfinite(alpha) and not isinstance(alpha, bool))
     except (ValueError, AttributeError, TypeError, OverflowError, RecursionError):

@@ -72,7 +72,23 @@ def _read(measured: Path) -> dict[str, Any]:
     facts = read_json(path)
     if lacking := [name for name in ("model", "weights", "frames", "blocks") if name not in facts]:
         raise UserError(f"{path} does not say {lacking[0]}: measure again (`mogan attention`)")
+    try:
+        _check(**facts)
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
+        raise UserError(f"{path} was changed by something else ({error}): measure again (`mogan attention`)") from error
     return facts
+
+
+def _check(model: Any, weights: Any, frames: Any, blocks: Any, sparse: Any = None, **_: Any) -> None:
+    """Raise where it is not as `mogan attention` writes it."""
+    if not isinstance(model, str) or not isinstance(weights, str) or type(frames) is not int or frames < 1:
+        raise ValueError("its model, weights or frames")
+    for level, found in blocks.items():
+        if not 0 < float(level) <= 1 or not isinstance(found, list) or not found:
+            raise ValueError(f"level {level}")
+        errors = torch.tensor(sparse[level]["errors"]) if sparse is not None else torch.zeros(len(found), frames)
+        if errors.shape != (len(found), frames) or not (errors.isfinite() & (errors >= 0)).all():
+            raise ValueError(f"the errors of level {level}")
 
 
 def _masks(source: Generator, facts: dict, measured: Path, threshold: float | None, references: int | None):

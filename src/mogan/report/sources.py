@@ -1,6 +1,5 @@
 """What a report is made of: results of evaluations, and the curves of runs."""
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,6 +8,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from mogan.disk.files import from_json
 from mogan.errors import UserError
 from mogan.evaluation.results import read_results
 
@@ -92,7 +92,7 @@ def _read_curves(path: Path, name: str) -> Curves:
     found: dict[tuple[str, str], dict[int, list[float]]] = {}
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            row = json.loads(line)
+            row = from_json(line)
             iteration, update = int(row["iteration"]), str(row["update"])
             numbers = {name: float(value) for name, value in row.items() if type(value) in (int, float)}
         except (ValueError, KeyError, TypeError, OverflowError, RecursionError):

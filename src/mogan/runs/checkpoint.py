@@ -22,7 +22,7 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceSt
 from torch.distributed.checkpoint.api import CheckpointException
 
 from mogan.config import Config
-from mogan.disk.files import write_atomically
+from mogan.disk.files import from_json, write_atomically
 from mogan.distributed import ONE, World
 from mogan.errors import UserError
 
@@ -131,7 +131,7 @@ def held_out_prompts(run: Path) -> dict[str, str]:
 def _held_out(run: Path) -> tuple[dict[int, float], dict[str, str]]:
     path = run / "held_out.json"
     try:
-        found = json.loads(path.read_text()) if path.is_file() else {}
+        found = from_json(path.read_text()) if path.is_file() else {}
         motions = found.get("motions", {} if "prompts" in found else found)  # older runs have nothing but motions
         return {int(k): float(v) for k, v in motions.items()}, {k: str(v) for k, v in found.get("prompts", {}).items()}
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
@@ -203,7 +203,7 @@ def _noted(path: Path) -> dict[str, int]:
     if not (path / SUMS).is_file():
         return {}
     try:
-        noted = json.loads((path / SUMS).read_text())
+        noted = from_json((path / SUMS).read_text())
     except (ValueError, RecursionError) as error:
         raise _unreadable(path, error) from error
     if not noted or not isinstance(noted, dict):
@@ -237,7 +237,7 @@ def check_same_run(run: Path, config: Config) -> None:
     if not path.is_file():
         return
     try:
-        old, new = settings(json.loads(path.read_text())), settings(json.loads(json.dumps(config.as_json())))
+        old, new = settings(from_json(path.read_text())), settings(json.loads(json.dumps(config.as_json())))
     except (ValueError, AttributeError, RecursionError) as error:
         raise UserError(f"{path} is damaged ({error}): put back a copy, every checkpoint has one") from error
     changed = [k for k in new | old if old.get(k) != new.get(k)]

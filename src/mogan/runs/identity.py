@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mogan.data.cache import Cache, open_cache
-from mogan.disk.files import write_atomically
+from mogan.disk.files import from_json, write_atomically
 from mogan.errors import UserError
 from mogan.models import wan
 from mogan.models.experts import LOW
@@ -151,7 +151,7 @@ def read_config(run: Path) -> dict[str, Any]:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = from_json(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}): put back a copy of it") from error
     except (ValueError, RecursionError) as error:

@@ -1,11 +1,11 @@
 """Early warnings in words: what a person would see in the curves, said while there is time to stop."""
 
-import json
 from collections import Counter, defaultdict, deque
 from contextlib import suppress
 from pathlib import Path
 
 from mogan.config import Config
+from mogan.disk.files import from_json
 from mogan.errors import closest
 from mogan.terms import Alarm
 
@@ -104,7 +104,7 @@ def read_records(path: Path) -> list[dict]:
     found = []
     for line in path.read_bytes().split(b"\n"):
         with suppress(ValueError, RecursionError):
-            row = json.loads(line)
+            row = from_json(line)
             if isinstance(row, dict) and type(row.get("iteration")) is int and isinstance(row.get("update"), str):
                 numbers = [value for key, value in row.items() if key != "update"]
                 found += [row] if all(type(value) in (int, float) for value in numbers) else []

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import IO, Any
 
-from mogan.disk.files import writing
+from mogan.disk.files import from_json, writing
 from mogan.disk.locks import locked
 from mogan.errors import UserError
 
@@ -48,7 +48,7 @@ def listed_samples(folder: Path) -> dict[str, Record]:
     for number, line in enumerate(whole.decode(errors="replace").split("\n"), 1):
         try:
             if line.strip():
-                found[str(json.loads(line)["file"])] = json.loads(line)
+                found[str(from_json(line)["file"])] = from_json(line)
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise UserError(f"{path} line {number} is no record of a clip: remove that line, or the file") from error
     return found

@@ -181,7 +181,7 @@ def _mine(request: Request, token: Any) -> Watched:
     if (
         state.watched is None
         or not isinstance(token, str)
-        or not secrets.compare_digest(token.encode(), state.token.encode())
+        or not secrets.compare_digest(token.encode(errors="replace"), state.token.encode())
     ):
         raise HTTPException(409, "This stream has ended: another tab plays, or the server was started anew.")
     return state.watched

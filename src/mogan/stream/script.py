@@ -1,6 +1,6 @@
 """What happens when in a stream: a script of states and prompts, or the states that a recording chooses."""
 
-import json
+import math
 from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -9,6 +9,7 @@ from pathlib import Path
 from torch import Tensor
 
 from mogan.data.lists import read_text, whole
+from mogan.disk.files import from_json
 from mogan.errors import UserError
 from mogan.stream.engine import Studio, checked
 from mogan.stream.sound import RATE, STATES, read_sound, state_of_sound, voiced
@@ -30,10 +31,10 @@ def read_script(path: Path, states: tuple[str, ...]) -> When:
             continue
         where = f"{path} line {number}"
         try:
-            said = json.loads(line)
-            at = float(said["at"])
+            said = from_json(line)
+            at = float(said["at"]) if type(said["at"]) in (int, float) else math.nan
             good = set(said) <= {"at", "state", "prompt"} and len(said) > 1 and times[-1] <= at < 1e9
-        except (ValueError, KeyError, TypeError, RecursionError):
+        except (ValueError, KeyError, TypeError, RecursionError, OverflowError):
             good = False
         if not good:
             raise UserError(

@@ -6,7 +6,11 @@ import av
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
+from mogan.data.lists import unreadable
+from mogan.data.stream import VIDEOS, open_file
 from mogan.errors import UserError
+
+SOUNDS = f"{VIDEOS},wav,w64,aiff,caf,au,flac,mp3,aac,ac3,eac3,amr,wv,tta,ape"  # FFmpeg's formats
 
 RATE, WINDOW, HOP = 16000, 512, 160  # 32 ms, every 10 ms
 PITCH = (60, 400)  # Hz, of voices
@@ -24,18 +28,24 @@ def read_sound(path: Path) -> np.ndarray:
     Raises:
         UserError: it cannot be read, or holds no sound.
     """
+    if problem := unreadable(path):
+        raise UserError(f"{path} {problem}: give a WAV file")
     try:
-        with av.open(str(path)) as file:
+        with open_file(path, SOUNDS) as file:
             if not file.streams.audio:
                 raise UserError(f"{path} holds no sound: give a WAV file, or another with a sound track")
             layout = "mono" if file.streams.audio[0].channels == 1 else "stereo"
             resampler = av.AudioResampler(format="fltp", layout=layout, rate=RATE)
             frames = [f for frame in file.decode(audio=0) for f in resampler.resample(frame)] + resampler.resample(None)
-    except (OSError, av.error.FFmpegError) as error:
-        raise UserError(f"{path} cannot be read as sound ({error}): give a WAV file") from error
+    except (OSError, ValueError) as error:  # FFmpeg's errors are among these
+        told = error.strerror if isinstance(error, av.FFmpegError) else error
+        raise UserError(f"{path} cannot be read as sound ({told}): give a WAV file") from error
     if not frames:
         raise UserError(f"{path} holds no sound: give a WAV file, or another with a sound track")
-    return np.concatenate([frame.to_ndarray() for frame in frames], 1)
+    sound = np.concatenate([frame.to_ndarray() for frame in frames], 1)
+    if not np.isfinite(sound).all():
+        raise UserError(f"{path} holds samples that are infinite or none: it is damaged, give a WAV file")
+    return sound
 
 
 def voiced(samples: np.ndarray) -> np.ndarray:

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from mogan.disk.files import replacing
+from mogan.disk.files import from_json, replacing
 from mogan.errors import UserError
 from mogan.evaluation.clips import read_folder
 from mogan.study.cost import Training, read_training
@@ -53,7 +53,7 @@ def read_measured(path: Path, out: Path, jobs: list[Job], prompts: set[str]) -> 
     if not path.is_file():
         return None
     try:
-        found = json.loads(gzip.decompress(path.read_bytes()))
+        found = from_json(gzip.decompress(path.read_bytes()))
         training = found.pop("training")
         measured = Measured(**found, training=training and Training(**training))
         same = measured.commands == _commands(jobs, out) and {clip["prompt"] for clip in measured.clips} == prompts

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import tyro
 
 from mogan.data.lists import read_prompts
-from mogan.disk.files import writable_folder, write_atomically
+from mogan.disk.files import from_json, writable_folder, write_atomically
 from mogan.errors import UserError, closest
 from mogan.ranges import SEEDS, at_least, between
 from mogan.report.page import report
@@ -240,7 +240,7 @@ def write_clips(here: list[tuple[Column, Path]], path: Path) -> None:
     """A ``results.json`` with the clips of these columns, for the report."""
     systems = {}
     for column, home in here:
-        found = json.loads((path.parent / home / "results.json").read_text())["systems"]["samples"]
+        found = from_json((path.parent / home / "results.json").read_text())["systems"]["samples"]
         clips = [clip | {"file": str(home / clip["file"])} for clip in found["clips"]]
         systems[column.name] = found | {"clips": clips}
     write_atomically(path, json.dumps({"systems": systems}, indent=1) + "\n")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from mogan.disk.files import from_json
 from mogan.errors import UserError
 from mogan.survey import checks
 from mogan.survey.folder import VOTES, Answer, Item, Survey, fingerprint
@@ -81,7 +82,7 @@ def read_votes(folder: Path, survey: Survey) -> tuple[list[Vote], list[Rater]]:
     about = {}
     try:
         for rater, kind, item, swapped, answers, watch, received in rows:
-            shown, watched = json.loads(answers), json.loads(watch)
+            shown, watched = from_json(answers), from_json(watch)
             if {question.id for question in survey.questions} != shown.keys() or set(shown.values()) - set(SIDES):
                 raise ValueError(f"an answer of {rater} is none of the survey's")
             spent = min(received - latest[rater], watched["total_ms"] / 1000)  # the server's clock cannot be faked

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from mogan.disk.files import from_json
 from mogan.errors import UserError
 
 FORMAT = 1
@@ -145,7 +146,7 @@ def read_survey(folder: Path) -> Survey:
     if not path.is_file():
         raise UserError(f"{folder} holds no {FILE}: give the folder that `mogan survey build --out` wrote.")
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        raw = from_json(path.read_text(encoding="utf-8"))
         if raw.get("format") != FORMAT:
             raise UserError(
                 f"{path} has format {raw.get('format')}, this version reads {FORMAT}: build the survey again."
