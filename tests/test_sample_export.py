@@ -218,6 +218,7 @@ def test_export_says_how_to_use_it(exported):
     ):
         assert fact in card
     assert str(exported) not in card
+    assert "- base: `teacher`; its licence holds" in card  # and not the student's folder that the run started from
     assert json.loads((exported / "export" / "mogan.json").read_text())["sigmas"] == list(SIGMAS)
     with pytest.raises(UserError, match="exists already"):
         export(exported / "run", out=exported / "export")

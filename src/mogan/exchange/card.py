@@ -27,21 +27,24 @@ def model_card(
     load: list[str],
     solver: str = LCM,
     causal: Causal | None = None,
+    origin: Path | None = None,
     use: str | None = None,
 ) -> str:
     """The card as Markdown with the front matter that the Hugging Face Hub reads.
 
     Args:
         title: heading.
-        base: folder of the base model, for its name, its licence and its geometry.
+        base: folder of the base model, or of the student on top of it, for its geometry.
         sigmas: levels the student samples at; of a teacher None.
         notes: list entries and tables about where it came from; see :func:`run_notes` and :func:`metrics_table`.
         load: lines of Python that make ``pipe``.
         solver: between the student's steps.
         causal: of a student that sees the past alone; ``load`` is then the command that samples it.
+        origin: folder of the base model where that is not ``base``, for its name and its licence.
         use: how it is called, as Markdown, where it is not by ``load``.
     """
-    usual, name, licence = wan.defaults(base), model_name(base), licence_of(base)
+    origin = origin or base
+    usual, name, licence = wan.defaults(base), model_name(origin), licence_of(origin) or licence_of(base)
     size = usual.size
     task, library = "image-to-video" if _animates(load) else "text-to-video", "diffusers" if causal is None else "mogan"
     front = [f"library_name: {library}", f"pipeline_tag: {task}", f"tags: [{task}, distillation, mogan]"]
@@ -119,6 +122,12 @@ def states_notes(states: tuple[str, ...]) -> list[str]:
         f"- states: {', '.join(states)}; of each `states.safetensors` has a row to append to the prompt's embedding, `(L + 1, D)`; "
         "without one it is in none"
     ]
+
+
+def origin_of(run: Path) -> Path | None:
+    """The base model of a run, where it still lies there."""
+    folder = Path(read_facts(run).get("model", ""))
+    return folder if (folder / "model_index.json").is_file() else None
 
 
 def run_notes(run: Path) -> list[str]:

@@ -20,7 +20,7 @@ from mogan.config import LCM
 from mogan.disk.files import link_or_copy, new_folder, writable_folder, write_atomically
 from mogan.disk.locks import alone_at
 from mogan.errors import UserError
-from mogan.exchange.card import mask_notes, metrics_table, model_card, run_notes, states_notes
+from mogan.exchange.card import mask_notes, metrics_table, model_card, origin_of, run_notes, states_notes
 from mogan.exchange.elsewhere import PROGRAMS, UNTRIED, for_fastvideo, require_sampled_alike, save_original
 from mogan.exchange.elsewhere import usage as how_to_call
 from mogan.exchange.lora_file import DTYPES, check_range, save_lora
@@ -129,6 +129,7 @@ def export(
         usage,
         source.solver,
         source.causal,
+        origin_of(run),
     )
     _save_folder(source, out, precision, card, _fake_score(run, source) if fake_score else None)
     print(f"exported to {out}; use it with: {usage[1].removeprefix('pipe = ').replace('PATH', str(out))}")
@@ -153,7 +154,16 @@ def _to_program(source: Generator, run: Path, out: Path, to: str, dtype: torch.d
     require_sampled_alike(source, to, run)
     assert source.sigmas is not None
     use = f"{how_to_call(source, to, out.name)}\n\n{UNTRIED}"
-    card = model_card("Causal Wan student", source.folder, source.sigmas, notes, [], causal=source.causal, use=use)
+    card = model_card(
+        "Causal Wan student",
+        source.folder,
+        source.sigmas,
+        notes,
+        [],
+        causal=source.causal,
+        origin=origin_of(run),
+        use=use,
+    )
     if to == "fastvideo":
         _save_folder(source, out, dtype, card, finish=partial(for_fastvideo, source=source))
         print(f"exported to {out}; how FastVideo opens it is in {out / 'README.md'}")
