@@ -18,7 +18,7 @@ from mogan.models.causal_cache import Cache, Causal, Policy
 from mogan.models.denoiser import Denoiser
 from mogan.models.discriminator import Heads
 from mogan.objectives.asd import ASD, ASDConfig
-from mogan.objectives.dmd import DMD
+from mogan.objectives.dmd import DMD, DMDConfig
 from mogan.objectives.relativistic import Relativistic, RelativisticConfig
 from mogan.sampling.causal_rollout import Chunked
 from mogan.schedule import shifted_levels
@@ -73,7 +73,7 @@ def train(weight: float, start: Points, updates: int, seed: int) -> OneChunk:
         denoiser(start, False),
     )
     average, fake.transformer.blocks = copy.deepcopy(student), fake.transformer.layers
-    judge = DMD(Denoiser(Exact()), fake, TEXT, guidance=1.0, shift=1.0)
+    judge = DMD(Denoiser(Exact()), fake, TEXT, DMDConfig(guidance=1.0, shift=1.0))
     settings = ASDConfig(critic=RelativisticConfig(taps=(0, 1, 2), shift=1.0), weight=weight)
     heads = Heads(64, 4, 3, outputs=3)
     asd = ASD(student, KIND, SIGMAS, OfPoints(fake, heads, settings.critic), settings)

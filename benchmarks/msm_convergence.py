@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from mogan.data.batches import Batch
 from mogan.models.denoiser import Denoiser
-from mogan.objectives.dmd import DMD, dmd_direction
+from mogan.objectives.dmd import DMD, DMDConfig, dmd_direction
 from mogan.objectives.msm import motion_direction
 from mogan.sampling.motion_score import differences, differences_adjoint
 from mogan.sampling.rollout import Rollout
@@ -71,8 +71,7 @@ def batch_gradient(w: Tensor, target: Tensor, weight: float, generator: torch.Ge
         Denoiser(Exact(target)),
         Denoiser(Exact(w @ w.T)),
         torch.zeros(1, 1, 1),
-        guidance=1.0,
-        shift=1.0,
+        DMDConfig(guidance=1.0, shift=1.0),
         direction=motion_direction(weight) if weight else dmd_direction,
     )
     w = w.clone().requires_grad_()

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from mogan.data.batches import Batch
 from mogan.distributed import ONE
-from mogan.objectives.dmd import DMD
+from mogan.objectives.dmd import DMD, DMDConfig
 from mogan.objectives.redmd import clip_weights
 from mogan.sampling.rollout import Rollout
 
@@ -89,7 +89,7 @@ def train(student: nn.Module, beta: float, updates: int, seed: int = 0, every: i
         if update % every == 0:
             kept.append((torch.bincount(mode_of(bank), minlength=3) / BANK).tolist())
         own = Points(bank, torch.full((BANK,), 1 / BANK), 1e-3)
-        matching = DMD(teacher, own, TEXT, guidance=1.0, shift=1.0, low=0.1)
+        matching = DMD(teacher, own, TEXT, DMDConfig(guidance=1.0, shift=1.0, low=0.1))
         x = student(torch.randn(BATCH, 2, generator=g))
         weight, _ = clip_weights(REWARDS[mode_of(x.detach())], beta, True, ONE)
         rollout = Rollout(x.view(BATCH, 2, 1, 1, 1), 0, TEXT)

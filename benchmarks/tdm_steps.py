@@ -23,7 +23,7 @@ from mogan.data.batches import Batch
 from mogan.disk.files import replacing
 from mogan.models.denoiser import Denoiser
 from mogan.models.step_condition import GATE
-from mogan.objectives.dmd import DMD
+from mogan.objectives.dmd import DMD, DMDConfig
 from mogan.recipes import tdm_lab
 from mogan.sampling.rollout import Intervals, Rollout, follow
 from mogan.schedule import add_noise, levels_of
@@ -174,7 +174,12 @@ def train(arm: Arm, start: Points, updates: int, seed: int) -> Denoiser:
     student, fake = denoiser(start, arm.told), denoiser(start, arm.told)
     average = copy.deepcopy(student)
     settings = tdm_lab().objectives["dmd"]
-    judge = DMD(Denoiser(Exact()), fake, TEXT, guidance=1.0, shift=1.0, huber=settings.huber, reweighted=arm.reweighted)
+    judge = DMD(
+        Denoiser(Exact()),
+        fake,
+        TEXT,
+        DMDConfig(guidance=1.0, shift=1.0, huber=settings.huber, reweighted=arm.reweighted),
+    )
     learners = [
         torch.optim.AdamW(network.parameters(), lr, betas=betas, weight_decay=0.0)
         for network, lr, betas in ((student, 5e-4, (0.0, 0.999)), (fake, 1e-3, (0.0, 0.95)))

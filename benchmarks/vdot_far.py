@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from mogan.data.batches import Batch
 from mogan.models.denoiser import Denoiser
-from mogan.objectives.dmd import DMD, dmd_direction, dmd_scale
+from mogan.objectives.dmd import DMD, DMDConfig, dmd_direction, dmd_scale
 from mogan.objectives.ot import Transport, TransportConfig
 from mogan.sampling.rollout import Rollout
 
@@ -59,7 +59,7 @@ class Student(nn.Module):
 def learn(score: Denoiser, data, updates: int, g: torch.Generator) -> None:
     """Flow matching on what ``data`` draws."""
     optimizer = torch.optim.Adam(score.parameters(), lr=2e-3)
-    matching = DMD(score, score, TEXT, guidance=1.0, shift=1.0)
+    matching = DMD(score, score, TEXT, DMDConfig(guidance=1.0, shift=1.0))
     for _ in range(updates):
         loss, _ = matching.fake_score_loss(Rollout(data(), 0, TEXT), Batch([], [], []), g)
         optimizer.zero_grad()
@@ -76,7 +76,7 @@ def run(rho: float, seed: int, updates: int = 250) -> list[tuple[float, float]]:
     learn(teacher, lambda: MEAN + draw(), 1000, g)
     learn(own, draw, 1000, g)
     direction = Transport(TransportConfig(rho=rho, eps=0.5), dmd_direction, dmd_scale) if rho else dmd_direction
-    matching = DMD(teacher, own, TEXT, guidance=1.0, shift=1.0, direction=direction)
+    matching = DMD(teacher, own, TEXT, DMDConfig(guidance=1.0, shift=1.0), direction=direction)
     optimizer = torch.optim.Adam(student.parameters(), lr=0.05, betas=(0.0, 0.999))
     follows = torch.optim.Adam(own.parameters(), lr=2e-3, betas=(0.0, 0.999))
     found = []

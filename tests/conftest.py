@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -102,6 +103,7 @@ def family(tmp_path_factory) -> Path:
     write_mask(folder / "sparse" / "transformer", Mask(4, (1,) * 4, {"threshold": 0.1}))
     config = RaftConfig((8, 8, 8, 8, 16), (8, 8, 8, 8, 16), 8, 2, 2, 16)
     save_raft(config.build(), config, folder / "raft")
+    os.environ["MOGAN_TEST_RAFT"] = str(folder / "raft")  # what tiny_recipes see motion through, in other processes too
     student, how = load_transformer(folder / "teacher"), Causal(1, 1)
     save_student(student, folder / "teacher", folder / "causal", SIGMAS, torch.float32, card="a test", causal=how)
     return folder

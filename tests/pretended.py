@@ -3,12 +3,15 @@
 ``with a_pretended_gpu():`` refuses what a real one would: an operation on tensors of both devices (a CPU's single number and a
 CPU's index into a GPU's tensor may), ``.numpy()`` of a GPU's tensor, a generator of the other device. It knows the device of a
 tensor by its storage. Inside torch's own Python functions tensors show their true device, and other threads see none of this.
+It also notes where the host would wait for the GPU: for a number, for indices whose count is not known before, for a copy.
 """
 
 import functools
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from unittest.mock import patch
 
 import torch
@@ -18,10 +21,14 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import mogan
+
 GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
 _aten = torch.ops.aten
 MAY_MIX = {_aten.copy_.default, _aten.set_.source_Tensor, _aten.is_same_size.default}
 MAY_INDEX = {_aten.index.Tensor, _aten.index_put_.default, _aten.index_put.default, _aten._index_put_impl_.default}
+WAIT = {_aten._local_scalar_dense.default, _aten.nonzero.default, _aten.masked_select.default, _aten.equal.default}
+OURS = str(Path(mogan.__file__).parent)
 JOIN = {_aten.cat.default, _aten.stack.default}  # take no single number of another device
 
 
@@ -37,6 +44,7 @@ class _Places:
         self.seen = 0  # tensors that were put there
         self.undetermined: set[str] = set()  # operations that drew random numbers there without a generator
         self.default = False  # where lies what the backward pass makes of nothing
+        self.waits: set[str] = set()  # functions of the package in which the host waited for the GPU
 
     def on_gpu(self, tensor: Tensor) -> bool:
         with torch._C.DisableTorchFunction():
@@ -52,6 +60,14 @@ class _Places:
                 self.there = {k: w for k, w in self.there.items() if not w.expired()}
         else:
             self.there.pop(storage._cdata, None)
+
+    def wait(self) -> None:
+        """Note who waits: the innermost function of the package."""
+        frame = sys._getframe(1)
+        while frame is not None and OURS not in frame.f_code.co_filename:
+            frame = frame.f_back
+        if frame is not None:
+            self.waits.add(f"{Path(frame.f_code.co_filename).stem}.{frame.f_code.co_name}")
 
 
 def _tensors(*trees) -> list[Tensor]:
@@ -71,6 +87,8 @@ class _Operations(TorchDispatchMode):
         on_gpu = [self.places.on_gpu(x) for x in inputs]
         if any(on_gpu):
             self._check(func, args, inputs, on_gpu, kwargs)
+            if func in WAIT:
+                self.places.wait()
         out = func(*args, **kwargs)
         if func is not _aten.copy_.default and not func._schema.is_mutable:
             known = {x.untyped_storage()._cdata for x in inputs}
@@ -156,6 +174,10 @@ class _Functions(TorchFunctionMode):
             if given is not None and torch.device(given).type == "cuda":
                 rest = [CPU if isinstance(x, str | torch.device) else x for x in rest]
                 kwargs |= {"device": CPU} if "device" in kwargs else {}
+        if (
+            self.places.on_gpu(tensor) and not wanted and OURS in sys._getframe(2).f_code.co_filename
+        ):  # torch's own stay there
+            self.places.wait()
         out = func(tensor, *rest, **kwargs)
         return out if out.is_meta else self._put(out, wanted, [tensor])
 

@@ -17,7 +17,7 @@ from mogan.models.attention import stack_text
 from mogan.models.causal import CausalDenoiser
 from mogan.models.causal_cache import Causal, Policy
 from mogan.objectives.consistency import Consistency, ConsistencyConfig
-from mogan.objectives.teacher_forcing import TeacherForcing
+from mogan.objectives.teacher_forcing import TeacherForcing, TeacherForcingConfig
 from mogan.runs.checkpoint import latest_checkpoint, load_part
 from mogan.runs.generator import open_generator
 from mogan.sampling.causal_rollout import Chunked
@@ -80,7 +80,7 @@ def test_teacher_forcing_is_flow_matching_of_every_chunk_given_the_real_past(stu
     levels = 3 * u / (1 + 2 * u)
     noisy, past = noised(CLIPS, noise, framed(levels)), noised(CLIPS, context, 0.1)
     want = (called(student, noisy, levels, past, text) - (noise - CLIPS)).square().mean()
-    objective = TeacherForcing(student, NULL, HOW, shift=3.0, drop_text=0.7)
+    objective = TeacherForcing(student, NULL, HOW, TeacherForcingConfig(shift=3.0, drop_text=0.7))
     loss, _ = objective.student_loss(None, BATCH, GENERATOR.manual_seed(4))
     assert float(loss) == pytest.approx(float(want), rel=1e-5)
     with torch.no_grad():

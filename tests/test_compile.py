@@ -21,11 +21,6 @@ TOLERANCE = 1e-3  # relative; fp32, and a step's rounding is carried into the ne
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler (g++)")
 
 
-@pytest.fixture(autouse=True)
-def _raft(family, monkeypatch):
-    monkeypatch.setenv("MOGAN_TEST_RAFT", str(family / "raft"))
-
-
 def losses(config, family, cache, run):
     run.mkdir(exist_ok=True)
     (run / "config.json").write_text(json.dumps(asdict(config)))

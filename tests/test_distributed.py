@@ -39,11 +39,6 @@ LOSS = 1e-3  # relative difference of every logged mean, in every step
 MOVED = 1e-2  # difference of a network's weights, relative to how far they moved
 
 
-@pytest.fixture(autouse=True)
-def _raft(family, monkeypatch):
-    monkeypatch.setenv("MOGAN_TEST_RAFT", str(family / "raft"))
-
-
 def free_port():
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))

@@ -14,7 +14,6 @@ from mogan.evaluation.appearance import (
     aesthetic_score,
     consistency,
     consistency_score,
-    middle_indices,
     musiq_size,
     saturation,
 )
@@ -177,8 +176,6 @@ def test_sizes_and_indices_of_the_preprocessing():
         (1080, 1920): (288, 512), (512, 512): (512, 512),
     }  # fmt: skip
     assert {size: musiq_size(*size) for size in sizes} == sizes
-    assert middle_indices(81) == [4, 14, 24, 34, 44, 54, 64, 75]
-    assert middle_indices(3) == [0, 1, 2, 2, 2, 2, 2, 2]
 
 
 def test_saturation_of_grey_and_of_pure_colour():

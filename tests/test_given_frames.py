@@ -30,11 +30,6 @@ from test_vace_runs import sampled
 TEXT = torch.zeros(2, 1, 8)
 
 
-@pytest.fixture(autouse=True)
-def _raft(family, monkeypatch):
-    monkeypatch.setenv("MOGAN_TEST_RAFT", str(family / "raft"))
-
-
 class Seen(nn.Module):
     """A transformer that keeps what it is called with and mixes frames, so that a given one reaches the others."""
 

@@ -15,11 +15,6 @@ from mogan.runs.checkpoint import SUMS, checkpoints, latest_checkpoint, load_par
 from mogan.runs.identity import STRIDE, WHOLE, of_file, of_model, refuse_other_folders
 
 
-@pytest.fixture(autouse=True)
-def _raft(family, monkeypatch):
-    monkeypatch.setenv("MOGAN_TEST_RAFT", str(family / "raft"))
-
-
 @pytest.fixture
 def model(family, tmp_path):
     """A copy to move and to change."""

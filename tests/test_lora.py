@@ -25,11 +25,6 @@ from tiny_recipes import asd, dmd, flow_matching, mogan, mogan_causal, redmd, re
 RANK = 3
 
 
-@pytest.fixture(autouse=True)
-def _raft(family, monkeypatch):
-    monkeypatch.setenv("MOGAN_TEST_RAFT", str(family / "raft"))
-
-
 def low_rank(config, **changes):
     return replace(config, lora=RANK, **changes)
 

@@ -19,7 +19,7 @@ from mogan.disk.files import write_atomically
 from mogan.errors import UserError
 from mogan.evaluation.likelihood import log_likelihood, motion_log_likelihood, noise_log_density
 from mogan.models.denoiser import Denoiser
-from mogan.objectives.motion_score import MotionScore
+from mogan.objectives.motion_score import MotionScore, MotionScoreConfig
 from mogan.runs.generator import open_generator, open_motion
 from mogan.sampling.motion_score import centred_path, continue_clip, differences, euler, fuse, motion_velocity, steer
 from mogan.sampling.rollout import normal
@@ -61,7 +61,9 @@ class Stub(nn.Module):
 def test_loss_is_flow_matching_of_differences_given_clean_frames(window):
     given, ahead = window
     model, x0 = Stub(0.4, 0.3, 0.2), clips(1)
-    objective = MotionScore(Denoiser(model), torch.zeros(2, 8), windows=(window,), shift=3.0, drop_text=0.0)
+    objective = MotionScore(
+        Denoiser(model), torch.zeros(2, 8), MotionScoreConfig(windows=(window,), shift=3.0, drop_text=0.0)
+    )
     batch = Batch([], [], [torch.ones(2, 8)] * 2, latent_BCFHW=x0)
     loss, _ = objective.student_loss(None, batch, torch.Generator().manual_seed(7))
 
@@ -90,7 +92,9 @@ def test_loss_is_flow_matching_of_differences_given_clean_frames(window):
 
 
 def test_windows_that_do_not_fit_are_refused():
-    objective = MotionScore(Denoiser(Stub()), torch.zeros(2, 8), windows=((2, 4),), shift=3.0, drop_text=0.0)
+    objective = MotionScore(
+        Denoiser(Stub()), torch.zeros(2, 8), MotionScoreConfig(windows=((2, 4),), shift=3.0, drop_text=0.0)
+    )
     with pytest.raises(UserError, match="needs 6 latent frames, the clips have 5"):
         objective.student_loss(None, Batch([], [], [], latent_BCFHW=clips()), torch.Generator())
 

@@ -14,7 +14,7 @@ from mogan.data.batches import Batch
 from mogan.data.cache import open_cache
 from mogan.errors import UserError
 from mogan.models.denoiser import Denoiser
-from mogan.objectives.dmd import DMD, dmd_direction
+from mogan.objectives.dmd import DMD, DMDConfig, dmd_direction
 from mogan.objectives.msm import motion_direction
 from mogan.sampling.motion_score import centred_path, differences, differences_adjoint
 from mogan.sampling.rollout import Rollout
@@ -146,7 +146,7 @@ def test_the_student_receives_the_motion_gradient_and_nobody_else_any():
     text, networks = torch.zeros(2, 3, 8), (Denoiser(Waves(0)), Denoiser(Waves(1)))
     gradients = []
     for direction in (dmd_direction, motion_direction(3.0)):
-        objective = DMD(*networks, torch.zeros(1, 2, 8), guidance=1.0, shift=1.0, direction=direction)
+        objective = DMD(*networks, torch.zeros(1, 2, 8), DMDConfig(guidance=1.0, shift=1.0), direction=direction)
         loss, _ = objective.student_loss(Rollout(x0, 0, text), Batch([], [], []), torch.Generator().manual_seed(4))
         gradients.append(torch.autograd.grad(loss, x0)[0])
     operator = np.eye(5) + 3.0 * matrix(5).T @ matrix(5)

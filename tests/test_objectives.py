@@ -18,7 +18,7 @@ from mogan.models.discriminator import Discriminator, approximate_penalty, discr
 from mogan.motion import estimators
 from mogan.motion.flow import motion_picture
 from mogan.motion.observation import MotionObservation, full_scale, motion_amount, saturation
-from mogan.objectives.dmd import DMD, dmd_direction
+from mogan.objectives.dmd import DMD, DMDConfig, dmd_direction
 from mogan.objectives.gan import GAN, GANConfig
 from mogan.sampling.rollout import Rollout, roll_out
 
@@ -111,7 +111,9 @@ def test_a_sample_does_not_depend_on_its_batch():
 
 def test_dmd_loss_is_the_papers_arithmetic_and_its_gradient_is_g_over_numel():
     x0 = latents(3).requires_grad_()
-    dmd = DMD(Denoiser(Linear(0.9, -0.1)), Denoiser(Linear(0.2, 0.3)), torch.ones(1, 2, 8), guidance=4.0, shift=3.0)
+    dmd = DMD(
+        Denoiser(Linear(0.9, -0.1)), Denoiser(Linear(0.2, 0.3)), torch.ones(1, 2, 8), DMDConfig(guidance=4.0, shift=3.0)
+    )
     rollout = Rollout(x0, 2, torch.full((2, 3, 8), 0.5))
     loss, _ = dmd.student_loss(rollout, BATCH, torch.Generator().manual_seed(9))
     (gradient,) = torch.autograd.grad(loss, x0)
@@ -136,7 +138,7 @@ def test_dmd_moves_samples_from_the_fake_mean_to_the_real_one():
 
 def test_dmd_student_gradient_reaches_neither_teacher_nor_fake_score():
     teacher, fake = Denoiser(Linear()), Denoiser(Linear())
-    dmd = DMD(teacher, fake, torch.zeros(1, 2, 8), guidance=3.0, shift=1.0)
+    dmd = DMD(teacher, fake, torch.zeros(1, 2, 8), DMDConfig(guidance=3.0, shift=1.0))
     x0 = latents(5).requires_grad_()
     dmd.student_loss(Rollout(x0, 0, TEXT), BATCH, torch.Generator())[0].backward()
     assert x0.grad is not None
@@ -146,7 +148,7 @@ def test_dmd_student_gradient_reaches_neither_teacher_nor_fake_score():
 def test_fake_score_loss_is_flow_matching_on_detached_samples():
     x0 = latents(6).requires_grad_()
     fake = Denoiser(Linear(0.2, 0.3))
-    dmd = DMD(Denoiser(Linear()), fake, torch.zeros(1, 2, 8), guidance=3.0, shift=2.0)
+    dmd = DMD(Denoiser(Linear()), fake, torch.zeros(1, 2, 8), DMDConfig(guidance=3.0, shift=2.0))
     loss, _ = dmd.fake_score_loss(Rollout(x0, 0, TEXT), BATCH, torch.Generator().manual_seed(1))
     loss.backward()
     assert x0.grad is None

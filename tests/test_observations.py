@@ -28,11 +28,6 @@ from test_distributed import train_together
 from tiny_recipes import mogan, surrogate
 
 
-@pytest.fixture(autouse=True)
-def _raft(family, monkeypatch):
-    monkeypatch.setenv("MOGAN_TEST_RAFT", str(family / "raft"))
-
-
 @pytest.fixture
 def fresh(cache, tmp_path):
     """The test family's cache, nothing observed yet."""

@@ -120,7 +120,7 @@ def test_a_step_against_the_gradient_brings_the_samples_nearer_to_the_teachers_a
     text = torch.zeros(4096, 1, 8)
     made = Rollout(x, 0, text, s, (s + 0.02, 1.0) if s else (0.0, 1.0))
     made = replace(made, clean_BCFHW=student(x.detach(), level.expand(4096), text) if s else None)
-    matching = DMD(teacher, student, torch.zeros(1, 1, 8), guidance=1.0, shift=1.0)
+    matching = DMD(teacher, student, torch.zeros(1, 1, 8), DMDConfig(guidance=1.0, shift=1.0))
     loss, _ = matching.student_loss(made, BATCH, torch.Generator().manual_seed(1))
     loss.backward()
     x_new = x.detach() - 0.05 * x.numel() * x.grad
@@ -134,7 +134,7 @@ def test_the_stable_weighting_is_equation_13(monkeypatch):
     generator = torch.Generator().manual_seed(0)
     x, text = torch.randn(size, 1, 1, 1, 8, generator=generator), torch.zeros(size, 1, 8)
     made, fake = Rollout(x, 0, text, s, (s + 0.02, 1.0)), Exact(torch.tensor(0.2), torch.tensor(0.7))
-    matching = DMD(fake, fake, text[:1], guidance=1.0, shift=1.0, stable=True)
+    matching = DMD(fake, fake, text[:1], DMDConfig(guidance=1.0, shift=1.0, stable=True))
     found, _ = matching.fake_score_loss(made, BATCH, torch.Generator().manual_seed(3))
     x_t, noise, t = matching._noised(made, torch.Generator().manual_seed(3))
     psi = fake.velocity(x_t, t, text)
@@ -152,7 +152,7 @@ def test_the_stable_weighting_is_equation_13(monkeypatch):
 
 
 def replace_stable(matching):
-    return DMD(matching.teacher, matching.fake_score, matching.null_1LD, guidance=1.0, shift=1.0)
+    return DMD(matching.teacher, matching.fake_score, matching.null_1LD, DMDConfig(guidance=1.0, shift=1.0))
 
 
 def test_the_roll_out_of_a_phase_lies_at_its_boundary_and_is_judged_above_it(family, cache):

@@ -1,6 +1,7 @@
 """Nothing is on the wrong device: recipes and samplers on a pretended GPU (:mod:`pretended`), which any machine has."""
 
 from dataclasses import replace
+from itertools import islice
 
 import pytest
 import torch
@@ -25,15 +26,11 @@ from mogan.sampling.trajectories import trajectories
 from mogan.training.assemble import assemble
 from mogan.training.held_out import Gain
 from mogan.training.loop import resume, run_training
+from mogan.training.steps import complete, draw, learn, positions
 from pretended import WrongDevice, a_pretended_gpu
 
 RECIPES = test_trajectories.RECIPES
 QUICK = ("dmd_lab", "flow_matching_lab")
-
-
-@pytest.fixture(autouse=True)
-def _raft(family, monkeypatch):
-    monkeypatch.setenv("MOGAN_TEST_RAFT", str(family / "raft"))
 
 
 def two():
@@ -99,6 +96,33 @@ def test_a_recipe_trains_saves_and_resumes(recipe, family, cache, paths, tmp_pat
         assert own.keys() == read.keys()
         assert {x.device.type for x in parts.average.weights.values()} == {"cuda"}
         assert all("dropout" in name or "attention" in name for name in places.undetermined), places.undetermined
+
+
+DUE = {  # where a step chooses by what the device knows, and how
+    "denoiser.velocity": "samples are given to the expert of their level",
+    "redmd._measure": "once, before the first update",
+    "samplers.sample_teacher": "then, too",
+    "surrogate._trusted": "an update is exact or predicted",
+    "surrogate.surrogate_loss": "it learns from what is remembered, if anything is",
+}
+
+
+@pytest.mark.parametrize("recipe", [pytest.param(r, marks=() if r in QUICK else pytest.mark.slow) for r in RECIPES])
+def test_no_step_waits_for_the_device(recipe, family, cache, paths):
+    config = RECIPES[recipe]()
+    data, student = tiny_recipes.data(config, cache, paths), tiny_recipes.start(config, family)
+    with a_pretended_gpu() as places:
+        parts = assemble(
+            config, open_cache(data), model=str(family / "teacher"), student=student, run=None, device="cuda"
+        )
+        made = []
+        for where in islice(positions(config, 0), 40):
+            update = config.plan[where.update]
+            batch = complete(parts, update, draw(parts, where))
+            places.waits.clear()
+            found = learn(parts, where, batch, made)
+            made = found.rollouts if update.learns == "student" else made
+            assert places.waits <= DUE.keys(), update.label
 
 
 def test_clips_are_sampled_and_measured(family, cache, tmp_path):

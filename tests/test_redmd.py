@@ -24,7 +24,7 @@ from mogan.models.autoencoder import decode_video, stream_video
 from mogan.models.denoiser import Denoiser
 from mogan.motion.flow import flow_of_pieces
 from mogan.motion.pixel_flux import net_motion
-from mogan.objectives.dmd import DMD
+from mogan.objectives.dmd import DMD, DMDConfig
 from mogan.objectives.redmd import SHARE, Standard, Weights, WeightsConfig, clip_weights
 from mogan.recipes import dmd2_wan_1_3b, dmd_lab, redmd_lab, redmd_wan_1_3b
 from mogan.runs.checkpoint import latest_checkpoint, load_part
@@ -36,11 +36,6 @@ from mogan.training.steps import Position, draw, step
 from tiny_recipes import dmd, redmd
 
 TEXT = torch.zeros(1, 2, 8)
-
-
-@pytest.fixture(autouse=True)
-def _raft(family, monkeypatch):
-    monkeypatch.setenv("MOGAN_TEST_RAFT", str(family / "raft"))
 
 
 def weighted(config=None, **settings):
@@ -99,7 +94,7 @@ class Linear(nn.Module):
 
 def loss_and_gradient(more, real=0.9, fake=0.2):
     x = torch.randn(3, 2, 3, 4, 4, generator=torch.Generator().manual_seed(1)).requires_grad_()
-    matching = DMD(Denoiser(Linear(real)), Denoiser(Linear(fake)), TEXT, guidance=1.0, shift=1.0)
+    matching = DMD(Denoiser(Linear(real)), Denoiser(Linear(fake)), TEXT, DMDConfig(guidance=1.0, shift=1.0))
     rollout = Rollout(x, 0, TEXT.expand(3, -1, -1))
     loss, _ = matching.student_loss(rollout, Batch([], [], [], more=more), torch.Generator().manual_seed(2))
     return loss.detach(), torch.autograd.grad(loss, x)[0]

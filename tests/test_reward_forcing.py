@@ -37,11 +37,6 @@ from test_causal import TEXT, trained
 from tiny_recipes import mogan, mogan_causal, reward_forcing, self_forcing
 
 
-@pytest.fixture(autouse=True)
-def _raft(family, monkeypatch):
-    monkeypatch.setenv("MOGAN_TEST_RAFT", str(family / "raft"))
-
-
 def build(config, family, cache, run=None, student=None):
     student = student or tiny_recipes.start(config, family)
     return assemble(config, open_cache(cache), model=str(family / "teacher"), student=student, run=run, device="cpu")

@@ -9,7 +9,7 @@ import torch
 from mogan.data.batches import Batch
 from mogan.data.cache import open_cache
 from mogan.models.denoiser import Denoiser
-from mogan.objectives.dmd import DMD, target
+from mogan.objectives.dmd import DMD, DMDConfig, target
 from mogan.runs.checkpoint import latest_checkpoint
 from mogan.sampling.rollout import Euler, FewStep, Rollout, roll_out
 from mogan.schedule import add_noise, draw_between, renoise
@@ -121,7 +121,7 @@ def test_distribution_matching_noises_on_from_where_the_sample_lies():
             return (torch.zeros_like(x),)
 
     networks = Denoiser(Seen()), Denoiser(Seen())
-    matching = DMD(*networks, torch.zeros(1, 2, 8), guidance=1.0, shift=2.0, low=0.02, high=0.98)
+    matching = DMD(*networks, torch.zeros(1, 2, 8), DMDConfig(guidance=1.0, shift=2.0, low=0.02, high=0.98))
     sample, s = torch.randn(64, 1, 1, 2, 2), 0.5
     made = Rollout(sample, 1, TEXT.expand(64, -1, -1), s, (0.55, 1.0))
     x_t, noise, sigma = matching._noised(made, torch.Generator().manual_seed(2))

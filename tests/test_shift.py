@@ -48,11 +48,6 @@ from tiny_recipes import shift
 TEXT = torch.zeros(1, 2, 8)
 
 
-@pytest.fixture(autouse=True)
-def _raft(family, monkeypatch):
-    monkeypatch.setenv("MOGAN_TEST_RAFT", str(family / "raft"))
-
-
 # ------------------------------------------------------------------------------------------------ pixel flux
 
 

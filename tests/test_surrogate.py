@@ -32,11 +32,6 @@ from tiny_recipes import shrink, surrogate
 TEXT = torch.zeros(2, 3, 8)
 
 
-@pytest.fixture(autouse=True)
-def _raft(family, monkeypatch):
-    monkeypatch.setenv("MOGAN_TEST_RAFT", str(family / "raft"))
-
-
 def network(pairs=4, window=2):
     torch.manual_seed(0)
     return MotionSurrogate((4, 4, 4), window, width=8, blocks=2, pairs=pairs)

@@ -17,7 +17,7 @@ from mogan.data.cache import open_cache
 from mogan.errors import UserError
 from mogan.models.denoiser import Denoiser
 from mogan.models.step_condition import tell_steps
-from mogan.objectives.dmd import DMD, dmd_direction, pseudo_huber, reweighted_target, target
+from mogan.objectives.dmd import DMD, DMDConfig, dmd_direction, pseudo_huber, reweighted_target, target
 from mogan.recipes import tdm_wan_1_3b
 from mogan.runs.checkpoint import latest_checkpoint, load_part
 from mogan.sampling.rollout import FewStep, Intervals, Rollout
@@ -52,9 +52,9 @@ def generators(batch=3):
     return [torch.Generator().manual_seed(k) for k in range(batch)]
 
 
-def matching(**options):
+def matching(direction=dmd_direction, **options):
     networks = Denoiser(Linear(0.9, -0.1)), Denoiser(Linear(0.2, 0.3))
-    return DMD(*networks, torch.ones(1, 2, 8), guidance=4.0, shift=3.0, **options)
+    return DMD(*networks, torch.ones(1, 2, 8), DMDConfig(guidance=4.0, shift=3.0, **options), direction)
 
 
 # ------------------------------------------------------------------------------------------------ trajectories
@@ -348,7 +348,7 @@ def test_the_full_size_recipe_judges_at_real_shapes():
         student, fake_score = (Denoiser(tell_steps(build_transformer(shapes, 1)), torch.bfloat16) for _ in range(2))
         teacher = Denoiser(build_transformer(shapes, 1), torch.bfloat16)
         null, text = torch.empty(1, 20, 4096), torch.empty(1, 30, 4096)
-        judge = DMD(teacher, fake_score, null, guidance=dmd.guidance, shift=dmd.shift, huber=dmd.huber)
+        judge = DMD(teacher, fake_score, null, dmd)
         noise = torch.empty(1, *shapes.latent)
         made = config.rollout.make(student, noise, text, config.sigmas, None, 5, True)
         assert made.sample_BCFHW.shape == (1, 16, 21, 60, 104)

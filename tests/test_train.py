@@ -53,11 +53,6 @@ RECIPES = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _raft(family, monkeypatch):
-    monkeypatch.setenv("MOGAN_TEST_RAFT", str(family / "raft"))
-
-
 def build(config, family, cache, run=None):
     student = tiny_recipes.start(config, family)
     return assemble(config, open_cache(cache), model=str(family / "teacher"), student=student, run=run, device="cpu")

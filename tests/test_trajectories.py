@@ -71,11 +71,6 @@ RECIPES = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _raft(family, monkeypatch):
-    monkeypatch.setenv("MOGAN_TEST_RAFT", str(family / "raft"))
-
-
 def trajectory(config: Config, family: Path, cache: Path, run: Path) -> list[list]:
     """``[update, loss, gradient norm]`` of every step."""
     student = tiny_recipes.start(config, family)

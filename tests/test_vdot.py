@@ -17,7 +17,7 @@ from mogan.errors import UserError
 from mogan.models import wan
 from mogan.models.denoiser import Denoiser
 from mogan.models.discriminator import Discriminator, Heads
-from mogan.objectives.dmd import DMD, dmd_direction, dmd_scale
+from mogan.objectives.dmd import DMD, DMDConfig, dmd_direction, dmd_scale
 from mogan.objectives.ot import Transport, TransportConfig, frame_tokens, frames_of, sinkhorn, transport_gradient
 from mogan.objectives.relativistic import Relativistic, RelativisticConfig, heads_call
 from mogan.recipes import vdot_lab, vdot_wan_1_3b
@@ -30,11 +30,6 @@ from mogan.training.steps import Position, step
 from tiny_recipes import dmd, vdot
 
 SIGMA = torch.tensor([0.3, 0.8])
-
-
-@pytest.fixture(autouse=True)
-def _raft(family, monkeypatch):
-    monkeypatch.setenv("MOGAN_TEST_RAFT", str(family / "raft"))
 
 
 def tokens(seed, count=12, offset=0.0):
@@ -180,7 +175,7 @@ def test_the_student_moves_against_the_way_and_nobody_else_is_moved():
 
     networks = Denoiser(Constant(2.0)), Denoiser(Constant(-1.0))
     direction = Transport(TransportConfig(rho=1.0, eps=0.5), dmd_direction, dmd_scale)
-    matching = DMD(*networks, torch.zeros(1, 2, 8), guidance=1.0, shift=1.0, direction=direction)
+    matching = DMD(*networks, torch.zeros(1, 2, 8), DMDConfig(guidance=1.0, shift=1.0), direction=direction)
     x = clips(0).float().requires_grad_()
     rollout = Rollout(x, 0, torch.zeros(2, 2, 8))
     loss, numbers = matching.student_loss(rollout, Batch([], [], []), torch.Generator().manual_seed(1))

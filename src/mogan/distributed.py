@@ -25,13 +25,8 @@ from mogan.devices import choose_device
 from mogan.errors import UserError
 
 PATIENCE = timedelta(minutes=30)  # a process that keeps the others waiting longer than this is taken for dead
-LOST = (
-    "gloo",
-    "NCCL",
-    "onnection closed",
-    "onnection reset",
-    "roken pipe",
-)  # words of an error that a peer's end causes
+# words of an error that a peer's end causes
+LOST = ("gloo", "NCCL", "onnection closed", "onnection reset", "roken pipe")
 SLURM = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "SLURM_LOCALID"}
 
 

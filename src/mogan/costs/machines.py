@@ -46,9 +46,8 @@ GPUS_PER_NODE = 8
 REACHED_COMPUTE = 0.5  # of the dense peak, in matrix products, convolutions and attention
 REACHED_BANDWIDTH = 0.7  # of the memory's bandwidth, in everything else
 REACHED_LINK = 0.7  # of a link's bandwidth, in collectives
-HOST_LINK = (
-    20 * G
-)  # bytes per second between a GPU and pinned memory of its host: PCIe 4.0 x16, which all have at least
+# bytes per second between a GPU and pinned memory of its host: PCIe 4.0 x16, which all have at least
+HOST_LINK = 20 * G
 CONTEXT = 1.5 * G  # CUDA context, cuBLAS and cuDNN workspaces
 FRAGMENTS = 0.06  # of the memory: blocks the allocator holds and cannot use
 

@@ -21,7 +21,8 @@ Made = TypeVar("Made")
 
 @dataclass(frozen=True)
 class Batch:
-    """What one update sees. Text is one embedding ``(L, D)`` per clip, trimmed to its tokens.
+    """What one update sees, on the CPU: latents and paths in fp32, observations in bf16. Text is one embedding ``(L, D)`` per
+    clip, trimmed to its tokens.
 
     ``path_BKCFHW`` is what a teacher passed on its way to each clip, at the student's levels, most noisy first, the clip last.
     ``places`` numbers the clips within the whole batch, whichever process holds them. ``more`` is what an objective made of
@@ -103,11 +104,13 @@ def draw_batch(
     said = walk(prompts or cache)
     ids = [entry["id"] for entry in (walk(cache) if want else said)]
     start = start_at(starts, seed, iteration, update, repeat) if starts else None
-    latent = torch.stack([cache.whole(i) if controls else cache.latent(i) for i in ids]) if LATENT in want else None
+    latent = (
+        torch.stack([cache.whole(i) if controls else cache.latent(i) for i in ids]).float() if LATENT in want else None
+    )
     shown, pictures = (prompts or cache).shown([entry["id"] for entry in said]) if controls else (None, None)
     if given:
         shown = torch.stack([(prompts or cache).latent(entry["id"])[:, :given] for entry in said]).float()
-    passed = torch.stack([cache.path_to(i, levels) for i in ids]) if PATH in want else None
+    passed = torch.stack([cache.path_to(i, levels) for i in ids]).float() if PATH in want else None
     seen = None
     if OBSERVATION in want:
         assert start is not None, "observations are made for window starts: say which"

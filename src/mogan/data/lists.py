@@ -137,7 +137,7 @@ def whole(text: str, where: str) -> str:
     """The text itself, if it can be written down at all.
 
     Raises:
-        UserError: it holds half a character (a lone surrogate), which no encoding has.
+        UserError: it holds half a character, which no encoding has.
     """
     if not _printable(text):
         raise UserError(f"{where} holds half a character ({ascii(text)[:60]}): write it again")

@@ -57,26 +57,13 @@ def prepare_clips(
     workers: int = 2,
     show: Show | None = None,
 ) -> Summary:
-    """Fill a cache from a folder of videos; see :func:`mogan.data.prepare.prepare` for what the options mean.
+    """Fill a cache from a folder of videos; the options are those of :func:`mogan.data.prepare.prepare`.
 
-    Args:
-        source: folder of videos, or one video.
-        out: folder of the cache.
-        geometry: frame rate, size and length of a clip.
-        fingerprints: what else decides the contents; kept in ``cache.json`` and compared by later runs (``model`` and
-            ``flow_name`` are names and are not compared).
-        encode_video: ``(1, 3, F, H, W)`` in [-1, 1] to a normalised latent ``(1, C, F', H', W')``.
-        encode_text: prompts to embeddings ``(L, D)``.
-        estimate_flow: video to flow in pixels per frame.
-        tokens: prompts to token numbers, to tell of captions that are cut.
-        min_motion: keep clips that move at least so much, pixels per frame.
-        motion_quantile: keep clips at or above this quantile of motion.
-        caption: for videos that have none.
-        uncaptioned: keep those that have none; their caption in ``index.jsonl`` is null.
-        extra_prompts: embedded besides the captions and "".
-        shard: of many processes that share the work; the clips are listed by the call without one.
-        workers: videos decoded at a time; each holds about two clips in memory.
-        show: how clips get controls; ``None``: they have none.
+    ``fingerprints`` is what else decides the contents: kept in ``cache.json`` and compared by later runs, but for ``model`` and
+    ``flow_name``, which are names. ``encode_video`` takes ``(1, 3, F, H, W)`` in [-1, 1] to a normalised latent
+    ``(1, C, F', H', W')``, ``encode_text`` prompts to embeddings ``(L, D)``, ``estimate_flow`` a video to pixels per frame,
+    ``tokens`` prompts to token numbers, to tell of captions that are cut. ``show`` is how clips get controls, if they do. Each of
+    the ``workers`` holds about two clips in memory.
 
     Raises:
         UserError: the cache was made with other settings, no clip is left, or a video has no control that fits.

@@ -18,9 +18,8 @@ from av.video.reformatter import ColorPrimaries, ColorTrc, Interpolation, VideoR
 
 from mogan.errors import UserError
 
-HELD_S = (
-    2.0  # a picture is shown so long at most; a longer pause between time stamps is a gap, and the video is cut there
-)
+# a picture is shown so long at most; a longer pause between time stamps is a gap, and the video is cut there
+HELD_S = 2.0
 MOST_PIXELS = 2**26  # of one picture, 8192 x 8192: three bytes each, a few of them at a time
 STAMPS = 4096  # time stamps read to find the frame rate
 

@@ -19,14 +19,14 @@ def load_tokens(model: Path) -> Tokens:
     return lambda prompts: tokenizer([prompt_clean(p) for p in prompts], verbose=False).input_ids if prompts else []
 
 
-def about_tokens(captions: Mapping[str, str], tokens: Tokens, length: int = TEXT_LENGTH) -> list[str]:
-    """Sentences on captions that are longer than ``length`` tokens, and on different ones that become the same.
+def about_tokens(captions: Mapping[str, str], tokens: Tokens) -> list[str]:
+    """Sentences on captions that are longer than the text encoder reads, and on different ones that become the same.
 
     Args:
         captions: by the name of what they belong to.
         tokens: see :func:`load_tokens`.
-        length: after which the text encoder reads no further.
     """
+    length = TEXT_LENGTH
     different = list(dict.fromkeys(captions.values()))
     numbers = dict(zip(different, tokens(different), strict=True))
     notes = []

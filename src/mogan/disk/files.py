@@ -214,37 +214,34 @@ def writable_folder(path: Path, option: str = "--out") -> None:
         raise UserError(f"{option} {path} cannot be written to ({error.strerror}): give another {option}") from error
 
 
-def writable_file(path: Path, ours: bytes, option: str = "--out") -> None:
-    """Make sure before the work that a file can be written; its folder is made.
+def writable_file(path: Path, ours: bytes) -> None:
+    """Make sure before the work that ``--out``, a file, can be written; its folder is made.
 
     Args:
         path: the file.
         ours: how a file begins that may be replaced, a regular expression.
-        option: that names it.
 
     Raises:
         UserError: a folder lies there, or a file of another kind, or its own folder cannot be written to.
     """
     path = Path(path)
     if path.is_dir():
-        raise UserError(f"{option} {path} is a folder: give a file to write, such as {path / 'NAME'}")
+        raise UserError(f"--out {path} is a folder: give a file to write, such as {path / 'NAME'}")
     try:
-        writable_folder(path.parent, option)
+        writable_folder(path.parent)
     except UserError as error:
-        raise UserError(f"{option} {path}: {error}") from error
+        raise UserError(f"--out {path}: {error}") from error
     if not path.exists():
         return
     if not path.is_file():  # a pipe would be waited for, a device replaced
-        raise UserError(f"{option} {path} is a device or a pipe: give a file to write")
+        raise UserError(f"--out {path} is a device or a pipe: give a file to write")
     try:
         with path.open("rb") as file:
             begins = file.read(256)
     except OSError as error:
-        raise UserError(f"{option} {path} cannot be read ({error.strerror}): give another {option}") from error
+        raise UserError(f"--out {path} cannot be read ({error.strerror}): give another --out") from error
     if begins and not re.match(ours, begins):
-        raise UserError(
-            f"{option} {path} is there and not what this command writes: remove it, or give another {option}"
-        )
+        raise UserError(f"--out {path} is there and not what this command writes: remove it, or give another --out")
 
 
 def from_json(text: str | bytes, **how: Any) -> Any:
@@ -258,16 +255,16 @@ def _whole_number(digits: str) -> int:
     return int(digits)
 
 
-def read_json(path: Path) -> dict:
-    """The object that a JSON file holds. Raises UserError where it is none."""
+def read_json(path: Path, remedy: str = "get it again") -> dict:
+    """The object that a JSON file holds. Raises UserError where it is none, with what to do then."""
     try:
         found = from_json(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}): give the right to read it") from error
+        raise UserError(f"{path} cannot be read ({error.strerror}): give the right to read it, or {remedy}") from error
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is no JSON ({error}): it was cut short, get it again") from error
+        raise UserError(f"{path} is no JSON ({error}): it was damaged or cut short, {remedy}") from error
     if not isinstance(found, dict):
-        raise UserError(f"{path} holds a {type(found).__name__} where names and values should be: get it again")
+        raise UserError(f"{path} holds a {type(found).__name__} where names and values should be: {remedy}")
     return found
 
 

@@ -87,11 +87,3 @@ def musiq_size(height: int, width: int, longest: int = 512) -> tuple[int, int]:
         return height, width
     scale = longest / max(height, width)
     return int(scale * height), int(scale * width)
-
-
-def middle_indices(frames: int, count: int = 8) -> list[int]:
-    """Frames VBench shows to ViCLIP: the middle of ``count`` equal intervals; short clips repeat their last index."""
-    wanted = min(frames, count)
-    edges = np.linspace(0, frames, wanted + 1).astype(int)
-    found = [int((start + end - 1) // 2) for start, end in pairwise(edges)]
-    return found + [found[-1]] * (count - wanted)

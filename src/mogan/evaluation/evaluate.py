@@ -1,7 +1,6 @@
 """Folders of clips to ``results.json``: measured clip by clip, averaged over prompts."""
 
 import json
-import math
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,7 +17,7 @@ from mogan.evaluation.names import METRICS
 from mogan.evaluation.pairs import device_of
 from mogan.evaluation.provenance import how_measured, relative
 from mogan.evaluation.records import measure_share, measure_systems
-from mogan.evaluation.sets import set_metrics
+from mogan.evaluation.sets import column_of, set_metrics
 from mogan.evaluation.statistics import mean_interval
 from mogan.evaluation.table import table, tables_of_tasks
 from mogan.evaluation.tools import choose_flow, gather_tools
@@ -131,7 +130,7 @@ def _metrics(system: System, clips: list[Record], target: list[Record] | None) -
         raise UserError(f"no clip of {system.name} could be measured; the first says: {clips[0]['error']}")
     prompts = [clip["prompt"] for clip in good]
     measured = {name for clip in good for name in clip["values"]}
-    found = {name: mean_interval(_column(good, name), prompts) for name in METRICS if name in measured}
+    found = {name: mean_interval(column_of(good, name), prompts) for name in METRICS if name in measured}
     metrics = {name: interval.to_json() for name, interval in found.items() if interval.n}
     if target is not None:
         real = [clip for clip in target if "error" not in clip]
@@ -146,10 +145,6 @@ def _by_task(system: System, clips: list[Record]) -> dict[str, dict[str, Any]]:
         if "task" in clip and "error" not in clip:
             groups.setdefault(clip["task"], []).append(clip)
     return {task: {"metrics": _metrics(system, group, None)} for task, group in groups.items()}
-
-
-def _column(clips: list[Record], metric: str) -> list[float]:
-    return [math.nan if (v := clip["values"].get(metric)) is None else v for clip in clips]
 
 
 def _told(system: System, clips: list[Record], out: Path) -> list[Record]:

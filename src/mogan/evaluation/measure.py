@@ -1,6 +1,6 @@
 """All numbers of one clip."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import islice
 
@@ -27,7 +27,6 @@ VERSION = 2  # raise it when a number changes its meaning: cached values of anot
 FRAMES_AT_ONCE = 8
 
 Values = dict[str, float]
-Instruments = Callable[[np.ndarray, str], Values]  # frames (F, H, W, 3) and caption
 
 
 @dataclass(frozen=True)

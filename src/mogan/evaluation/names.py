@@ -13,6 +13,11 @@ class Metric:
     better: Literal["higher", "lower"] | None = None
     about: str = ""
 
+    @property
+    def title(self) -> str:
+        """Label and unit."""
+        return f"{self.label} ({self.unit})" if self.unit else self.label
+
 
 METRICS: dict[str, Metric] = {
     "dynamic_degree": Metric("Dynamic degree", "", None, "share of clips with enough motion, VBench's rule"),

@@ -22,18 +22,11 @@ from mogan.world.captions import parse_caption
 from mogan.world.instruments import read_instruments
 
 
-def measured(
-    systems: Sequence[System],
-    kept: Sequence[Path],
-    *,
-    flow: str | None = None,
-    interpolator: str = "flow-warp",
-    quick: bool,
-) -> list[list[Record]]:
-    """Records of the clips of systems, ``features`` included, each system with its own file of values kept before."""
-    flow, _ = choose_flow(flow, systems)
-    tools = gather_tools(flow, interpolator, None, "auto", quick=quick, lab=True, video=False)
-    return measure_systems(systems, tools, [Kept(path) for path in kept])
+def measured(system: System, kept: Path) -> list[Record]:
+    """Records of a system's clips by ``mogan evaluate --quick``, ``features`` included, with what its file kept before."""
+    flow, _ = choose_flow(None, [system])
+    tools = gather_tools(flow, "flow-warp", None, "auto", quick=True, lab=True, video=False)
+    return measure_systems([system], tools, [Kept(kept)])[0]
 
 
 def measure_systems(systems: Sequence[System], tools: Tools, kept: Sequence[Kept]) -> list[list[Record]]:

@@ -13,6 +13,11 @@ from mogan.evaluation.statistics import RESAMPLES, Interval, joint_draws, wasser
 Record = dict[str, Any]
 
 
+def column_of(clips: Sequence[Record], metric: str) -> list[float]:
+    """A metric of clips, NaN where it could not be measured."""
+    return [math.nan if (v := clip["values"].get(metric)) is None else v for clip in clips]
+
+
 def paired(first: Sequence[Record], other: Sequence[Record], metric: str) -> tuple[list[float], list[str]]:
     """Differences of a metric, other minus first, clip by clip on the same prompt and number; and their prompts."""
     values = {(clip["prompt"], clip["index"]): clip["values"].get(metric) for clip in first if "error" not in clip}
@@ -37,7 +42,7 @@ def set_metrics(
     factors = factors or ([clip["prompt"] for clip in clips],)
     found: dict[str, Interval] = {}
     real = [v for clip in reference if (v := clip["values"].get("lab_speed")) is not None]
-    speeds = [math.nan if (v := clip["values"].get("lab_speed")) is None else v for clip in clips]
+    speeds = column_of(clips, "lab_speed")
     if real and any(map(math.isfinite, speeds)):
         found["lab_speed_wasserstein"] = wasserstein_interval(speeds, real, *factors)
     one, two = (np.array([clip["features"] for clip in some]) for some in (clips, reference))

@@ -11,11 +11,10 @@ def table(results: dict[str, Any]) -> str:
     names = [name for name in METRICS if any(name in s["metrics"] for s in systems.values())]
     rows = [["", *systems]]
     for name in names:
-        unit = f" ({METRICS[name].unit})" if METRICS[name].unit else ""
-        rows.append([METRICS[name].label + unit, *(_cell(s["metrics"].get(name)) for s in systems.values())])
+        rows.append([METRICS[name].title, *(cell(s["metrics"].get(name)) for s in systems.values())])
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+        "  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in rows
     )
 
 
@@ -25,8 +24,9 @@ def tables_of_tasks(results: dict[str, Any]) -> str:
     return "".join(f"\n{name}, by task\n{table({'systems': tasks})}\n" for name, tasks in told.items())
 
 
-def _cell(metric: dict[str, Any] | None) -> str:
+def cell(metric: dict[str, Any] | None) -> str:
+    """Mean and interval as text."""
     if metric is None:
         return "-"
-    interval = f" [{metric['ci95'][0]:.3g}, {metric['ci95'][1]:.3g}]" if metric["ci95"] else ""
+    interval = " [{:.3g}, {:.3g}]".format(*metric["ci95"]) if metric.get("ci95") else ""
     return f"{metric['mean']:.3g}{interval}"

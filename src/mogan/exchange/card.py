@@ -8,6 +8,7 @@ from mogan.config import LCM
 from mogan.data.cache import open_cache
 from mogan.errors import UserError
 from mogan.evaluation.results import read_results
+from mogan.evaluation.table import cell
 from mogan.models import wan
 from mogan.models.causal_cache import Causal
 from mogan.models.defaults import Defaults
@@ -184,15 +185,8 @@ def metrics_table(results: Path | None) -> list[str]:
     lines = ["| metric | " + " | ".join(map(_cell, systems)) + " |", "|---" * (1 + len(systems)) + "|"]
     for metric in rows:
         found = [system["metrics"].get(metric) for system in systems.values()]
-        lines.append(f"| {_cell(metric)} | " + " | ".join(_value(m) for m in found) + " |")
+        lines.append(f"| {_cell(metric)} | " + " | ".join(map(cell, found)) + " |")
     return ["\nMeasured with `mogan evaluate` (mean, 95 % interval):\n\n" + "\n".join(lines)]
-
-
-def _value(metric: dict | None) -> str:
-    if not metric:
-        return "-"
-    low, high = metric.get("ci95") or (None, None)
-    return f"{metric['mean']:.3g}" + (f" [{low:.3g}, {high:.3g}]" if low is not None else "")
 
 
 def _cell(text: str) -> str:

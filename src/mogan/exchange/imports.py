@@ -22,14 +22,8 @@ from mogan.models import wan
 from mogan.models.causal_cache import Causal, Policy
 from mogan.ranges import at_least, between
 
-GENERATORS = (
-    "generator_ema",
-    "generator",
-    "ema",
-    "model",
-    "module",
-    "state_dict",
-)  # of a training checkpoint, best first
+# of a training checkpoint, best first
+GENERATORS = ("generator_ema", "generator", "ema", "model", "module", "state_dict")
 CRITICS = ("critic", "fake_score")
 
 

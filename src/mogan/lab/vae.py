@@ -7,10 +7,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKLWan
-from torch import Tensor, nn
+from torch import Tensor
 
 from mogan.lab.clips import TRAIN_SEED, rendered_clips, to_video
 from mogan.lab.stage import fast_products, run_stage
+from mogan.models.wan import fast_convolutions
 from mogan.world.scenes import FRAMES
 
 VAE_CONFIG = {
@@ -29,13 +30,6 @@ VAE_CONFIG = {
 WIDE_CHANNELS, CHANNELS = 24, 10  # of the latents, while the autoencoder learns and as it ships
 
 
-def _fast_convolutions(model: nn.Module) -> nn.Module:
-    for module in model.modules():
-        if isinstance(module, nn.Conv3d):
-            module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last_3d)
-    return model
-
-
 def train_vae(out: Path, work: Path, steps: int, device: torch.device, pool: int = 1500) -> None:
     """Stage 1: the autoencoder, by squared error with a faint pull of the latents towards unit scale.
 
@@ -43,7 +37,7 @@ def train_vae(out: Path, work: Path, steps: int, device: torch.device, pool: int
     the latents are turned to their principal axes, the strongest are kept, and the decoder alone trains on, under noise.
     """
     torch.manual_seed(0)
-    wide: Any = _fast_convolutions(build_vae(WIDE_CHANNELS)).to(device)
+    wide: Any = fast_convolutions(build_vae(WIDE_CHANNELS)).to(device)
     clips = torch.cat([rendered_clips(pool // 2, TRAIN_SEED), rendered_clips(pool // 2, TRAIN_SEED, "rich")])
 
     def loss_of(vae: Any, noise: float, step: int, share: float) -> Tensor:
@@ -61,7 +55,7 @@ def train_vae(out: Path, work: Path, steps: int, device: torch.device, pool: int
     wide_steps = 2 * steps // 3
     run_stage("vae", wide, partial(loss_of, wide, 0.05), work, steps=wide_steps, lr=3e-3)
     axes = principal_axes(wide, clips[:: len(clips) // 250])
-    vae: Any = _fast_convolutions(narrow(wide.cpu(), *axes, CHANNELS)).to(device)
+    vae: Any = fast_convolutions(narrow(wide.cpu(), *axes, CHANNELS)).to(device)
     vae.encoder.requires_grad_(False)
     vae.quant_conv.requires_grad_(False)
     run_stage("decoder", vae, partial(loss_of, vae, 0.1), work, steps=steps - wide_steps, lr=1.5e-3)

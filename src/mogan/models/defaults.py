@@ -77,13 +77,8 @@ class Defaults:
         return vars(self.size) | {k: v for k, v in own.items() if v != getattr(Defaults, k)}
 
 
-LAB = {  # of the lab's family, whose text encoder never read a negative prompt
-    "guidance": 3.0,
-    "shift": 3.0,
-    "negative_prompt": "",
-    "first_frame_guidance": 1.0,
-    "flow": "lab",
-}
+# of the lab's family, whose text encoder never read a negative prompt
+LAB = {"guidance": 3.0, "shift": 3.0, "negative_prompt": "", "first_frame_guidance": 1.0, "flow": "lab"}
 
 
 def read_defaults(facts: dict[str, Any], usual: Geometry, path: Path) -> Defaults:

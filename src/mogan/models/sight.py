@@ -36,13 +36,13 @@ class Sight:
         return mask.repeat_interleave(tokens, 0).repeat_interleave(tokens, 1)
 
 
-def _runs(frames: Sequence[int], offset: int = 0) -> tuple[tuple[int, int], ...]:
+def _runs(frames: Sequence[int]) -> tuple[tuple[int, int], ...]:
     found: list[tuple[int, int]] = []
     for frame in frames:
-        if found and found[-1][1] == frame + offset:
-            found[-1] = (found[-1][0], frame + offset + 1)
+        if found and found[-1][1] == frame:
+            found[-1] = (found[-1][0], frame + 1)
         else:
-            found.append((frame + offset, frame + offset + 1))
+            found.append((frame, frame + 1))
     return tuple(found)
 
 

@@ -197,12 +197,17 @@ def dtype_of(precision: str, device: str | torch.device, few_steps: bool = False
 
 
 def load_vae(model: Path, dtype: torch.dtype | None = None) -> AutoencoderKLWan:
-    """The frozen autoencoder, convolution weights in the layout CPUs convolve fastest."""
-    vae = _from_pretrained(AutoencoderKLWan, model, "vae", dtype or fast_dtype())
+    """The frozen autoencoder."""
+    vae = fast_convolutions(_from_pretrained(AutoencoderKLWan, model, "vae", dtype or fast_dtype()))
+    return vae.eval().requires_grad_(False)
+
+
+def fast_convolutions(vae: nn.Module) -> Any:
+    """Its convolutions' weights in the layout that CPUs convolve fastest, in place."""
     for module in vae.modules():
         if isinstance(module, nn.Conv3d):
             module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last_3d)
-    return vae.eval().requires_grad_(False)
+    return vae
 
 
 def load_transformer(model: Path, part: str = "transformer") -> Any:

@@ -90,7 +90,7 @@ class Trajectory:
         """The loss on the batch's paths; ``rollout`` is not used."""
         assert batch.path_BKCFHW is not None, "the batch holds no paths"
         device = next(self.student.parameters()).device
-        path, clips = batch.path_BKCFHW.float().to(device), torch.arange(len(batch.ids), device=device)
+        path, clips = batch.path_BKCFHW.to(device), torch.arange(len(batch.ids), device=device)
         step_B = (uniform(len(clips), generator) * (len(self.levels) - 1)).long().to(device)
         level, following = (torch.tensor(self.levels, device=device)[step_B + ahead] for ahead in (0, 1))
         here, there = path[clips, step_B], path[clips, step_B + 1]

@@ -90,6 +90,7 @@ class BlockDistillationConfig:
         return Price({"student": bill}, (teacher,))
 
 
+@dataclass(eq=False)
 class BlockDistillation:
     """``E ||v - u||^2 + w E mean_b (|a_b - a'_b|^2 / |a'_b|^2 + |m_b - m'_b|^2 / |m'_b|^2)``, ``a_b`` and ``m_b`` what attention and
     MLP of block ``b`` give in the student, ``a'_b`` and ``m'_b`` in the dense model, on the same noised clip.
@@ -97,29 +98,24 @@ class BlockDistillation:
     ``u`` is ``noise - x0`` or the dense model's own velocity, see :class:`BlockDistillationConfig`. A block's error is a share of
     what the dense block gives, as in the search for the mask.
 
-    Args:
+    Attributes:
         student: the network being trained, frame-sparse; ``teacher``: the frozen dense one.
         null: embedding ``(L, D)`` of the empty prompt.
         sigmas: the student's levels.
         settings: weight, levels.
     """
 
-    def __init__(
-        self,
-        student: Denoiser,
-        teacher: Denoiser,
-        null: Tensor,
-        sigmas: tuple[float, ...],
-        settings: BlockDistillationConfig,
-    ):
-        self.student, self.teacher, self.null = student, teacher, null
-        self.sigmas, self.settings = sigmas, settings
+    student: Denoiser
+    teacher: Denoiser
+    null: Tensor
+    sigmas: tuple[float, ...]
+    settings: BlockDistillationConfig
 
     def student_loss(self, rollout: None, batch: Batch, generator: Randomness) -> Loss:
         """The loss on the batch's clips; ``rollout`` is not used."""
         assert batch.latent_BCFHW is not None, "distillation needs clips, not only prompts"
         device, shift = next(self.student.parameters()).device, self.settings.shift
-        x0 = batch.latent_BCFHW.float().to(device)
+        x0 = batch.latent_BCFHW.to(device)
         if shift is None:
             step = (uniform(len(x0), generator) * len(self.sigmas)).long()
             sigma, text = torch.tensor(self.sigmas)[step].to(device), stack_text(batch.text, device)

@@ -159,7 +159,7 @@ class Consistency:
         """The loss on the batch's clips, mean over frames; ``rollout`` is not used."""
         assert batch.latent_BCFHW is not None, "consistency distillation needs clips, not only prompts"
         device = self.null_1LD.device
-        x0, text = batch.latent_BCFHW.float().to(device), self._text(batch, generator).to(device)
+        x0, text = batch.latent_BCFHW.to(device), self._text(batch, generator).to(device)
         frames, how = x0.shape[2], replace(self.how, rest=batch.more.get("size", [self.how.rest])[0], sizes=None)
         drawn = uniform(len(x0), generator, len(how.chunks(frames))) * self.settings.steps
         step = per_chunk(drawn.long(), how, frames).to(device)

@@ -6,7 +6,6 @@ the difference is the gradient of KL(student || teacher) with respect to the sam
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,7 +42,9 @@ class DMDConfig:
     """Distribution matching; see :class:`DMD`.
 
     Attributes:
-        low, high: levels at which samples are compared; a model of two experts has only those in memory that they take.
+        guidance: of the teacher.
+        shift: of the levels at which samples are compared.
+        low, high: least and largest of these, clamped after shifting; a model of two experts has only those in memory that they take.
         fake_score: name of the network, by default ``fake_score``; objectives with one each may judge a student in turn.
         stable: weigh the fake score's errors by ``min(1, 10 b^2)``, ``b`` the noise between sample and level (Phased DMD,
             arXiv 2510.27684, eq. 13): its target has a deviation of about ``1 / b``.
@@ -94,9 +95,7 @@ class DMDConfig:
         direction: Direction = motion_direction(self.motion_weight) if self.motion_weight else dmd_direction
         if self.transport is not None:
             direction = Transport(self.transport, dmd_direction, dmd_scale)
-        own: dict[str, Any] = {k: getattr(self, k) for k in ("shift", "low", "high", "huber", "reweighted", "stable")}
-        null = base.no_text(base.config.negative_prompt)
-        dmd = DMD(teacher, fake, null, guidance=self.guidance, direction=direction, **own)
+        dmd = DMD(teacher, fake, base.no_text(base.config.negative_prompt), self, direction)
         losses = {"student": dmd.student_loss, self.follower: dmd.fake_score_loss}
         found = Objective(dmd, losses, {self.follower: fake}, frozen=tuple(teacher.experts))
         return self.weights.added(found, base) if self.weights else found
@@ -150,38 +149,23 @@ def pseudo_huber(gap: Tensor, c: float) -> Tensor:
     return (gap.square().flatten(1).mean(1) + c**2).sqrt().mean() - c
 
 
+@dataclass(eq=False)
 class DMD:
     """Distribution matching. Owns the fake score.
 
-    Args:
+    Attributes:
         teacher: frozen multi-step denoiser.
         fake_score: denoiser of the student's samples, trained by :meth:`fake_score_loss`.
         null_1LD: embedding of the empty (or negative) prompt.
-        guidance: of the teacher, diffusers convention.
-        shift: shift of the levels at which samples are compared.
-        low: least level, ``high`` largest; levels are clamped after shifting.
+        settings: guidance, levels, metric and weights.
         direction: ``(x0, real, fake, sigma) -> gradient``; where variants of DMD differ. What it has as ``seen`` is logged.
-        huber, reweighted, stable: see :class:`DMDConfig`.
     """
 
-    def __init__(
-        self,
-        teacher: Denoiser,
-        fake_score: Denoiser,
-        null_1LD: Tensor,
-        *,
-        guidance: float,
-        shift: float,
-        low: float = 0.02,
-        high: float = 0.98,
-        direction: Direction = dmd_direction,
-        huber: float | None = None,
-        reweighted: bool | None = None,
-        stable: bool | None = None,
-    ):
-        self.teacher, self.fake_score, self.null_1LD = teacher, fake_score, null_1LD
-        self.guidance, self.shift, self.low, self.high = guidance, shift, low, high
-        self.direction, self.huber, self.reweighted, self.stable = direction, huber, reweighted, stable
+    teacher: Denoiser
+    fake_score: Denoiser
+    null_1LD: Tensor
+    settings: DMDConfig
+    direction: Direction = dmd_direction
 
     def _noised(self, rollout: Rollout, generator: Randomness) -> tuple[Tensor, Tensor, Tensor]:
         """The sample at a drawn level of the interval that the roll-out may be judged in, the noise, and the level.
@@ -190,15 +174,15 @@ class DMD:
         part's ends, the lower of which is where the fake score learns least.
         """
         x, (low, high) = rollout.sample_BCFHW.detach(), rollout.interval
-        draw, least, most = draw_between, max(low, self.low), min(high, self.high)
+        draw, least, most = draw_between, max(low, self.settings.low), min(high, self.settings.high)
         if (low, high) == (0.0, 1.0):
             draw = draw_sigma
         elif least >= most:
             raise UserError(
                 f"a sample at level {rollout.level:.4g} is judged between {low:.4g} and {high:.4g}, and DMD at levels up to "
-                f"{self.high}: take fewer steps, or a smaller shift of the levels"
+                f"{self.settings.high}: take fewer steps, or a smaller shift of the levels"
             )
-        drawn = draw(len(x), generator, low=least, high=most, k=self.shift)
+        drawn = draw(len(x), generator, low=least, high=most, k=self.settings.shift)
         sigma, noise = drawn.to(x.device), normal(x.shape, generator, x.device)
         if rollout.level == 0.0:
             return add_noise(x, noise, sigma), noise, sigma
@@ -211,13 +195,15 @@ class DMD:
         x = rollout.sample_BCFHW
         with torch.no_grad():
             x_t, _, sigma = self._noised(rollout, generator)
-            velocity = guided_velocity(self.teacher, x_t, sigma, rollout.text_BLD, self.null_1LD, self.guidance)
+            guidance = self.settings.guidance
+            velocity = guided_velocity(self.teacher, x_t, sigma, rollout.text_BLD, self.null_1LD, guidance)
             real = velocity_to_x0(x_t, velocity, sigma)
             fake = self.fake_score(x_t, sigma, rollout.text_BLD, **_told(rollout))
             gradient = torch.nan_to_num(self.direction(rollout.guess_BCFHW, real, fake, sigma))
         gap = x - (x.detach() - gradient)
         error = broadcast(batch.more["weight"], x) * gap.square() if "weight" in batch.more else gap.square()
-        loss = 0.5 * error.mean() if self.huber is None else pseudo_huber(gap, self.huber)
+        c = self.settings.huber
+        loss = 0.5 * error.mean() if c is None else pseudo_huber(gap, c)
         return loss, {"direction": gradient.square().mean().sqrt()} | getattr(self.direction, "seen", {})
 
     def fake_score_loss(self, rollout: Rollout, batch: Batch, generator: Randomness) -> Loss:
@@ -228,11 +214,11 @@ class DMD:
         """
         x_t, noise, sigma = self._noised(rollout, generator)
         velocity = self.fake_score.velocity(x_t, sigma, rollout.text_BLD, **_told(rollout))
-        if self.reweighted and rollout.level:
+        if self.settings.reweighted and rollout.level:
             wanted, weight_B = reweighted_target(rollout, x_t, noise, sigma)
             return (weight_B * (velocity - wanted).square().flatten(1).mean(1)).mean(), {"weight": weight_B.mean()}
         error = (velocity - target(rollout, noise, sigma)).square()
-        if self.stable:
+        if self.settings.stable:
             error = error * broadcast((10 * added(rollout.level, sigma).square()).clamp(max=1.0), error)
         return error.mean() * (1 - rollout.level) ** 2, {}
 

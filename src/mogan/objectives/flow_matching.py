@@ -23,7 +23,12 @@ OF_CLIPS = Lesson(rollout=False, clips=(LATENT,), captions=True)
 
 @dataclass(frozen=True, kw_only=True)
 class FlowMatchingConfig:
-    """Flow matching on clips; see :class:`FlowMatching`."""
+    """Flow matching on clips; see :class:`FlowMatching`.
+
+    Attributes:
+        shift: of the drawn levels.
+        drop_text: probability with which a clip is trained without its prompt.
+    """
 
     shift: float
     drop_text: float = 0.1
@@ -35,7 +40,7 @@ class FlowMatchingConfig:
     def build(self, base: Base, others: Mapping[str, Objective]) -> Objective:
         """On the student."""
         (null,) = base.encode([""])
-        found = FlowMatching(base.student, null, shift=self.shift, drop_text=self.drop_text, given=base.config.given)
+        found = FlowMatching(base.student, null, self, base.config.given)
         return Objective(found, {"student": found.student_loss})
 
     def price(self, config: Config, tracer: Tracer) -> Price:
@@ -71,27 +76,29 @@ def velocity_error(
     return (velocity - (noise_BCFHW - x0_BCFHW))[:, :, given:].square().flatten(1).mean(1)
 
 
+@dataclass(eq=False)
 class FlowMatching:
     """``E ||v(x_t, t, text) - (noise - x0)||^2`` on the batch's clips; the prompt is dropped now and then for guidance.
 
-    Args:
+    Attributes:
         student: the network being trained.
         null: embedding ``(L, D)`` of the empty prompt.
-        shift: shift of the drawn levels.
-        drop_text: probability with which a clip is trained without its prompt.
+        settings: levels, and how often the prompt is dropped.
         given: latent frames that are given (image to video: 1).
     """
 
-    def __init__(self, student: Denoiser, null: Tensor, *, shift: float, drop_text: float, given: int = 0):
-        self.student, self.null, self.shift, self.drop_text, self.given = student, null, shift, drop_text, given
+    student: Denoiser
+    null: Tensor
+    settings: FlowMatchingConfig
+    given: int = 0
 
     def student_loss(self, rollout: Rollout | None, batch: Batch, generator: Randomness) -> Loss:
         """The loss on the batch; ``rollout`` is not used."""
         x0 = batch.latent_BCFHW
         assert x0 is not None, "flow matching needs clips, not only prompts"
         device = next(self.student.parameters()).device
-        x0 = x0.float().to(device)
-        sigma = draw_sigma(len(x0), generator, k=self.shift).to(device)
-        text = batch.told(device, stack_some(batch.text, self.null, self.drop_text, generator, device))
+        x0 = x0.to(device)
+        sigma = draw_sigma(len(x0), generator, k=self.settings.shift).to(device)
+        text = batch.told(device, stack_some(batch.text, self.null, self.settings.drop_text, generator, device))
         noise = normal(x0.shape, generator, device)
         return velocity_error(self.student, x0, noise, sigma, text, given=self.given).mean(), {}

@@ -201,10 +201,11 @@ class GANConfig:
         )
 
 
+@dataclass(eq=False)
 class GAN:
     """Logistic adversarial loss with approximate R1 and R2 (MoGAN eq. 4-8). Owns the discriminator.
 
-    Args:
+    Attributes:
         discriminator: real-or-generated network.
         observe: what it is shown of a latent (see :class:`mogan.motion.observation.MotionObservation`); ``None`` shows the
             latent itself (the paper's "video-space" ablation).
@@ -212,14 +213,10 @@ class GAN:
         apart: the discriminator learns from real, generated and noised observations in a pass each, not in one: less memory.
     """
 
-    def __init__(
-        self,
-        discriminator: Discriminator,
-        observe: Callable[[Tensor, int], Observed] | None,
-        settings: GANConfig,
-        apart: bool = False,
-    ):
-        self.discriminator, self.observe, self.settings, self.apart = discriminator, observe, settings, apart
+    discriminator: Discriminator
+    observe: Callable[[Tensor, int], Observed] | None
+    settings: GANConfig
+    apart: bool = False
 
     def _observe(self, rollout: Rollout, start: int) -> tuple[Tensor, dict[str, Tensor]]:
         sample = rollout.finished("a discriminator of motion")

@@ -121,7 +121,7 @@ class MCD:
         """The loss on the batch's clips; ``rollout`` is not used."""
         assert batch.latent_BCFHW is not None, "consistency distillation needs clips, not only prompts"
         device = self.null_1LD.device
-        x0, text = batch.latent_BCFHW.float().to(device), stack_text(batch.text, device)
+        x0, text = batch.latent_BCFHW.to(device), stack_text(batch.text, device)
         step = (uniform(len(x0), generator) * self.settings.steps).long().to(device)
         level, following = (torch.tensor(self.levels, device=device)[step + ahead] for ahead in (0, 1))
         end = torch.tensor(self.ends, device=device)[step]

@@ -22,7 +22,14 @@ from mogan.terms import Terms
 
 @dataclass(frozen=True, kw_only=True)
 class MotionScoreConfig:
-    """A motion model; see :class:`MotionScore`."""
+    """A motion model; see :class:`MotionScore`.
+
+    Attributes:
+        windows: pairs of given clean frames and differences to predict; one pair is drawn per batch, or part of it. ``(0, F - 1)`` is
+            eq. 15, ``(1, F - 1)`` eq. 16, ``(k, l)`` eq. 17.
+        shift: of the drawn levels.
+        drop_text: probability with which a clip is trained without its prompt.
+    """
 
     windows: tuple[tuple[int, int], ...]
     shift: float
@@ -35,7 +42,7 @@ class MotionScoreConfig:
     def build(self, base: Base, others: Mapping[str, Objective]) -> Objective:
         """On the student."""
         (null,) = base.encode([""])
-        found = MotionScore(base.student, null, windows=self.windows, shift=self.shift, drop_text=self.drop_text)
+        found = MotionScore(base.student, null, self)
         return Objective(found, {"student": found.student_loss})
 
     def price(self, config: Config, tracer: Tracer) -> Price:
@@ -43,23 +50,19 @@ class MotionScoreConfig:
         return Price({"student": learns_alone(config, tracer)})
 
 
+@dataclass(eq=False)
 class MotionScore:
     """``E ||u(D x_t, t, given frames, text) - D (noise - x0)||^2`` on windows of the batch's clips.
 
-    Args:
+    Attributes:
         student: the network being trained; see :mod:`mogan.sampling.motion_score` for what it reads.
         null: embedding ``(L, D)`` of the empty prompt.
-        windows: pairs of given clean frames and differences to predict; one pair is drawn per batch, or part of it. ``(0, F - 1)`` is
-            eq. 15, ``(1, F - 1)`` eq. 16, ``(k, l)`` eq. 17.
-        shift: shift of the drawn levels.
-        drop_text: probability with which a clip is trained without its prompt.
+        settings: windows, levels, and how often the prompt is dropped.
     """
 
-    def __init__(
-        self, student: Denoiser, null: Tensor, *, windows: tuple[tuple[int, int], ...], shift: float, drop_text: float
-    ):
-        self.student, self.null, self.windows = student, null, windows
-        self.shift, self.drop_text = shift, drop_text
+    student: Denoiser
+    null: Tensor
+    settings: MotionScoreConfig
 
     def student_loss(self, rollout: Rollout | None, batch: Batch, generator: Randomness) -> Loss:
         """The loss on one window per clip, its start drawn; ``rollout`` is not used."""
@@ -67,7 +70,8 @@ class MotionScore:
         assert x0 is not None, "a motion score is learnt from clips, not from prompts"
         device = next(self.student.parameters()).device
         which, starts = uniform(len(x0), generator)[0], uniform(len(x0), generator)
-        given, ahead = self.windows[int(which * len(self.windows))]
+        windows = self.settings.windows
+        given, ahead = windows[int(which * len(windows))]
         first = max(given, 1) - 1  # the frame the first difference subtracts
         room = x0.shape[2] - (first + 1 + ahead)
         if room < 0:
@@ -76,9 +80,9 @@ class MotionScore:
                 f"clips have {x0.shape[2]}: prepare longer clips or give the recipe smaller windows"
             )
         begin = (starts * (room + 1)).long().tolist()
-        x0 = torch.stack([x[:, b : b + first + 1 + ahead] for x, b in zip(x0, begin, strict=True)]).float().to(device)
-        sigma = draw_sigma(len(x0), generator, k=self.shift).to(device)
-        text = stack_some(batch.text, self.null, self.drop_text, generator, device)
+        x0 = torch.stack([x[:, b : b + first + 1 + ahead] for x, b in zip(x0, begin, strict=True)]).to(device)
+        sigma = draw_sigma(len(x0), generator, k=self.settings.shift).to(device)
+        text = stack_some(batch.text, self.null, self.settings.drop_text, generator, device)
         noise = normal(x0.shape, generator, device)
         noisy = differences(add_noise(x0, noise, sigma)[:, :, first:])
         velocity = motion_velocity(self.student, x0[:, :, :given], noisy, sigma, text)

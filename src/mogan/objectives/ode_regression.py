@@ -78,7 +78,7 @@ class ODERegression:
         """The loss on the batch's paths, mean over frames; those at level 0 count as nothing. ``rollout`` is not used."""
         assert batch.path_BKCFHW is not None, "the batch holds no paths"
         device = next(self.student.parameters()).device
-        path = batch.path_BKCFHW.float().to(device)
+        path = batch.path_BKCFHW.to(device)
         frames, chunks = path.shape[3], self.how.chunks(path.shape[3])
         drawn = (uniform(len(path), generator, len(chunks)) * len(self.levels)).long()
         row = per_chunk(drawn, self.how, frames).to(device)

@@ -254,7 +254,7 @@ def teacher_clips(matching: Any, base: Base, count: int) -> Iterator[tuple[Tenso
                 base.latent_shape,
                 seeds,
                 steps=usual.steps,
-                guidance=matching.guidance,
+                guidance=matching.settings.guidance,
                 shift=usual.shift,
             ),
             prompts,

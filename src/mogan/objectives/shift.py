@@ -217,7 +217,7 @@ class Shift:
         """
         assert batch.latent_BCFHW is not None, "SHIFT needs clips, not only prompts"
         device = self.null_1LD.device
-        real_BCFHW, text_BLD = batch.latent_BCFHW.float().to(device), stack_text(batch.text, device)
+        real_BCFHW, text_BLD = batch.latent_BCFHW.to(device), stack_text(batch.text, device)
         windows = [slice(at, at + most) for at in range(0, len(real_BCFHW), most)]
         own = [generator[w] if isinstance(generator, list) else generator for w in windows]
         made, maps, states, rewards, motion = zip(

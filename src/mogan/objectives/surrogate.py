@@ -95,6 +95,7 @@ class SurrogateConfig:
         return Price(bills, (Kept("surrogate", parameters, sharded=False, beside=4 * remembered),))
 
 
+@dataclass(eq=False)
 class Surrogate:
     """The same losses as ``gan``'s, on predicted observations; and the surrogate's own loss. Owns the surrogate.
 
@@ -103,26 +104,21 @@ class Surrogate:
     penalties fall on ``gan``'s updates alone, which are few: give them as much more weight (lazy regularisation,
     StyleGAN2, arXiv 1912.04958, appendix B).
 
-    Args:
+    Attributes:
         network: the surrogate.
         gan: the objective whose discriminator judges, and whose exact observations the surrogate remembers.
         limit: of :meth:`mogan.objectives.surrogate_network.MotionSurrogate.error`; above it every update is ``gan``'s. ``None``: no limit.
         rows: gives the samples of all processes.
     """
 
-    def __init__(
-        self,
-        network: MotionSurrogate,
-        gan: GAN,
-        limit: float | None,
-        rows: Callable[[Tensor], Tensor] = lambda mine: mine,
-    ):
-        self.network, self.gan, self.limit, self.rows = network, gan, limit, rows
+    network: MotionSurrogate
+    gan: GAN
+    limit: float | None
+    rows: Callable[[Tensor], Tensor] = lambda mine: mine
 
     def _trusted(self) -> bool:
-        return self.limit is None or bool(
-            self.network.error() <= self.limit
-        )  # a host synchronisation: a path is chosen
+        # a host synchronisation: a path is chosen
+        return self.limit is None or bool(self.network.error() <= self.limit)
 
     def student_loss(self, rollout: Rollout, batch: Batch, generator: Randomness) -> Loss:
         """:meth:`GAN.student_loss` on the prediction; gradient passes through the surrogate and not into it."""
@@ -153,11 +149,12 @@ class Surrogate:
         like = self.network.observations
         windows = window_of(batch.latent_BCFHW.to(like), batch.window_start or 0, self.network.window)
         observations = batch.observation_BCFHW.to(like)
-        if self.network.count > 0:
+        remembered = int(self.network.count)  # a host synchronisation: what is learned from depends on it
+        if remembered:
             recalled, seen = self.network.recall(len(windows), generator)
             windows, observations = torch.cat([windows, recalled]), torch.cat([observations, seen])
-        error = self.network.error()
-        logs = {"surrogate_error": error} if torch.isfinite(error) else {}
+        known = remembered >= len(self.network.errors)  # else infinite
+        logs = {"surrogate_error": self.network.error()} if known else {}
         return relative_error(self.network(windows), observations, self.rows), logs
 
 

@@ -43,7 +43,7 @@ class TeacherForcingConfig:
         """On the student."""
         (null,) = base.encode([""])
         student = require_one_pass(base)
-        found = TeacherForcing(student, null, base.config.causal, shift=self.shift, drop_text=self.drop_text)
+        found = TeacherForcing(student, null, base.config.causal, self)
         return Objective(found, {"student": found.student_loss})
 
     def price(self, config: Config, tracer: Tracer) -> Price:
@@ -109,32 +109,34 @@ def past_of(x0_BCFHW: Tensor, how: Causal, generator: Randomness) -> Tensor:
     return add_noise(x0_BCFHW, normal(x0_BCFHW.shape, generator, x0_BCFHW.device), level)
 
 
+@dataclass(eq=False)
 class TeacherForcing:
     """``E ||v(x_c, s_c | clean chunks before c) - (noise - x0)_c||^2``, mean over frames; every chunk has a level of its own.
 
     Gradient also reaches the keys and values of the clean half, which are made in the same pass: what a chunk leaves for
     later ones to see is learnt here, and only here, since roll-outs keep it detached.
 
-    Args:
+    Attributes:
         student: the causal network being trained.
         null: embedding ``(L, D)`` of the empty prompt.
         how: chunks and what they see.
-        shift: shift of the drawn levels.
-        drop_text: probability with which a clip is trained without its prompt.
+        settings: levels, and how often the prompt is dropped.
     """
 
-    def __init__(self, student: CausalDenoiser, null: Tensor, how: Causal, *, shift: float, drop_text: float):
-        self.student, self.null, self.how, self.shift, self.drop_text = student, null, how, shift, drop_text
+    student: CausalDenoiser
+    null: Tensor
+    how: Causal
+    settings: TeacherForcingConfig
 
     def student_loss(self, rollout: None, batch: Batch, generator: Randomness) -> Loss:
         """The loss on the batch's clips; ``rollout`` is not used."""
         assert batch.latent_BCFHW is not None, "teacher forcing needs clips, not only prompts"
         device = next(self.student.parameters()).device
-        x0 = batch.latent_BCFHW.float().to(device)
+        x0 = batch.latent_BCFHW.to(device)
         frames = x0.shape[2]
-        drawn = shift(uniform(len(x0), generator, len(self.how.chunks(frames))), self.shift)
+        drawn = shift(uniform(len(x0), generator, len(self.how.chunks(frames))), self.settings.shift)
         sigma = per_chunk(drawn, self.how, frames).to(device)
-        text = stack_some(batch.text, self.null, self.drop_text, generator, device)
+        text = stack_some(batch.text, self.null, self.settings.drop_text, generator, device)
         noise = normal(x0.shape, generator, device)
         forced = Forced(self.student, past_of(x0, self.how, generator), self.how)
         velocity = forced.velocity(add_noise(x0, noise, sigma), sigma, text)

@@ -53,61 +53,45 @@ def efficient_vdit_kd_lab() -> Config:
     """Stage 3, knowledge distillation: ``--student`` is what `mogan tiles` made of stage 1's export, and learns from the same
     weights with dense attention.
     """
-    return Config(
-        recipe="efficient_vdit_kd_lab",
-        post_trains=True,
-        sigmas=shifted_levels(3, 3.0),
-        rollout=Euler(stop=3),
-        plan=(Update(learns="student", by="kd", batch=16),),
-        optimizers={"student": Optimizer(lr=1e-4)},
-        objectives={"kd": BlockDistillationConfig(weight=1.0)},
-        iterations=200,
-        ema=0.98,
-        save_every=50,
-        sample_every=100,
-    )
+    return _from_dense(efficient_vdit_mcd_lab(), "efficient_vdit_kd_lab", iterations=200)
 
 
 def efficient_vdit_kd_teacher_lab() -> Config:
     """The same of a teacher of many guided steps that `mogan tiles` made sparse, beside flow matching on real clips."""
-    few = efficient_vdit_kd_lab()
-    return replace(
-        few,
-        recipe="efficient_vdit_kd_teacher_lab",
-        post_trains=False,
-        sigmas=shifted_levels(50, 3.0),
-        rollout=None,
-        objectives={"kd": BlockDistillationConfig(weight=1.0, shift=3.0, drop_text=0.1)},
-    )
+    return _of_a_teacher(efficient_vdit_kd_lab(), "efficient_vdit_kd_teacher_lab", shift=3.0)
 
 
 def efficient_vdit_kd_wan_1_3b() -> Config:
     """Stage 3 on Wan2.1-T2V-1.3B; every number chosen here, none tried at this size."""
-    return Config(
-        recipe="efficient_vdit_kd_wan_1_3b",
-        post_trains=True,
-        sigmas=shifted_levels(10, 5.0),
-        rollout=Euler(stop=10),
-        plan=(Update(learns="student", by="kd", batch=64, accumulate=64),),
-        optimizers={"student": Optimizer(lr=1e-5, weight_decay=0.01)},
-        objectives={"kd": BlockDistillationConfig(weight=1.0)},
-        negative_prompt=WAN_NEGATIVE_PROMPT,
-        iterations=2000,
-        ema=0.99,
-        checkpointing=True,
-        save_every=100,
-        sample_every=500,
-    )
+    base = efficient_vdit_mcd_wan_1_3b()
+    config = _from_dense(base, "efficient_vdit_kd_wan_1_3b", iterations=2000)
+    return replace(config, optimizers={"student": Optimizer(lr=1e-5, weight_decay=0.01)})
 
 
 def efficient_vdit_kd_teacher_wan_1_3b() -> Config:
     """Wan2.1-T2V-1.3B made sparse, at all levels; every number chosen here, none tried at this size."""
-    few = efficient_vdit_kd_wan_1_3b()
+    return _of_a_teacher(efficient_vdit_kd_wan_1_3b(), "efficient_vdit_kd_teacher_wan_1_3b", shift=5.0)
+
+
+def _from_dense(few: Config, name: str, iterations: int) -> Config:
+    """Stage 3 for the student of a stage 1."""
     return replace(
         few,
-        recipe="efficient_vdit_kd_teacher_wan_1_3b",
+        recipe=name,
+        post_trains=True,
+        plan=tuple(replace(update, by="kd") for update in few.plan),
+        objectives={"kd": BlockDistillationConfig(weight=1.0)},
+        iterations=iterations,
+    )
+
+
+def _of_a_teacher(few: Config, name: str, shift: float) -> Config:
+    """Stage 3 for a teacher, which has many steps and its own text."""
+    return replace(
+        few,
+        recipe=name,
         post_trains=False,
-        sigmas=shifted_levels(50, 5.0),
+        sigmas=shifted_levels(50, shift),
         rollout=None,
-        objectives={"kd": BlockDistillationConfig(weight=1.0, shift=5.0, drop_text=0.1)},
+        objectives={"kd": BlockDistillationConfig(weight=1.0, shift=shift, drop_text=0.1)},
     )

@@ -41,6 +41,5 @@ def msm_causal_wan_1_3b() -> Config:
 
 
 def _with_motion(config: Config) -> Config:
-    return config.changed(
-        "dmd", motion_weight=1.0
-    )  # lambda is given nowhere: chosen, the fastest motion weighs up to 5 times
+    # lambda is given nowhere: chosen, the fastest motion weighs up to 5 times
+    return config.changed("dmd", motion_weight=1.0)

@@ -1,36 +1,23 @@
 """Self-Forcing (arXiv 2506.08009): a student that sees the past alone, judged on what it makes of its own clips, chunk by chunk."""
 
+from dataclasses import replace
+
 from mogan.config import Config, Optimizer, Update
 from mogan.models.causal_cache import Causal
 from mogan.models.defaults import WAN_NEGATIVE_PROMPT
 from mogan.objectives.dmd import DMDConfig
+from mogan.recipes.dmd import dmd_lab
 from mogan.sampling.causal_rollout import Chunked
 from mogan.schedule import shifted_levels
 
 
 def self_forcing_lab() -> Config:
-    """A latent frame at a time; learning rates, guidance and levels are ``dmd_lab``'s.
+    """A latent frame at a time; everything but roll-out and length is ``dmd_lab``'s.
 
     Name a start that sees the past alone with ``--student``; else it is the teacher, which has to learn that, too.
     """
-    return Config(
-        recipe="self_forcing_lab",
-        sigmas=shifted_levels(3, 3.0),
-        rollout=Chunked(Causal(first=1, rest=1)),
-        plan=(
-            Update(learns="student", by="dmd", batch=16),
-            Update(learns="fake_score", by="dmd", times=4, batch=16),
-        ),
-        optimizers={
-            "student": Optimizer(lr=1e-4, betas=(0.0, 0.999)),
-            "fake_score": Optimizer(lr=2e-4, betas=(0.0, 0.999)),
-        },
-        objectives={"dmd": DMDConfig(guidance=3.0, shift=3.0)},
-        iterations=200,
-        ema=0.98,
-        save_every=25,
-        sample_every=100,
-    )
+    causal = Chunked(Causal(first=1, rest=1))
+    return replace(dmd_lab(), recipe="self_forcing_lab", rollout=causal, iterations=200)
 
 
 def self_forcing_wan_1_3b() -> Config:

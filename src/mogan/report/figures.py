@@ -157,8 +157,7 @@ def _panels(rows: int, columns: int, size: tuple[float, float], gap: float = 0.0
 
 
 def _name_axis(axis: Axes, name: str) -> None:
-    unit = f" ({METRICS[name].unit})" if METRICS[name].unit else ""
-    axis.set_title(METRICS[name].label + unit)
+    axis.set_title(METRICS[name].title)
     axis.locator_params(axis="x", nbins=5)
     axis.ticklabel_format(axis="x", scilimits=(-3, 4), useOffset=False)
 

@@ -209,8 +209,7 @@ def _prompts(results: list[Result]) -> dict[str, Any]:
                 values = [v for c in result.good if c["prompt"] == prompt and (v := c["values"].get(name)) is not None]
                 row[name].append(float(f"{sum(values) / len(values):.4g}") if values else None)
         rows.append({"prompt": prompt, "values": row})
-    labels = {n: METRICS[n].label + (f" ({METRICS[n].unit})" if METRICS[n].unit else "") for n in names}
-    return {"rows": rows, "metrics": labels, "systems": [r.name for r in results]}
+    return {"rows": rows, "metrics": {n: METRICS[n].title for n in names}, "systems": [r.name for r in results]}
 
 
 def _warnings(results: list[Result], curves: list[Curves]) -> list[tuple[str, str]]:

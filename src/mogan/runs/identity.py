@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from mogan.data.cache import Cache, open_cache
-from mogan.disk.files import from_json, write_atomically
+from mogan.disk.files import read_json, write_atomically
 from mogan.errors import UserError
 from mogan.models import wan
 from mogan.models.experts import LOW
 from mogan.runs.checkpoint import checkpoints, settings
 
+COPY = "put back a copy of it"  # what helps where a file of a run is damaged
 WHOLE = 64 << 20  # a file up to this size is read whole
 STRIDE, BLOCK = 4 << 20, 4 << 10  # of a larger one every so many bytes so many are read
 WEIGHTS = (".json", ".safetensors", ".bin", ".model")
@@ -129,11 +130,11 @@ def read_facts(run: Path) -> dict[str, Any]:
     path = run / "run.json"
     if not path.is_file():
         return {}
-    facts = _read(path)
+    facts = read_json(path, COPY)
     known = facts.get("fingerprints", {})
     said = isinstance(known, dict) and all(isinstance(facts.get(name), str) for name in {"model", "student", *known})
     if not said:
-        raise UserError(f"{path} does not say what the run was begun with: put back a copy of it")
+        raise UserError(f"{path} does not say what the run was begun with: {COPY}")
     return facts
 
 
@@ -143,22 +144,10 @@ def read_config(run: Path) -> dict[str, Any]:
     Raises:
         UserError: it is not there, or says no recipe.
     """
-    config = _read(run / "config.json")
+    config = read_json(run / "config.json", COPY)
     if lacks := [name for name in ("recipe", "sigmas", "plan", "seed") if name not in config]:
         raise UserError(f"{run / 'config.json'} is damaged (no {lacks[0]}): put back a copy, every checkpoint has one")
     return config
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        found = from_json(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}): put back a copy of it") from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is damaged ({error}): put back a copy of it, or give another --out") from error
-    if not isinstance(found, dict):
-        raise UserError(f"{path} is damaged (it holds a {type(found).__name__}): put back a copy of it")
-    return found
 
 
 def check_same_parts(run: Path, now: dict[str, Any]) -> None:
@@ -221,7 +210,7 @@ def part_of_run(run: Path, name: str) -> Path:
     """
     facts = read_facts(run)
     if not isinstance(facts.get(name), str):
-        raise UserError(f"{run / 'run.json'} does not say where the {WHAT[name]} lay: put back a copy of it")
+        raise UserError(f"{run / 'run.json'} does not say where the {WHAT[name]} lay: {COPY}")
     try:
         folder = wan.resolve_model(facts[name])
     except UserError as error:

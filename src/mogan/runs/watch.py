@@ -10,10 +10,8 @@ from mogan.errors import closest
 from mogan.terms import Alarm
 
 FIRST, RECENT = 5, 10  # records that make "the start" and "now"
-EARLY, DROWNED = (
-    20,
-    0.05,
-)  # iterations in which gradients are compared or numbers missed; steps that are too short to count
+# iterations in which gradients are compared or numbers missed; steps that are too short to count
+EARLY, DROWNED = (20, 0.05)
 
 
 class Watch:
@@ -29,9 +27,8 @@ class Watch:
         self.norms: dict[str, list[float]] = defaultdict(list)  # of the first iterations, by update
         self.weighed = False
         self.alarms = {alarm: name for name in config.objectives for alarm in config.terms(name).alarms}
-        self.silent: dict[Alarm, Counter[str]] = {
-            alarm: Counter() for alarm in self.alarms
-        }  # records without its number
+        # records without its number
+        self.silent: dict[Alarm, Counter[str]] = {alarm: Counter() for alarm in self.alarms}
         self.start: dict[Alarm, list[float]] = defaultdict(list)
         self.recent: dict[Alarm, deque[float]] = defaultdict(lambda: deque(maxlen=RECENT))
         self.said: dict[Alarm, int] = {}

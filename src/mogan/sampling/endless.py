@@ -17,9 +17,8 @@ from mogan.models.causal_cache import Cache, Causal, Policy
 from mogan.sampling.causal_rollout import noised_to, take_steps
 from mogan.sampling.rollout import normal
 
-Past = dict[
-    int, tuple[int, Tensor]
-]  # by number of the frame: its chunk's first frame, and its latent as later chunks saw it
+# by number of the frame: its chunk's first frame, and its latent as later chunks saw it
+Past = dict[int, tuple[int, Tensor]]
 
 
 def bounded(how: Causal, frames: int) -> Policy:

@@ -14,9 +14,8 @@ from mogan.errors import UserError
 from mogan.stream.engine import Studio, checked
 from mogan.stream.sound import RATE, STATES, read_sound, state_of_sound, voiced
 
-When = Callable[
-    [float, float], tuple[str | None, str | None]
-]  # prompt (None: the stream's) and state of a stretch of seconds
+# prompt (None: the stream's) and state of a stretch of seconds
+When = Callable[[float, float], tuple[str | None, str | None]]
 
 
 def read_script(path: Path, states: tuple[str, ...]) -> When:

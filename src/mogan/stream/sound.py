@@ -15,10 +15,8 @@ SOUNDS = f"{VIDEOS},wav,w64,aiff,caf,au,flac,mp3,aac,ac3,eac3,amr,wv,tta,ape"  #
 RATE, WINDOW, HOP = 16000, 512, 160  # 32 ms, every 10 ms
 PITCH = (60, 400)  # Hz, of voices
 QUIET, ABOVE_FLOOR, VOICED = -50.0, 10.0, 0.5  # dB of full scale; dB above what is always there; of 1, how periodic
-SHARE, PAUSE = (
-    0.2,
-    2.0,
-)  # of a chunk that is voiced; seconds after speech that count as listening where there is one voice
+# of a chunk that is voiced; seconds after speech that count as listening where there is one voice
+SHARE, PAUSE = (0.2, 2.0)
 STATES = ("idle", "listening", "speaking")
 
 

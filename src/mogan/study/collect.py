@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from mogan.evaluation.names import METRICS
-from mogan.evaluation.sets import paired, set_metrics
+from mogan.evaluation.sets import column_of, paired, set_metrics
 from mogan.evaluation.statistics import Interval, mean_interval
+from mogan.evaluation.table import cell
 from mogan.study.columns import Column
 
 Record = dict[str, Any]
@@ -83,7 +84,7 @@ def _metrics(clips: list[Record], seeds: Sequence[str], rich: list[Record], worl
     factors = _factors([clip["prompt"] for clip in clips], seeds)
     found: dict[str, Interval] = {}
     for name in METRICS:
-        values = [math.nan if (v := clip["values"].get(name)) is None else v for clip in clips]
+        values = column_of(clips, name)
         if any(map(math.isfinite, values)):
             found[name] = mean_interval(values, *factors)
     to_rich = set_metrics(clips, rich, *factors)
@@ -221,7 +222,7 @@ def markdown(study: str, results: dict[str, Any]) -> str:
     lines = [f"# {study}", "", results["how"]["sentence"], "", "```", results["how"]["command"], "```", ""]
     lines += ["| | " + " | ".join(systems) + " |", "|---" * (len(systems) + 1) + "|"]
     for name in names:
-        cells = [_cell(s["metrics"].get(name)) for s in systems.values()]
+        cells = [cell(s["metrics"].get(name)) for s in systems.values()]
         lines.append(f"| {_label(name)} | " + " | ".join(cells) + " |")
     lines += _costs(systems) + _speeds(systems)
     lines += ["", "Systems:", ""]
@@ -288,19 +289,9 @@ def _speeds(systems: dict[str, Any]) -> list[str]:
 
 
 def _label(name: str) -> str:
-    if name in OWN:
-        return OWN[name]
-    metric = METRICS[name]
-    return f"{metric.label} ({metric.unit})" if metric.unit else metric.label
+    return OWN.get(name) or METRICS[name].title
 
 
 def _cost(system: dict[str, Any]) -> str:
     seconds = system.get("training_seconds")
     return f" ({sum(seconds.values()) / len(seconds) / 60:.1f} minutes of training)" if seconds else ""
-
-
-def _cell(metric: dict[str, Any] | None) -> str:
-    if metric is None:
-        return "-"
-    interval = f" [{metric['ci95'][0]:.3g}, {metric['ci95'][1]:.3g}]" if metric["ci95"] else ""
-    return f"{metric['mean']:.3g}{interval}"

@@ -55,8 +55,7 @@ def _draw(systems: dict[str, Any], path: Path) -> None:
     for panel, metric in zip(axes[1:], PANELS, strict=True):
         panel.set_yticks(range(len(systems)), list(systems) if panel is axes[1] else [""] * len(systems))
         panel.invert_yaxis()
-        unit = METRICS[metric].unit
-        panel.set_title(METRICS[metric].label + (f", {unit}" if unit else ""))
+        panel.set_title(METRICS[metric].title)
         panel.grid(axis="x", alpha=0.3)
     figure.canvas.draw()  # now points have their places on the page
     _name_points(axes[0], named)

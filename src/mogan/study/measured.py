@@ -80,7 +80,7 @@ def records(folder: Path, results: Path) -> list[Record]:
     """Values and features of a folder's clips, from the file that the evaluation kept."""
     from mogan.evaluation.records import measured
 
-    found = measured([read_folder(folder, folder.name)], [results.with_suffix(".clips.jsonl")], quick=True)[0]
+    found = measured(read_folder(folder, folder.name), results.with_suffix(".clips.jsonl"))
     if broken := [record["error"] for record in found if "error" in record]:
         raise UserError(f"{broken[0]}; remove it, and the .done file of the job that made it, and run this again")
     return found

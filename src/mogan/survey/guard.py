@@ -77,17 +77,17 @@ class RateLimit:
         self.per_second = per_second
         self.buckets: OrderedDict[str, tuple[float, float]] = OrderedDict()
 
-    def spend(self, key: str, cost: float = 1.0) -> None:
-        """Take ``cost`` or raise 429 with the seconds to wait."""
+    def spend(self, key: str) -> None:
+        """Count a request, or raise 429 with the seconds to wait."""
         now = time.monotonic()
         left, then = self.buckets.pop(key, (self.burst, now))
         left = min(self.burst, left + (now - then) * self.per_second)
-        allowed = left >= cost
-        self.buckets[key] = (left - cost if allowed else left, now)
+        allowed = left >= 1
+        self.buckets[key] = (left - 1 if allowed else left, now)
         if len(self.buckets) > 20_000:
             self.buckets.popitem(last=False)
         if not allowed:
-            wait = str(max(1, round((cost - left) / self.per_second)))
+            wait = str(max(1, round((1 - left) / self.per_second)))
             raise HTTPException(429, "Too many requests: wait a moment.", {"retry-after": wait})
 
 

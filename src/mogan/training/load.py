@@ -63,18 +63,13 @@ def load(
     _check_clips(config, cache, folder)
     _check_given(config, cache, prompts)
     _check_captions(config, cache, prompts)
-    dtype = dtype_of(config, world.device)
+    dtype = wan.dtype_of(config.precision, world.device)
     vae = wan.load_vae(folder, dtype).to(world.device)
     vae = in_pieces(vae) if config.offload else vae
     encode, (frozen, held) = _text_encoder(cache, folder, world), _frozen_weights(config, dtype, world)
     return Base(
         config, cache, world, folder, start, adapters_of, size, shape, dtype, vae, encode, frozen, held, prompts
     )
-
-
-def dtype_of(config: Config, device: torch.device) -> torch.dtype:
-    """Networks compute in it: bf16 where the hardware is fast at it, unless the config says."""
-    return wan.dtype_of(config.precision, device)
 
 
 def find_models(config: Config, model: str, student: str | None) -> tuple[Path, Path, Path | None]:

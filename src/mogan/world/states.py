@@ -14,31 +14,31 @@ STATES = {"idle": "still", "listening": "rotating", "speaking": "bouncing"}  # a
 CHANGES = (1, 5, 9, 13)  # frames with which a latent begins
 
 
-def make_state_scene(seed: int, index: int, *, frames: int = FRAMES, size: int = SIZE) -> tuple[Scene, str, int]:
+def make_state_scene(seed: int, index: int) -> tuple[Scene, str, int]:
     """A scene, the state it ends in, and the frame from which it is in that: half of the clips take it up on their way."""
-    rng = np.random.default_rng([seed, index, frames, size, 7])
-    names, scale = sorted(STATES), size / SIZE
+    rng = np.random.default_rng([seed, index, FRAMES, SIZE, 7])
+    names = sorted(STATES)
     state = str(rng.choice(names))
-    since = int(rng.choice([c for c in CHANGES if c < frames])) if rng.random() < 0.5 else 0
+    since = int(rng.choice(CHANGES)) if rng.random() < 0.5 else 0
     before = str(rng.choice([name for name in names if name != state])) if since else state
     (_, low, high) = SPEEDS["rich"][0]
-    speed, radius = rng.uniform(low, high) * scale, rng.uniform(9, 13) * scale
-    states = [before if frame < since else state for frame in range(frames)]
-    centres, angles = poses(rng, states, speed, radius, size)
+    speed, radius = rng.uniform(low, high), rng.uniform(9, 13)
+    states = [before if frame < since else state for frame in range(FRAMES)]
+    centres, angles = poses(rng, states, speed, radius, SIZE)
     colour, shape, kind = str(rng.choice(list(COLOURS))), str(rng.choice(SHAPES)), STATES[state]
     sprite = Sprite(shape, colour, float(radius), kind, "", centres, angles)
-    still = np.zeros((frames, 2))
+    still = np.zeros((FRAMES, 2))
     scene = Scene(
         seed,
         index,
         kind,
-        speed / scale,
+        speed,
         f"a {colour} {shape}",
-        size,
-        frames,
+        SIZE,
+        FRAMES,
         (sprite,),
         still,
-        *surroundings(rng, scale),
+        *surroundings(rng, 1.0),
     )
     return scene, state, since
 
