@@ -37,7 +37,7 @@ class Tracer:
         checkpointing: activations are recomputed in the backward pass.
         dtype: networks compute in it.
         offload: as :attr:`mogan.config.Config.offload`.
-        given: latent frames that are given at level 0: every token then has a level, and what modulates it, of its own.
+        given: latent frames that are given at level 0: every frame then has a level of its own.
     """
 
     def __init__(

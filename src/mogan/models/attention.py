@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
 from mogan.models.conditions import blocks_of
+from mogan.models.frame_levels import apart, whole
 
 TEXT_LENGTH = 512  # WanPipeline pads every prompt to this many tokens and attends to the padding
 
@@ -64,6 +65,8 @@ class FoldedPadding:
         self, attn, hidden_states: Tensor, key: Tensor, value: Tensor, picture: tuple[Tensor, Tensor] | None = None
     ) -> Tensor:
         """Attention to them, and to keys and values of a picture by itself; what is found is added."""
+        frames = len(hidden_states) // len(key)
+        hidden_states = whole(hidden_states, frames)
         query = _by_head(attn, attn.norm_q(attn.to_q(hidden_states)))
         bias, length = None, key.shape[2]
         if length < TEXT_LENGTH:
@@ -74,7 +77,7 @@ class FoldedPadding:
             out = F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
             if picture is not None:
                 out = out + F.scaled_dot_product_attention(query, *picture)
-        out = out.transpose(1, 2).flatten(2, 3).type_as(query)
+        out = apart(out.transpose(1, 2).flatten(2, 3).type_as(query), frames)
         return attn.to_out[1](attn.to_out[0](out))
 
 
@@ -90,10 +93,12 @@ class SelfAttention(WanAttnProcessor):
         super().__init__()
         self.products = products
 
-    def __call__(self, *args, **kwargs) -> Tensor:
-        """Same contract as ``WanAttnProcessor``."""
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None) -> Tensor:
+        """Same contract as ``WanAttnProcessor``, but that frames may come side by side (:mod:`mogan.models.frame_levels`)."""
+        frames = rotary_emb[0].shape[1] // hidden_states.shape[1]
+        clip = whole(hidden_states, frames)
         with self.products():
-            return super().__call__(*args, **kwargs)
+            return apart(super().__call__(attn, clip, encoder_hidden_states, attention_mask, rotary_emb), frames)
 
 
 class _Fp32Attention(TorchFunctionMode):

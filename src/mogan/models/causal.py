@@ -2,7 +2,8 @@
 
 As Self-Forcing (arXiv 2506.08009) and CausVid (arXiv 2412.07772) have it; nothing of the weights changes, not even a name.
 Three things of the stock class carry it: what its ``rope`` returns reaches the self-attention of every block untouched, so a
-:class:`View` of the past goes that way; a level may be one per token; frames meet in self-attention alone.
+:class:`View` of the past goes that way; all else is done to each token by itself, so that every frame may have a level; frames meet
+in self-attention alone.
 """
 
 from collections.abc import Iterator, Sequence
@@ -20,6 +21,7 @@ from mogan.models.attention import FoldedPadding, SelfAttention
 from mogan.models.causal_cache import FULL, KV, Cache, Causal, Policy, Words
 from mogan.models.conditions import animates
 from mogan.models.denoiser import Denoiser
+from mogan.models.frame_levels import apart, whole
 from mogan.models.sight import Sight, block_causal, flex_attention_on, flex_masked, teacher_forcing
 from mogan.schedule import velocity_to_x0
 
@@ -105,6 +107,8 @@ class CausalAttention(SelfAttention):
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None):
         """Same contract as ``WanAttnProcessor``, but that ``rotary_emb`` is a :class:`View`."""
         view = rotary_emb
+        frames = view.q_cos.shape[1] // hidden_states.shape[1]
+        hidden_states = whole(hidden_states, frames)
         query, key = attn.norm_q(attn.to_q(hidden_states)), attn.norm_k(attn.to_k(hidden_states))
         query, key, value = (x.unflatten(2, (attn.heads, -1)) for x in (query, key, attn.to_v(hidden_states)))
         if view.store is not None:
@@ -116,7 +120,7 @@ class CausalAttention(SelfAttention):
         query, key = _rotate(query, view.q_cos, view.q_sin), _rotate(key, view.k_cos, view.k_sin)
         with self.products():
             out = self._masked(query, key, value, view.sight) if view.sight else self._attend(query, key, value)
-        out = out.flatten(2, 3).type_as(query)
+        out = apart(out.flatten(2, 3).type_as(query), frames)
         return attn.to_out[1](attn.to_out[0](out))
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ L text tokens, D width.
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from mogan.errors import UserError
 from mogan.models.attention import TEXT_LENGTH
 from mogan.models.conditions import animates, conditioned, parted
+from mogan.models.frame_levels import by_frame, frames_of, takes_frames, whole
 from mogan.models.step_condition import is_told
 from mogan.schedule import broadcast, velocity_to_x0
 
@@ -109,7 +111,10 @@ class Denoiser(nn.Module):
         if self.told:
             sigma = torch.cat([sigma, sigma if to is None else torch.full_like(sigma, to)])
         timestep = 1000.0 * sigma  # exact: no table look-up
-        if timestep.ndim == 2:
+        call: Any = partial(transformer, return_dict=False)
+        if timestep.ndim == 2 and not self.told and takes_frames(transformer):
+            call = partial(by_frame, transformer)
+        elif timestep.ndim == 2:
             patch_f, patch_h, patch_w = transformer.config.patch_size
             tokens = (x_BCFHW.shape[-2] // patch_h) * (x_BCFHW.shape[-1] // patch_w)
             timestep = timestep[:, ::patch_f].repeat_interleave(tokens, dim=1)
@@ -121,7 +126,7 @@ class Denoiser(nn.Module):
         if picture is not None:  # what comes before 512 rows of text
             text, more = F.pad(text, (0, 0, 0, TEXT_LENGTH - text.shape[1])), {"encoder_hidden_states_image": picture}
         with torch.autocast(x_BCFHW.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            out = transformer(x_BCFHW, timestep, text, return_dict=False, **more)[0]
+            out = call(x_BCFHW, timestep, text, **more)[0]
         return out.float()
 
     def forward(self, x_BCFHW: Tensor, sigma: Tensor, text_BLD: Tensor, to: float | None = None) -> Tensor:
@@ -210,9 +215,13 @@ def compile_blocks(transformers: Iterable[Any], device: torch.device) -> None:
 
 @contextmanager
 def taps(blocks: nn.ModuleList, at: Sequence[int]) -> Iterator[list[Tensor]]:
-    """Collect the outputs of ``blocks[i]`` for ``i`` in ``at`` (ascending), of calls inside the ``with`` block."""
+    """Collect the outputs ``(B, L, D)`` of ``blocks[i]`` for ``i`` in ``at`` (ascending), of calls inside the ``with`` block."""
     features: list[Tensor] = []
-    handles = [blocks[i].register_forward_hook(lambda module, args, out: features.append(out)) for i in at]
+
+    def keep(module: nn.Module, args: tuple, out: Tensor) -> None:
+        features.append(whole(out, frames_of(blocks)))
+
+    handles = [blocks[i].register_forward_hook(keep) for i in at]
     try:
         yield features
     finally:

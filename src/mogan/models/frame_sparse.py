@@ -24,6 +24,7 @@ from torch.overrides import TorchFunctionMode
 from mogan.disk.files import read_json, write_atomically
 from mogan.errors import UserError
 from mogan.models.attention import SelfAttention
+from mogan.models.frame_levels import frames_of
 
 Attend = Callable[..., Tensor]
 FILE = "frame_sparse.json"  # in the folder of a transformer's weights
@@ -247,7 +248,7 @@ class _OfLength:
 
     def __call__(self, transformer: Any, args: tuple, kwargs: dict) -> None:
         clip: Tensor = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-        self.mask.require(clip.shape[2] // transformer.config.patch_size[0])
+        self.mask.require(frames_of(transformer.blocks) * clip.shape[2] // transformer.config.patch_size[0])
 
 
 @contextmanager
