@@ -204,6 +204,22 @@ def test_one_voice_speaks_pauses_and_is_idle_and_two_take_turns(tmp_path):
     assert [state_of_sound(stereo, k, k + 1) for k in range(3)] == ["speaking", "listening", "idle"]
 
 
+def test_whole_clips_are_sampled_in_a_state(folder, tmp_path, capsys):
+    (tmp_path / "prompts.txt").write_text("a red circle\n")
+    ask = ["sample", "--model", str(folder / "student"), "--prompts", str(tmp_path / "prompts.txt"), "--out"]
+    found = {}
+    for name in (None, "idle", "speaking"):
+        out = tmp_path / str(name)
+        assert main([*ask, str(out), *(["--state", name] if name else [])]) == 0
+        found[name] = (out / "a red circle-0.mp4").read_bytes()
+        assert json.loads((out / "samples.jsonl").read_text()).get("state") == name
+    assert len(set(found.values())) == 3
+    assert main([*ask, str(tmp_path / "idle"), "--state", "speaking"]) == 2  # a folder is one way of sampling
+    capsys.readouterr()
+    assert main([*ask, str(tmp_path / "other"), "--state", "asleep"]) == 2
+    assert "knows idle, listening, speaking" in capsys.readouterr().err
+
+
 def test_what_is_no_sound_or_of_a_student_without_states_is_refused(folder, tmp_path):
     (tmp_path / "no.wav").write_text("no")
     lists = {"ffconcat.wav": f"ffconcat version 1.0\nfile '{tmp_path / 'a.wav'}'\n", "m3u.wav": "#EXTM3U\na.wav\n"}

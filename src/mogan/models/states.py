@@ -55,6 +55,14 @@ def detach_states(transformer: Any) -> dict[str, Tensor]:
     return rows
 
 
+def known(state: object, states: tuple[str, ...], where: str) -> str | None:
+    """A state that a student knows, or none. Raises UserError."""
+    if state is not None and state not in states:
+        has = f"knows {', '.join(states)}" if states else "knows no states: train one with states, such as llia_lab"
+        raise UserError(f"{where} asks for the state {state!r}, and the student {has}")
+    return state if isinstance(state, str) else None
+
+
 def told(text_LD: Float[Tensor, "l d"], state: str | None, names: tuple[str, ...]) -> Float[Tensor, "l2 d2"]:
     """A text and its state, or none, for a network that reads ``names``: ``(L + 1, D + K)``, or ``(L, D + K)``."""
     if not names:

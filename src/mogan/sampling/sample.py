@@ -23,7 +23,7 @@ from mogan.disk.files import writable_folder
 from mogan.disk.locks import alone_in
 from mogan.disk.shards import share_of
 from mogan.errors import UserError, goes_with
-from mogan.models import attention, wan
+from mogan.models import attention, states, wan
 from mogan.models.conditions import conditioned, encode_control, encode_first_frame, nothing_shown
 from mogan.models.defaults import Defaults
 from mogan.models.denoiser import Denoiser
@@ -53,6 +53,7 @@ def sample(
     motion_ratio: float = 0.5,
     first_frames: Path | None = None,
     controls: Path | None = None,
+    state: str | None = None,
     batch: int | None = None,
     limit: int | None = None,
     shard: str | None = None,
@@ -86,6 +87,7 @@ def sample(
             Euler steps at its own levels, a causal student chunk by chunk.
         controls: of a VACE, a cache made with `mogan prepare --controls`: every prompt is the caption of one of its clips and is made
             under that clip's control and reference pictures. Without it a VACE makes clips from text.
+        state: of a student that is told states (LLIA): what all clips are in; without it they are in none.
         batch: clips made at once; by default as many as fit into the pixels of one clip of 81 x 480 x 832, at most 16.
             They are decoded one after the other.
         limit: use only so many prompts.
@@ -123,6 +125,7 @@ def sample(
     how |= {"first_frames": str(first_frames)} if first_frames else {}
     how |= _guidance_told(guided) if by_level and guided.guidance != 1 else {}
     how |= {"controls": str(controls)} if controls else {"controls": "of its task"} if under_tasks else {}
+    how |= {} if states.known(state, source.states, "--state") is None else {"state": state}
     starts = clip_of_prompts(first_frames, lines[:limit]) if first_frames else None
     about_all = {"system": out.name, "fps": source.geometry.fps, **how, "weights": source.mark()}
     about_all["prompts_sha256"] = list_sha
@@ -133,7 +136,7 @@ def sample(
             jobs,
             about_all,
             batch or clips_at_once(source.geometry),
-            lambda todo: _maker(source, as_teacher, guided, starts, todo, target, precision, shown),
+            lambda todo: _maker(source, as_teacher, guided, starts, todo, target, precision, shown, state),
         )
 
 
@@ -251,14 +254,17 @@ def _maker(
     device: torch.device,
     precision: str,
     shown: Cache | None,
+    state: str | None,
 ) -> Callable[[list[Job]], list[Iterator[np.ndarray]]]:
     """Load a generator's networks; what comes back makes the clips of a few jobs at once, each as a stream of frames."""
     nulls = [guided.negative_prompt] if teacher is not None or starts is not None else []
     nulls += [""] if teacher is not None and teacher.motion is not None else []
     text_of = encode_each(prompts + nulls, source.folder, device)
 
-    def stacked(*prompts: str) -> Tensor:
-        return attention.stack_text([text_of[prompt] for prompt in prompts], device)
+    names = () if state is None else source.states
+
+    def stacked(*prompts: str, told_state: str | None = None) -> Tensor:
+        return attention.stack_text([states.told(text_of[prompt], told_state, names) for prompt in prompts], device)
 
     dtype = wan.dtype_of(precision, device, few_steps=teacher is None)
     vae = wan.load_vae(source.folder, dtype).to(device)
@@ -282,7 +288,7 @@ def _maker(
         control, picture = told(jobs)
         references = 0 if control is None else control.shape[2] - shape[1]
         whole = (shape[0], shape[1] + references, *shape[2:])
-        text = conditioned(stacked(*(job.prompt for job in jobs)), control, picture)
+        text = conditioned(stacked(*(job.prompt for job in jobs), told_state=state), control, picture)
         numbers = [job.seed for job in jobs]
         if teacher is not None:
             latents = sample_teacher(

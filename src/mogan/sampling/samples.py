@@ -13,7 +13,7 @@ from mogan.errors import UserError
 NAME = "samples.jsonl"
 Record = dict[str, Any]
 HOW = (
-    "first_frames", "controls", "sigmas", "steps", "guidance", "shift", "negative_prompt", "solver", "flowmo", "motion", "motion_ratio",
+    "first_frames", "controls", "state", "sigmas", "steps", "guidance", "shift", "negative_prompt", "solver", "flowmo", "motion", "motion_ratio",
 )  # fmt: skip
 WAY = ("prompt", "index", "seed", "fps", "task", "kind", "control", "mask", "clip", "references", *HOW)
 UNSAID = {"negative_prompt": ""}  # what lists mean that were written before it was noted

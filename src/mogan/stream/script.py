@@ -11,6 +11,7 @@ from torch import Tensor
 from mogan.data.lists import read_text, whole
 from mogan.disk.files import from_json
 from mogan.errors import UserError
+from mogan.models.states import known
 from mogan.stream.engine import Studio, checked
 from mogan.stream.sound import RATE, STATES, read_sound, state_of_sound, voiced
 
@@ -52,14 +53,6 @@ def follow_sound(path: Path, states: tuple[str, ...]) -> tuple[When, float]:
     sound = read_sound(path)
     heard = [voiced(channel) for channel in sound]
     return (lambda start, stop: (None, state_of_sound(sound, start, stop, heard))), sound.shape[1] / RATE
-
-
-def known(state: object, states: tuple[str, ...], where: str) -> str | None:
-    """A state that a student knows, or none. Raises UserError."""
-    if state is not None and state not in states:
-        has = f"knows {', '.join(states)}" if states else "knows no states: train one with states, such as llia_lab"
-        raise UserError(f"{where} asks for the state {state!r}, and the student {has}")
-    return state if isinstance(state, str) else None
 
 
 @dataclass(frozen=True)
