@@ -29,20 +29,20 @@ COMMANDS = {
     "sample": ("mogan.sampling.sample:sample", "prompts and seeds -> folders of mp4"),
     "stream": (
         "mogan.stream.command:stream",
-        "watch what a causal student makes while it makes it, or write it to a file",
+        "stream a causal student's frames to a page or a file",
     ),
     "trajectories": ("mogan.sampling.trajectories:trajectories", "prompts -> a teacher's paths from noise to clip"),
     "attention": (
         "mogan.sampling.frame_attention:attention",
-        "where a model's attention goes, frame by frame, and what leaving most of it out would cost",
+        "measure attention between frames, and the error of a sparse one",
     ),
     "tiles": (
         "mogan.exchange.tiles:tiles",
-        "what mogan attention measured -> a model whose blocks see few frames: frame-sparse attention",
+        "what mogan attention measured -> a model with frame-sparse attention",
     ),
     "vace": (
         "mogan.exchange.vace:vace",
-        "a text-to-video model -> one that reads controls, and so far makes the same clips",
+        "a text-to-video model -> a VACE, to be fine-tuned on controls",
     ),
     "evaluate": ("mogan.evaluation.evaluate:evaluate", "folders of clips -> results.json"),
     "vbench": ("mogan.evaluation.vbench:vbench", "check that a folder holds every clip VBench wants, by name"),
