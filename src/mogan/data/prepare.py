@@ -19,7 +19,7 @@ from mogan.data.folder import claimed_by_work_alone
 from mogan.data.lists import SUFFIXES, whole
 from mogan.data.prepare_clips import Summary, prepare_clips
 from mogan.data.prepare_prompts import prepare_prompts
-from mogan.data.tokens import load_tokens
+from mogan.data.tokens import Tokens, load_tokens
 from mogan.disk.files import writable_folder
 from mogan.disk.locks import alone_in
 from mogan.errors import UserError
@@ -120,10 +120,7 @@ def prepare(
     tokens = load_tokens(folder)
     text_facts = {"model": model} | {part: wan.fingerprint(folder, part) for part in ("text_encoder", "tokenizer")}
     if _is_list(source):
-        writable_folder(out)
-        with alone_in(out):
-            count = prepare_prompts(source, out, text_facts, lambda p: text()(p), extra_prompts, tokens)
-        print(f"{count} prompts cached in {out}")
+        _prepare_list(source, out, text_facts, lambda prompts: text()(prompts), extra_prompts, tokens)
         return
     geometry = _geometry(wan.geometry(folder), fps=fps, height=height, width=width, frames=frames)
     wan.latent_shape(folder, geometry)  # some models want larger multiples
@@ -167,6 +164,20 @@ def _refuse_given(prompts: Path, of_videos: dict[str, Any]) -> None:
         raise UserError(
             f"{given[0]} is of videos, and {prompts} is a list of prompts: leave it out, or give a folder of videos"
         )
+
+
+def _prepare_list(
+    prompts: Path,
+    out: Path,
+    facts: dict[str, str],
+    encode: Callable[[list[str]], list[Tensor]],
+    extra: tuple[str, ...],
+    tokens: Tokens,
+) -> None:
+    writable_folder(out)
+    with alone_in(out):
+        count = prepare_prompts(prompts, out, facts, encode, extra, tokens)
+    print(f"{count} prompts cached in {out}")
 
 
 def _loaded_when_needed(name: str, device: torch.device) -> FlowEstimator:

@@ -89,13 +89,14 @@ class ASDConfig:
         return Price(bills, price.kept)
 
 
+@dataclass(eq=False)
 class ASD:
     """``softplus(D_n(more) - D_n(made))`` for the student, its mirror and R1, R2 for the critic (L_ASD; the relativistic pair).
 
     ``made`` is the roll-out that is judged, of n steps; ``more`` one of n + 1, without gradient, from noise of its own. Both are
     noised, each to a level of its own. In all of its steps the student has nobody above it, and the loss is 0.
 
-    Args:
+    Attributes:
         student: the network being trained.
         kind: of roll-outs, for all numbers of steps.
         sigmas: the student's levels.
@@ -103,15 +104,11 @@ class ASD:
         settings: weights.
     """
 
-    def __init__(
-        self,
-        student: CausalDenoiser,
-        kind: Chunked,
-        sigmas: tuple[float, ...],
-        pair: Relativistic,
-        settings: ASDConfig,
-    ):
-        self.student, self.kind, self.sigmas, self.pair, self.settings = student, kind, sigmas, pair, settings
+    student: CausalDenoiser
+    kind: Chunked
+    sigmas: tuple[float, ...]
+    pair: Relativistic
+    settings: ASDConfig
 
     @torch.no_grad()
     def one_step_more(self, rollout: Rollout, generator: Randomness) -> Tensor:
