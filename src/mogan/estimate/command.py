@@ -18,7 +18,7 @@ GB = 1e9
 
 
 def estimate(
-    recipe: Annotated[str, tyro.conf.Positional],
+    recipe: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RECIPE")],
     *,
     gpu: str = "h200",
     gpus: int = 1,

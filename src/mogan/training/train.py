@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import tyro
@@ -37,7 +37,7 @@ def _slower(config: Config, lr: float) -> dict[str, Optimizer]:
 
 
 def train(
-    recipe: tyro.conf.Positional[str],
+    recipe: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RECIPE")],
     *,
     data: Path,
     out: Path,
@@ -61,7 +61,7 @@ def train(
     context_parallel: int = 1,
     dry_run: bool = False,
 ) -> None:
-    """Train a recipe on a cache; the same command again goes on where it stopped.
+    """Train a recipe on a cache; the same command again resumes where it stopped.
 
     Args:
         recipe: a name such as mogan_lab, dmd_lab, flow_matching_lab, shift_lab, mogan_wan_1_3b, mogan_lab_no_dmd (an ablation), or
