@@ -84,7 +84,21 @@ def test_a_damaged_line_of_the_index_is_named(garbage, cache, tmp_path):
         open_cache(own)
 
 
-@pytest.mark.parametrize("facts", [{}, {"version": 1}, {"version": 1, "contents": ["clips"]}])
+def test_a_clip_that_the_index_names_twice_is_refused(cache, tmp_path):
+    own = shutil.copytree(cache, tmp_path / "cache")
+    first = (own / "index.jsonl").read_bytes().splitlines(keepends=True)[0]
+    with (own / "index.jsonl").open("ab") as file:
+        file.write(first)
+    with pytest.raises(
+        UserError, match=r"index\.jsonl line 9 names what line 1 names: run the same `mogan prepare` again"
+    ):
+        open_cache(own)
+
+
+@pytest.mark.parametrize(
+    "facts",
+    [{}, {"version": 1}, {"version": 1, "contents": ["clips"]}, {"version": 1, "contents": "clips", "flow_name": 3}],
+)
 def test_a_cache_that_does_not_say_what_it_holds_is_named(facts, cache, tmp_path):
     own = shutil.copytree(cache, tmp_path / "cache")
     (own / "cache.json").write_text(json.dumps({"format": "mogan-cache"} | facts))

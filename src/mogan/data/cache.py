@@ -205,7 +205,8 @@ def _command(facts: dict) -> str:
 
 def _read_index(path: Path, command: str) -> list[dict]:
     """Entries of ``index.jsonl``; captions may hold other ends of lines than a line feed."""
-    found = []
+    found: list[dict] = []
+    seen: dict[str, int] = {}
     for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
         if not line:
             continue
@@ -216,6 +217,10 @@ def _read_index(path: Path, command: str) -> list[dict]:
             good = False
         if not good:
             raise UserError(f"{path} line {number} is damaged: run the same `{command}` again, it writes the file anew")
+        if (first := seen.setdefault(entry["id"], number)) != number:  # it would be drawn twice as often as the others
+            raise UserError(
+                f"{path} line {number} names what line {first} names: run the same `{command}` again, it writes the file anew"
+            )
         found.append(entry)
     return found
 
@@ -239,7 +244,7 @@ def read_facts(path: Path) -> dict | None:
         raise UserError(
             f"{path} is a cache of version {facts.get('version')}, this is {VERSION}: prepare it again elsewhere"
         )
-    if FACTS.get(str(facts.get("contents"))) != file.name:
+    if FACTS.get(str(facts.get("contents"))) != file.name or not isinstance(facts.get("flow_name"), str | None):
         raise UserError(
             f"{file} is damaged (it does not say what the cache holds): put back a copy, or prepare elsewhere"
         )
