@@ -364,12 +364,13 @@ def test_a_port_in_use_is_one_sentence(folder):
 
 def test_votes_that_cannot_be_kept_are_said_before_anybody_comes(folder):
     (folder / "votes.sqlite").mkdir()
-    with pytest.raises(UserError, match=r"votes.sqlite cannot be opened .*give a folder on a local disk"):
+    with pytest.raises(UserError, match=r"votes.sqlite cannot be opened .*move it away to start again"):
         serve(folder, port=0)
     (folder / "votes.sqlite").rmdir()
-    (folder / "votes.sqlite").write_bytes(b"something else" * 100)
-    with pytest.raises(UserError, match=r"votes.sqlite cannot be opened"):
-        serve(folder, port=0)
+    for damaged in (b"something else" * 100, b"SQLite format 3\0" + b"x" * 50):
+        (folder / "votes.sqlite").write_bytes(damaged)
+        with pytest.raises(UserError, match=r"votes.sqlite cannot be opened .*restore it from a copy"):
+            serve(folder, port=0)
 
 
 def test_a_folder_that_is_no_survey_is_one_sentence(tmp_path):

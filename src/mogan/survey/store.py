@@ -196,9 +196,13 @@ def connect(path: Path) -> sqlite3.Connection:
 
 
 def _unusable(path: Path, error: sqlite3.Error) -> UserError:
-    return UserError(
-        f"{path} cannot be opened ({error}): give a folder on a local disk with space that you may write to."
+    damaged = getattr(error, "sqlite_errorname", "").startswith(("SQLITE_NOTADB", "SQLITE_CORRUPT"))
+    advice = (
+        "restore it from a copy, or move it away to start again"
+        if damaged or path.is_dir()
+        else "give a folder on a local disk with space that you may write to"
     )
+    return UserError(f"{path} cannot be opened ({error}): {advice}.")
 
 
 def link_token(survey: Survey, rater: str) -> str:
