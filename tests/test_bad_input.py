@@ -115,6 +115,17 @@ def test_a_download_that_broke_off_is_named_with_its_part(part, model, cache, tm
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
+def test_a_part_without_its_folder_or_files_is_named_and_no_hub(model):
+    for path in (model / "tokenizer").iterdir():
+        path.unlink()
+    with pytest.raises(UserError, match=r"tokenizer cannot be read") as told:
+        load_text(model)
+    assert "huggingface" not in str(told.value)
+    (model / "tokenizer").rmdir()
+    with pytest.raises(UserError, match="has no tokenizer"):
+        load_text(model)
+
+
 def test_a_shard_that_is_missing_is_named(model):
     transformer = load_transformer(model)
     shutil.rmtree(model / "transformer")

@@ -52,6 +52,15 @@ def twin(base: Any) -> Any:
     return copy.deepcopy(base, {id(t): t for t in (*base.parameters(), *base.buffers())})
 
 
+def check_rank(rank: int, transformer: Mapping[str, Any]) -> None:
+    """Refuse a rank above the width of a transformer, by its config. Raises UserError."""
+    width = transformer["num_attention_heads"] * transformer["attention_head_dim"]
+    if rank > width:
+        raise UserError(
+            f"adapters of rank {rank} are larger than what they adapt, matrices of {width} rows: give --lora {width} or less"
+        )
+
+
 def adapted(base: Any, rank: int, seed: int, told: bool = False) -> Any:
     """A second module tree over the frozen parameters of ``base``, with trainable fp32 adapters that start at nothing.
 
@@ -66,11 +75,7 @@ def adapted(base: Any, rank: int, seed: int, told: bool = False) -> Any:
     """
     from peft import LoraConfig
 
-    width = base.config.num_attention_heads * base.config.attention_head_dim
-    if rank > width:
-        raise UserError(
-            f"adapters of rank {rank} are larger than what they adapt, matrices of {width} rows: give --lora {width} or less"
-        )
+    check_rank(rank, base.config)
     tree = tell_steps(twin(base)) if told else twin(base)
     torch.manual_seed(seed)
     tree.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=TARGETS))

@@ -241,10 +241,14 @@ def _from_pretrained(kind, model: Path, part: str, dtype: torch.dtype):
 @contextmanager
 def _readable(part: Path) -> Iterator[None]:
     """What diffusers and transformers say of a file that is missing or cut short, each in its own way, as one sentence."""
+    if not part.is_dir():
+        raise UserError(f"{part.parent} has no {part.name}: is it a complete diffusers folder of a Wan model?")
     try:
         yield
     except (OSError, ValueError, SafetensorError) as error:
         why = " ".join(str(error).split())
+        if "huggingface.co" in why:  # where transformers would look for a file that is not there
+            why = "a file is not there"
         raise UserError(
             f"{part} cannot be read ({type(error).__name__}: {why[:200]}): a file is missing or was cut short, get it again"
         ) from error
