@@ -10,7 +10,6 @@ from mogan.costs.causal import chunks, roll_out_calls
 from mogan.costs.machines import GPUS_PER_NODE, REACHED_LINK, Machine, usable
 from mogan.errors import UserError
 from mogan.estimate.beside import Beside, beside, sampling, text_encoder_bytes
-from mogan.models.lora import check_rank
 from mogan.objectives import Bill, Kept, Price
 from mogan.sampling.rollout import FewStep
 
@@ -241,7 +240,6 @@ def _share(config: Config, updates: Sequence[Update]) -> float:
 def _networks(
     config: Config, prices: Mapping[str, Price], tracer: Tracer, gpus: int, lora: int | None
 ) -> tuple[Network, ...]:
-    check_rank(lora or 0, tracer.shapes.transformer)
     one, rank, told = tracer.parameters["transformer"], lora or 0, int(config.told)
     of_student = 1 if config.boundary is None and tracer.shapes.boundary is None else 2  # experts
     layers = round((one - tracer.parameters["rest"]) / tracer.parameters["block"])
