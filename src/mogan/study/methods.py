@@ -56,7 +56,7 @@ def _few_steps() -> tuple[Column, ...]:
     short, long = (replace(column, against=alike) for column in (replace(DMD, iterations=440), DMD_LONG))
     return (
         replace(long, name="redmd", about="3 steps, DMD, then weighted by motion", recipe="redmd_lab"),
-        replace(short, name="vdot", about="3 steps, transport and DMD", recipe="vdot_lab"),
+        replace(short, name="vdot", about="3 steps, transport, DMD and a GAN", recipe="vdot_lab", data="cache"),
         replace(short, name="tdm", about="4 steps of one student for 1, 2 and 4", recipe="tdm_lab", calls=4),
         replace(short, name="phased", about="4 steps, two experts", recipe=HERE + "phased", keeps=(), calls=4),
         Column(
