@@ -617,3 +617,8 @@ def test_a_network_without_a_bill_is_named():
     dmd = Forgetful(**{f.name: getattr(config.objectives["dmd"], f.name) for f in fields(DMDConfig)})
     with pytest.raises(UserError, match="dmd has a lesson for fake_score and no bill"):
         price(replace(config, objectives={"dmd": dmd}))
+
+
+def test_adapters_wider_than_the_network_are_not_priced(capsys):
+    assert main(["estimate", "dmd_lab", "--lora", "200"]) == 2
+    assert "matrices of 128 rows: give --lora 128 or less" in capsys.readouterr().err

@@ -63,9 +63,8 @@ def estimate(
     config = find_recipe(recipe)
     if gpus > 1 and config.alone:
         raise UserError(f"{config.alone}: leave out --gpus, or estimate another recipe")
-    price = pricing(
-        config, model, MACHINES[gpu], frames=frames, height=height, width=width, clips=clips, references=references
-    )
+    size = {"frames": frames, "height": height, "width": width}
+    price = pricing(config, model, MACHINES[gpu], **size, clips=clips, references=references, lora=lora)
     found = price(config, gpus, lora)
     changes = () if found.fits else advise(config, gpus, lora, price)
     if json_output:

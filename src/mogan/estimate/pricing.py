@@ -11,6 +11,7 @@ from mogan.costs.machines import Machine
 from mogan.costs.shapes import PUBLISHED, read_shapes, resized, sparse
 from mogan.errors import UserError
 from mogan.estimate.predict import Estimate, predict
+from mogan.models.lora import check_rank
 
 
 def pricing(
@@ -23,10 +24,17 @@ def pricing(
     width: int | None = None,
     clips: int = 15000,
     references: tuple[int, ...] = (),
+    lora: int | None = None,
 ):
-    """A function ``(config, gpus, lora) -> Estimate`` that traces each variant of the networks once."""
+    """A function ``(config, gpus, lora) -> Estimate`` that traces each variant of the networks once.
+
+    Raises:
+        UserError: the model cannot be had so: of ``lora``, the rank that is asked for, too.
+    """
     shapes = read_shapes(model or ("lab" if "_lab" in config.recipe else _own_model(config.recipe)))
     shapes = resized(shapes, frames=frames, height=height, width=width)
+    if lora is not None:
+        check_rank(lora, shapes.transformer)
     if references:
         shapes = sparse(shapes, references)
     if shapes.references is not None and config.causal is not None:

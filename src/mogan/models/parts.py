@@ -1,6 +1,7 @@
 """Whether the parts of a Wan's folder belong together, and to what is supported here; read from their configs alone."""
 
 import math
+from inspect import signature
 from pathlib import Path
 
 from diffusers import AnyFlowTransformer3DModel, AutoencoderKLWan, WanTransformer3DModel, WanVACETransformer3DModel
@@ -19,10 +20,17 @@ def check_parts(model: Path) -> None:
     for part, config in (("transformer", transformer), (LOW, low)):
         if config is not None:
             check_class(model, part, config, class_of(config))
+            _check_kinds(model, part, config, class_of(config))
             check_first_frame(model, config)
     check_experts(model, index, transformer, low)
     if vae is not None:
         check_class(model, "vae", vae, AutoencoderKLWan)
+        _check_kinds(model, "vae", vae, AutoencoderKLWan)
+        if vae.get("out_channels", 3) != 3 * (vae.get("patch_size") or 1) ** 2:
+            raise UserError(
+                f"{model}/vae/config.json has {vae.get('out_channels', 3)} out_channels in patches of {vae.get('patch_size')}, "
+                "which are no pictures of three colours: get the file again"
+            )
         channels = vae.get("z_dim", 16)
         if transformer is not None and transformer.get("out_channels", 16) != channels:
             raise UserError(
@@ -43,6 +51,30 @@ def check_parts(model: Path) -> None:
             f"{model}: the text encoder gives {text.get('d_model')} numbers per token and the transformer reads "
             f"{transformer.get('text_dim', 4096)}: they belong to different models, take both from one"
         )
+
+
+def _check_kinds(model: Path, part: str, config: dict, kind: type) -> None:
+    """Refuse settings that are not of the kind of diffusers' own: what comes of them is an error far away, or none."""
+    for name, parameter in signature(kind.__init__).parameters.items():  # type: ignore[misc]
+        value, own = config.get(name), parameter.default
+        if value is None or own is None or own is parameter.empty or _alike(value, own):
+            continue
+        raise UserError(
+            f"{model}/{part}/config.json has {value!r} for {name}, where a {kind.__name__} has such as {own!r}: get the file again"
+        )
+
+
+def _alike(value: object, own: object) -> bool:
+    """Whether a setting could stand for diffusers' own: of its type, whole numbers positive where that one is."""
+    if isinstance(own, (list, tuple)):
+        if not isinstance(value, (list, tuple)) or (isinstance(own, tuple) and len(value) != len(own)):
+            return False
+        return not own or all(_alike(one, own[0]) for one in value)
+    if isinstance(own, (bool, str)):
+        return isinstance(value, type(own))
+    if isinstance(value, bool) or not isinstance(value, int if isinstance(own, int) else (int, float)):
+        return False
+    return math.isfinite(value) and (isinstance(own, float) or value > 0 or own == 0)
 
 
 def _check_controls(model: Path, transformer: dict, vae: dict) -> None:
