@@ -123,6 +123,19 @@ def test_a_stopped_evaluation_goes_on_where_it_was(results, folders, tmp_path, m
         evaluate(folders, out=out, flow="dis")
 
 
+def test_kept_values_that_are_no_numbers_are_measured_again(tmp_path):
+    sound = dict.fromkeys(NEEDED) | {"values": {"cuts": 0.0, "lab_net": None}, "pair_scores": [1.5, None]}
+    path = tmp_path / "kept.jsonl"
+    rows = {
+        "sound": sound,
+        "nested": sound | {"pair_scores": [[1], [2, 3]]},
+        "huge": sound | {"values": {"cuts": 1e308}},
+        "words": sound | {"features": "x"},
+    }
+    path.write_text("\n".join(json.dumps({"key": key, "record": record}) for key, record in rows.items()))
+    assert [key for key in rows if Kept(path).get(key)] == ["sound"]
+
+
 def test_shards_share_the_work_and_the_command_without_one_finishes_it(results, folders, tmp_path, monkeypatch, capsys):
     out = tmp_path / "results.json"
     words = {"out": out, "flow": "farneback", "reference": folders[0]}

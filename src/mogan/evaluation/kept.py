@@ -11,6 +11,9 @@ from mogan.disk.locks import locked
 Record = dict[str, Any]
 NEEDED = {"sha256", "frames", "height", "width", "fps", "values", "pair_scores", "threshold", "features"}
 
+MEASURED = ("values", "pair_scores", "features", "video_features")
+LARGEST = 1e30  # of a measured number: sums of such overflow, and none is near it
+
 
 class Kept:
     """Values measured before, one JSON line each, by any number of processes; a torn or damaged line is not used."""
@@ -22,7 +25,7 @@ class Kept:
             for line in path.read_bytes().split(b"\n"):
                 try:
                     row = from_json(line)
-                    if NEEDED <= row["record"].keys():
+                    if NEEDED <= row["record"].keys() and all(map(_are_numbers, map(row["record"].get, MEASURED))):
                         self._found[row["key"]] = row["record"]
                 except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
                     continue
@@ -38,3 +41,11 @@ class Kept:
         with writing(self._path), self._path.open("a") as file, locked(file.fileno()):
             file.write("\n" * (file.seek(0, os.SEEK_END) > 0) + json.dumps({"key": key, "record": record}))
             file.flush()
+
+
+def _are_numbers(measured: Any) -> bool:
+    """Whether all that was measured is a number, or nothing; lists in its place would break far from here."""
+    if measured is None:
+        return True
+    found = measured.values() if isinstance(measured, dict) else measured
+    return all(one is None or (isinstance(one, (int, float)) and abs(one) < LARGEST) for one in found)
