@@ -182,6 +182,7 @@ def test_the_command_writes_numbers_and_a_picture(family, tmp_path, capsys):
     prompts.write_text("a red circle moving left\na blue square at rest\n")
     out = tmp_path / "out"
     words = ["attention", "--prompts", prompts, "--model", family / "student", "--out", out, "--levels", "0.7"]
+    words += ["--precision", "fp32"]
     assert main([str(w) for w in [*words, "--thresholds", "0", "1e9"]]) == 0
     facts = json.loads((out / "attention.json").read_text())
     blocks = facts["blocks"]["0.7"]

@@ -205,7 +205,7 @@ def test_a_second_command_in_the_folder_is_refused(model, own_cache, train, tmp_
         code, said = train(model, own_cache, 1)
     assert code == 2
     assert f"another command is at work in {tmp_path / 'run'} (process {os.getpid()} on " in said
-    assert not (tmp_path / "run").exists()
+    assert list((tmp_path / "run").iterdir()) == []
 
 
 # ---------------------------------------------------------------------------------------------- checkpoints

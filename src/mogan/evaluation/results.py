@@ -51,7 +51,7 @@ def _wrong(systems: Any, clips_have: tuple[str, ...]) -> Iterator[str]:
                 _is_number(found["mean"])
                 and len(interval) == 2
                 and all(map(_is_number, interval))
-                and type(found["n"]) is int
+                and type(found.get("n")) is int
             ):
                 yield f"{metric} of {name}"
         yield from (f"{entry} of {name}" for entry in _wrong_about(system.get("how", {})))
