@@ -107,7 +107,7 @@ def refuse_few_steps(model: Path, name: str) -> None:
     """Raise UserError for a student of a few steps where a teacher is wanted: guided as one it makes no clips."""
     if defaults(model).sigmas is not None:
         raise UserError(
-            f"{name} is a student of a few steps, which a teacher is not: name the model it was made from with --model"
+            f"{name} is a student of a few steps, which a teacher is not: name the model that it was made from"
         )
 
 
