@@ -513,10 +513,8 @@ def test_no_number_is_not_a_number_in_a_table():
 
 @pytest.mark.slow
 def test_a_study_runs_from_nothing_and_a_second_call_only_writes_the_table(tmp_path, monkeypatch, capsys):
-    from mogan.study import study as module
-
-    for name, small in (("TRAIN_VIDEOS", 12), ("TRAIN_PROMPTS", 16), ("REFERENCE", 4)):
-        monkeypatch.setattr(module, name, small)
+    for name, small in (("commands.TRAIN_VIDEOS", 12), ("study.TRAIN_PROMPTS", 16), ("commands.REFERENCE", 4)):
+        monkeypatch.setattr(f"mogan.study.{name}", small)
     options = ["--seeds", "1", "--column", "mogan", "--prompts", "2", "--clips", "1", "--iterations", "1"]
     command = ["study", "table1", "--out", str(tmp_path / "s"), *options]
     assert main(command) == 0
