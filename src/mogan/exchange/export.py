@@ -277,8 +277,9 @@ def save_student(
 
     A causal student's folder is one that no stock pipeline opens: they make whole clips, which would look plausible and be wrong.
 
-    Without ``sigmas`` it is a teacher, sampled as the base model is. A student of two experts has a ``low`` one for levels below ``boundary``. Text encoder, tokenizer, autoencoder and image
-    encoder are the base model's own files, hard-linked where the disk allows it.
+    Without ``sigmas`` it is a teacher, sampled as the base model is. A student of two experts has a ``low`` one for levels
+    below ``boundary``. Text encoder, tokenizer, autoencoder and image encoder are the base model's own files, hard-linked where
+    the disk allows it.
     """
     told = is_told(transformer)
     scheduler: Any = None if sigmas is None else flow_map_scheduler(sigmas) if told else scheduler_for(sigmas, solver)

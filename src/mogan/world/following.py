@@ -10,7 +10,7 @@ import numpy as np
 from mogan.world.captions import Caption
 from mogan.world.tracking import cover
 
-FRONT = 255  # of the nearer of two things in a picture of depth, of the other 128 and of the background 0
+DEPTHS = 0, 128, 255  # in a picture of depth: of the background, the first sprite and the second, which is nearer
 NEAR = 5  # side of the square, in pixels, within which two things touch
 TOUCHING = 20  # pixels of a clip: fewer say nothing of which thing is in front
 
@@ -28,7 +28,7 @@ def depth_followed(frames_FHW3: np.ndarray, said: Caption, depth_FHW3: np.ndarra
 
     NaN where the control shows nothing, and where its things do not touch.
     """
-    levels = np.rint(depth_FHW3.mean(-1) * 2 / FRONT)
+    levels = np.rint(depth_FHW3.mean(-1) * 2 / DEPTHS[-1])
     regions = [levels == 1 + number for number in range(1 + len(said.other_colours))]
     shown = _things(frames_FHW3, said)
     found = [_jaccard(one, two) for one, two in zip(shown, regions, strict=True) if two.any()]

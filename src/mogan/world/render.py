@@ -15,10 +15,10 @@ from mogan.disk.locks import LOCK, alone_in
 from mogan.errors import UserError
 from mogan.ranges import at_least, is_seed
 from mogan.world import scenes as world
+from mogan.world.following import DEPTHS
 from mogan.world.states import make_state_scene
 
 MAPS = ("depth", "flow", "mask")
-DEPTHS = 0, 128, 255  # of the background, the first sprite and the second, which is nearer
 
 
 def render(
