@@ -1,4 +1,4 @@
-"""docs/architecture.md says which way arrows point between rooms; here they are held to it."""
+"""docs/architecture.md says which package may import which; here that is tested."""
 
 import ast
 from pathlib import Path
