@@ -92,6 +92,7 @@ def test_methods_are_compared_at_equal_student_updates():
         "shift_frozen": 436, "redmd": 440, "vdot": 440, "tdm": 440, "phased": 440, "accvideo": 440, "mcd": 300,
         "efficient_vdit": 440, "causal_teacher": 200, "causal_cd": 500, "self_forcing": 700, "self_forcing_long": 740,
         "reward_forcing": 740, "asd": 740, "mogan_causal": 740, "llia": 800,
+        "dmd_i2v": 800, "mogan_i2v": 840,
         **{f"mogan_{on}": 480 for on in ("redmd", "vdot", "phased", "accvideo", "efficient_vdit")},
     }  # fmt: skip
     for name, column in known.items():
@@ -207,6 +208,8 @@ def test_image_to_video_starts_from_the_clips_of_the_held_out_prompts(tmp_path):
     assert train.command[-4:] == ("--student", str(tmp_path / "sft_i2v" / "seed2" / "export"), "--iterations", "11")
     assert sample.command[-2:] == ("--first-frames", str(tmp_path / "held_out"))
     assert sample.after == ("shift-2-export", "held_out")
+    mogan_i2v = jobs_of(next(c for c in methods() if c.name == "mogan_i2v"), 2, tmp_path, 5, None)[0].command
+    assert mogan_i2v[mogan_i2v.index("--model") + 1] == str(tmp_path / "dmd_i2v" / "seed2" / "start")
     assert "held_out" not in {j.name for j in shared_jobs(tmp_path)}
 
 

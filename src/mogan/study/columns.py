@@ -21,9 +21,11 @@ class Column:
         start: the column whose student it starts from, seed by seed; None starts from the base model.
         data: what it is trained on: ``cache``, the motion-rich videos; ``captions`` alone; ``paths`` of the teacher; ``states``,
             videos of things that take up a state.
+        training: further options of ``mogan train``, with ``before``'s placeholders.
         keeps: what is exported beside the student for those who start from it, options of ``mogan export``.
         before: commands that make the folder START of its own from what it starts from, with ``{start}`` (that student's
-            export), ``{home}`` (the folder of this column and seed) and ``{out}`` (the study's); the last writes ``{home}/start``.
+            export), ``{run}`` (its run), ``{home}`` (the folder of this column and seed), ``{seed}`` and ``{out}`` (the study's
+            folder); the last writes ``{home}/start``.
         sampling: further options of ``mogan sample``.
         calls: of the network for one clip; a call for one chunk of a causal student counts as its share of the frames.
         iterations: of training, in place of the recipe's.
@@ -38,6 +40,7 @@ class Column:
     recipe: str | None = None
     start: str | None = None
     data: str = "cache"
+    training: tuple[str, ...] = ()
     keeps: tuple[str, ...] = ()
     before: tuple[tuple[str, ...], ...] = ()
     sampling: tuple[str, ...] = ()

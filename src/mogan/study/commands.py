@@ -53,7 +53,7 @@ def jobs_of(column: Column, seed: int, out: Path, clips: int, iterations: int | 
         after = [column.data]
         if column.start is not None:
             jobs, start, last = _begin(column, seed, out)
-            train += ["--student", str(start)]
+            train += ["--student", str(start), *_filled(column.training, column, seed, out)]
             after.append(last)
         train += ["--iterations", str(iterations)] if iterations else []
         jobs.append(Job(f"{mark}-train", tuple(train), after=tuple(after)))
@@ -77,13 +77,20 @@ def _begin(column: Column, seed: int, out: Path) -> tuple[list[Job], Path, str]:
     jobs: list[Job] = []
     last = f"{column.start}-{seed}-export"
     for words in column.before:
-        command = tuple(word.format(start=start, home=home, out=out) for word in words)
-        job = Job(f"{column.name}-{seed}-{command[0]}", command, after=(last,))
+        command = _filled(words, column, seed, out)
+        job = Job(f"{column.name}-{seed}-start-{command[0]}", command, after=(last,))
         jobs.append(job)
         last = job.name
     if jobs:  # a folder is not written over: what is there is whole
         jobs[-1] = replace(jobs[-1], makes=home / "start")
     return jobs, home / "start" if jobs else start, last
+
+
+def _filled(words: tuple[str, ...], column: Column, seed: int, out: Path) -> tuple[str, ...]:
+    """The words of a column's own with the folders that they name."""
+    before = out / str(column.start) / f"seed{seed}"
+    places = {"start": before / "export", "run": before / "run", "home": out / column.name / f"seed{seed}", "out": out}
+    return tuple(word.format(**places, seed=seed) for word in words)
 
 
 def _evaluate(folder: Path, out: Path) -> tuple[str, ...]:

@@ -30,6 +30,15 @@ I2V = Column(
     calls=10,
 )
 I2V_LONG = replace(I2V, name="sft_i2v_long", about=f"{I2V.about}, more of it", start="sft_i2v", iterations=36)
+DMD_I2V = Column(
+    "dmd_i2v", "3 steps, first frame given, DMD", "dmd_i2v_lab", start="sft_i2v", data="cache", first_frames=True,
+    before=(("export", "{run}", "--to", "teacher", "--out", "{home}/start"),), training=("--model", "{home}/start"),
+    against=("sft_i2v_long",),
+)  # fmt: skip
+MOGAN_I2V = replace(
+    DMD_I2V, name="mogan_i2v", about="3 steps, first frame given, MoGAN", recipe="mogan_i2v_lab", start="dmd_i2v", before=(),
+    training=("--model", "{out}/dmd_i2v/seed{seed}/start"), against=("sft_i2v_long", "dmd_i2v"),
+)  # fmt: skip
 SHIFT = replace(I2V_LONG, name="shift", about="10 steps, first frame given, SHIFT", recipe="shift_lab", iterations=11)
 
 
@@ -46,7 +55,7 @@ def methods() -> tuple[Column, ...]:
     timed = (SFT, DMD_LONG, msm_long, I2V_LONG, SHIFT)
     return (
         TEACHER, SFT, DMD, DMD_LONG, msm, msm_long, MOGAN, mogan_msm, *_few_steps(), *_on_top(), *_causal(), *_llia(), I2V,
-        I2V_LONG, SHIFT, frozen, *map(for_as_long, timed),
+        I2V_LONG, SHIFT, frozen, DMD_I2V, MOGAN_I2V, *map(for_as_long, timed),
     )  # fmt: skip
 
 
