@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import re
@@ -65,6 +66,16 @@ def test_a_closed_or_full_output_is_no_traceback_and_no_file_gets_its_number():
     assert of(["--help"], preexec_fn=lambda: os.close(1)) == (0, "")
     with open("/dev/full", "w") as full:
         assert of(["--help"], stdout=full) == (2, "mogan: its output could not be written (No space left on device)\n")
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENXIO, "No such device", "/x"), OSError("of a library")])
+def test_an_error_of_a_file_is_not_told_as_one_of_the_output(error, monkeypatch):
+    def fails():
+        raise error
+
+    monkeypatch.setattr("mogan.cli.main", fails)
+    with pytest.raises(OSError, match=r"No such device|of a library"):
+        run()
 
 
 def test_help_is_set_in_the_narrowest_terminal(monkeypatch, capsys):

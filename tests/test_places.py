@@ -258,12 +258,32 @@ def test_words_of_other_libraries_are_read_and_other_errors_are_not_the_disks(mo
     assert "disk is full" in refusal(RuntimeError("I/O error: No space left on device (os error 28)"))
     assert "disk is full" in refusal(OSError([("a", "b", "[Errno 28] No space left on device: 'b'")]))
     assert "cannot be used" in refusal(PermissionError(errno.EACCES, "Permission denied", "/somewhere"))
-    assert refusal(FileNotFoundError(errno.ENOENT, "No such file", "/x")) is None
+    assert "/x is not there" in refusal(FileNotFoundError(errno.ENOENT, "No such file", "/x"))
+    assert "/x cannot be used (File exists)" in refusal(FileExistsError(errno.EEXIST, "File exists", "/x"))
+    assert "ulimit -n" in refusal(OSError(errno.EMFILE, "Too many open files", "/x"))
+    assert refusal(FileNotFoundError("no such thing")) is None
     assert refusal(ValueError("28")) is None
     assert refusal(UnicodeEncodeError("latin-7", "é", 0, 1, "not in range")) is None
     monkeypatch.setattr(sys, "getfilesystemencoding", lambda: "ascii")
     assert "set PYTHONUTF8=1" in refusal(UnicodeEncodeError("ascii", "é", 0, 1, "not in range"))
     assert refusal(PermissionError(errno.EACCES, "Permission denied", "/elsewhere/x"), Path("/here/y")) is None
+
+
+def test_a_file_where_a_folder_of_a_run_should_be_is_named(family, cache, tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "tensorboard").write_text("mine")
+    words = [
+        "train",
+        "tiny_recipes:flow_matching",
+        "--data",
+        cache,
+        "--model",
+        family / "teacher",
+        "--out",
+        tmp_path / "run",
+    ]
+    assert main([str(word) for word in words]) == 2
+    assert "run/tensorboard cannot be used (File exists)" in capsys.readouterr().err
 
 
 def short_of_room(arguments, most, folder):

@@ -218,6 +218,8 @@ def run() -> NoReturn:
             code = INTERRUPTED
         sys.stdout.flush()
     except OSError as error:  # nothing more can be written there
+        if error.errno is None or error.filename is not None:  # of something else than the output
+            raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 141  # whoever read the output has gone, as `head` does
         if not isinstance(error, BrokenPipeError):

@@ -29,7 +29,11 @@ REFUSED = {
     errno.ENAMETOOLONG,
     errno.EIO,
     errno.ELOOP,
+    errno.EEXIST,
+    errno.ENOTEMPTY,
+    errno.EBUSY,
 }
+MANY = {errno.EMFILE, errno.ENFILE}  # files that are open at a time
 
 
 _MADE: list[Path] = []  # folders that this process made
@@ -186,6 +190,10 @@ def refusal(error: Exception, path: Path | None = None, otherwise: Path | str = 
         return f"the names of files are {error.encoding} here, which cannot write {error.object!r}: set PYTHONUTF8=1 or a UTF-8 locale"
     if isinstance(error, RuntimeError) and str(error).startswith("Symlink loop"):  # pathlib's, before Python 3.13
         return f"{str(error).removeprefix('Symlink loop from ')} is a link that leads to itself: give another place"
+    if isinstance(error, OSError) and number in MANY:
+        return f"{place} cannot be opened ({os.strerror(number or 0)}): allow more of them (`ulimit -n 4096`) and try again"
+    if isinstance(error, FileNotFoundError) and (path or theirs):
+        return f"{place} is not there, or something took it away meanwhile: put it back and give the same command again"
     if isinstance(error, OSError) and number in REFUSED:
         return f"{place} cannot be used ({os.strerror(number)}): give another place, or the right to use it"
     return None
