@@ -111,7 +111,7 @@ def test_a_clip_that_holds_something_else_is_named(cache, tmp_path):
     save_file({"other": torch.zeros(1)}, own / "clips/clip0.safetensors")
     save_file({"latent": torch.zeros(1, 2, 3, 4)}, own / "clips/clip2.safetensors")
     opened = open_cache(own)
-    with pytest.raises(UserError, match=r"clip0\.safetensors cannot be read"):
+    with pytest.raises(UserError, match=r"clip0\.safetensors cannot be read \(it holds no latent\)"):
         opened.latent("clip0")
     opened.latent("clip1")
     with pytest.raises(UserError, match=r"clip2\.safetensors holds a latent of \(1, 2, 3, 4\) where others have"):
@@ -128,6 +128,18 @@ def test_what_is_no_number_is_neither_kept_nor_trained_on(cache, tmp_path):
     save_file({"latent": latent}, own / "clips/clip0.safetensors")
     with pytest.raises(UserError, match=r"clip0\.safetensors holds numbers that are infinite or none"):
         open_cache(own).latent("clip0")
+
+
+def test_what_a_cache_is_made_of_is_not_written_over_by_its_advice(cache, tmp_path):
+    (tmp_path / "p.txt").write_text("a red circle\n")
+    for path, said in (
+        (tmp_path / "p.txt", f"prepare {tmp_path / 'p.txt'} .* --out CACHE"),
+        (tmp_path, f"prepare {tmp_path} .* --out CACHE"),
+        (cache / "index.jsonl", f"give its folder, {cache}$"),
+        (tmp_path / "none", f"--out {tmp_path / 'none'}`"),
+    ):
+        with pytest.raises(UserError, match=said):
+            open_cache(path)
 
 
 # ---------------------------------------------------------------------------------------------- a run
@@ -170,7 +182,45 @@ def test_a_checkpoint_that_lost_a_file_is_named_by_every_command(run, command):
     assert checkpoints(run)
 
 
-@pytest.mark.parametrize("garbage", [g for g in GARBAGE if g != b"{}"])
+def test_a_checkpoint_without_tensors_is_named_by_every_command(run, command):
+    newest = checkpoints(run)[-1]
+    empty = newest.with_name("000009")
+    empty.mkdir()
+    shutil.copy(newest / "config.json", empty)
+    for name in ("train", "sample", "export"):
+        code, said = command(name)
+        assert code == 2, name
+        assert str(empty) in said, name
+        assert "delete that folder" in said, name
+
+
+CHANGES = {
+    "sigmas": (5, ["x"], [1.0, None], [0.5, 1.0]),
+    "plan": ([5], [{}], {"learns": 1}),
+    "seed": ("x", 1e308),
+    "lora": ("x", -1, True),
+    "rollout": (5, [1], {"counts": 5}, {"causal": 5}, {"causal": {"first": 1}}, {"causal": {"policy": None}}),
+    "states": (-1, "idle", ["a"]),
+    "boundary": ("x", [0.5]),
+    "solver": ("dpm", 3),
+    "objectives": (5, [], {"flow_matching": 3}),
+}
+
+
+@pytest.mark.parametrize("entry", CHANGES)
+def test_an_entry_of_the_config_that_cannot_be_meant_is_named(entry, run, command):
+    path = run / "config.json"
+    whole = json.loads(path.read_text())
+    for value in CHANGES[entry]:
+        path.write_text(json.dumps({**whole, entry: value}))
+        for name in ("train", "sample", "export"):
+            code, said = command(name)
+            assert code == 2, (name, value)
+            assert name == "train" or f"config.json is damaged ({entry} is" in said
+            assert "made with another" in said or "is damaged" in said
+
+
+@pytest.mark.parametrize("garbage", [*(g for g in GARBAGE if g != b"{}"), b'{"motions": {"1": NaN}}'])
 def test_damaged_motion_on_held_out_prompts_is_named(garbage, run, command):
     (run / "held_out.json").write_bytes(garbage)
     code, said = command("export")

@@ -154,8 +154,9 @@ class Cache:
             try:
                 tensor = load_file(path)[name]
             except (SafetensorError, OSError, KeyError) as error:
+                why = f"it holds no {name}" if isinstance(error, KeyError) else error
                 raise UserError(
-                    f"{path} cannot be read ({error}): delete it and run the same `{self.command}` command again"
+                    f"{path} cannot be read ({why}): delete it and run the same `{self.command}` command again"
                 ) from error
             if not tensor.isfinite().all():
                 raise UserError(
@@ -176,7 +177,7 @@ def open_cache(path: str | Path) -> Cache:
     path = Path(path)
     facts = read_facts(path)
     if facts is None:
-        raise UserError(f"{path} is not a cache: make one with `mogan prepare VIDEOS --model M --out {path}`")
+        raise UserError(f"{path} is not a cache: {_instead(path)}")
     if not (path / "index.jsonl").is_file():
         raise UserError(f"{path} is not finished: run the same `{_command(facts)}` command again, it continues")
     entries, contents = _read_index(path / "index.jsonl", _command(facts)), facts["contents"]
@@ -197,6 +198,15 @@ def open_cache(path: str | Path) -> Cache:
             )
     size = sum(p.stat().st_size for kind in (contents, "text", "controls") for p in (path / kind).glob("*.safetensors"))
     return Cache(path, facts, entries, size < HOLD_BYTES)
+
+
+def _instead(path: Path) -> str:
+    """What to do where there is no cache; what lies there may be what one is made of, and is not written over."""
+    if path.is_file() and read_facts(path.parent) is not None:
+        return f"give its folder, {path.parent}"
+    if path.is_file() or (path.is_dir() and any(path.iterdir())):
+        return f"make one of it with `mogan prepare {path} --model M --out CACHE`, and give that"
+    return f"make one with `mogan prepare VIDEOS --model M --out {path}`"
 
 
 def _command(facts: dict) -> str:

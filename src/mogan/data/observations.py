@@ -57,7 +57,8 @@ class Observations:
         except FileNotFoundError:
             return None
         except (SafetensorError, OSError, KeyError) as error:
-            raise UserError(f"{path} cannot be read ({error}): delete it, it is computed again") from error
+            why = "it holds no observation" if isinstance(error, KeyError) else error
+            raise UserError(f"{path} cannot be read ({why}): delete it, it is computed again") from error
 
     def get(self, clip: str, start: int) -> Tensor:
         """The observation, computed and kept if it is not there. What is used is what is kept: a resumed run sees the same."""

@@ -105,7 +105,8 @@ def _number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _levels(value: Any) -> bool:
+def is_levels(value: Any) -> bool:
+    """Whether it is a list of noise levels that fall to above 0, or None."""
     numbers = isinstance(value, list) and all(map(_number, value))
     return value is None or (numbers and all(high > low for high, low in pairwise([*value, 0.0])))
 
@@ -126,7 +127,7 @@ _CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "flow": (lambda value: value is None or isinstance(value, str), "the name of a flow estimator"),
     "solver": (lambda value: value in (LCM, EULER), f"{LCM} or {EULER}"),
     "counts": (lambda value: isinstance(value, list) and all(map(_whole, value)), "whole numbers above 0"),
-    "sigmas": (_levels, "numbers that fall to above 0"),
+    "sigmas": (is_levels, "numbers that fall to above 0"),
     "causal": (
         _causal,
         "chunks (first, rest), window, sink, sink_decay, relative and context_sigma of a causal student, and first_sigmas and "

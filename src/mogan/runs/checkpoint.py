@@ -7,6 +7,7 @@ files' headers. A run of one process writes the same format.
 """
 
 import json
+import math
 import shutil
 import warnings
 import zlib
@@ -133,6 +134,8 @@ def _held_out(run: Path) -> tuple[dict[int, float], dict[str, str]]:
     try:
         found = from_json(path.read_text()) if path.is_file() else {}
         motions = found.get("motions", {} if "prompts" in found else found)  # older runs have nothing but motions
+        if not all(math.isfinite(v) for v in motions.values()):
+            raise ValueError("a motion that is no number")
         return {int(k): float(v) for k, v in motions.items()}, {k: str(v) for k, v in found.get("prompts", {}).items()}
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path} is damaged ({error}): remove it, motion is measured from then on") from error
@@ -238,7 +241,7 @@ def check_same_run(run: Path, config: Config) -> None:
         return
     try:
         old, new = settings(from_json(path.read_text())), settings(json.loads(json.dumps(config.as_json())))
-    except (ValueError, AttributeError, RecursionError) as error:
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path} is damaged ({error}): put back a copy, every checkpoint has one") from error
     changed = [k for k in new | old if old.get(k) != new.get(k)]
     if changed:

@@ -11,7 +11,7 @@ from mogan.config import EULER, LCM
 from mogan.errors import UserError
 from mogan.models import wan
 from mogan.models.causal import CausalDenoiser
-from mogan.models.causal_cache import Causal, Policy
+from mogan.models.causal_cache import Causal
 from mogan.models.denoiser import Denoiser
 from mogan.models.experts import LOW, boundary_of, low_noise
 from mogan.models.frame_sparse import Mask, masked, read_mask
@@ -19,7 +19,7 @@ from mogan.models.lora import factors, merge
 from mogan.models.states import attach_states, read_states, state_names
 from mogan.models.step_condition import tell_steps
 from mogan.runs.checkpoint import load_part, settings, student_checkpoint
-from mogan.runs.identity import part_of_run, read_config
+from mogan.runs.identity import causal_of_config, part_of_run, read_config
 from mogan.schedule import levels_of
 
 
@@ -112,8 +112,10 @@ class Generator:
         return tell_steps(transformer) if self.told else transformer
 
     def average(self) -> dict[str, Tensor]:
-        """What a run's student learned, averaged: its weights or its adapters."""
-        return load_part(self._checkpoint(), "ema")
+        """What a run's student learned, averaged: its weights or its adapters. Raises UserError where a checkpoint lacks them."""
+        if found := load_part(self._checkpoint(), "ema"):
+            return found
+        raise UserError(f"{self._checkpoint()} holds no weights of a student: delete that folder to use the one before")
 
     def mark(self) -> str:
         """Sixteen hex digits that change with the weights that are sampled."""
@@ -158,14 +160,6 @@ def open_generator(name: str) -> Generator:
         causal=own.causal,
         states=tuple(sorted(read_states(folder))),
     )
-
-
-def causal_of_config(kept: dict[str, Any] | None) -> Causal | None:
-    """What a run's config keeps of a causal roll-out."""
-    if kept is None:
-        return None
-    lists = {k: None if kept.get(k) is None else tuple(kept[k]) for k in ("first_sigmas", "sizes")}
-    return Causal(**kept | {"policy": Policy(**kept["policy"])} | lists)
 
 
 def open_motion(run: Path, base: Path, frames: int) -> tuple[torch.nn.Module, int]:

@@ -6,14 +6,17 @@ a full-size transformer is touched, in seconds where reading all of it takes min
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from mogan.config import EULER, LCM
 from mogan.data.cache import Cache, open_cache
 from mogan.disk.files import read_json, write_atomically
 from mogan.errors import UserError
 from mogan.models import wan
+from mogan.models.causal_cache import Causal, Policy
+from mogan.models.defaults import is_levels
 from mogan.models.experts import LOW
 from mogan.runs.checkpoint import checkpoints, settings
 
@@ -145,9 +148,51 @@ def read_config(run: Path) -> dict[str, Any]:
         UserError: it is not there, or says no recipe.
     """
     config = read_json(run / "config.json", COPY)
-    if lacks := [name for name in ("recipe", "sigmas", "plan", "seed") if name not in config]:
-        raise UserError(f"{run / 'config.json'} is damaged (no {lacks[0]}): put back a copy, every checkpoint has one")
+    for name, good in _ENTRIES.items():
+        if not good(config.get(name)):
+            why = f"{name} is {config[name]!r}"[:80] if name in config else f"no {name}"
+            raise UserError(f"{run / 'config.json'} is damaged ({why}): put back a copy, every checkpoint has one")
     return config
+
+
+def _is_plan(value: Any) -> bool:
+    told = ("learns", "by", "batch")
+    return isinstance(value, list) and all(isinstance(u, dict) and all(name in u for name in told) for u in value)
+
+
+def _is_rollout(value: Any) -> bool:
+    if value is None:
+        return True
+    if not isinstance(value, dict) or not isinstance(value.get("counts"), list | None):
+        return False
+    try:
+        return value.get("causal") is None or bool(causal_of_config(value["causal"]))
+    except (TypeError, ValueError, KeyError, AttributeError):
+        return False
+
+
+_ENTRIES: dict[str, Callable[[Any], bool]] = {  # what is read of it outside of training
+    "recipe": lambda value: isinstance(value, str),
+    "sigmas": lambda value: value is not None and is_levels(value),
+    "plan": _is_plan,
+    "seed": lambda value: type(value) is int,
+    "lora": lambda value: value is None or (type(value) is int and value > 0),
+    "rollout": _is_rollout,
+    "states": lambda value: isinstance(value, dict | None),
+    "boundary": lambda value: value is None or type(value) is float,
+    "solver": lambda value: value in (None, LCM, EULER),
+    "objectives": lambda value: (
+        value is None or (isinstance(value, dict) and all(isinstance(o, dict) for o in value.values()))
+    ),
+}
+
+
+def causal_of_config(kept: dict[str, Any] | None) -> Causal | None:
+    """What a run's config keeps of a causal roll-out."""
+    if kept is None:
+        return None
+    lists = {k: None if kept.get(k) is None else tuple(kept[k]) for k in ("first_sigmas", "sizes")}
+    return Causal(**kept | {"policy": Policy(**kept["policy"])} | lists)
 
 
 def check_same_parts(run: Path, now: dict[str, Any]) -> None:

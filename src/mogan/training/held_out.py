@@ -4,6 +4,7 @@ Longer is not better: a discriminator that has won teaches nothing more, and dis
 its stiller teacher. The losses do not show it; the student's clips do.
 """
 
+import math
 from pathlib import Path
 
 import torch
@@ -78,6 +79,11 @@ class Gain:
     def check(self, parts: Assembly, iteration: int) -> float:
         """Measure after so many iterations, and note it."""
         motion = self.measure(parts)
+        if not math.isfinite(motion):  # on all processes alike
+            raise UserError(
+                f"the motion of clips of held-out prompts is {motion} after iteration {iteration}: the student has diverged, try a "
+                "lower learning rate in another --out"
+            )
         if parts.world.main:
             write_held_out_motions(self.run, held_out_motions(self.run) | {iteration: motion}, self.of)
         return motion
