@@ -150,13 +150,26 @@ def test_the_change_is_seen_at_once_and_with_the_past_run_again_or_not(folder):
         ),
         ('{"at": 1, "state": 3}', "asks for the state 3"),
         ('{"at": 1, "prompt": " "}', "takes 1 to 2000 characters"),
+        ('{"at": 1, "prompt": 5}', "line 1 is no change"),
+        ('{"at": 1, "prompt": ["a"]}', "line 1 is no change"),
         ('{"at": 1, "mood": "x"}', "line 1 is no change"),
+        ("\n", "holds no change"),
     ],
 )
 def test_lines_that_are_no_change_are_a_sentence(line, sentence, tmp_path):
     (tmp_path / "s.jsonl").write_text(line)
     with pytest.raises(UserError, match=sentence):
         read_script(tmp_path / "s.jsonl", NAMES)
+
+
+def test_changes_after_the_end_of_a_clip_are_told(tmp_path, capsys):
+    path = script(
+        tmp_path / "s.jsonl", {"at": 0, "state": "idle"}, {"at": 2, "state": None}, {"at": 7, "state": "idle"}
+    )
+    read_script(path, NAMES)
+    assert capsys.readouterr().out == ""
+    read_script(path, NAMES, 2.0)
+    assert "2 changes, the first at 2 s, come after the clip's end at 2 s" in capsys.readouterr().out
 
 
 # ------------------------------------------------------------------------------------------------- sound

@@ -1,8 +1,10 @@
 """What the server gives, refuses and keeps."""
 
+import errno
 import json
 import os
 import signal
+import socket
 import sqlite3
 import subprocess
 import sys
@@ -17,6 +19,7 @@ pytest.importorskip("starlette", reason="needs the extra `survey`")
 
 from starlette.testclient import TestClient
 
+from mogan.cli import main
 from mogan.errors import UserError
 from mogan.survey import guard
 from mogan.survey.app import make_app
@@ -350,8 +353,6 @@ def test_a_port_in_use_is_one_sentence(folder):
         port = taken.getsockname()[1]
         with pytest.raises(UserError, match=f"Port {port} is in use.*--port {port + 1}"):
             serve(folder, port=port)
-        from mogan.cli import main
-
         assert main(["survey", "serve", str(folder), "--port", str(port)]) == 2
     for host, port, match in (
         ("127.0.0.1", 70_000, "--port takes"),
@@ -360,6 +361,24 @@ def test_a_port_in_use_is_one_sentence(folder):
     ):
         with pytest.raises(UserError, match=match):
             listen(host, port)
+
+
+def test_the_last_port_in_use_is_given_one_that_can_be(monkeypatch):
+    def in_use(*_):
+        raise OSError(errno.EADDRINUSE, "in use")
+
+    monkeypatch.setattr(socket.socket, "bind", in_use)
+    with pytest.raises(UserError, match="--port 0"):
+        listen("127.0.0.1", 65535)
+
+
+def test_ctrl_c_is_how_a_page_is_meant_to_end(folder, monkeypatch, capsys):
+    def stopped(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("uvicorn.Server.run", stopped)
+    assert main(["survey", "serve", str(folder), "--port", "0"]) == 0
+    assert capsys.readouterr().err == ""
 
 
 def test_votes_that_cannot_be_kept_are_said_before_anybody_comes(folder):

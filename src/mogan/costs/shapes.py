@@ -141,7 +141,9 @@ def read_shapes(model: str) -> Shapes:
     check_parts(folder)
     mask = read_mask(folder / "transformer")
     references = None if mask is None else mask.references
-    return Shapes(folder.name, **configs, size=geometry(folder), boundary=boundary_of(folder), references=references)
+    return Shapes(
+        folder.resolve().name, **configs, size=geometry(folder), boundary=boundary_of(folder), references=references
+    )
 
 
 def sparse(shapes: Shapes, references: Sequence[int]) -> Shapes:

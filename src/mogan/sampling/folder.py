@@ -76,7 +76,7 @@ def fill(out: Path, jobs: list[Job], about_all: dict, batch: int, maker: Callabl
         print(f"{out}: all {len(jobs)} clips are there" if jobs else f"{out}: this shard has no clip to make")
         return
     make = maker([job.prompt for job in todo])
-    with tqdm(total=len(jobs), initial=len(jobs) - len(todo), desc=f"sample {out.name}", unit="clip") as bar:
+    with tqdm(total=len(jobs), initial=len(jobs) - len(todo), desc=f"sample {out.resolve().name}", unit="clip") as bar:
         for first in range(0, len(todo), batch):
             part = todo[first : first + batch]
             for job, frames in zip(part, make(part), strict=True):

@@ -127,7 +127,7 @@ def sample(
     how |= {"controls": str(controls)} if controls else {"controls": "of its task"} if under_tasks else {}
     how |= {} if states.known(state, source.states, "--state") is None else {"state": state}
     starts = clip_of_prompts(first_frames, lines[:limit]) if first_frames else None
-    about_all = {"system": out.name, "fps": source.geometry.fps, **how, "weights": source.mark()}
+    about_all = {"system": out.resolve().name, "fps": source.geometry.fps, **how, "weights": source.mark()}
     about_all["prompts_sha256"] = list_sha
     writable_folder(out)
     with alone_in(out, shard):

@@ -152,7 +152,9 @@ def _fill(store: data.Cache, source: Generator, dtype: torch.dtype, device: torc
         return
     facts, teacher = store.facts, source.load(dtype).to(device).eval()
     null = stack_text([store.text(facts["negative_prompt"])], device)
-    with tqdm(total=len(store), initial=len(store) - len(todo), desc=f"paths {store.path.name}", unit="path") as bar:
+    with tqdm(
+        total=len(store), initial=len(store) - len(todo), desc=f"paths {store.path.resolve().name}", unit="path"
+    ) as bar:
         for first in range(0, len(todo), batch):
             part = todo[first : first + batch]
             text = stack_text([store.text(entry["caption"]) for entry in part], device)

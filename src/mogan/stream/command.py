@@ -1,5 +1,6 @@
 """``mogan stream``: a causal student's clips as they are made, on a page of this machine or in a file."""
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -20,6 +21,8 @@ from mogan.ranges import above, between, is_seed
 from mogan.stream.engine import Studio, Times, checked, cut, open_studio, pieces
 from mogan.stream.script import Following, When, follow_sound, read_script
 from mogan.survey.serve import listen, run
+
+USUAL = 10.0  # seconds of --out
 
 
 def stream(
@@ -74,7 +77,7 @@ def stream(
     goes_with("--out", out is not None, seconds=seconds is not None)
     if out is not None:
         if out.suffix.lower() != ".mp4":
-            raise UserError(f"--out {out} must end in .mp4: give another --out")
+            raise UserError(f"--out {out} must be named like clip.mp4: give another --out")
         writable_file(out, b"")
         if out.exists():
             raise UserError(f"--out {out} is there already: give another --out, or remove it")
@@ -90,7 +93,7 @@ def stream(
     texts = texts or _usual(studio)
     for note in (note for text in texts for note in studio.notes(text)):
         print(f"prompt: {note}")
-    when, length = _when(studio, script, audio)
+    when, length = _when(studio, script, audio, seconds or USUAL)
     frames = max(1, round((seconds or length) * studio.source.geometry.fps))
     _refuse_what_is_never_seen(studio, len(texts), frames)
     with alone_at(out):
@@ -103,11 +106,11 @@ def _usual(studio: Studio) -> list[str]:
     return [studio.usual]
 
 
-def _when(studio: Studio, script: Path | None, audio: Path | None) -> tuple[When | None, float]:
-    """What happens when, if something does, and for how long, seconds."""
+def _when(studio: Studio, script: Path | None, audio: Path | None, end: float) -> tuple[When | None, float]:
+    """What happens when, if something does, and for how long, seconds; ``end`` is that of a clip under a script."""
     if script is not None:
-        return read_script(script, studio.source.states), 10.0
-    return follow_sound(audio, studio.source.states) if audio is not None else (None, 10.0)
+        return read_script(script, studio.source.states, end), USUAL
+    return follow_sound(audio, studio.source.states) if audio is not None else (None, USUAL)
 
 
 def _text_of(latent: int, texts: int, frames: int, each: int) -> int:
@@ -157,6 +160,6 @@ def _serve(
     with listen("127.0.0.1", port) as listener:
         studio = opened()
         begins_with = (texts or (_usual(studio) if studio.of_lab else [""]))[0]
-        app = make_app(studio, begins_with, seed, _when(studio, script, audio)[0])
+        app = make_app(studio, begins_with, seed, _when(studio, script, audio, math.inf)[0])
         print(f"{studio.name} plays at http://127.0.0.1:{listener.getsockname()[1]}/ (Ctrl-C stops it)", flush=True)
         run(app, listener)

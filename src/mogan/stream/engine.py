@@ -144,7 +144,7 @@ def open_studio(
         tokenizer.unk_token_id not in row
         for row in tokens([lab_prompt(c, s, m) for c in COLOURS for s in SHAPES for m in MANNERS])
     )
-    name, encode, given = Path(model).name or model, wan.load_text(source.folder, device), None
+    name, encode, given = Path(model).resolve().name, wan.load_text(source.folder, device), None
     if first_frame is not None:
         picture = to_video(first_pictures([first_frame], source.geometry)[0][None]).to(device)
         with torch.no_grad():

@@ -19,11 +19,13 @@ from mogan.stream.sound import RATE, STATES, read_sound, state_of_sound, voiced
 When = Callable[[float, float], tuple[str | None, str | None]]
 
 
-def read_script(path: Path, states: tuple[str, ...]) -> When:
+def read_script(path: Path, states: tuple[str, ...], end: float = math.inf) -> When:
     """A line of JSON for each change: ``{"at": seconds, "state": name}``, a ``prompt`` too or alone; in order of time. ``null`` is no state.
 
+    Says which changes come after the ``end`` of a clip, in seconds.
+
     Raises:
-        UserError: a line is none of these, or names a state that the student does not know.
+        UserError: a line is none of these, or names a state that the student does not know; there is no line.
     """
     times, found = [0.0], [(None, None)]  # type: list[float], list[tuple[str | None, str | None]]
     for number, line in enumerate(read_text(path).split("\n"), 1):
@@ -34,6 +36,7 @@ def read_script(path: Path, states: tuple[str, ...]) -> When:
             said = from_json(line)
             at = float(said["at"]) if type(said["at"]) in (int, float) else math.nan
             good = set(said) <= {"at", "state", "prompt"} and len(said) > 1 and times[-1] <= at < 1e9
+            good = good and isinstance(said.get("prompt", ""), str | None)
         except (ValueError, KeyError, TypeError, RecursionError, OverflowError):
             good = False
         if not good:
@@ -43,6 +46,10 @@ def read_script(path: Path, states: tuple[str, ...]) -> When:
         prompt, state = said.get("prompt", found[-1][0]), said.get("state", found[-1][1])
         times.append(at)
         found.append((None if prompt is None else checked(whole(prompt, where), where), known(state, states, where)))
+    if len(times) == 1:
+        raise UserError(f'{path} holds no change: write lines such as {{"at": 0, "prompt": ...}}')
+    if late := [at for at in times if at >= end]:
+        print(f"{path}: {len(late)} changes, the first at {late[0]:g} s, come after the clip's end at {end:g} s")
     return lambda start, stop: found[bisect_right(times, start + 1e-6) - 1]
 
 

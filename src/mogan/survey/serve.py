@@ -3,6 +3,7 @@
 import errno
 import ipaddress
 import socket
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -54,7 +55,8 @@ def run(app: Any, listener: socket.socket) -> None:
         timeout_keep_alive=20,
         h11_max_incomplete_event_size=16_384,
     )
-    uvicorn.Server(config).run(sockets=[listener])
+    with suppress(KeyboardInterrupt):  # the way it is meant to end
+        uvicorn.Server(config).run(sockets=[listener])
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -72,7 +74,9 @@ def listen(host: str, port: int) -> socket.socket:
     except OSError as error:
         listener.close()
         if error.errno == errno.EADDRINUSE:
-            raise UserError(f"Port {port} is in use: stop the other program or pass --port {port + 1}.") from error
+            raise UserError(
+                f"Port {port} is in use: stop the other program or pass --port {port + 1 if port < 65535 else 0}."
+            ) from error
         if error.errno in (errno.EACCES, errno.EPERM):
             raise UserError(f"Port {port} needs more rights than you have: pass --port 8765.") from error
         raise UserError(
