@@ -145,7 +145,7 @@ def prime(parts: Assembly) -> None:
 
 
 def one_update(parts: Assembly, index: int, round_: int) -> Row:
-    """One update on a roll-out as long as the mean one; raises if loss or gradient is no number."""
+    """One update on a rollout as long as the mean one; raises if loss or gradient is no number."""
     update = parts.config.plan[index]
     where = Position(0, mean_iteration(parts, index, 100 * round_), index, 0)
     batch = complete(parts, update, draw(parts, where))
@@ -156,7 +156,7 @@ def one_update(parts: Assembly, index: int, round_: int) -> Row:
 
 
 def mean_iteration(parts: Assembly, index: int, first: int) -> int:
-    """An iteration, from ``first`` on, whose roll-out has about as many steps as a mean one."""
+    """An iteration, from ``first`` on, whose rollout has about as many steps as a mean one."""
     update = parts.config.plan[index]
     if not parts.config.lesson(update).rollout:
         return first

@@ -112,7 +112,7 @@ def test_all_steps_always_are_self_forcing_and_a_first_chunk_at_the_same_levels_
 
 
 def test_calls_are_those_of_the_first_chunk_and_of_the_others_and_a_pass_between(asd, monkeypatch):
-    """Sampling and whole training roll-outs: ``n0 + (chunks - 1) n`` steps and ``chunks - 1`` passes that keep."""
+    """Sampling and whole training rollouts: ``n0 + (chunks - 1) n`` steps and ``chunks - 1`` passes that keep."""
     asd.student.how = replace(FFE, rest=1)
     kind, calls, velocity = Chunked(asd.student.how, (1, 2, 3, 4)), [], asd.student.velocity
     monkeypatch.setattr(

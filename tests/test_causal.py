@@ -452,7 +452,7 @@ def test_a_text_is_read_once_and_another_one_is_noticed(student, monkeypatch):
     assert cache.words.text is other
 
 
-# ------------------------------------------------------------------------------------------------- roll-outs
+# ------------------------------------------------------------------------------------------------- rollouts
 
 
 @pytest.mark.parametrize("exit_step", [0, 2])
@@ -762,7 +762,7 @@ def test_a_run_and_its_export_are_sampled_alike_and_taken_up(family, cache, tmp_
         {"objectives": {"dmd": FlowMatchingConfig(shift=3.0)}, "plan": (Update(learns="student", by="dmd", batch=2),)},
         {"plan": (replace(tiny_recipes.self_forcing().plan[0], rollout=FewStep()),)},
     ],
-    ids=["given", "two experts", "on whole clips", "another roll-out"],
+    ids=["given", "two experts", "on whole clips", "another rollout"],
 )
 def test_configs_that_no_causal_student_can_be_trained_by_are_refused(change):
     with pytest.raises(ValueError, match="causal"):

@@ -1,4 +1,4 @@
-"""Image-to-video models: the first frame from the cache to roll-out, teacher and student, discriminator, clips, a stock export."""
+"""Image-to-video models: the first frame from the cache to rollout, teacher and student, discriminator, clips, a stock export."""
 
 import json
 import shutil

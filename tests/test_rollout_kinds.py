@@ -1,4 +1,4 @@
-"""Kinds of roll-out: what they hand over, and that distribution matching starts from where it lies."""
+"""Kinds of rollout: what they hand over, and that distribution matching starts from where it lies."""
 
 import math
 from dataclasses import replace

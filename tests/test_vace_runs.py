@@ -1,4 +1,4 @@
-"""Runs of a VACE: controls from the cache to roll-out, teacher and student, checkpoints, clips and a stock export."""
+"""Runs of a VACE: controls from the cache to rollout, teacher and student, checkpoints, clips and a stock export."""
 
 import json
 from dataclasses import replace

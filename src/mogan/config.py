@@ -194,7 +194,7 @@ class Config:
         return replace(self, objectives=self.objectives | {name: replace(block, **settings)})
 
     def as_json(self) -> dict[str, Any]:
-        """What a run writes of it; of a kind of roll-out also which it is."""
+        """What a run writes of it; of a kind of rollout also which it is."""
         found = asdict(self)
         kinds = [self.rollout, *(update.rollout for update in self.plan)]
         for written, kind in zip([found, *found["plan"]], kinds, strict=True):

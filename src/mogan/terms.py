@@ -69,7 +69,7 @@ class Terms:
         alone: why it trains in one process; empty where it does not matter.
         fill: the block with what it leaves to the run's data; refuses data that do not fit.
         smaller: blocks that need less and less memory, each with a word for what is smaller.
-        controls: it asks networks under what the batch or the roll-out says and nothing else, and looks at latents alone: it also
+        controls: it asks networks under what the batch or the rollout says and nothing else, and looks at latents alone: it also
             trains models that are told controls and references beside text (:mod:`mogan.models.conditions`).
         first_frames: it asks networks as above, but needs clips without references: it also trains image-to-video models.
         forces: where it makes no clips it calls a causal student on all chunks of a clip that is there, each with its past.

@@ -1,4 +1,4 @@
-"""What a causal student's roll-outs and teacher-forced passes cost, traced as :mod:`mogan.costs.calls` traces the others, batch 1."""
+"""What a causal student's rollouts and teacher-forced passes cost, traced as :mod:`mogan.costs.calls` traces the others, batch 1."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -27,7 +27,7 @@ def chunks(tracer: Tracer, causal: Causal) -> tuple[Call, Call, Call]:
 def roll_out_calls(
     tracer: Tracer, causal: Causal, before: float, *, learns: bool, whole: bool = False
 ) -> tuple[tuple[Call, Call], float]:
-    """A roll-out: its steps ``before`` the judged one, a mean, then that one and the passes that keep what was made; passes over
+    """A rollout: its steps ``before`` the judged one, a mean, then that one and the passes that keep what was made; passes over
     weights. A first chunk with levels of its own takes half of its other steps before, or all for a ``whole`` clip.
     """
     more, made, trained = chunks(tracer, causal)
@@ -65,7 +65,7 @@ def one_of(calls: Sequence[Call]) -> Call:
 
 
 def chunk_calls(shapes: Shapes, causal: Causal, checkpointing: bool, dtype: torch.dtype) -> tuple[Call, Call, Call]:
-    """Of :func:`chunks`, at full depth: whole roll-outs of one step and of two, by networks of one layer and of two."""
+    """Of :func:`chunks`, at full depth: whole rollouts of one step and of two, by networks of one layer and of two."""
     found = []
     with fake():
         sigma, text = torch.full((1,), 0.5), torch.empty(1, TEXT_TOKENS, shapes.transformer["text_dim"])
@@ -83,7 +83,7 @@ def chunk_calls(shapes: Shapes, causal: Causal, checkpointing: bool, dtype: torc
 
 
 def _roll_out(student: CausalDenoiser, parts: Iterable[Tensor], sigma: Tensor, text: Tensor, steps: int, grad: bool):
-    """A roll-out in so many steps, but for what it draws."""
+    """A rollout in so many steps, but for what it draws."""
     cache, made, clip = student.begin(text, student.how.policy), [], list(parts)
     for number, x in enumerate(clip):
         for step in range(steps):

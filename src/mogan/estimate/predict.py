@@ -206,7 +206,7 @@ def _step(
 
 
 def _bill(config: Config, update: Update, prices: Mapping[str, Price], tracer: Tracer) -> Bill:
-    """Per clip, of the roll-out if one is made and of everybody who judges; as in :func:`mogan.training.steps.learn`."""
+    """Per clip, of the rollout if one is made and of everybody who judges; as in :func:`mogan.training.steps.learn`."""
     for name in update.judges:
         if update.learns not in prices[name].bills:
             raise UserError(

@@ -219,7 +219,7 @@ class CausalDenoiser(Denoiser):
         self.how = how
 
     def begin(self, text_BLD: Float[Tensor, "b l d"], policy: Policy = FULL) -> Cache:
-        """The cache of a roll-out that has no past yet."""
+        """The cache of a rollout that has no past yet."""
         return Cache(policy, words=Words(text_BLD))
 
     def chunk(
@@ -268,7 +268,7 @@ class CausalDenoiser(Denoiser):
     ) -> Float[Tensor, "b c f h w"]:
         """Velocity of all chunks in one pass, each of which sees earlier ones at their own levels (diffusion forcing).
 
-        That is another task than a roll-out's, whose past is clean: see :meth:`teacher_forced`.
+        That is another task than a rollout's, whose past is clean: see :meth:`teacher_forced`.
         """
         sight, frames = block_causal(chunks, policy), list(range(sum(chunks)))
         with self._seeing(self._masked_view(x_BCFHW, frames, sight)):
@@ -284,7 +284,7 @@ class CausalDenoiser(Denoiser):
         policy: Policy = FULL,
         context_sigma: float = 0.0,
     ) -> Float[Tensor, "b c f h w"]:
-        """Velocity of ``noisy``, whose chunks see the clean ones before them: what a roll-out asks, of all chunks in one pass.
+        """Velocity of ``noisy``, whose chunks see the clean ones before them: what a rollout asks, of all chunks in one pass.
 
         ``clean`` is told level ``context_sigma``, to which the caller has then noised it.
         """

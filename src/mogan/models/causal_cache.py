@@ -161,7 +161,7 @@ class Piece:
 
 @dataclass
 class Words:
-    """A text, and its keys and values by block once a call without gradient has computed them: one text, one roll-out."""
+    """A text, and its keys and values by block once a call without gradient has computed them: one text, one rollout."""
 
     text: Tensor
     kv: list[tuple[Tensor, Tensor]] = field(default_factory=list)
@@ -169,7 +169,7 @@ class Words:
 
 @dataclass(frozen=True)
 class Cache:
-    """The past of a roll-out under a policy: pieces in order, the sink's first.
+    """The past of a rollout under a policy: pieces in order, the sink's first.
 
     Attributes:
         length: frames that were made, kept or not.

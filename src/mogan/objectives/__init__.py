@@ -34,7 +34,7 @@ class Compare(Protocol):
     """What an objective makes of a batch on sight of all that the student made of it."""
 
     def __call__(self, batch: Batch, rollouts: Sequence[Any]) -> Batch:
-        """The batch with ``more``; the roll-outs of its parts, in order, without gradient."""
+        """The batch with ``more``; the rollouts of its parts, in order, without gradient."""
         ...
 
 
@@ -74,7 +74,7 @@ class Objective:
 
 @dataclass(frozen=True)
 class Bill:
-    """What an objective adds to an update, per clip, beside the student's roll-out.
+    """What an objective adds to an update, per clip, beside the student's rollout.
 
     Attributes:
         calls: one after the other; what each holds stays for the backward pass.

@@ -71,7 +71,7 @@ class ASDConfig:
         return Objective(found, {"student": found.student_loss, "critic": found.critic_loss}, {"critic": pair.critic})
 
     def price(self, config: Config, tracer: Tracer) -> Price:
-        """What the discriminator sees, and the roll-outs of one step more where there are any."""
+        """What the discriminator sees, and the rollouts of one step more where there are any."""
         shown = 2 + bool(self.r1) + bool(self.r2)
         price = self.critic.price(config, tracer, len(config.sigmas) - 1, shown)
         bills = {}
@@ -93,12 +93,12 @@ class ASDConfig:
 class ASD:
     """``softplus(D_n(more) - D_n(made))`` for the student, its mirror and R1, R2 for the critic (L_ASD; the relativistic pair).
 
-    ``made`` is the roll-out that is judged, of n steps; ``more`` one of n + 1, without gradient, from noise of its own. Both are
+    ``made`` is the rollout that is judged, of n steps; ``more`` one of n + 1, without gradient, from noise of its own. Both are
     noised, each to a level of its own. In all of its steps the student has nobody above it, and the loss is 0.
 
     Attributes:
         student: the network being trained.
-        kind: of roll-outs, for all numbers of steps.
+        kind: of rollouts, for all numbers of steps.
         sigmas: the student's levels.
         pair: trunk and heads, whose logit n - 1 is D_n.
         settings: weights.

@@ -79,7 +79,7 @@ class DMDConfig:
         return self.fake_score or "fake_score"
 
     def terms(self, config: Config) -> Terms:
-        """The student and the fake score learn from roll-outs alone."""
+        """The student and the fake score learn from rollouts alone."""
         lessons, lags = {"student": Lesson(), self.follower: Lesson()}, replace(LAGS, learns=self.follower)
         alarms = (lags, *((SHARE,) if self.weights else ()), *((UNSOLVED,) if self.transport else ()))
         plain = self.weights is None
@@ -101,7 +101,7 @@ class DMDConfig:
         return self.weights.added(found, base) if self.weights else found
 
     def price(self, config: Config, tracer: Tracer) -> Price:
-        """A guided teacher and the fake score look at a roll-out; the fake score learns from one."""
+        """A guided teacher and the fake score look at a rollout; the fake score learns from one."""
         calls, forward = guided_calls(self.guidance), tracer.forward
         looks = [Call(forward.work * calls, 0.0, calls * forward.peak), forward.freed()]
         if self.transport is not None:
@@ -168,7 +168,7 @@ class DMD:
     direction: Direction = dmd_direction
 
     def _noised(self, rollout: Rollout, generator: Randomness) -> tuple[Tensor, Tensor, Tensor]:
-        """The sample at a drawn level of the interval that the roll-out may be judged in, the noise, and the level.
+        """The sample at a drawn level of the interval that the rollout may be judged in, the noise, and the level.
 
         In a part of all levels the level is drawn as there, given that it lies in that part: clamped, most would lie on the
         part's ends, the lower of which is where the fake score learns least.

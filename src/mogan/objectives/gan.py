@@ -92,7 +92,7 @@ class GANConfig:
         return self.space == "motion"
 
     def terms(self, config: Config) -> Terms:
-        """The student is judged on a roll-out; the discriminator tells it from real clips."""
+        """The student is judged on a rollout; the discriminator tells it from real clips."""
         starts, real = (self.starts, OBSERVATION) if self.in_motion else ((), LATENT)
         lessons = {"student": Lesson(starts=starts), "discriminator": Lesson(clips=(real,), starts=starts)}
         windows = [window for window in (9, 6, 4, 3) if self.in_motion and window < self.window]

@@ -63,7 +63,7 @@ class ODERegression:
     """``E ||x0(x_c, s_c; noisy chunks before c) - z_c||^2``: every chunk at a level of its own on the teacher's path to ``z``.
 
     A level is drawn per chunk among the student's and 0, at which a chunk is what later ones see and is asked for nothing. Chunks
-    see earlier ones as noisy as those are (diffusion forcing), where roll-outs see clean ones: that is the published regression.
+    see earlier ones as noisy as those are (diffusion forcing), where rollouts see clean ones: that is the published regression.
 
     Args:
         student: the causal network being trained.

@@ -1,4 +1,4 @@
-"""The student's own latents that wait at its levels: judged there without a roll-out (AccVideo, arXiv 2503.19462)."""
+"""The student's own latents that wait at its levels: judged there without a rollout (AccVideo, arXiv 2503.19462)."""
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ EMPTY = -1  # no clip
 
 
 class Queues:
-    """The student's own latents, a batch at each key level below 1, without a roll-out: a step takes from one level's queue and
+    """The student's own latents, a batch at each key level below 1, without a rollout: a step takes from one level's queue and
     gives to the next one's.
 
     Every process holds all of them, so any number of processes can go on with a checkpoint.

@@ -114,7 +114,7 @@ class TeacherForcing:
     """``E ||v(x_c, s_c | clean chunks before c) - (noise - x0)_c||^2``, mean over frames; every chunk has a level of its own.
 
     Gradient also reaches the keys and values of the clean half, which are made in the same pass: what a chunk leaves for
-    later ones to see is learnt here, and only here, since roll-outs keep it detached.
+    later ones to see is learnt here, and only here, since rollouts keep it detached.
 
     Attributes:
         student: the causal network being trained.

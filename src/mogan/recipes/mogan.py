@@ -136,14 +136,14 @@ def mogan_wan_1_3b() -> Config:
 
 
 def mogan_causal_lab() -> Config:
-    """MoGAN on a causal student of the lab, named with ``--student``: everything but the roll-out is ``mogan_lab``'s."""
+    """MoGAN on a causal student of the lab, named with ``--student``: everything but the rollout is ``mogan_lab``'s."""
     return replace(mogan_lab(), recipe="mogan_causal_lab", rollout=self_forcing_lab().rollout)
 
 
 def mogan_causal_wan_1_3b() -> Config:
     """MoGAN on ``self_forcing_wan_1_3b``'s student, which nobody has tried: plan, learning rates and discriminator are MoGAN's.
 
-    Levels, roll-out and distribution matching are those that made the student. All of MoGAN's windows stay, at chunk borders or
+    Levels, rollout and distribution matching are those that made the student. All of MoGAN's windows stay, at chunk borders or
     not: a discriminator that met borders at one place alone could tell clips by them.
     """
     start, base = self_forcing_wan_1_3b(), mogan_wan_1_3b()

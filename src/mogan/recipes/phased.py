@@ -10,7 +10,7 @@ from mogan.schedule import shifted_levels
 
 
 def phases(batch: int, accumulate: int, times: int, length: int) -> tuple[Update, ...]:
-    """The paper's order: the high phase for ``length`` iterations, then the low one, whose roll-outs pass the first expert."""
+    """The paper's order: the high phase for ``length`` iterations, then the low one, whose rollouts pass the first expert."""
     high = Update(learns="student", by="high", batch=batch, accumulate=accumulate, rollout=Euler(stop=2), stop=length)
     low = replace(high, by="low", rollout=Euler(stop=4), start=length, stop=None)
     return (

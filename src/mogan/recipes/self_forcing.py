@@ -12,7 +12,7 @@ from mogan.schedule import shifted_levels
 
 
 def self_forcing_lab() -> Config:
-    """A latent frame at a time; everything but roll-out and length is ``dmd_lab``'s.
+    """A latent frame at a time; everything but rollout and length is ``dmd_lab``'s.
 
     Name a start that sees the past alone with ``--student``; else it is the teacher, which has to learn that, too.
     """

@@ -188,7 +188,7 @@ _ENTRIES: dict[str, Callable[[Any], bool]] = {  # what is read of it outside of 
 
 
 def causal_of_config(kept: dict[str, Any] | None) -> Causal | None:
-    """What a run's config keeps of a causal roll-out."""
+    """What a run's config keeps of a causal rollout."""
     if kept is None:
         return None
     lists = {k: None if kept.get(k) is None else tuple(kept[k]) for k in ("first_sigmas", "sizes")}

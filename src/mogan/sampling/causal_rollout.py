@@ -1,4 +1,4 @@
-"""A causal student's roll-out: chunk after chunk, each by the student's few steps, each on what it made before.
+"""A causal student's rollout: chunk after chunk, each by the student's few steps, each on what it made before.
 
 Self-Forcing (arXiv 2506.08009): what was made is clean when the next chunk sees it, through a pass of its own whose keys and
 values are kept. Gradient flows through every chunk's judged step and through nothing else.
@@ -34,7 +34,7 @@ class Chunked:
             :func:`mogan.schedule.levels_of` all. ``None``: all of the student's steps, always.
 
     Of a student for chunks of several sizes one is drawn for the whole batch. A fixed warm-up is an update with another
-    roll-out: ``Update(..., stop=100, rollout=Chunked(causal.fixed))`` before ``Update(..., start=100)``.
+    rollout: ``Update(..., stop=100, rollout=Chunked(causal.fixed))`` before ``Update(..., start=100)``.
     """
 
     causal: Causal

@@ -1,6 +1,6 @@
 """What the student makes while it is trained: its own steps, gradient through one of them.
 
-Kinds of roll-out answer three questions (:class:`mogan.config.RolloutKind`): which step is judged, what has been made up to
+Kinds of rollout answer three questions (:class:`mogan.config.RolloutKind`): which step is judged, what has been made up to
 there, and how many steps that takes. :class:`FewStep` is the rule that DMD students are trained and shipped with (diffusers'
 ``FlowMatchLCMScheduler``): predict the clean latent, then noise it afresh to the next level. :class:`Euler` follows the
 student's flow to a level above 0 and hands over what lies there. :class:`Intervals` follows it in one of several numbers of
@@ -29,7 +29,7 @@ class Rollout:
 
     Attributes:
         sample_BCFHW: the sample; carries gradient if asked for.
-        exit_step: index of the step after which the roll-out stopped.
+        exit_step: index of the step after which the rollout stopped.
         text_BLD: the condition it was made under.
         level: noise level at which the sample lies; 0: it is clean.
         interval: levels between which it may be judged; whoever judges noises it to one of them.
@@ -55,8 +55,8 @@ class Rollout:
         """
         if self.level:
             raise UserError(
-                f"{who} judges clean clips, and a roll-out of this recipe stops at level {self.level:.4g}: leave {who} out "
-                "of the updates with that roll-out"
+                f"{who} judges clean clips, and a rollout of this recipe stops at level {self.level:.4g}: leave {who} out "
+                "of the updates with that rollout"
             )
         return self.sample_BCFHW
 
