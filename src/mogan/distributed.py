@@ -76,7 +76,7 @@ class World:
         return bool(seen)
 
     def largest(self, value: Tensor) -> Tensor:
-        """The elementwise maximum of a tensor over the processes."""
+        """The elementwise maximum of a tensor of any shape over the processes."""
         if self.mesh is None:
             return value
         found = value.clone()
@@ -84,7 +84,7 @@ class World:
         return found
 
     def average(self, value: Tensor) -> Tensor:
-        """A tensor averaged over the processes."""
+        """A tensor of any shape averaged over the processes."""
         if self.mesh is None:
             return value
         total = value.clone()
@@ -97,7 +97,7 @@ class World:
         return self.average(values).tolist()
 
     def rows(self, mine: Tensor) -> Tensor:
-        """The rows of every process, in their order, on each of them; all have as many."""
+        """The rows of every process, ``(N, ...)`` each, in their order, on each of them: ``(ranks N, ...)``."""
         if self.mesh is None:
             return mine
         found = [torch.empty_like(mine, memory_format=torch.contiguous_format) for _ in range(self.ranks)]
@@ -105,7 +105,7 @@ class World:
         return torch.cat(found)
 
     def samples(self, mine: Tensor) -> Tensor:
-        """:meth:`rows` of the batch: once, where several processes work on the same samples."""
+        """:meth:`rows` of the batch, ``(B, ...)``: once, where several processes work on the same samples."""
         return self.rows(mine).unflatten(0, (self.shares, -1, len(mine)))[:, 0].flatten(0, 1)
 
     def gather(self, value: Any) -> list[Any]:

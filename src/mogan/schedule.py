@@ -34,7 +34,7 @@ def levels_of(sigmas: tuple[float, ...], count: int) -> tuple[float, ...]:
 
 
 def add_noise(x0: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
-    """``(1 - sigma) x0 + sigma noise``."""
+    """``(1 - sigma) x0 + sigma noise``; tensors ``(B, C, F, H, W)``, ``sigma`` ``(B,)`` or ``(B, F)``."""
     s = broadcast(sigma, x0)
     return (1 - s) * x0 + s * noise
 
@@ -43,7 +43,7 @@ def renoise(x_u: Tensor, noise: Tensor, u: Tensor, t: Tensor) -> Tensor:
     """From level ``u`` to a noisier level ``t``: the transition whose marginals agree with noising ``x0`` directly.
 
     ``x_t = a x_u + sqrt(t^2 - (a u)^2) noise`` with ``a = (1 - t) / (1 - u)``; ``u = 0`` is :func:`add_noise`. Source:
-    Phased DMD (arXiv 2510.27684), the rectified-flow case of the transition kernel.
+    Phased DMD (arXiv 2510.27684), the rectified-flow case of the transition kernel. Tensors are ``(B, C, F, H, W)``, levels ``(B,)``.
     """
     scale = (1 - t) / (1 - u)
     spread = (t.square() - (scale * u).square()).clamp(min=0).sqrt()
@@ -51,7 +51,7 @@ def renoise(x_u: Tensor, noise: Tensor, u: Tensor, t: Tensor) -> Tensor:
 
 
 def velocity_to_x0(x_t: Tensor, velocity: Tensor, sigma: Tensor) -> Tensor:
-    """``x_t - sigma velocity``."""
+    """The clean latent, ``x_t - sigma velocity``; ``x_t``, ``velocity``: ``(B, C, F, H, W)``; ``sigma``: ``(B,)`` or ``(B, F)``."""
     return x_t - broadcast(sigma, x_t) * velocity
 
 

@@ -25,6 +25,9 @@ def split_tokens(transformer: Any, world: World) -> None:
     It still takes and returns whole latents; between, each process computes its part of the tokens, and self-attention
     trades them for a part of the heads. These are the steps of diffusers' ``enable_parallelism``, which is for GPUs only.
     The processes' gradients of the weights then add up to the gradient: see :func:`shard`.
+
+    Raises:
+        UserError: the processes do not divide heads or tokens.
     """
     if world.sequence is None:
         return
@@ -42,7 +45,7 @@ def split_tokens(transformer: Any, world: World) -> None:
 
 
 def all_tokens(features_BLD: Tensor, transformer: Any) -> Tensor:
-    """What a block of a transformer returns, of all tokens: after :func:`split_tokens` each process has its part of them.
+    """What a block of a transformer returns, ``(B, L, D)`` of all tokens: after :func:`split_tokens` each process has its part.
 
     Gradient of the whole comes back to each process's part, so the processes' gradients still add up.
     """
@@ -116,10 +119,10 @@ def tapped(network: nn.Module) -> nn.Module:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """Our part of a sharded tensor; any other tensor as it is."""
+    """Our part of a sharded tensor of any shape; any other tensor as it is."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """All of a sharded tensor, on every process; any other tensor as it is."""
+    """All of a sharded tensor of any shape, on every process; any other tensor as it is."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -124,7 +124,11 @@ PUBLISHED = {
 
 
 def read_shapes(model: str) -> Shapes:
-    """Shapes of a published model by name, of the lab, or of a local folder that holds at least the config files."""
+    """Shapes of a published model by name, of the lab, or of a local folder that holds at least the config files.
+
+    Raises:
+        UserError: the model has no config files, or none of a published name.
+    """
     if model.lower() in PUBLISHED:
         return PUBLISHED[model.lower()]
     folder = lab_folder() / "teacher" if model == "lab" else Path(model)

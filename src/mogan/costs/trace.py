@@ -176,7 +176,8 @@ class Tape(TorchDispatchMode):
 def trace(weights: Iterable[Tensor], forward: Callable[[], Tensor], *, backward: bool) -> Call:
     """Trace ``forward()`` and, if asked, the backward pass from the sum of what it returns. Call within :func:`fake`.
 
-    Without ``backward`` the pass runs without gradient and ``held`` is what it returned.
+    ``weights`` and what ``forward`` returns are tensors of any shape. Without ``backward`` the pass runs without gradient and
+    ``held`` is what it returned.
     """
     weights = list(weights)
     tape = Tape(weights)

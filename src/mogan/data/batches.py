@@ -44,7 +44,7 @@ class Batch:
     picture_BTD: Tensor | None = None
 
     def told(self, device: torch.device | str, text_BLD: Tensor | None = None) -> Any:
-        """What a network is told of the clips (see :mod:`mogan.models.conditions`): text, here or another, and controls."""
+        """The conditions of the clips, ``(B, L, D)`` text and controls (:mod:`mogan.models.conditions`); ``text_BLD`` replaces the text."""
         text = stack_text(self.text, device) if text_BLD is None else text_BLD
         return conditioned(text, *(None if t is None else t.to(device) for t in (self.control_BKFHW, self.picture_BTD)))
 

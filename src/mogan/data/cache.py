@@ -60,7 +60,11 @@ class Cache:
         return _command(self.facts)
 
     def latent(self, clip: str) -> Float[Tensor, "c f h w"]:
-        """Normalised latent of a clip."""
+        """Normalised latent of a clip, ``(C, F, H, W)``.
+
+        Raises:
+            UserError: the file is missing, damaged, or of another shape than the others.
+        """
         path = self.path / "clips" / f"{clip}.safetensors"
         latent = self._read(path, "latent")
         self._shape = self._shape or latent.shape
@@ -82,27 +86,27 @@ class Cache:
         return int(self.facts.get("references", 0))
 
     def control(self, clip: str) -> Float[Tensor, "k f h w"]:
-        """Control of a clip, as the transformer reads it, references first."""
+        """Control of a clip, ``(K, F, H, W)``, as the transformer reads it, references first."""
         path = control_path(self.path, clip)
         return torch.cat([self._read(path, "latent"), self._read(path, "places").float()])
 
     def picture(self, clip: str) -> Float[Tensor, "t d"] | None:
-        """What an image encoder sees of a clip's first frame; ``None``: the cache's model has none."""
+        """Image features of a clip's first frame, ``(T, D)``; ``None``: the cache's model has no image encoder."""
         return self._read(control_path(self.path, clip), "picture") if self.facts.get("pictures") else None
 
     def shown(self, clips: Sequence[str], device: torch.device | str = "cpu") -> tuple[Tensor, Tensor | None]:
-        """Controls of clips, and what an image encoder sees of their first frames where the cache's model reads that."""
+        """Controls of clips, ``(B, K, F, H, W)``; image features of their first frames, ``(B, T, D)``, if the model reads those."""
         pictures = [picture for clip in clips if (picture := self.picture(clip)) is not None]
         controls = torch.stack([self.control(clip) for clip in clips]).to(device)
         return controls, torch.stack(pictures).to(device) if pictures else None
 
     def whole(self, clip: str) -> Float[Tensor, "c f h w"]:
-        """Latent of a clip with controls, after those of its references."""
+        """Latents of a clip's references, then its own: ``(C, R + F, H, W)``."""
         latent = self.latent(clip)
         return torch.cat([self.control(clip)[: len(latent), : self.references], latent], 1)
 
     def path_to(self, clip: str, levels: Sequence[float]) -> Float[Tensor, "k c f h w"]:
-        """What the teacher's path to a clip passes at these levels, in the precision it was kept in."""
+        """The teacher's trajectory to a clip at these levels, ``(K, C, F, H, W)``, in the precision it was kept in."""
         kept, file = self.facts["levels"], path_file(self.path, clip)
         rows = tuple(rows_of(kept, levels, self.path))
         found = self._held.get((file, rows))
@@ -113,7 +117,11 @@ class Cache:
         return found
 
     def text(self, prompt: str | None) -> Float[Tensor, "l d"]:
-        """Embedding of a prompt that was cached."""
+        """Embedding of a cached prompt, ``(L, D)``, without padding.
+
+        Raises:
+            UserError: there is no caption, or it is not in the cache.
+        """
         if prompt is None:
             raise UserError(f"a clip of {self.path} has no caption, and its caption is needed")
         path = text_path(self.path, prompt)
@@ -280,7 +288,8 @@ def text_path(cache: Path, prompt: str) -> Path:
 def ensure_text(cache: str | Path, prompts: Iterable[str], encode: Callable[[list[str]], list[Tensor]]) -> int:
     """Cache the embeddings that are missing, each prompt once; returns how many were.
 
-    Prompts are encoded one at a time, so an embedding does not depend on its company or on where a run was interrupted.
+    ``encode`` maps prompts to embeddings ``(L, D)``.     Prompts are encoded one at a time, so an embedding does not depend on
+    its company or on where a run was interrupted.
     """
     missing = [p for p in dict.fromkeys(prompts) if not text_path(Path(cache), p).exists()]
     for prompt in tqdm(missing, desc="text", unit="prompt", disable=not missing):
@@ -290,7 +299,7 @@ def ensure_text(cache: str | Path, prompts: Iterable[str], encode: Callable[[lis
 
 
 def save_latent(cache: Path, clip: str, latent: Float[Tensor, "c f h w"], facts: dict[str, str]) -> None:
-    """Store a clip's latent; ``facts`` go into the file's header."""
+    """Store a clip's latent, ``(C, F, H, W)``; ``facts`` go into the file's header."""
     save_tensors(clip_path(cache, clip), {"latent": latent}, facts)
 
 

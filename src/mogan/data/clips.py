@@ -145,7 +145,7 @@ def _difference(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def to_video(frames_FHWC: np.ndarray) -> Float[Tensor, "1 3 f h w"]:
-    """uint8 frames as a batch of one video in [-1, 1], fp32."""
+    """uint8 frames ``(F, H, W, 3)`` as a batch of one video ``(1, 3, F, H, W)`` in [-1, 1], fp32."""
     return torch.from_numpy(frames_FHWC).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
 
 

@@ -50,12 +50,12 @@ Made = Callable[[np.ndarray, str], Control]  # of a clip's frames and id
 
 
 def everywhere(frames_FHWC: np.ndarray) -> Control:
-    """Frames that show what is to be made."""
+    """uint8 frames ``(F, H, W, 3)`` that show what is to be generated."""
     return Control(frames_FHWC, np.ones(frames_FHWC.shape[:3], bool))
 
 
 def masked(frames_FHWC: np.ndarray, mask_FHW: np.ndarray) -> Control:
-    """Frames that are kept but for the mask, under which they are grey."""
+    """uint8 frames ``(F, H, W, 3)``, kept but under the mask, bool ``(F, H, W)``: there they are grey."""
     return Control(np.where(mask_FHW[..., None], np.uint8(GREY), frames_FHWC), mask_FHW)
 
 
@@ -112,7 +112,11 @@ FIRST_FRAME = "first_frame"  # of an image-to-video model, which has no other
 
 
 def own(name: str) -> Made:
-    """A function of the user's: frames to frames, or to frames and a mask."""
+    """A function of the user's: frames to frames, or to frames and a mask.
+
+    Raises:
+        UserError: it cannot be imported, or returns something else.
+    """
     function = own_function(name, "control", "returns the frames of a control")
 
     def made(frames_FHWC: np.ndarray, clip: str) -> Control:
@@ -273,7 +277,7 @@ def encode_controls(
 
 
 def put_together(frames: np.ndarray, shown: np.ndarray | None, mask: np.ndarray | None) -> Control | None:
-    """A control from its files; a mask alone is of the clip itself."""
+    """A control from uint8 frames ``(F, H, W, 3)``: the clip's, and those of its files; a mask alone is of the clip itself."""
     where = None if mask is None else mask.mean(-1) > 127.5
     if shown is None:
         return None if where is None else masked(frames, where)
@@ -281,7 +285,7 @@ def put_together(frames: np.ndarray, shown: np.ndarray | None, mask: np.ndarray 
 
 
 def clips_at(path: Path, starts: dict[int, dict], geometry: Geometry) -> Iterator[tuple[int, np.ndarray]]:
-    """Clips of a file that begin with these frames, as far as it goes."""
+    """Clips of a file that begin with these frames: the first frame's number, uint8 ``(F, H, W, 3)``."""
     length, held = geometry.frames, []
     only = {start + i for start in starts for i in range(length)}
     for frame in read_frames(path, fps=geometry.fps, size=(geometry.height, geometry.width), only=only):

@@ -15,7 +15,11 @@ PASSING = (LOCK, ".tmp-", *data.FACTS.values())  # names of files that come befo
 
 
 def claim(out: Path, facts: dict[str, Any]) -> None:
-    """Write ``cache.json`` (of paths ``trajectories.json``), or make sure that an earlier run wrote the same."""
+    """Write ``cache.json`` (of paths ``trajectories.json``), or make sure that an earlier run wrote the same.
+
+    Raises:
+        UserError: the folder holds something else, or was made with other settings.
+    """
     there = data.read_facts(out)
     if there is not None:
         different = data.unlike(there, {k: v for k, v in facts.items() if k not in ("model", "flow_name")})

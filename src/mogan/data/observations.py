@@ -50,7 +50,11 @@ class Observations:
         return self.folder / str(start) / f"{clip}.safetensors"
 
     def read(self, clip: str, start: int) -> Tensor | None:
-        """The observation of a clip's window from latent frame ``start`` on; None if nobody has computed it yet."""
+        """The observation ``(C, F, H, W)`` of a clip's window from latent frame ``start`` on; None: not computed yet.
+
+        Raises:
+            UserError: its file is damaged.
+        """
         path = self.path(clip, start)
         try:
             return load_file(path)["observation"]
@@ -61,7 +65,7 @@ class Observations:
             raise UserError(f"{path} cannot be read ({why}): delete it, it is computed again") from error
 
     def get(self, clip: str, start: int) -> Tensor:
-        """The observation, computed and kept if it is not there. What is used is what is kept: a resumed run sees the same."""
+        """The observation ``(C, F, H, W)``, in bf16 as it is stored; computed first if it is missing. A resumed run sees the same."""
         seen = self.read(clip, start)
         if seen is not None:
             return seen

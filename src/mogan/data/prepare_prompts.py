@@ -19,7 +19,10 @@ def prepare_prompts(
     extra_prompts: Sequence[str] = (),
     tokens: Tokens | None = None,
 ) -> int:
-    """Cache prompts alone, those of :func:`mogan.data.lists.read_prompts`. Returns how many."""
+    """Cache prompts alone, those of :func:`mogan.data.lists.read_prompts`. Returns how many.
+
+    ``encode_text`` maps prompts to embeddings ``(L, D)``.
+    """
     source, out = Path(source), Path(out)
     notes: list[str] = []
     prompts = read_prompts(source, notes.append)

@@ -112,7 +112,11 @@ def read_frames(
 
 
 def read_video(path: str | Path) -> tuple[np.ndarray, float | None]:
-    """A whole file: uint8 ``(F, H, W, 3)`` and its frame rate (None if the file does not say)."""
+    """A whole file: uint8 ``(F, H, W, 3)`` and its frame rate (None if the file does not say).
+
+    Raises:
+        UserError: it cannot be read, or changes its size.
+    """
     frames = [frame.image_HWC for frame in read_frames(path)]
     if len({frame.shape for frame in frames}) > 1:
         raise UserError(f"{path} changes its size in the middle: write it again at one size")
@@ -130,6 +134,8 @@ def write_video(path: str | Path, frames_FHWC: Iterable[np.ndarray], fps: float,
         frames_FHWC: uint8 ``(F, H, W, 3)``, or any iterable of frames; even height and width.
         fps: frames per second.
         crf: x264's constant rate factor, 0 lossless to 51; 16 is visually transparent.
+
+    Raises ValueError if a frame is no uint8 ``(H, W, 3)`` of even sides.
     """
     rate = Fraction(fps).limit_denominator(1001)
     with replacing(Path(path)) as temporary, av.open(str(temporary), "w", options={"movflags": "+faststart"}) as out:

@@ -28,7 +28,7 @@ def contrast(frames: Frames) -> float:
 
 
 def frame_features(frame: np.ndarray) -> np.ndarray:
-    """Forty numbers about the look of one frame, from no network, so that no training can have seen them.
+    """Forty numbers ``(40,)`` about the look of one frame, uint8 ``(H, W, 3)``, from no network that training could have used.
 
     Mean colour of a 3 x 3 grid (27), mean and deviation of saturation (2), energy of detail at three scales (3),
     histogram of the directions of edges (8).

@@ -36,7 +36,7 @@ class Seen(nn.Module):
 
     @torch.inference_mode()
     def forward(self, frames_BHWC: np.ndarray) -> np.ndarray:
-        """Features or scores of uint8 frames, in float32."""
+        """uint8 frames ``(B, H, W, 3)`` to features ``(B, D)`` or scores ``(B,)``, float32."""
         device = next(self.network.parameters()).device
         return self._read(self.network, self._prepare(frames_BHWC).to(device)).float().cpu().numpy()
 
@@ -270,7 +270,10 @@ _VIT_NAMES = {
 
 
 def named_block(name: str, tensor: Tensor) -> dict[str, Tensor]:
-    """One tensor of a block in timm's names, under the names that transformers' checkpoints of ViTs have."""
+    """One tensor of a block in timm's names, under the names that transformers' checkpoints of ViTs have.
+
+    ``tensor``: of the shape it has there; a joint ``qkv``, ``(3 D, ...)``, becomes three of ``(D, ...)``.
+    """
     _, number, rest = name.split(".", 2)
     part, _, kind = rest.rpartition(".")
     if part == "attn.qkv":

@@ -67,7 +67,7 @@ def videomae(path: Path) -> Seen:
 
 
 def clip_features(frames: Frames, count: int, features: VideoFeatures, *, start: int | None = None) -> np.ndarray:
-    """Features of one clip.
+    """Features of one clip, ``(D,)``: CD-FVD's VideoMAE-v2 network on 16 of its frames.
 
     Args:
         frames: the clip.
@@ -91,12 +91,12 @@ def random_start(count: int, seed: int) -> int:
 
 
 def cd_fvd(one_ND: np.ndarray, two_ND: np.ndarray) -> float:
-    """The distance of two sets of :func:`clip_features`, covariance over N."""
+    """The distance of two sets of :func:`clip_features`, ``(N, D)`` each, covariance over N."""
     return frechet(Moments().add(one_ND), Moments().add(two_ND))
 
 
 def noise_floor(features_ND: np.ndarray, seed: int = 0) -> float:
-    """Distance of one half of a set to its other half: a distance near it says nothing."""
+    """Distance of one half of a set, ``(N, D)``, to its other half: a distance near it says nothing."""
     order = np.random.default_rng(seed).permutation(len(features_ND))
     half = len(order) // 2
     return cd_fvd(features_ND[order[:half]], features_ND[order[half : 2 * half]])

@@ -98,6 +98,9 @@ def read_folder(folder: Path, name: str) -> System:
 
     The prompt of a clip that no list names is the text file beside it, else its name: ``{prompt}-{k}.mp4`` is VBench's
     naming, any other name is a prompt of its own.
+
+    Raises:
+        UserError: it is no folder, holds no clips, or its list is wrong.
     """
     if not os.path.isdir(folder):
         raise UserError(f"{folder} is no folder: give a folder of clips")

@@ -71,7 +71,7 @@ def _trace_of_root(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def polynomial_mmd(one_ND: np.ndarray, two_ND: np.ndarray, *, degree: int = 2, offset: float = 0.0) -> float:
-    """Biased squared maximum mean discrepancy with the kernel ``(x.y / D + offset)^degree``, diagonals included."""
+    """Biased squared maximum mean discrepancy of two sets ``(N, D)`` with the kernel ``(x.y / D + offset)^degree``, diagonals included."""
     one, two = np.asarray(one_ND, np.float64), np.asarray(two_ND, np.float64)
     if not (np.isfinite(one).all() and np.isfinite(two).all()):
         raise ValueError("the features hold numbers that are not finite: look at the network that made them")
@@ -83,7 +83,7 @@ def polynomial_mmd(one_ND: np.ndarray, two_ND: np.ndarray, *, degree: int = 2, o
 
 
 def jedi(one_ND: np.ndarray, two_ND: np.ndarray) -> float:
-    """JEDi: 100 times :func:`polynomial_mmd` of degree 2 and offset 0. It cannot tell X from -X."""
+    """JEDi of two sets ``(N, D)``: 100 times :func:`polynomial_mmd` of degree 2 and offset 0. It cannot tell X from -X."""
     return 100 * polynomial_mmd(one_ND, two_ND)
 
 
@@ -117,7 +117,7 @@ def fvmd(one: np.ndarray, two: np.ndarray, *, reference: bool = False) -> float:
     """Frechet distance of :func:`fvmd_histograms`, covariance over N - 1.
 
     Args:
-        one: histograms of the first set, batch first.
+        one: histograms of the first set, ``(N, ...)``.
         two: of the second.
         reference: add 1e-5 to the covariances inside the square root as the published code does, which makes equal sets
             -2e-5 D instead of 0.
@@ -171,7 +171,7 @@ def tap_vid(
 
 
 def trajan_occluded(visible_NF: np.ndarray, certain_NF: np.ndarray, *, notebook: bool = False) -> np.ndarray:
-    """Which points TRAJAN calls hidden, from its logits of being visible and of being certain.
+    """Which points TRAJAN calls hidden, bool ``(N, F)``, from its logits of being visible and of being certain.
 
     The model's own rule is "not (p_visible p_certain > 1/2)". Its notebook scores another, "(1 - p_visible)(1 - p_certain)
     > 1/2", which is not the complement: a point that is surely visible and quite uncertain is hidden by the first alone.

@@ -22,7 +22,7 @@ class FlowSummary:
 
 
 def summarise(flow_2HW: np.ndarray) -> FlowSummary:
-    """Statistics of the magnitude in pixels per frame."""
+    """Statistics of the magnitude of a flow field ``(2, H, W)``, in pixels per frame."""
     magnitude = np.hypot(flow_2HW[0], flow_2HW[1]).ravel()
     count = max(1, int(magnitude.size * 0.05))
     limit = MOVING * min(flow_2HW.shape[1:]) / 256
@@ -74,7 +74,7 @@ def camera_split(flow_2HW: np.ndarray, step: int = 8) -> CameraSplit:
 
 
 def pull_back(image_HWC: np.ndarray, flow_2HW: np.ndarray) -> np.ndarray:
-    """The image at ``p + flow(p)``, bilinear, border repeated; exact at whole pixels."""
+    """The image ``(H, W, C)`` at ``p + flow(p)``, flow in pixels; bilinear, border repeated; exact at whole pixels."""
     _, h, w = flow_2HW.shape
     y, x = np.mgrid[:h, :w].astype(np.float32)
     x_to, y_to = np.clip(x + flow_2HW[0], 0, w - 1), np.clip(y + flow_2HW[1], 0, h - 1)

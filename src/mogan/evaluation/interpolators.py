@@ -20,7 +20,7 @@ from mogan.motion.flow import FlowEstimator, warp
 
 
 def blend(first_BCHW: Tensor, second_BCHW: Tensor) -> Tensor:
-    """The mean of both frames. Predicts fades perfectly and motion not at all."""
+    """The mean of both frames, ``(B, 3, H, W)`` in [0, 1]. Predicts fades perfectly and motion not at all."""
     return (first_BCHW + second_BCHW) / 2
 
 
@@ -53,7 +53,11 @@ AMT_LICENCE = "AMT-S is licensed CC BY-NC 4.0: for non-commercial use only"
 
 
 def amt_weights(checkout: Path) -> Path:
-    """The weights in a checkout of AMT, beside its code or in ``pretrained``; safetensors first."""
+    """The weights in a checkout of AMT, beside its code or in ``pretrained``; safetensors first.
+
+    Raises:
+        UserError: the checkout or its weights are missing.
+    """
     names = [
         folder / f"amt-s.{kind}" for kind in ("safetensors", "pth") for folder in (checkout, checkout / "pretrained")
     ]

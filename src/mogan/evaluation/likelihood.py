@@ -79,7 +79,10 @@ def log_likelihood(
 
 
 def noise_log_density(motion_BCFHW: Float[Tensor, "b c f h w"]) -> Float[Tensor, " b"]:
-    """Log-density of differences of standard normal frames: covariance ``D D^T`` along time, whose determinant is F + 1."""
+    """Log-density of differences of standard normal frames, a number per clip in nats.
+
+    Their covariance is ``D D^T`` along time, whose determinant is F + 1.
+    """
     count, frames = motion_BCFHW[0].numel(), motion_BCFHW.shape[2]
     square = centred_path(motion_BCFHW.double()).square().flatten(1).sum(1)  # m^T (D D^T)^-1 m = |D^+ m|^2
     return -0.5 * (square + count * math.log(2 * math.pi) + count / frames * math.log(frames + 1))
@@ -95,7 +98,21 @@ def motion_log_likelihood(
     steps: int = 50,
     probes: int = 8,
 ) -> Likelihood:
-    """How likely a motion model finds the clips' differences after their first ``given`` frames, without guidance."""
+    """Log-likelihood under a motion model of the clips' differences after their first ``given`` frames, without guidance.
+
+    Probability-flow ODE with Hutchinson's trace (Song et al., arXiv 2011.13456); MSM, section 6.3.
+
+    Args:
+        motion: a motion model (``mogan.recipes.motion_score``).
+        latent_BCFHW: normalised latents of clips.
+        text_BLD: prompts.
+        given: clean frames that the model is given.
+        generator: of the probes.
+        steps: of the solver.
+        probes: of the trace estimate.
+
+    Returns the log-density in nats, a number per clip, and the standard error of its trace estimate.
+    """
     known = latent_BCFHW[:, :, :given]
     return log_likelihood(
         lambda m, sigma: motion_velocity(motion, known, m, sigma, text_BLD),

@@ -63,7 +63,7 @@ def static_filter(frames: Frames, flow: FlowEstimator) -> Decision:
 
 
 def end_scores(first: np.ndarray, last: np.ndarray, flow: FlowEstimator) -> tuple[float, ...]:
-    """The static filter's two extra scores: from the first frame to the last, and back."""
+    """The static filter's two extra scores: from the first frame to the last, uint8 ``(H, W, 3)``, and back; in pixels."""
     pairs = map(_pad_pair, [(first, last), (last, first)])
     return tuple(top_magnitude(field, 0.02) for field in flow_of_pairs(pairs, flow))
 

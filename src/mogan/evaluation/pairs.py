@@ -30,6 +30,9 @@ def flow_of_pairs(pairs: Iterable[Pair], flow: FlowEstimator) -> Iterator[np.nda
 
     Pairs in a row, each beginning with the frame the last one ended with, go to the estimator as one video: RAFT then
     encodes every frame once.
+
+    Raises:
+        UserError: flow is not finite.
     """
     device = device_of(flow)
     source = iter(pairs)

@@ -36,7 +36,7 @@ def dino_input(frames_BHWC: np.ndarray) -> Tensor:
 
 
 def musiq_input(frames_BHWC: np.ndarray) -> Tensor:
-    """For MUSIQ, VBench's mode "longer": longer side at most 512, bilinear without antialiasing, values in [0, 1]."""
+    """For MUSIQ, ``(B, 3, h, w)``, VBench's mode "longer": longer side at most 512, bilinear without antialiasing, values in [0, 1]."""
     frames = _floats(frames_BHWC)
     size = musiq_size(*frames.shape[-2:])
     return (frames if size == frames.shape[-2:] else _resize(frames, size, "bilinear")) / 255.0

@@ -75,7 +75,7 @@ def joint_draws(factors: Sequence[Sequence[Hashable]], resamples: int) -> np.nda
 
 
 def wasserstein(one: Sequence[float] | np.ndarray, two: Sequence[float] | np.ndarray) -> float:
-    """First Wasserstein distance between two sets of numbers: the area between their distribution functions."""
+    """First Wasserstein distance between two sets of numbers, ``(N,)`` and ``(M,)``: the area between their distribution functions."""
     if len(one) == 0 or len(two) == 0:
         return float("nan")
     return float(_wasserstein(one, np.ones((1, len(one))), two)[0])

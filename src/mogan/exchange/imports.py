@@ -121,7 +121,11 @@ def _causal(chunks: tuple[int, int] | None, policy: tuple[int | None, int, float
 
 
 def read_student(files: list[Path]) -> tuple[dict[str, Tensor], dict[str, Tensor] | None, str | None]:
-    """The student's tensors, its critic's if the file holds one, and under which entry the student was found."""
+    """The student's tensors, its critic's if the file holds one, and under which entry the student was found.
+
+    Raises:
+        UserError: the file holds no tensors of a student.
+    """
     whole = read_tensors(files)
     part = next((name for name in GENERATORS if isinstance(whole.get(name), dict)), None)
     critic = next((whole[name] for name in CRITICS if isinstance(whole.get(name), dict)), None)
@@ -147,7 +151,11 @@ def refuse_unread(names: Iterable[str], file: Path) -> None:
 
 
 def set_weights(transformer: Any, state: dict[str, Tensor], file: Path) -> None:
-    """Fill a transformer with a file's weights, all of them or none."""
+    """Fill a transformer with a file's weights, all of them or none.
+
+    Raises:
+        UserError: tensors are missing, surplus or of another shape.
+    """
     named: dict[str, Tensor] = {}
     for name, tensor in state.items():
         if diffusers_name(name) in named:
@@ -194,6 +202,9 @@ def add_lora(transformer: Any, state: dict[str, Tensor], file: Path, alpha: floa
         state: the file's tensors.
         file: its name.
         alpha: of every adapter, where it is kept outside of the tensors.
+
+    Raises:
+        UserError: the file holds several adapters, an unknown kind, or tensors that do not fit.
     """
     own = dict(transformer.named_parameters())
     modules = {n.removesuffix(".weight").removesuffix(".bias") for n in own}

@@ -95,6 +95,9 @@ def low_rank_difference(student: Any, base: Any, rank: int) -> tuple[dict[str, t
 
     Matrices are approximated, their biases kept whole (``diff_b``). Norms, modulation tables and the patch embedding
     have no place in a LoRA file that diffusers reads and are left out.
+
+    Raises:
+        UserError: no matrix differs.
     """
     before = base.state_dict()
     differences = {k: v - before[k].to(v.device) for k, v in student.state_dict().items()}

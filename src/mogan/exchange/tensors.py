@@ -53,7 +53,11 @@ def files_of(path: Path) -> list[Path]:
 
 
 def read_tensors(files: list[Path]) -> dict[str, Any]:
-    """What a file, or all shards of one model, holds by name; nothing in it is executed."""
+    """What a file, or all shards of one model, holds by name; nothing in it is executed.
+
+    Raises:
+        UserError: the file is damaged, or holds more than tensors.
+    """
     found: dict[str, Any] = {}
     for file in files:
         more = _read(file)

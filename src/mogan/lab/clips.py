@@ -20,7 +20,7 @@ def rendered_clips(count: int, seed: int, motion: str = "all", offset: int = 0) 
 
 
 def rendered_elsewhere(chunks: Sequence[range], seed: int) -> Iterator[Tensor]:
-    """Render chunks of clips in other processes, in order and never many ahead of who takes them."""
+    """Render chunks of clips, uint8 ``(B, 3, F, H, W)``, in other processes, in order and few ahead of their use."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     # a fresh interpreter imports NumPy and no torch: forking a process with a GPU is not safe
     with ProcessPoolExecutor(cores, get_context("spawn")) as pool:
@@ -36,5 +36,5 @@ def _as_tensor(clips: np.ndarray) -> Tensor:
 
 
 def to_video(clips: Tensor) -> Tensor:
-    """uint8 to float in [-1, 1]."""
+    """uint8 to float in [-1, 1], any shape."""
     return clips.float() / 127.5 - 1

@@ -52,7 +52,7 @@ def _share_of_each(mask: Tensor) -> Tensor:
 
 
 def flow_pairs(scenes: int, vae: AutoencoderKLWan | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Six frame pairs of each of many scenes: uint8 first and second frames, exact flow between them.
+    """Six frame pairs of each of many scenes: uint8 first and second frames ``(N, 3, H, W)``, exact flow ``(N, 2, H, W)`` in pixels.
 
     Turning sprites and panning cameras, the hardest to see, are twice as frequent as other motion. Half of the scenes
     are seen at half the frame rate, where things move twice as far: that is what is measured at 8 fps.

@@ -33,7 +33,7 @@ def run_stage(
     ema_decay: float = 0.995,
     same_each_step: bool = False,
 ) -> nn.Module:
-    """Minimise ``loss_of(step, share_done)`` with Muon, warm-up and a cosine; save every minute, resume by itself.
+    """Minimise the scalar ``loss_of(step, share_done)`` with Muon, warm-up and a cosine; save every minute, resume by itself.
 
     Runs where the model is. ``same_each_step``: the loss looks at neither step nor share and makes tensors of the same
     shapes each time, all on the model's device, so that on a GPU it may be recorded and replayed.

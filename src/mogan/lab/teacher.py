@@ -63,7 +63,7 @@ def build_text_encoder() -> UMT5EncoderModel:
 
 
 def world_latents(vae: AutoencoderKLWan, work: Path, count: int, part: int = 1000) -> Tensor:
-    """Latents of the teacher's world, half precision, encoded once and kept in ``work`` in files of ``part`` clips.
+    """Latents ``(N, C, F, H, W)`` of the teacher's world, half precision, encoded once and kept in ``work`` in files of ``part`` clips.
 
     Other processes render while this one encodes. Clip ``i`` is the world's ``i``-th.
     """

@@ -78,9 +78,9 @@ def principal_axes(vae: AutoencoderKLWan, clips: Tensor) -> tuple[Tensor, Tensor
 def narrow(vae: Any, mean: Tensor, variances: Tensor, axes: Tensor, channels: int) -> AutoencoderKLWan:
     """The same autoencoder on the first ``channels`` axes of its latents, centred, one scale for all channels.
 
-    The axes are folded into the convolutions next to the latents, which then carry what the two 1 x 1 x 1 convolutions
-    between did. One scale: dividing every axis by its own deviation would make a generator work as hard for the least
-    detail as for where things are.
+    The axes are folded into the convolutions next to the latents, which then carry what the two 1 x 1 x 1 convolutions between
+    did. ``mean`` and ``variances`` are ``(C,)``, ``axes`` ``(C, C)``, a principal axis per column. One scale: dividing every
+    axis by its own deviation would make a generator work as hard for the least detail as for where things are.
     """
     scale = variances[:channels].mean().sqrt().item()
     old, new, kept = vae.state_dict(), build_vae(channels, scale), axes[:, :channels]

@@ -25,7 +25,7 @@ class RMSNorm(torch.nn.RMSNorm):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        """Same contract as ``torch.nn.RMSNorm``."""
+        """Same contract as ``torch.nn.RMSNorm``: ``(..., D)`` to the same shape."""
         weight = None if self.weight is None else self.weight.to(x.dtype)
         return F.rms_norm(x, self.normalized_shape, weight, self.eps)
 
@@ -64,7 +64,7 @@ class FoldedPadding:
     def attend(
         self, attn, hidden_states: Tensor, key: Tensor, value: Tensor, picture: tuple[Tensor, Tensor] | None = None
     ) -> Tensor:
-        """Attention to them, and to keys and values of a picture by itself; what is found is added."""
+        """Attention of ``hidden_states``, ``(B, L, D)``, to keys and values ``(B, heads, T, d)``; to those of a picture apart, added."""
         frames = len(hidden_states) // len(key)
         hidden_states = whole(hidden_states, frames)
         query = _by_head(attn, attn.norm_q(attn.to_q(hidden_states)))
@@ -94,7 +94,7 @@ class SelfAttention(WanAttnProcessor):
         self.products = products
 
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None) -> Tensor:
-        """Same contract as ``WanAttnProcessor``, but that frames may come side by side (:mod:`mogan.models.frame_levels`)."""
+        """Same contract as ``WanAttnProcessor``, ``(B, L, D)``; frames may come side by side (:mod:`mogan.models.frame_levels`)."""
         frames = rotary_emb[0].shape[1] // hidden_states.shape[1]
         clip = whole(hidden_states, frames)
         with self.products():
@@ -133,7 +133,7 @@ def set_attention(transformer: Any, fp32_on_cpu: bool = True) -> Any:
 
 
 def stack_text(embeddings: Iterable[Tensor], device: str | torch.device = "cpu") -> Float[Tensor, "b l d"]:
-    """Pad embeddings ``(L, D)`` with zero rows to the longest plus one (at most 512): the last row is padding."""
+    """Pad embeddings ``(L, D)`` to ``(B, L, D)`` with zero rows to the longest plus one (at most 512): the last row is padding."""
     embeddings = [e.float() for e in embeddings]
     length = min(max(len(e) for e in embeddings) + 1, TEXT_LENGTH)
     return torch.stack([F.pad(e, (0, 0, 0, length - len(e))) for e in embeddings]).to(device)

@@ -97,7 +97,7 @@ def _window(
 
 @torch.no_grad()
 def stream_video(vae: AutoencoderKLWan, latent_BCFHW: Tensor) -> Iterator[Float[Tensor, "b 3 g h w"]]:
-    """A whole clip, frame after frame as they are decoded, without gradient: 1 frame, then 4 for every further latent.
+    """A whole clip in [-1, 1], ``(B, 3, 1 or 4, H, W)`` at a time, without gradient: 1 frame, then 4 for every further latent.
 
     The same frames as :func:`decode_video`, bit for bit, and never more than those of one latent frame in memory.
     """
@@ -121,7 +121,7 @@ def stream_chunks(
 
 
 def decode_video(vae: AutoencoderKLWan, latent_BCFHW: Tensor) -> Tensor:
-    """Decode a whole clip; fp32 in [-1, 1]."""
+    """Decode a whole clip of ``F`` latent frames: ``(B, 3, 4 F - 3, H, W)``, fp32 in [-1, 1]."""
     return decode_window(vae, latent_BCFHW)
 
 

@@ -69,12 +69,16 @@ class CausalRope(nn.Module):
         self.view: View | None = None
 
     def forward(self, hidden_states: Tensor) -> View:
-        """The view that :class:`CausalDenoiser` has set; there is no call without one."""
+        """The view that :class:`CausalDenoiser` has set, whatever the shape of the input; there is no call without one."""
         assert self.view is not None, "a causal transformer is called through CausalDenoiser, chunk by chunk"
         return self.view
 
     def table(self, positions: Sequence[int], height: int, width: int) -> tuple[Tensor, Tensor]:
-        """Cosine and sine ``(1, tokens, 1, d)`` of frames at time ``positions``, of ``height x width`` tokens each."""
+        """Cosine and sine ``(1, tokens, 1, d)`` of frames at time ``positions``, of ``height x width`` tokens each.
+
+        Raises:
+            UserError: the clip is longer than the model's positions in time.
+        """
         stock = self.stock
         if max(positions, default=0) >= stock.max_seq_len:
             raise UserError(
@@ -219,7 +223,7 @@ class CausalDenoiser(Denoiser):
         self.how = how
 
     def begin(self, text_BLD: Float[Tensor, "b l d"], policy: Policy = FULL) -> Cache:
-        """The cache of a rollout that has no past yet."""
+        """The cache of a rollout without a past, for prompts ``(B, L, D)``."""
         return Cache(policy, words=Words(text_BLD))
 
     def chunk(
@@ -229,13 +233,13 @@ class CausalDenoiser(Denoiser):
         text_BLD: Float[Tensor, "b l d"],
         cache: Cache,
     ) -> Float[Tensor, "b c f h w"]:
-        """The clean latent of the next chunk. Gradient goes into ``x`` and the weights, none into the past."""
+        """The clean latent ``(B, C, F, H, W)`` of the next chunk, levels ``(B,)``; gradient into ``x`` and weights, none into the past."""
         return velocity_to_x0(x_BCFHW, self.chunk_velocity(x_BCFHW, sigma_B, text_BLD, cache), sigma_B)
 
     def chunk_velocity(
         self, x_BCFHW: Tensor, sigma_B: Tensor, text_BLD: Tensor, cache: Cache, to: float | None = None
     ) -> Tensor:
-        """What :meth:`chunk` is made of; ``to`` as of :meth:`Denoiser.velocity`."""
+        """Velocity ``(B, C, F, H, W)`` of a chunk given the cache; ``to`` as of :meth:`Denoiser.velocity`."""
         with self._seeing(self._view(x_BCFHW, text_BLD, cache)):
             return self.velocity(x_BCFHW, sigma_B, text_BLD, to)
 

@@ -50,12 +50,12 @@ class Conditioned:
 
 
 def conditioned(text_BLD: Tensor, control_BKFHW: Tensor | None, picture_BTD: Tensor | None = None) -> Any:
-    """What a network is told of its clips: texts, and their controls if there are any."""
+    """The conditions of clips: texts ``(B, L, D)``, and if there are any controls ``(B, K, F, H, W)`` and image features ``(B, T, D)``."""
     return text_BLD if control_BKFHW is None else Conditioned(text_BLD, control_BKFHW, picture_BTD)
 
 
 def parted(told: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Texts, controls and pictures; of texts alone ``None`` twice."""
+    """Texts ``(B, L, D)``, controls ``(B, K, F, H, W)``, image features ``(B, T, D)``; of texts alone ``None`` twice."""
     return (
         (told.text_BLD, told.control_BKFHW, told.picture_BTD) if isinstance(told, Conditioned) else (told, None, None)
     )
@@ -150,7 +150,7 @@ def encode_control(
 
 
 def nothing_shown(frames: int, height: int, width: int) -> tuple[Tensor, Tensor]:
-    """Video and mask of text to video: grey, all of it to be made."""
+    """Video ``(1, 3, F, H, W)`` in [-1, 1] and mask ``(1, 1, F, H, W)`` of text to video: grey, all of it to be generated."""
     return torch.zeros(1, 3, frames, height, width), torch.ones(1, 1, frames, height, width)
 
 

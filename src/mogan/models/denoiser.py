@@ -130,7 +130,7 @@ class Denoiser(nn.Module):
         return out.float()
 
     def forward(self, x_BCFHW: Tensor, sigma: Tensor, text_BLD: Tensor, to: float | None = None) -> Tensor:
-        """Predict the clean latent."""
+        """Predict the clean latent ``(B, C, F, H, W)``; arguments as of :meth:`velocity`."""
         return velocity_to_x0(x_BCFHW, self.velocity(x_BCFHW, sigma, text_BLD, to), sigma)
 
 
@@ -138,6 +138,8 @@ def guided_velocity(
     denoiser: Denoiser, x: Tensor, sigma: Tensor, text_BLD: Tensor, null_BLD: Tensor, guidance: float
 ) -> Tensor:
     """Classifier-free guidance in the diffusers convention, ``uncond + guidance (cond - uncond)``.
+
+    ``x``: ``(B, C, F, H, W)``; ``sigma``: ``(B,)``; returns the velocity, of the shape of ``x``.
 
     DMD code often writes ``cond + w (cond - uncond)``; that is ``guidance = w + 1``. Both halves run as one batch:
     ``null_BLD`` may hold one row for all, and the shorter text is padded (rows past the last token are padding anyway). Controls

@@ -166,20 +166,21 @@ def features_of(
 
 
 def generator_loss(fake_logits: Float[Tensor, " b"]) -> Tensor:
-    """``E softplus(-D(fake))`` (MoGAN eq. 5)."""
+    """``E softplus(-D(fake))``, a scalar (MoGAN eq. 5)."""
     return F.softplus(-fake_logits).mean()
 
 
 def discriminator_loss(real_logits: Float[Tensor, " b"], fake_logits: Float[Tensor, " b"]) -> Tensor:
-    """``E [softplus(-D(real)) + softplus(D(fake))]`` (MoGAN eq. 4)."""
+    """``E [softplus(-D(real)) + softplus(D(fake))]``, a scalar (MoGAN eq. 4)."""
     return F.softplus(-real_logits).mean() + F.softplus(fake_logits).mean()
 
 
 def approximate_penalty(logits: Tensor, noisy_logits: Tensor, sigma: float, normalise: bool) -> Tensor:
     """Approximate R1 (real input) or R2 (generated input): ``E (D(o) - D(o + sigma n))^2`` (MoGAN eq. 6-7).
 
-    For small ``sigma`` this is ``sigma^2 ||grad D||^2``. As printed its effective weight is ``weight * sigma^2``, 3e-5
-    with MoGAN's values; ``normalise`` divides the difference by ``sigma`` so that the weight is the weight.
+    Logits are ``(B,)``, the penalty a scalar. For small ``sigma`` this is ``sigma^2 ||grad D||^2``. As printed its effective
+    weight is ``weight * sigma^2``, 3e-5 with MoGAN's values; ``normalise`` divides the difference by ``sigma`` so that the
+    weight is the weight.
 
     Both logits must come from fp32 products: at the paper's sigma of 0.01 the difference is as small as what bf16 rounds
     off, and an eighth of that, TF32's part, is still too much for its gradient.

@@ -9,7 +9,11 @@ LOW = "transformer_2"  # the expert for low noise, by its stock name
 
 
 def check_experts(model: Path, index: dict, high: dict | None, low: dict | None) -> None:
-    """Two transformers are two of one kind, and the folder says where the one takes over from the other."""
+    """Two transformers are two of one kind, and the folder says where the one takes over from the other.
+
+    Raises:
+        UserError: a transformer or the boundary is missing, or they differ in kind.
+    """
     if not any(index.get(LOW) or ()):  # a stock folder of one transformer says [null, null]
         return
     if high is None or low is None:

@@ -23,7 +23,7 @@ def takes_frames(transformer: Any) -> bool:
 def by_frame(transformer: Any, x_BCFHW: Tensor, timestep_BF: Tensor, text_BLD: Tensor, **more: Any) -> tuple[Tensor]:
     """What a transformer, its attention set by :func:`mogan.models.attention.set_attention`, predicts at a timestep per frame.
 
-    In a tuple, as the transformer itself gives it.
+    ``(B, C, F, H, W)`` in a tuple, as the transformer itself gives it.
     """
     frames = x_BCFHW.shape[2]
     side_by_side = x_BCFHW.transpose(1, 2).flatten(0, 1).unsqueeze(2)
@@ -55,5 +55,5 @@ def whole(x: Tensor, frames: int) -> Tensor:
 
 
 def apart(x: Tensor, frames: int) -> Tensor:
-    """The inverse of :func:`whole`."""
+    """The inverse of :func:`whole`: ``(B, F n, D)`` to ``(B F, n, D)``."""
     return x if frames == 1 else x.unflatten(1, (frames, -1)).flatten(0, 1)

@@ -94,7 +94,11 @@ def learned_state(network: nn.Module) -> dict[str, Tensor]:
 
 
 def load_learned(network: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Put back what :func:`learned_state` gave."""
+    """Put back what :func:`learned_state` gave.
+
+    Raises:
+        UserError: a tensor does not fit.
+    """
     own = learned_state(network)
     wrong = [k for k in own.keys() | state.keys() if k not in own or k not in state or own[k].shape != state[k].shape]
     if wrong:

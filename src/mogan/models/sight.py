@@ -28,7 +28,7 @@ class Sight:
         return self.groups[-1][0][1]
 
     def mask(self, tokens: int = 1) -> Tensor:
-        """True where a query (row) sees a key (column), with so many tokens a frame."""
+        """True where a query (row) sees a key (column), ``(L, L)`` with ``L = frames * tokens``."""
         mask = torch.zeros(self.frames, self.frames, dtype=torch.bool)
         for (start, stop), seen in self.groups:
             for first, last in seen:

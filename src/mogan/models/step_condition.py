@@ -43,7 +43,7 @@ class StepEmbedding(nn.Module):
     def forward(
         self, timestep: Tensor, encoder_hidden_states: Tensor, image: None = None, timestep_seq_len: int | None = None
     ) -> tuple[Tensor, Tensor, Tensor, None]:
-        """Same contract as ``WanTimeTextImageEmbedding`` for text."""
+        """Same contract as ``WanTimeTextImageEmbedding`` for text, ``(B, L, D)``."""
         waves = self.timesteps_proj(timestep)
         if timestep_seq_len is not None:
             waves = waves.unflatten(0, (-1, timestep_seq_len))

@@ -39,7 +39,11 @@ def lab_folder() -> Path:
 
 
 def resolve_model(name: str | Path) -> Path:
-    """Folder of a model: ``lab`` (the packaged student), ``lab-teacher``, a local diffusers folder, or a hub id."""
+    """Folder of a model: ``lab`` (the packaged student), ``lab-teacher``, a local diffusers folder, or a hub id.
+
+    Raises:
+        UserError: there is no such folder, or it cannot be downloaded.
+    """
     if str(name) in ("lab", "lab-student", "lab-teacher"):
         folder = lab_folder() / ("teacher" if str(name) == "lab-teacher" else "student")
         if not folder.is_dir():
@@ -136,6 +140,9 @@ def fingerprint(model: Path, part: str) -> str:
     """Sixteen hex digits that change when the config or the weights of ``part`` change.
 
     Of large files only the size and both ends are read: enough to tell files apart, in milliseconds.
+
+    Raises:
+        UserError: the part is missing.
     """
     digest = hashlib.sha256()
     if not (model / part).is_dir():
@@ -158,7 +165,11 @@ def latent_shape(model: Path, size: Geometry) -> tuple[int, int, int, int]:
 
 
 def fit_latents(vae: dict, transformer: dict, size: Geometry) -> tuple[int, int, int, int]:
-    """:func:`latent_shape` from the two configs."""
+    """:func:`latent_shape` from the two configs.
+
+    Raises:
+        UserError: the clip size does not fit the model.
+    """
     patch = transformer.get("patch_size", (1, 2, 2))
     space, time = vae.get("scale_factor_spatial", 8), vae.get("scale_factor_temporal", 4)
     multiple = space * max(patch[1:])
@@ -279,6 +290,9 @@ def load_text(model: Path, device: str | torch.device = "cpu") -> TextEncoder:
     """Text encoder as ``prompts -> embeddings (L, D)``, each trimmed to its tokens; cleaned as in ``WanPipeline``.
 
     The full-size encoder is held in bf16, as Wan's own code has it (``t5_dtype``), whatever the files hold: half of 23 GB.
+
+    Raises:
+        UserError: the text encoder is incomplete.
     """
     from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 

@@ -17,7 +17,13 @@ def farneback(video_BCFHW: Tensor) -> Tensor:
 
 
 def dis(video_BCFHW: Tensor) -> Tensor:
-    """Dense inverse search flow (Kroeger et al. 2016, medium preset) of a video in [-1, 1]."""
+    """Dense inverse search flow (Kroeger et al. 2016, medium preset) of a video in [-1, 1].
+
+    ``(B, 2, F - 1, H, W)``, pixels per frame.
+
+    Raises:
+        UserError: frames are smaller than 16 x 16 pixels.
+    """
     if min(video_BCFHW.shape[-2:]) < 16:
         raise UserError("dis needs clips of at least 16 x 16 pixels: use --flow farneback")
     solver = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)

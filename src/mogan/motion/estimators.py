@@ -15,7 +15,13 @@ CLASSICAL = ("farneback", "dis")
 
 def load_flow(name: str, iterations: int | None = None, device: str | torch.device = "cpu") -> FlowEstimator:
     """A flow estimator by name: ``lab``, ``farneback`` or ``dis`` (classical, no weights), a name that ``mogan weights list``
-    shows, or the path of RAFT weights. ``iterations`` are its refinements: 12, and 4 of the lab's, which sees no more with 12.
+    shows, or the path of RAFT weights.
+
+    ``iterations`` are its refinements: 12, and 4 of the lab's, which is no more accurate with 12. The estimator maps a video
+    ``(B, 3, F, H, W)`` in [-1, 1] to flow ``(B, 2, F - 1, H, W)`` in pixels per frame.
+
+    Raises:
+        UserError: there are no such weights.
     """
     if name in CLASSICAL:
         return getattr(classical_flow, name)
@@ -24,7 +30,11 @@ def load_flow(name: str, iterations: int | None = None, device: str | torch.devi
 
 
 def flow_fingerprint(name: str) -> str:
-    """What stands for a flow estimator in a cache: its name if it has no weights, else a hash of them."""
+    """What stands for a flow estimator in a cache: its name if it has no weights, else a hash of them.
+
+    Raises:
+        UserError: there are no such weights.
+    """
     if name in CLASSICAL:
         return name
     path = (lab_folder() / "raft" if name == "lab" else find_weights(name)).resolve()

@@ -92,7 +92,11 @@ def save_raft(model: RAFT, config: RaftConfig, folder: Path) -> None:
 
 
 def read_raft_config(path: Path) -> RaftConfig:
-    """What :func:`save_raft` wrote."""
+    """What :func:`save_raft` wrote.
+
+    Raises:
+        UserError: the folder describes no RAFT of this package.
+    """
     fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in read_json(path).items()}
     try:
         return RaftConfig(**fields)
@@ -137,6 +141,9 @@ def load_raft(path: str | Path) -> RAFT:
     """Load a RAFT: a folder written by :func:`save_raft`, or a file of weights.
 
     A file holds torchvision's ``raft_large``, or the original's network, such as the ``raft-things.pth`` of VBench.
+
+    Raises:
+        UserError: there is nothing at the path, or something else.
     """
     path = Path(path)
     if (path / "config.json").is_file():
@@ -229,7 +236,11 @@ class RaftFlow(nn.Module):
         return refinements(self.raft, frames_BFCHW, self.iterations)[-1]
 
     def forward(self, video_BCFHW: Float[Tensor, "b 3 f h w"]) -> Float[Tensor, "b 2 f-1 h w"]:
-        """Flow between neighbouring frames of a video in [-1, 1]."""
+        """Flow ``(B, 2, F - 1, H, W)`` in pixels per frame between neighbouring frames of a video in [-1, 1].
+
+        Raises:
+            UserError: frames are too small for this network.
+        """
         b, _, f, h, w = video_BCFHW.shape
         if f < 2:
             raise ValueError("optical flow needs at least two frames")

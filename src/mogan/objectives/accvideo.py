@@ -217,7 +217,7 @@ class KeyLevelGAN:
         return batch
 
     def features(self, latents: Tensor, text: list[Tensor]) -> Float[Tensor, "b l d"]:
-        """What the head reads of latents at the level that the step leads to, which the teacher is told."""
+        """The head's input for latents ``(B, C, F, H, W)`` at the level that the step leads to; texts ``(L, D)``."""
         sigma = torch.full((len(latents),), self.levels[self.step + 1], device=latents.device)
         block = self.heads.blocks[self.step]
         return features_of(self.teacher, block, latents, sigma, stack_text(text, latents.device))

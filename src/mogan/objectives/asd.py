@@ -112,7 +112,7 @@ class ASD:
 
     @torch.no_grad()
     def one_step_more(self, rollout: Rollout, generator: Randomness) -> Tensor:
-        """Clips of the same prompts, made whole in one step more."""
+        """Clips ``(B, C, F, H, W)`` of the same prompts, made whole in one step more."""
         sample, place = rollout.sample_BCFHW, self.kind.whole(self.sigmas, rollout.count + 1)
         noise = normal(sample.shape, generator, sample.device)
         return self.kind.make(self.student, noise, rollout.text_BLD, self.sigmas, generator, place, False).sample_BCFHW

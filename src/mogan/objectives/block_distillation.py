@@ -134,14 +134,14 @@ class BlockDistillation:
 
 
 def share(found: Tensor, meant: Tensor) -> Tensor:
-    """Squared error over the square of what is meant, the mean over clips."""
+    """Squared error over the square of the target, both ``(B, ...)``; the mean over clips, a scalar."""
     wrong, whole = (x.float().square().flatten(1).sum(1) for x in (found - meant, meant))
     return (wrong / whole.clamp(min=1e-12)).mean()
 
 
 @contextmanager
 def inside(transformer: Any) -> Iterator[list[Tensor]]:
-    """Collect what attention and MLP of every block give, block by block, of calls within the ``with`` block."""
+    """Collect outputs ``(B, L, D)`` of attention and MLP, block by block, of calls within the ``with`` block."""
     found: list[Tensor] = []
     modules = [module for block in transformer.blocks for module in (block.attn1, block.ffn)]
     handles = [module.register_forward_hook(lambda module, args, out: found.append(out)) for module in modules]

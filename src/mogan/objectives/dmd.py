@@ -126,7 +126,7 @@ def direction_call(direction: Direction, tracer: Tracer) -> Call:
 
 
 def dmd_scale(x0: Tensor, real: Tensor) -> Tensor:
-    """``mean |x0 - real|`` per sample, the unit in which DMD measures differences (DMD eq. 8)."""
+    """``mean |x0 - real|`` per sample, ``(B, 1, ...)`` of ``(B, ...)``: the unit of DMD's differences (DMD eq. 8)."""
     return (x0 - real).abs().mean(dim=tuple(range(1, x0.ndim)), keepdim=True).clamp(min=1e-8)
 
 
@@ -135,12 +135,13 @@ def dmd_direction(x0: Tensor, real: Tensor, fake: Tensor, sigma: Tensor) -> Tens
 
     Moving ``x0`` against this direction goes from where the student's samples are to where the teacher's are. The scores
     differ by ``(1 - sigma) / sigma^2`` times as much; the mean takes the place of that factor, so ``sigma`` is not used.
+    Latents, and the direction, are ``(B, C, F, H, W)``.
     """
     return (fake - real) / dmd_scale(x0, real)
 
 
 def pseudo_huber(gap: Tensor, c: float) -> Tensor:
-    """``sqrt(mean gap^2 + c^2) - c``, the mean per sample; averaged over samples.
+    """``sqrt(mean gap^2 + c^2) - c`` of ``(B, ...)``, the mean per sample; averaged over samples, a scalar.
 
     TDM's metric ``sqrt(|gap|^2 + C^2) - C`` with ``C = c sqrt(n)`` (arXiv 2503.06674), divided by ``sqrt(n)``, ``n`` numbers
     per sample: so ``c`` does not depend on the size of clips, nor does the gradient. Small gaps count as ``gap^2 / 2 c``; of
@@ -224,7 +225,7 @@ class DMD:
 
 
 def added(level: float, sigma: Tensor) -> Tensor:
-    """Deviation ``b`` of the noise that takes a sample from a level to ``sigma``: ``b^2 = t^2 - ((1 - t) s / (1 - s))^2``."""
+    """Deviation ``b`` of the noise from level ``s`` to ``sigma``, of any shape: ``b^2 = t^2 - ((1 - t) s / (1 - s))^2``."""
     return (sigma.square() - ((1 - sigma) * (level / (1 - level))).square()).sqrt()
 
 
@@ -239,6 +240,8 @@ def target(rollout: Rollout, noise: Tensor, sigma: Tensor) -> Tensor:
     ``noise - x0`` of a clean sample. Of a sample at level ``s`` (Phased DMD, arXiv 2510.27684, eq. 11, rectified flow)
     ``(t + (1 - t) s^2 / (1 - s)^2) / b noise - x_s / (1 - s)`` with ``b^2 = t^2 - ((1 - t) s / (1 - s))^2``: the clean
     sample is not known, and ``noise - x_s`` in its place is biased.
+
+    ``noise`` and the target are ``(B, C, F, H, W)``, ``sigma`` is ``(B,)``.
     """
     x, s = rollout.sample_BCFHW.detach(), rollout.level
     if s == 0.0:
@@ -250,10 +253,11 @@ def target(rollout: Rollout, noise: Tensor, sigma: Tensor) -> Tensor:
 def reweighted_target(rollout: Rollout, x_t: Tensor, noise: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
     """TDM's target for a sample above level 0, to compare with :func:`target`: a velocity and a weight per sample.
 
-    The clean latent that the student's step predicted takes the place of the unknown one; ``x_t`` is then it with a mixed
-    noise ``m``, and the weight is ``exp((mean noise^2 - mean m^2) / 2)`` as in the authors' script: the ratio of the two
-    ways' densities, but for the mean where the ratio has a sum. With the sum it would turn the law of ``x_t`` into that of
-    the predicted latent, noised, which is another one; of a mean over many numbers it is 1.
+    ``x_t``, ``noise``: ``(B, C, F, H, W)``; ``sigma``: ``(B,)``; returns ``(B, C, F, H, W)`` and ``(B,)``. The clean latent
+    that the student's step predicted takes the place of the unknown one; ``x_t`` is then it with a mixed noise ``m``, and the
+    weight is ``exp((mean noise^2 - mean m^2) / 2)`` as in the authors' script: the ratio of the two ways' densities, but for
+    the mean where the ratio has a sum. With the sum it would turn the law of ``x_t`` into that of the predicted latent, noised,
+    which is another one; of a mean over many numbers it is 1.
     """
     clean = rollout.guess_BCFHW
     mixed = (x_t - broadcast(1 - sigma, x_t) * clean) / broadcast(sigma, x_t)

@@ -56,7 +56,7 @@ def learns_alone(config: Config, tracer: Tracer, times: int = 1) -> Bill:
 
 
 def stack_some(text: list[Tensor], null: Tensor, drop: float, generator: Randomness, device: torch.device) -> Tensor:
-    """The batch's texts stacked, each replaced by ``null`` with probability ``drop``."""
+    """The batch's texts ``(L, D)`` stacked, ``(B, L, D)``, each replaced by ``null`` with probability ``drop``."""
     dropped = uniform(len(text), generator) < drop
     return stack_text([null if d else t for d, t in zip(dropped, text, strict=True)], device)
 

@@ -244,7 +244,7 @@ class GAN:
         return loss, logs | more
 
     def persuade(self, observation: Tensor, generator: Randomness) -> Loss:
-        """The student's loss on an observation of its clips, exact or not."""
+        """The student's loss on an observation ``(B, C, F, H, W)`` of its clips, exact or not."""
         with frozen(self.discriminator):
             logits = self.discriminator(*self._shown(observation, generator))
         return self.settings.student_weight * generator_loss(logits), {"fake_logit": logits.detach().mean()}
@@ -259,7 +259,7 @@ class GAN:
         return loss, logs | more
 
     def tell_apart(self, real: Tensor, fake: Tensor, generator: Randomness, penalise: bool = True) -> Loss:
-        """The discriminator's loss on observations of real clips and of the student's, both exact or neither."""
+        """The discriminator's loss on observations ``(B, C, F, H, W)`` of real clips and the student's, both exact or neither."""
         sides = [
             ("r1", self.settings.r1, *self._shown(real, generator)),
             ("r2", self.settings.r2, *self._shown(fake, generator)),

@@ -134,5 +134,8 @@ class MCD:
 
 
 def jump(network: Any, x: Tensor, level: Tensor, end: Tensor, text: Tensor) -> Tensor:
-    """``J(x, s -> e; v) = x + (e - s) v(x, s)``: straight to the end of a segment; where ``s = e`` it is ``x``."""
+    """``J(x, s -> e; v) = x + (e - s) v(x, s)``: straight to the end of a segment; where ``s = e`` it is ``x``.
+
+    ``x``: ``(B, C, F, H, W)``, as what is returned; levels ``(B,)``; ``text``: ``(B, L, D)``. Efficient-vDiT (arXiv 2502.06155).
+    """
     return x + broadcast(end - level, x) * network.velocity(x, level, text)

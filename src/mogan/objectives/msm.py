@@ -21,7 +21,7 @@ def motion_direction(weight: float, features: Callable[[Tensor], Tensor] | None 
     back to the frames. Without ``features`` the sum is ``(I + weight D^T D) g``: a frequency ``w`` of the gradient along
     time is multiplied by ``1 + weight (2 - 2 cos w)``, what does not move is left alone.
 
-    With ``features``, eq. 13's ``f``: per-frame features ``(B, C, F, H, W) -> (B, C', F, H', W')`` of the predicted clean
+    With ``features``, eq. 13's ``f``: per-frame features of ``(B, C, F, H, W)``, ``(B, C', F, H', W')``, of the predicted clean
     latents, and the term is ``J^T (D f(fake) - D f(real))``, ``J`` the Jacobian of ``D f`` at the student's sample.
 
     Raises:

@@ -85,7 +85,7 @@ def frame_tokens(x_BCFHW: Float[Tensor, "b c f h w"]) -> Float[Tensor, "k n c"]:
 
 
 def frames_of(tokens_KNC: Tensor, like_BCFHW: Tensor) -> Tensor:
-    """The adjoint of :func:`frame_tokens` but for its factor: each of the four places of a mean gets what its token has."""
+    """The adjoint of :func:`frame_tokens` up to its factor, ``(B, C, F, H, W)``: each of a mean's four places gets its token."""
     batch, _, frames, height, width = like_BCFHW.shape
     grid = tokens_KNC.unflatten(1, (height // 2, width // 2)).unflatten(0, (batch, frames)).movedim(-1, 1)
     return grid.repeat_interleave(2, -2).repeat_interleave(2, -1)
@@ -103,7 +103,7 @@ class Transport:
         self.seen: dict[str, Tensor] = {}
 
     def __call__(self, x0: Tensor, real: Tensor, fake: Tensor, sigma: Tensor) -> Tensor:
-        """The direction against which the sample is moved."""
+        """The direction ``(B, C, F, H, W)`` against which the sample is moved; arguments as of ``dmd_direction``."""
         s, a, b = self.settings, frame_tokens(fake), frame_tokens(real)
         gradient, error = transport_gradient(a, b, s.eps, s.iterations)
         if s.debias:

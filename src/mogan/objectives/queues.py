@@ -40,7 +40,7 @@ class Queues:
         return {"latents": self.latents, "clips": self.clips}
 
     def take(self, row: int, places: list[int]) -> tuple[Tensor, list[int]]:
-        """Latents of some places of the batch, and the numbers of their clips.
+        """Latents ``(B, C, F, H, W)`` of some places of the batch, and the numbers of their clips.
 
         Raises:
             UserError: nothing has been given there yet.
@@ -54,11 +54,11 @@ class Queues:
         return self.latents[row, places], numbers
 
     def give(self, row: int, places: list[int], latents: Tensor, numbers: list[int]) -> None:
-        """Put latents there, those of all processes."""
+        """Put latents ``(B, C, F, H, W)`` there, those of all processes."""
         where, clips = self.world.rows(torch.tensor([places, numbers]).T).T
         self.latents[row, where.tolist()] = self.world.rows(latents)
         self.clips[row, where] = clips
 
     def text(self, numbers: list[int]) -> list[Tensor]:
-        """The captions' embeddings."""
+        """The captions' embeddings, ``(L, D)`` each."""
         return [self.cache.text(self.cache.entries[number]["caption"]) for number in numbers]

@@ -142,7 +142,7 @@ def by_motion(flow: FlowEstimator) -> Reward:
 def clip_weights(
     reward_B: Float[Tensor, " b"], beta: float, normalise: bool, world: World
 ) -> tuple[Float[Tensor, " b"], Tensor]:
-    """``exp(r / beta)`` of each clip and the effective share ``(sum w)^2 / (B sum w^2)`` of the whole batch.
+    """``exp(r / beta)`` of each clip and the effective share ``(sum w)^2 / (B sum w^2)`` of the whole batch, a scalar.
 
     Normalised, the whole batch's weights have mean 1: ``sum w L / sum w`` is the mean of ``w L``. The greatest reward is
     taken off first, which changes nothing then, so that equal rewards give 1 exactly. ``world``'s processes have a part of
@@ -205,7 +205,11 @@ class Weights:
 
     @torch.no_grad()
     def rewards(self, latent_BCFHW: Tensor, prompts: list[str]) -> Float[Tensor, " b"]:
-        """Raw rewards of clips, decoded and judged one at a time."""
+        """Raw rewards of clips, decoded and judged one at a time.
+
+        Raises:
+            UserError: the reward returns another shape, or numbers that are not finite.
+        """
         found = [
             self.reward(decode_video(self.vae, latent), [prompt])
             for latent, prompt in zip(latent_BCFHW.split(1), prompts, strict=True)
@@ -234,7 +238,7 @@ class Weights:
 
 
 def teacher_clips(matching: Any, base: Base, count: int) -> Iterator[tuple[Tensor, list[str]]]:
-    """Latents and prompts of clips of the teacher that DMD matches, guided as there, by as many steps as its model is sampled.
+    """Latents ``(B, C, F, H, W)`` and prompts of clips of DMD's teacher, guided as there, in the model's own number of steps.
 
     Prompts are taken evenly from those that the student makes clips of; of ``count`` clips every process has as many.
     """

@@ -130,13 +130,13 @@ class Relativistic:
         self.trunk, self.critic, self.settings = trunk, critic, settings
 
     def noised(self, x_BCFHW: Tensor, generator: Randomness) -> tuple[Tensor, Tensor]:
-        """Latents at levels that are drawn, and the levels."""
+        """Latents noised to random levels, and the levels ``(B,)``."""
         s = self.settings
         sigma = draw_sigma(len(x_BCFHW), generator, low=s.low, high=s.high, k=s.shift).to(x_BCFHW.device)
         return add_noise(x_BCFHW, normal(x_BCFHW.shape, generator, x_BCFHW.device), sigma), sigma
 
     def features(self, x_t: Tensor, sigma: Tensor, text_BLD: Tensor) -> list[Tensor]:
-        """What the trunk makes of noised latents, told their levels."""
+        """The trunk's features ``(B, L, D)``, a tap each, of noised latents ``(B, C, F, H, W)`` at levels ``(B,)``."""
         with frozen(self.trunk), taps(self.trunk.transformer.blocks, self.settings.taps) as found:
             out = self.trunk.velocity(x_t, sigma, text_BLD)
         # sharded weights outside the blocks are gathered again when a gradient of what the transformer returns arrives. They
@@ -156,7 +156,7 @@ class Relativistic:
     def logits(
         self, shown: Sequence[tuple[Tensor, Tensor]], text_BLD: Tensor, grad: bool, number: int = 0
     ) -> tuple[Tensor, ...]:
-        """Of several noised latents at their levels, one of the critic's logits; with gradient into the last of them."""
+        """Of several ``(latents, levels)``, ``(B, C, F, H, W)`` and ``(B,)``, a logit ``(B,)`` each; gradient into the last."""
         read = []
         for place, (x_t, sigma) in enumerate(shown):
             with torch.set_grad_enabled(grad and place == len(shown) - 1):
@@ -177,7 +177,7 @@ class Relativistic:
 
 
 def numbers(real_B: Tensor, made_B: Tensor) -> dict[str, Tensor]:
-    """Means of logits, to log."""
+    """Means of logits, scalars, to log."""
     return {
         "real_logit": real_B.detach().mean(),
         "fake_logit": made_B.detach().mean(),

@@ -143,13 +143,13 @@ def advantages(
 ) -> Float[Tensor, "b 2"]:
     """Rewards of generated and real clips less the mean reward of the generated ones; not divided by a deviation.
 
-    ``average`` is over the processes that have a part of the batch each.
+    ``average``, of a scalar, is over the processes that have a part of the batch each.
     """
     return torch.stack([generated_B, real_B], 1) - average(generated_B.mean())
 
 
 def pair_weights(advantage: Tensor, form: str, beta: float) -> Tensor:
-    """What a clip's denoising loss weighs (reconstructed).
+    """Weights of clips' denoising losses, of the same shape as the advantages (reconstructed).
 
     ``exp``: ``exp(A / beta)``, the Gibbs tilt whose forward KL the paper minimises; never negative. ``linear``:
     ``A / beta``, not below -1: a policy gradient, which pushes away from clips worse than the mean.

@@ -69,14 +69,14 @@ class MotionSurrogate(nn.Module):
         self.count += len(windows)
 
     def recall(self, size: int, generator: torch.Generator | list[torch.Generator]) -> tuple[Tensor, Tensor]:
-        """Windows and observations of remembered pairs, drawn with replacement; there must be one."""
+        """Windows and observations ``(B, C, F, H, W)`` of stored pairs, drawn with replacement; there must be one."""
         there = self.count.clamp(max=len(self.errors))
         chosen = (uniform(size, generator).to(there) * there).long()
         return self.windows[chosen], self.observations[chosen]
 
     def error(self) -> Tensor:
-        """How far the surrogate was off on the remembered pairs when they were new: mean squared error over
-        :func:`spread`. Infinite until as many pairs as it can remember have been seen.
+        """Error of the surrogate on the stored pairs when they were new: mean squared error over :func:`spread`, a
+        scalar. Infinite until as many pairs as it can remember have been seen.
         """
         return self.errors.mean() / spread(self.observations)
 
@@ -102,7 +102,7 @@ def window_of(latent_BCFHW: Float[Tensor, "b c f h w"], start: int, window: int)
 
 
 def spread(observation_BCFHW: Float[Tensor, "b c f h w"]) -> Tensor:
-    """Variance of observations around the mean of their channel, averaged over channels.
+    """Variance of observations around the mean of their channel, averaged over channels: a scalar.
 
     The mean of a channel is the picture of no motion at all: to know it is worth nothing.
     """
@@ -112,7 +112,7 @@ def spread(observation_BCFHW: Float[Tensor, "b c f h w"]) -> Tensor:
 def relative_error(
     predicted_BCFHW: Tensor, observation_BCFHW: Tensor, rows: Callable[[Tensor], Tensor] = lambda mine: mine
 ) -> Tensor:
-    """Mean squared error over :func:`spread`: 1 is what the mean of every channel would be off by. ``rows`` gives those of all
+    """Mean squared error over :func:`spread`, a scalar: 1 is the error of every channel's mean. ``rows`` gives those of all
     processes, whose spread it is.
     """
     return (predicted_BCFHW - observation_BCFHW).square().mean() / spread(rows(observation_BCFHW))

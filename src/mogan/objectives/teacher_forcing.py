@@ -102,7 +102,7 @@ class Forced:
 
 
 def past_of(x0_BCFHW: Tensor, how: Causal, generator: Randomness) -> Tensor:
-    """Real clips as later chunks see them: clean, or noised to the level of the student's contexts."""
+    """Real clips ``(B, C, F, H, W)`` as later chunks see them: clean, or noised to the level of the student's contexts."""
     if not how.context_sigma:
         return x0_BCFHW
     level = torch.full((len(x0_BCFHW),), how.context_sigma, device=x0_BCFHW.device)

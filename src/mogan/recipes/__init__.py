@@ -76,7 +76,11 @@ __all__ = ["ABLATIONS", "RECIPES", "ablate", "find_recipe", *RECIPES]
 
 
 def find_recipe(name: str) -> Config:
-    """The config of a recipe by name, or of any ``module:function``; modules are found here and on ``PYTHONPATH``."""
+    """The config of a recipe by name, or of any ``module:function``; modules are found here and on ``PYTHONPATH``.
+
+    Raises:
+        UserError: there is no such recipe, or it returns no config.
+    """
     module, _, function = name.rpartition(":")
     if name not in RECIPES and not (module and function):
         hint = closest(name, RECIPES) or f": use one of {', '.join(RECIPES)}, or module:function of your own"

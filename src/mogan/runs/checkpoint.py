@@ -36,6 +36,9 @@ def save_checkpoint(run: Path, iteration: int, state: dict[str, Tensor], config:
 
     All processes call this; the folder must be one that all of them see. ``state`` names tensors ``part.name...``; each
     part goes into a file of its own, which bounds the memory that writing takes.
+
+    Raises:
+        UserError: the disk refuses it.
     """
     final = run / "checkpoints" / f"{iteration:06d}"
     temporary = final.with_name(f".{final.name}.new")

@@ -131,7 +131,11 @@ class Generator:
 
 
 def open_generator(name: str) -> Generator:
-    """Find a generator by model name, diffusers folder, hub id or training run."""
+    """Find a generator by model name, diffusers folder, hub id or training run.
+
+    Raises:
+        UserError: there is no such model or run, or it cannot be sampled.
+    """
     run = Path(name)
     if (run / "run.json").is_file():
         folder = part_of_run(run, "student")

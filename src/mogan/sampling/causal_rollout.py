@@ -82,7 +82,7 @@ class Chunked:
         step: int,
         grad: bool,
     ) -> Rollout:
-        """:func:`roll_out_causal`, of what :meth:`stages` has at a place."""
+        """:func:`roll_out_causal` from noise ``(B, C, F, H, W)`` for texts ``(B, L, D)``; ``step`` is a place in :meth:`stages`."""
         stages = self.stages(sigmas)
         how, (count, first, last) = self.causal.variants[step // len(stages)], stages[step % len(stages)]
         levels = levels_of(sigmas, count)
@@ -163,7 +163,16 @@ def sample_causal(
     sigmas: tuple[float, ...],
     seeds: Sequence[int],
 ) -> Iterator[Float[Tensor, "b 3 g h w"]]:
-    """Frames of :func:`stream_causal`'s clips: a chunk's are decoded before the next is begun, as in the whole clip's decode."""
+    """Frames of :func:`stream_causal`'s clips, in [-1, 1]: a chunk's are decoded before the next begins, as in the whole clip's decode.
+
+    Args:
+        student: causal; its ``how`` says chunks and window.
+        vae: decodes a latent frame at a time.
+        text_BLD: prompts.
+        shape: ``(C, F, H, W)`` of a clip's latent.
+        sigmas: the student's levels, descending, final 0 implied.
+        seeds: one per clip.
+    """
     return stream_chunks(vae, stream_causal(student, text_BLD, shape, sigmas, seeds))
 
 
@@ -215,7 +224,7 @@ def take_steps(
     cache: Cache,
     learns: bool = False,
 ) -> Tensor:
-    """A chunk from noise ``x``, at ``levels`` and with fresh noise between them; gradient through the last step alone."""
+    """A chunk ``(B, C, F, H, W)`` from noise ``x``, at ``levels``, fresh noise between them; gradient through the last step alone."""
     last = len(levels) - 1
     for step, level in enumerate(levels):
         with torch.set_grad_enabled(learns and step == last):
@@ -226,7 +235,7 @@ def take_steps(
 
 
 def noised_to(x0: Tensor, level: float, generator: Generators) -> Tensor:
-    """At level 0 the same tensor, and nothing is drawn."""
+    """A latent ``(B, C, F, H, W)`` noised to ``level``; at level 0 the same tensor, and nothing is drawn."""
     return add_noise(x0, normal(x0.shape, generator, x0.device), _level(x0, level)) if level else x0
 
 

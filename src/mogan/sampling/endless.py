@@ -82,7 +82,7 @@ def stream_endless(
 
 
 def retold(student: CausalDenoiser, cache: Cache, past: Past, text: Tensor) -> Cache:
-    """The frames that a cache keeps, run again under another text, a chunk of them after the other.
+    """The frames that a cache keeps, recomputed under another text ``(1, L, D)``, chunk by chunk.
 
     An EMA sink, which is no frame's, stays as it is.
     """

@@ -82,7 +82,11 @@ def sample_from_first_frames(
     null_1LD: Tensor,
     guidance: float,
 ) -> Tensor:
-    """Latents of one clip per generator, the first frame of ``clips`` given: by Euler steps, or a causal student's chunks."""
+    """Latents ``(B, C, F, H, W)``, a clip per generator, first frames of ``clips`` given: Euler steps, or a causal student's chunks.
+
+    Raises:
+        UserError: a causal student's first chunk is longer than a latent, or a clip cannot be read.
+    """
     frames = first_pictures(clips, size)
     given = encode_video(vae, torch.cat([to_video(frame[None]) for frame in frames]).to(text_BLD.device))
     if isinstance(student, CausalDenoiser):

@@ -31,7 +31,10 @@ class FlowMo:
 
     @torch.enable_grad()
     def __call__(self, x: Tensor, velocity: Callable[[Tensor], Tensor], sigma: Tensor) -> Tensor:
-        """The latent, nudged. ``velocity`` is the guided prediction at level ``sigma``; gradient passes through it."""
+        """The latent ``(B, C, F, H, W)`` after one step.
+
+        ``velocity`` is the guided prediction at level ``sigma``, a scalar; gradient passes through it.
+        """
         if self.optimizer is None:
             self.optimizer = torch.optim.Adam([torch.nn.Parameter(x.detach().clone())], lr=self.rate)
         z = self.optimizer.param_groups[0]["params"][0]

@@ -68,7 +68,8 @@ def steer(
     """Replace the share ``ratio`` of a clip model's motion by a motion model's; the mean over time stays (section 6.3).
 
     The result ``v`` has ``D v = (1 - ratio) D velocity + ratio u``; ``u`` is the motion model's, given (if ``given`` is 1)
-    the first frame the clip model has in mind. In scores: ``s + ratio (D^T s_motion - D^+ D s)``.
+    the clip model's current prediction of the first frame. In scores: ``s + ratio (D^T s_motion - D^+ D s)``. Velocities are
+    ``(B, C, F, H, W)``.
     """
     known = velocity_to_x0(x_BCFHW, velocity_BCFHW, sigma_B)[:, :, :given]
     found = motion_velocity(motion, known, differences(x_BCFHW), sigma_B, text_BLD, null_1LD, guidance)
@@ -76,14 +77,20 @@ def steer(
 
 
 def euler(velocity: Callable[[Tensor, Tensor], Tensor], x: Tensor, sigmas: Sequence[float]) -> Tensor:
-    """Integrate ``dx/dsigma = velocity(x, sigma)`` from ``sigmas[0]`` down to 0, final 0 implied."""
+    """Integrate ``dx/dsigma = velocity(x, sigma)`` from ``sigmas[0]`` to 0, final 0 implied; ``x``: ``(B, ...)``, ``sigma``: ``(B,)``."""
     for now, then in zip(sigmas, (*sigmas[1:], 0.0), strict=True):
         x = x + (then - now) * velocity(x, x.new_full((len(x),), now))
     return x
 
 
 def fuse(estimates: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    """Weighted mean of estimates of one difference, the newest first; weights without an estimate are left out (eq. 17)."""
+    """Weighted mean of estimates of one difference, tensors of the same shape, the newest first (MSM eq. 17).
+
+    Weights without an estimate are left out.
+
+    Raises:
+        UserError: a weight is negative, or that of the newest is 0.
+    """
     used = weights[: len(estimates)]
     total = sum(used)
     if min(used) < 0 or total <= 0 or len(estimates) > len(weights):
@@ -111,7 +118,7 @@ def continue_clip(
 
     Args:
         motion: a motion model trained on windows ``(k, len(weights))``.
-        known_BCKHW: clean frames to go on from.
+        known_BCKHW: clean latent frames to continue from.
         text_BLD: prompts.
         null_1LD: the empty prompt.
         frames: how many to add.

@@ -48,7 +48,7 @@ class Rollout:
     count: int = 0
 
     def finished(self, who: str) -> Float[Tensor, "b c f h w"]:
-        """The sample, for who judges clean clips alone.
+        """The sample, for objectives that judge clean clips only.
 
         Raises:
             UserError: it lies above level 0.
@@ -62,7 +62,7 @@ class Rollout:
 
     @property
     def guess_BCFHW(self) -> Float[Tensor, "b c f h w"]:
-        """The clean latent that the student meant, detached."""
+        """The clean latent that the student predicted, detached."""
         return self.sample_BCFHW.detach() if self.clean_BCFHW is None else self.clean_BCFHW
 
 
@@ -90,7 +90,7 @@ class FewStep:
         step: int,
         grad: bool,
     ) -> Rollout:
-        """:func:`roll_out`."""
+        """:func:`roll_out` from noise ``(B, C, F, H, W)`` for texts ``(B, L, D)``."""
         return roll_out(student, noise, text, sigmas, generator, exit_step=step, grad=grad)
 
 
@@ -134,7 +134,7 @@ class Euler:
         step: int,
         grad: bool,
     ) -> Rollout:
-        """The sample at level ``(*sigmas, 0)[stop]``; ``generator`` is not used."""
+        """The sample at level ``(*sigmas, 0)[stop]`` from noise ``(B, C, F, H, W)``; ``generator`` is not used."""
         end = (*sigmas, 0.0)[self.stop]
         x, clean = follow(student, noise, text, (*sigmas[: step + 1], end), grad)
         return Rollout(x, step, text, end, (end + self.gap, 1.0) if end else (0.0, 1.0), clean)
@@ -202,7 +202,7 @@ class Intervals:
         step: int,
         grad: bool,
     ) -> Rollout:
-        """The sample at the end of a step of :meth:`stages`; ``generator`` is not used."""
+        """The sample at the end of a step of :meth:`stages`, from noise ``(B, C, F, H, W)``; ``generator`` is not used."""
         levels, number = self.stages(sigmas)[step]
         x, clean = follow(student, noise, text, levels[: number + 2], grad, self.told)
         toward = levels[1] if self.told else None
@@ -221,7 +221,7 @@ def follow(
 
     With ``told`` the student is told where each step ends.
 
-    Returns what lies at the last level, and the clean latent that the last step predicted, detached.
+    Returns the latent at the last level and the clean latent that the last step predicted, detached: ``(B, C, F, H, W)`` each.
     """
     x, last = noise_BCFHW, len(levels) - 2
     clean = x
@@ -295,7 +295,7 @@ def animate(
 
 
 def normal(shape: torch.Size, generator: torch.Generator | list[torch.Generator], device) -> Tensor:
-    """Standard normal noise; with a list of generators, sample ``i`` of the batch comes from generator ``i``."""
+    """Standard normal noise of a shape ``(B, ...)``; with a list of generators, sample ``i`` of the batch comes from generator ``i``."""
     if isinstance(generator, list):
         return torch.cat([torch.randn((1, *shape[1:]), generator=g, device=g.device) for g in generator]).to(device)
     return torch.randn(shape, generator=generator, device=generator.device).to(device)

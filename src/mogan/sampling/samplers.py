@@ -48,9 +48,17 @@ def sample_student(
     seeds: list[int],
     solver: str = LCM,
 ) -> Tensor:
-    """Latents of one clip per seed, by the student's own steps: fresh noise between them, or by Euler along its flow.
+    """Latents ``(B, C, F, H, W)``, a clip per seed, by the student's own steps: fresh noise between them, or Euler along its flow.
 
-    A student that reads where its steps end is told; a causal one makes them chunk by chunk.
+    A step-conditioned student gets the ends of its steps; a causal one generates chunk by chunk.
+
+    Args:
+        student: few-step or causal.
+        text_BLD: prompts.
+        shape: ``(C, F, H, W)`` of a clip's latent.
+        sigmas: its levels, descending, final 0 implied.
+        seeds: one per clip.
+        solver: ``lcm`` or ``euler``.
     """
     if isinstance(student, CausalDenoiser):
         return torch.cat(list(stream_causal(student, text_BLD, shape, sigmas, seeds)), 2)
@@ -77,7 +85,9 @@ def sample_teacher(
     change: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
     see: Callable[[int, Tensor], None] | None = None,
 ) -> Tensor:
-    """Latents of one clip per seed, by ``steps`` guided steps of UniPC (Wan's own solver) or Euler.
+    """Latents ``(B, C, F, H, W)``, a clip per seed, by ``steps`` guided steps of UniPC (Wan's own solver) or Euler.
+
+    ``shape`` is a clip's latent's, ``(C, F, H, W)``.
 
     Euler's levels are the shifted uniform grid from 1, and each is told to the network as it is; UniPC's begin a little
     lower. With ``flowmo`` the first 12 steps are guided towards latents whose temporal variance is low. ``change`` maps
@@ -115,7 +125,7 @@ def sample_teacher(
 
 
 def clips_of(vae: Any, latents_BCFHW: Tensor) -> list[Iterator[np.ndarray]]:
-    """Each clip as a stream of frames.
+    """Each clip as a stream of frames, uint8 ``(H, W, 3)``.
 
     Raises:
         UserError: one is not made of numbers; it would be shown as black.
@@ -125,7 +135,7 @@ def clips_of(vae: Any, latents_BCFHW: Tensor) -> list[Iterator[np.ndarray]]:
 
 
 def refuse_what_is_no_number(latents: Tensor) -> None:
-    """Raise UserError where sampling has failed."""
+    """Raise UserError if latents of any shape hold a number that is infinite or NaN."""
     if not latents.isfinite().all():
         raise UserError(
             "sampling ended in numbers that are infinite or none (NaN): take a guidance and a shift nearer to the model's own, or "

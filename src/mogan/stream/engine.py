@@ -235,7 +235,7 @@ def _timed_out(chunks: Iterator[Tensor], spent: Times) -> Iterator[Tensor]:
 
 
 def cut(made: Iterator[np.ndarray], frames: int) -> Iterator[np.ndarray]:
-    """The first so many frames, one by one."""
+    """The first so many frames, uint8 ``(H, W, 3)``, one by one, of pieces ``(F, H, W, 3)``."""
     left = frames
     for piece in made:
         yield from piece[:left]
@@ -281,7 +281,7 @@ class Watched:
         return text if isinstance(text, Tensor) else text(latent)
 
     def piece(self, number: int) -> np.ndarray | None:
-        """Frames of a piece that is kept, or of the next one; ``None``: it is neither."""
+        """Frames of a kept piece or the next one, uint8 ``(F, H, W, 3)``; ``None``: it is neither."""
         if number == self.made:
             if self.failed:
                 raise self.failed

@@ -76,7 +76,7 @@ class Following:
     texts: dict[tuple[str, str | None], Tensor] = field(default_factory=dict)
 
     def __call__(self, latent: int) -> Tensor:
-        """The text of the chunk that begins with a latent; the same tensor for the same words, so that nothing is run again then."""
+        """The text ``(1, L, D)`` of the chunk that begins with a latent; the same tensor for the same words, so nothing is recomputed."""
         prompt, state = self._said(latent)
         key = (prompt or self.prompt, state)
         if key not in self.texts:

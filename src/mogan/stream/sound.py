@@ -47,7 +47,7 @@ def read_sound(path: Path) -> np.ndarray:
 
 
 def voiced(samples: np.ndarray) -> np.ndarray:
-    """Whether a voice is heard, every 10 ms: loud enough, and periodic at a pitch of 60 to 400 Hz.
+    """Whether a voice is heard in ``(N,)`` samples at 16 kHz, bool every 10 ms: loud enough, and periodic at 60 to 400 Hz.
 
     Loud is above -50 dB of full scale and 10 dB above the quietest tenth; periodic is a peak of the normalised autocorrelation of
     at least 0.5.
@@ -71,10 +71,11 @@ def voiced(samples: np.ndarray) -> np.ndarray:
 
 
 def state_of_sound(sound: np.ndarray, start: float, stop: float, heard: list[np.ndarray] | None = None) -> str:
-    """What is on while a stretch of a recording sounds, seconds.
+    """The state during a stretch of a recording, ``start`` to ``stop`` in seconds.
 
-    Of two channels the left one is the voice of who is shown and the right one whom it listens to. Of one channel a pause of
-    up to two seconds after speech is listening, and a longer one is idle.
+    ``sound`` is ``(channels, N)`` at 16 kHz, ``heard`` what :func:`voiced` says of each. Of two channels the left one is the
+    voice of who is shown and the right one whom it listens to. Of one channel a pause of up to two seconds after speech is
+    listening, and a longer one is idle.
     """
     voices = [voiced(channel) for channel in sound] if heard is None else heard
 

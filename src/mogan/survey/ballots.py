@@ -49,7 +49,11 @@ class Rater:
 
 
 def read_votes(folder: Path, survey: Survey) -> tuple[list[Vote], list[Rater]]:
-    """All votes and all raters of a survey folder, read without disturbing a server that runs."""
+    """All votes and all raters of a survey folder, read without disturbing a server that runs.
+
+    Raises:
+        UserError: there are no votes yet.
+    """
     path = folder / VOTES
     if not path.is_file():
         raise UserError(f"{folder} has no votes yet: run `mogan survey serve {folder}` and let people vote.")

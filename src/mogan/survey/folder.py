@@ -141,7 +141,11 @@ def write_survey(survey: Survey, folder: Path) -> None:
 
 
 def read_survey(folder: Path) -> Survey:
-    """Read and check ``survey.json``; every clip it names must be there."""
+    """Read and check ``survey.json``; every clip it names must be there.
+
+    Raises:
+        UserError: the folder holds no survey, or a clip is missing.
+    """
     path = folder / FILE
     if not path.is_file():
         raise UserError(f"{folder} holds no {FILE}: give the folder that `mogan survey build --out` wrote.")

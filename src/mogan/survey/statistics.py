@@ -22,7 +22,7 @@ class Davidson(NamedTuple):
 
 
 def shares(outcomes: Int[np.ndarray, "N"], weights: Float[np.ndarray, "... N"] | None = None) -> np.ndarray:
-    """(win, tie, lose) shares; NaN where the weights sum to 0."""
+    """Shares of win, tie, lose, ``(..., 3)``; NaN where the weights sum to 0."""
     weights = np.ones(len(outcomes)) if weights is None else weights
     hits = np.stack([outcomes == outcome for outcome in OUTCOMES], axis=-1).astype(float)
     with np.errstate(invalid="ignore"):

@@ -137,6 +137,9 @@ def assemble(
         run: folder of the run, named in error messages.
         device: ``auto``, ``cpu`` or ``cuda``.
         world: the processes of the run, over which every network is sharded; by default this one alone, on ``device``.
+
+    Raises:
+        UserError: a model, the cache or the prompts do not fit the recipe.
     """
     world = world or World(choose_device(device))
     config = filled(config, cache)

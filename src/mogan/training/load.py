@@ -73,7 +73,11 @@ def load(
 
 
 def find_models(config: Config, model: str, student: str | None) -> tuple[Path, Path, Path | None]:
-    """Folders of the base model and of the student's start, and the run whose adapters it starts with, if any."""
+    """Folders of the base model and of the student's start, and the run whose adapters it starts with, if any.
+
+    Raises:
+        UserError: a model is missing, or cannot take its part in the recipe.
+    """
     base = wan.resolve_model("lab-teacher" if model == "lab" else model)
     if wan.is_told(base):
         raise UserError(

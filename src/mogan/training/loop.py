@@ -183,7 +183,11 @@ def _tell_of_observations(parts: Assembly, start: int) -> None:
 
 
 def resume(parts: Assembly, run: Path) -> int:
-    """Load the newest checkpoint of ``run`` into ``parts``; returns the iteration to start with."""
+    """Load the newest checkpoint of ``run`` into ``parts``; returns the iteration to start with.
+
+    Raises:
+        UserError: no checkpoint can be read, or it belongs to another run.
+    """
     newest, broken = latest_checkpoint(run), broken_checkpoints(run)
     if newest is None:
         if broken:

@@ -185,6 +185,9 @@ def learn(parts: Assembly, where: Position, batch: Batch, again: Sequence[Rollou
 
     Every process does this on its share of the batch; the backward pass averages gradients over them (see
     :func:`mogan.sharding.shard`). ``again`` are the clips of the student's last update, for those that judge them again.
+
+    Raises:
+        UserError: gradient reaches a network that does not learn by the update.
     """
     update = parts.config.plan[where.update]
     network, optimizer = parts.networks[update.learns], parts.optimizers[update.optimizer_name]
@@ -249,6 +252,10 @@ def _not_finite(parts: Assembly, where: Position, record: dict) -> UserError:
 def step(
     parts: Assembly, where: Position, batch: Batch | None = None, again: Sequence[Rollout] = ()
 ) -> dict[str, float]:
-    """One update by itself: drawn, learnt, read."""
+    """One update by itself: draw a batch, learn from it, read the numbers to log (means over the processes).
+
+    Raises:
+        UserError: a loss or a gradient is not finite, or gradient reaches another network.
+    """
     batch = complete(parts, parts.config.plan[where.update], batch or draw(parts, where))
     return read(parts, [(where, learn(parts, where, batch, again).numbers)])[0]

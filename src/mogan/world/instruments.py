@@ -20,7 +20,9 @@ STILL = 0.1  # pixels per frame at 64 pixels: slower clips count as still
 
 
 def read_instruments(frames: Sequence[np.ndarray] | np.ndarray, caption: str) -> dict[str, float]:
-    """Every number of one clip; NaN where the subject was not found or the number does not apply to its kind.
+    """Every number of one clip, uint8 frames ``(H, W, 3)``; lengths in pixels, speeds in pixels per frame.
+
+    NaN where the subject was not found or the number does not apply to its kind. Raises ValueError if the caption is not the lab's.
 
     ``speed`` (over chords of a quarter second, so that shimmer does not count: of the camera in a pan, of the rim in a
     spin, of the centroid otherwise), ``net``, ``path``, ``wobble``, ``straightness``, ``pulsing``, ``spin``, ``pan``,

@@ -25,7 +25,7 @@ def physics_residual(path_FD: np.ndarray, kind: str) -> float:
 
 
 def lawful_path(path_FD: np.ndarray, kind: str) -> np.ndarray:
-    """The nearest path (least squares) that the law of the kind allows.
+    """The nearest path ``(F, 2)`` (least squares) under the kind's law of motion; pixels.
 
     Still and rotating: one place. Linear and pan: constant velocity. Falling: constant acceleration. Bouncing: constant
     velocity between at most two turns per axis, at whole or half frames.

@@ -33,7 +33,7 @@ def things(frames_FHW3: np.ndarray) -> np.ndarray:
 
 
 def pieces(mask_HW: np.ndarray) -> list[np.ndarray]:
-    """Masks of the connected pieces that are large enough for a thing, the largest first."""
+    """Masks, bool ``(H, W)``, of the connected pieces that are large enough for an object, the largest first."""
     count, labels, stats, _ = cv2.connectedComponentsWithStats(mask_HW.astype(np.uint8))
     areas = stats[:, cv2.CC_STAT_AREA]
     large = [n for n in range(1, count) if areas[n] > FOUND_AREA[0] * mask_HW.size]

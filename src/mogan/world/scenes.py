@@ -104,7 +104,7 @@ def make_scene(seed: int, index: int, *, motion: str = "all", frames: int = FRAM
 
 
 def surroundings(rng: np.random.Generator, scale: float) -> tuple[np.ndarray, np.ndarray]:
-    """Waves and tint of a background."""
+    """Waves ``(4, 3)`` and tint ``(3,)`` of a background."""
     waves = np.stack(
         [
             rng.uniform(7, 16, 3),

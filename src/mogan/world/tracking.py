@@ -80,7 +80,7 @@ def track(frames_FHW3: np.ndarray, caption: Caption) -> Track:
 
 
 def largest(cover_HW: np.ndarray) -> np.ndarray:
-    """The cover of the largest connected piece alone, with its soft rim."""
+    """The cover ``(H, W)`` of the largest connected piece alone, with its soft rim."""
     count, labels, stats, _ = cv2.connectedComponentsWithStats((cover_HW > 0.3).astype(np.uint8))
     if count < 2:
         return np.zeros_like(cover_HW)
