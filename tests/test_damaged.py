@@ -2,6 +2,7 @@
 traceback, and never taken for something else."""
 
 import json
+import os
 import shutil
 
 import numpy as np
@@ -15,13 +16,16 @@ from mogan.data.video import write_video
 from mogan.disk.files import read_json
 from mogan.errors import UserError
 from mogan.evaluation.evaluate import evaluate
+from mogan.models.frame_sparse import read_mask
 from mogan.models.wan import Geometry, fit_latents
 from mogan.motion.estimators import load_flow
 from mogan.motion.flow import read_raft_config
+from mogan.report.sources import distinct_names
 from mogan.runs.checkpoint import SUMS, broken_checkpoints, checkpoints, student_checkpoint
 from mogan.runs.identity import check_same_parts, read_config
 from mogan.runs.watch import read_records
 from mogan.sampling.samplers import clips_of
+from mogan.sampling.samples import append_samples, listed_samples
 from mogan.survey.folder import read_survey
 
 GARBAGE = (b"", b"[]", b"null", b"5", b"{}", b'{"x": 1}', b"\xff\xfe{", b'{"id": "clip0"')
@@ -97,7 +101,15 @@ def test_a_clip_that_the_index_names_twice_is_refused(cache, tmp_path):
 
 @pytest.mark.parametrize(
     "facts",
-    [{}, {"version": 1}, {"version": 1, "contents": ["clips"]}, {"version": 1, "contents": "clips", "flow_name": 3}],
+    [
+        {},
+        {"version": 1},
+        {"version": 1, "contents": ["clips"]},
+        {"version": 1, "contents": "clips", "flow_name": 3},
+        {"version": 1, "contents": "clips", "fps": ""},
+        {"version": 1, "contents": "clips", "width": "x"},
+        {"version": 1, "contents": "clips", "frames": []},
+    ],
 )
 def test_a_cache_that_does_not_say_what_it_holds_is_named(facts, cache, tmp_path):
     own = shutil.copytree(cache, tmp_path / "cache")
@@ -414,6 +426,53 @@ def test_what_holds_no_names_and_values_is_named_by_every_reader(text, tmp_path)
     ):
         with pytest.raises(UserError, match=r"survey\.json|config\.json"):
             read()
+
+
+@pytest.mark.parametrize(
+    ("file", "change"),
+    [
+        ("tokenizer/tokenizer_config.json", {"eos_token": []}),
+        ("tokenizer/tokenizer.json", {"model": 5}),
+        ("text_encoder/config.json", {"d_kv": "x"}),
+        ("text_encoder/config.json", {"d_kv": 3}),
+        ("model_index.json", {"transformer_2": 5}),
+    ],
+)
+def test_a_setting_of_another_kind_in_a_model_is_a_sentence(file, change, family, tmp_path, capsys):
+    own = shutil.copytree(family / "teacher", tmp_path / "model")
+    (own / file).write_text(json.dumps(json.loads((own / file).read_text()) | change))
+    (tmp_path / "p.txt").write_text("a red circle\n")
+    assert main(["prepare", str(tmp_path / "p.txt"), "--model", str(own), "--out", str(tmp_path / "cache")]) == 2
+    said = capsys.readouterr().err
+    assert file.split("/")[0] in said
+    assert "get it again" in said
+
+
+def test_a_number_of_references_is_a_whole_one(tmp_path):
+    for facts in ({"frames": 5, "references": [1, True]}, {"frames": 5.0, "references": [1]}):
+        (tmp_path / "frame_sparse.json").write_text(json.dumps(facts))
+        with pytest.raises(UserError, match="does not say how many frames and references"):
+            read_mask(tmp_path)
+
+
+def test_names_of_folders_need_not_be_text(tmp_path):
+    name = os.fsdecode(b"s\xff")
+    append_samples(tmp_path, [{"file": "a-0.mp4", "system": name}])
+    assert listed_samples(tmp_path)["a-0.mp4"]["system"] == name
+
+
+def test_a_name_under_which_weights_cannot_be_opened_is_refused_first(family, cache, tmp_path, capsys):
+    odd = tmp_path / os.fsdecode(b"u\xff")
+    odd.mkdir()
+    (odd / "p.txt").write_text("a red circle\n")
+    shutil.copytree(cache, odd / "cache")
+    with pytest.raises(UserError, match=r"udcff/cache is a name that is not UTF-8"):
+        open_cache(odd / "cache")
+    for words in (["--model", family / "teacher", "--out", odd / "new"], ["--model", odd, "--out", tmp_path / "new"]):
+        assert main(["prepare", str(odd / "p.txt"), *map(str, words)]) == 2
+        assert "rename it" in capsys.readouterr().err
+    assert not (odd / "new").exists()
+    assert distinct_names([odd]) == ["u\\udcff"]  # what a figure can be labelled with
 
 
 def test_a_model_of_another_family_has_no_price(family, tmp_path, capsys):

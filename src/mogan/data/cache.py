@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mogan.data.paths import path_file, read_path, rows_of
-from mogan.disk.files import from_json, replacing
+from mogan.disk.files import from_json, openable, replacing
 from mogan.errors import UserError
 
 FORMAT = "mogan-cache"
@@ -183,6 +183,7 @@ def open_cache(path: str | Path) -> Cache:
         UserError: there is none, it is not finished, was made by another version, or files are missing.
     """
     path = Path(path)
+    openable(path)
     facts = read_facts(path)
     if facts is None:
         raise UserError(f"{path} is not a cache: {_instead(path)}")
@@ -262,7 +263,10 @@ def read_facts(path: Path) -> dict | None:
         raise UserError(
             f"{path} is a cache of version {facts.get('version')}, this is {VERSION}: prepare it again elsewhere"
         )
-    if FACTS.get(str(facts.get("contents"))) != file.name or not isinstance(facts.get("flow_name"), str | None):
+    contents = str(facts.get("contents"))
+    sizes = [facts[name] for name in ("fps", "height", "width", "frames") if name in facts]
+    whole = all(type(number) is int and number > 0 for number in sizes)
+    if FACTS.get(contents) != file.name or not isinstance(facts.get("flow_name"), str | None) or not whole:
         raise UserError(
             f"{file} is damaged (it does not say what the cache holds): put back a copy, or prepare elsewhere"
         )

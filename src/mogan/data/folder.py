@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mogan.data import cache as data
-from mogan.disk.files import json_line, replacing, write_atomically
+from mogan.disk.files import json_line, openable, replacing, write_atomically
 from mogan.disk.locks import LOCK
 from mogan.errors import UserError
 
@@ -20,6 +20,7 @@ def claim(out: Path, facts: dict[str, Any]) -> None:
     Raises:
         UserError: the folder holds something else, or was made with other settings.
     """
+    openable(out)
     there = data.read_facts(out)
     if there is not None:
         different = data.unlike(there, {k: v for k, v in facts.items() if k not in ("model", "flow_name")})

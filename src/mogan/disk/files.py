@@ -199,6 +199,17 @@ def refusal(error: Exception, path: Path | None = None, otherwise: Path | str = 
     return None
 
 
+def openable(path: Path) -> None:
+    """Refuse a place whose name is not UTF-8, which safetensors and tokenizers cannot open. Raises UserError."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError as error:
+        told = str(path).encode("utf-8", "backslashreplace").decode()
+        raise UserError(
+            f"{told} is a name that is not UTF-8, under which weights cannot be opened: rename it"
+        ) from error
+
+
 def writable_folder(path: Path, option: str = "--out") -> None:
     """Make a folder, and make sure before the work that files can be written into it.
 

@@ -14,7 +14,12 @@ def check_experts(model: Path, index: dict, high: dict | None, low: dict | None)
     Raises:
         UserError: a transformer or the boundary is missing, or they differ in kind.
     """
-    if not any(index.get(LOW) or ()):  # a stock folder of one transformer says [null, null]
+    named = index.get(LOW)
+    if not isinstance(named, list | None):
+        raise UserError(
+            f"{model}/model_index.json names {named!r} as {LOW}, where a library and a class should be: get it again"
+        )
+    if not any(named or ()):  # a stock folder of one transformer says [null, null]
         return
     if high is None or low is None:
         raise UserError(f"{model} says that it holds two transformers, and one of them is not there: get it again")

@@ -88,6 +88,8 @@ def read_mask(part: Path) -> Mask | None:
         return None
     facts = read_json(part / FILE)
     try:
+        if any(type(number) is not int for number in (facts["frames"], *facts["references"])):
+            raise ValueError("one is no whole number")
         return Mask(facts.pop("frames"), tuple(facts.pop("references")), facts)
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(

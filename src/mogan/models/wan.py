@@ -17,8 +17,8 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoTokenizer, CLIPImageProcessor, CLIPVisionModel, UMT5EncoderModel
 
-from mogan.disk.files import read_json
-from mogan.errors import UserError
+from mogan.disk.files import openable, read_json
+from mogan.errors import UserError, too_little_memory
 from mogan.models.attention import TEXT_LENGTH, set_attention
 from mogan.models.conditions import animates, reads_controls
 from mogan.models.defaults import ANIMATING, ANIMATING_22, WAN_22, Defaults, Geometry, read_defaults
@@ -50,6 +50,7 @@ def resolve_model(name: str | Path) -> Path:
             raise UserError(f"the lab's family is not in this installation ({folder}); build it with `mogan lab build`")
         return folder
     folder = Path(name)
+    openable(folder)
     if (folder / "model_index.json").is_file():
         check_parts(folder)
         return folder
@@ -256,12 +257,16 @@ def _readable(part: Path) -> Iterator[None]:
         raise UserError(f"{part.parent} has no {part.name}: is it a complete diffusers folder of a Wan model?")
     try:
         yield
-    except (OSError, ValueError, SafetensorError) as error:
+    except Exception as error:  # of every kind: a tokenizer's are `Exception` itself
+        if isinstance(error, UserError) or too_little_memory(error):
+            raise
         why = " ".join(str(error).split())
         if "huggingface.co" in why:  # where transformers would look for a file that is not there
             why = "a file is not there"
+        lost = isinstance(error, OSError | ValueError | SafetensorError)
+        what = "is missing or was cut short" if lost else "was changed"
         raise UserError(
-            f"{part} cannot be read ({type(error).__name__}: {why[:200]}): a file is missing or was cut short, get it again"
+            f"{part} cannot be read ({type(error).__name__}: {why[:200]}): a file {what}, get it again"
         ) from error
 
 

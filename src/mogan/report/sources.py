@@ -8,6 +8,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from mogan.data.lists import printable
 from mogan.disk.files import from_json
 from mogan.errors import UserError
 from mogan.evaluation.results import read_results
@@ -62,12 +63,12 @@ def read_sources(inputs: tuple[Path, ...]) -> tuple[list[Result], list[Curves]]:
 
 def distinct_names(folders: Sequence[Path]) -> list[str]:
     """What to call folders: their names, or where two have the same one, what of their paths differs."""
-    names = [folder.name for folder in folders]
+    names = [printable(folder.name) for folder in folders]
     if len(set(names)) == len(names):
         return names
     paths = [folder.parts for folder in folders]
     head, tail = _shared(paths), _shared([path[::-1] for path in paths])
-    return ["/".join(path[head : len(path) - tail]) or path[-1] for path in paths]
+    return [printable("/".join(path[head : len(path) - tail]) or path[-1]) for path in paths]
 
 
 def _shared(paths: Sequence[tuple[str, ...]]) -> int:
@@ -78,7 +79,7 @@ def _shared(paths: Sequence[tuple[str, ...]]) -> int:
 def _read_results(path: Path, taken: set[str]) -> list[Result]:
     return [
         Result(
-            f"{path.resolve().parent.name}/{name}" if name in taken else name,
+            printable(f"{path.resolve().parent.name}/{name}" if name in taken else name),
             path.parent,
             system["metrics"],
             system["how"],

@@ -12,7 +12,7 @@ from typing import Any
 
 from mogan.config import EULER, LCM
 from mogan.data.cache import Cache, open_cache
-from mogan.disk.files import read_json, write_atomically
+from mogan.disk.files import openable, read_json, write_atomically
 from mogan.errors import UserError
 from mogan.models import wan
 from mogan.models.causal_cache import Causal, Policy
@@ -110,6 +110,7 @@ def made_of(folder: Path, start: Path, adapters_of: Path | None, cache: Cache, p
 
 def refuse_other_folders(run: Path) -> None:
     """Refuse to train into a folder that holds something else than a run."""
+    openable(run)
     if not run.is_dir() or any((run / name).is_file() for name in ("config.json", "run.json")):
         return
     others = sorted(p.name for p in run.iterdir() if p.name not in OWN and p.name[0] != "." and p.suffix not in LOGS)

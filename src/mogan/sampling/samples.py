@@ -1,12 +1,11 @@
 """``samples.jsonl``: one line for each clip in a folder, written by any number of processes at once."""
 
-import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import IO, Any
 
-from mogan.disk.files import from_json, writing
+from mogan.disk.files import from_json, json_line, writing
 from mogan.disk.locks import locked
 from mogan.errors import UserError
 
@@ -24,12 +23,12 @@ def append_samples(folder: Path, records: Iterable[Record]) -> None:
 
     A line torn by a kill is taken away first: its clip is still there, and who makes that clip lists it again.
     """
-    lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    lines = b"".join(map(json_line, records))
     if not lines:
         return
     with writing(folder / NAME), (folder / NAME).open("a+b") as file, locked(file.fileno()):
         _drop_torn_end(file)
-        file.write(lines.encode())
+        file.write(lines)
         file.flush()
         os.fsync(file.fileno())
 

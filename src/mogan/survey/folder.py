@@ -135,7 +135,7 @@ def write_survey(survey: Survey, folder: Path) -> None:
     path = folder / FILE
     temporary = path.with_suffix(".tmp")
     with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="utf-8") as file:
-        json.dump(asdict(survey), file, indent=1, ensure_ascii=False)
+        json.dump(asdict(survey), file, indent=1)  # names of folders may hold bytes that are no text
         file.write("\n")
     temporary.rename(path)
 
