@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from mogan.cli import main
 from mogan.data.cache import open_cache, save_latent
 from mogan.data.video import write_video
-from mogan.disk.files import read_json
+from mogan.disk.files import read_json, write_atomically
 from mogan.errors import UserError
 from mogan.evaluation.evaluate import evaluate
 from mogan.models.frame_sparse import read_mask
@@ -459,6 +459,8 @@ def test_names_of_folders_need_not_be_text(tmp_path):
     name = os.fsdecode(b"s\xff")
     append_samples(tmp_path, [{"file": "a-0.mp4", "system": name}])
     assert listed_samples(tmp_path)["a-0.mp4"]["system"] == name
+    write_atomically(tmp_path / "page.html", name)
+    assert (tmp_path / "page.html").read_text() == "s\\udcff"
 
 
 def test_a_name_under_which_weights_cannot_be_opened_is_refused_first(family, cache, tmp_path, capsys):
