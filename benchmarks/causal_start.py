@@ -78,4 +78,6 @@ def main(folder, *models):
 
 
 if __name__ == "__main__":
+    if len(sys.argv) < 3 or "--help" in sys.argv:
+        sys.exit(__doc__)
     main(*sys.argv[1:])

@@ -117,4 +117,6 @@ def main(folder, attention, dense, *models):
 
 
 if __name__ == "__main__":
+    if len(sys.argv) < 4 or "--help" in sys.argv:
+        sys.exit(__doc__)
     main(*sys.argv[1:])
