@@ -39,15 +39,15 @@ LCM, EULER = "lcm", "euler"  # between a student's steps: fresh noise on its cle
 class RolloutKind(Protocol):
     """How a student makes clips while it is trained; see :mod:`mogan.sampling.rollout`.
 
-    ``solver`` is how a student that was trained so is sampled: ``lcm`` or ``euler``. A kind whose ``told`` is true tells the
-    student, and what chases it, where each of its steps ends; one with ``counts`` trains it for several numbers of steps; one
-    with ``causal`` makes clips chunk by chunk, by a student that sees the past alone.
+    ``solver`` is how such a student is sampled: ``lcm`` or ``euler``. If ``told`` is true, the student and the networks trained
+    beside it get the end of each step as input. A kind with ``counts`` trains for several numbers of steps. One with ``causal``
+    generates chunk by chunk, with a student that sees only the past.
     """
 
     solver: ClassVar[str]
 
     def draw(self, sigmas: tuple[float, ...], generator: Any) -> int:
-        """The step whose answer is judged."""
+        """The step whose prediction is judged."""
         ...
 
     def make(
@@ -57,7 +57,7 @@ class RolloutKind(Protocol):
         ...
 
     def steps(self, sigmas: tuple[float, ...]) -> float:
-        """Steps before the judged one, a mean. Raises ValueError for a student that cannot be rolled out so."""
+        """Mean number of steps before the judged one. Raises ValueError for a student that cannot be rolled out so."""
         ...
 
 
@@ -90,9 +90,9 @@ class Update:
         accumulate: the batch is processed in this many parts.
         optimizer: name of the optimiser; updates that share a name share its moments. Defaults to ``learns``.
         start, stop, every: it happens in iterations ``range(start, stop, every)``; no ``stop`` is the end of the run.
-        unless: and not in ``range(start, stop, unless)``: those that another update has with this as its ``every``.
-        rollout: how the student makes the clips of this update, where that is not the config's way.
-        again: judge the clips that the student's last update of the same iteration made, and make no new ones.
+        unless: but not in ``range(start, stop, unless)``, the iterations of another update with this as its ``every``.
+        rollout: the kind of rollout of this update; ``None``: the config's.
+        again: judge the clips that the student's last update of the same iteration made, instead of new ones.
     """
 
     learns: str
@@ -142,12 +142,12 @@ class Config:
         optimizers: by name, see ``Update.optimizer``.
         objectives: by the names that the plan uses; one may build on those before it.
         post_trains: the student is a few-step student already, which must be named and whose levels must agree.
-        rollout: how the student makes the clips that are judged; ``None``: its few steps, with fresh noise between them.
-        boundary: the student is two experts, one for levels from here on and one for those below, which both start as the
+        rollout: how the student generates the clips that are judged; ``None``: its few steps, fresh noise between them.
+        boundary: the student has two experts, one for levels from here on and one for those below, both initialised from the
             start's transformer of those levels; ``None``: as many as the start has.
-        given: latent frames the student is given, clean: 0 is text to video, 1 image to video.
-        states: what clips can be in, by name, and the words that each row of text begins as (:mod:`mogan.models.states`);
-            ``None``: those that the start knows.
+        given: clean latent frames that the student gets: 0 is text to video, 1 image to video.
+        states: labelled states of clips, and the words that initialise each row of text (:mod:`mogan.models.states`);
+            ``None``: those of the start.
         ema: decay of the student's averaged weights, which are what is sampled and exported.
         lora: rank of the adapters that student, fake score and MoGAN's trunk learn instead of all their weights; ``None``: all weights.
         negative_prompt: the teacher's unconditional branch.
@@ -156,7 +156,7 @@ class Config:
         keep: checkpoints kept.
         checkpointing: recompute activations in the backward pass, of the transformers and of the whole motion observation.
         compile: compile the transformers' blocks (torch.compile); changes a run by rounding alone.
-        offload: what is kept for the backward pass waits in the host's memory, and decoder, encoder, flow and discriminator take
+        offload: tensors of the backward pass are held in the host's memory, and decoder, encoder, flow and discriminator take
             the smallest steps (:mod:`mogan.models.host`); goes with ``checkpointing``. Slower, and changes a run by rounding alone.
     """
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 LATENT, OBSERVATION = "latent", "observation"  # what an update may need of real clips
-PATH = "path"  # or of a teacher's: what its way from noise to a clip passes at the student's levels
+PATH = "path"  # or of a teacher's: its trajectory from noise to a clip, at the student's levels
 KINDS = (LATENT, OBSERVATION, PATH)
 
 
@@ -14,11 +14,12 @@ class Lesson:
     """What a network needs in order to learn by an objective.
 
     Attributes:
-        rollout: what the student makes of the batch's prompts.
-        clips: of real clips: ``latent``, ``observation`` or both; or ``path``, of those that a teacher made.
+        rollout: it needs the student's samples for the batch's prompts.
+        clips: real clips' ``latent``, ``observation`` or both; or ``path``, a teacher's trajectories. Batches have them as
+            ``latent_BCFHW``, ``observation_BCFHW`` and ``path_BKCFHW``.
         captions: it reads the captions of those clips; else the batch's text may come from another set of prompts.
         starts: latent frames at one of which a window begins; one is drawn per update.
-        least: clips of a batch at least.
+        least: smallest number of clips in a batch.
     """
 
     rollout: bool = True
@@ -40,7 +41,7 @@ class Alarm:
 
     Attributes:
         key: the number.
-        wrong: of its mean at the start and now, whether to warn.
+        wrong: maps its mean at the start and its mean now to whether to warn.
         text: the sentence; ``{first}`` and ``{now}`` are those means.
         learns: only records of updates of this network count; ``None``: all.
         since: records of earlier iterations do not count.
@@ -66,13 +67,13 @@ class Terms:
     Attributes:
         lessons: by the network that learns: ``student``, or one of the objective's own.
         alarms: what to watch in the records.
-        alone: why it trains in one process; empty where it does not matter.
-        fill: the block with what it leaves to the run's data; refuses data that do not fit.
-        smaller: blocks that need less and less memory, each with a word for what is smaller.
-        controls: it asks networks under what the batch or the rollout says and nothing else, and looks at latents alone: it also
-            trains models that are told controls and references beside text (:mod:`mogan.models.conditions`).
-        first_frames: it asks networks as above, but needs clips without references: it also trains image-to-video models.
-        forces: where it makes no clips it calls a causal student on all chunks of a clip that is there, each with its past.
+        alone: why it must train in one process; empty if it need not.
+        fill: the settings, with what they leave to the run's data filled in; refuses data that do not fit.
+        smaller: settings that need less and less memory, each with a word for what is smaller.
+        controls: it also trains models with controls and references beside the text (:mod:`mogan.models.conditions`): it calls
+            networks only under the conditions of the batch or the rollout, and uses only latents.
+        first_frames: it also trains image-to-video models: it calls networks as above, and needs clips without references.
+        forces: where it makes no clips, it calls a causal student on all chunks of a given clip, each with its past.
     """
 
     lessons: Mapping[str, Lesson]

@@ -1,7 +1,7 @@
-"""Ways of judging: each a file with its settings, its losses, what it needs and what it costs.
+"""Objectives: each a file with its settings, its losses, its needs and its costs.
 
-The settings are a :class:`mogan.config.Block`. ``build`` makes an :class:`Objective`, which owns the networks that chase the
-student. A loss ``(rollout, batch, generator)`` sends gradient into the network it is named for and into nothing else, and
+The settings are a :class:`mogan.config.Block`. ``build`` makes an :class:`Objective`, which owns the networks that train beside
+the student. A loss ``(rollout, batch, generator)`` sends gradient into the network it is named for and into nothing else, and
 returns itself and a dictionary of scalars worth logging.
 """
 
@@ -19,11 +19,11 @@ from mogan.motion.flow import FlowEstimator
 
 Loss = tuple[Tensor, dict[str, Tensor]]
 Randomness = torch.Generator | list[torch.Generator]  # in training one per sample; see mogan.sampling.rollout.normal
-LossFn = Callable[[Any, Batch, Randomness], Loss]  # the first is a Rollout, or None for who asks for none
+LossFn = Callable[[Any, Batch, Randomness], Loss]  # the first is a Rollout, or None if the lesson wants none
 
 
 class Prepare(Protocol):
-    """What an objective makes of a batch before its parts are judged."""
+    """A function of a whole batch, called once per update before its parts are judged."""
 
     def __call__(self, batch: Batch, *, iteration: int, generator: Randomness, most: int) -> Batch:
         """The batch with ``more``; at most ``most`` clips are computed at a time."""
@@ -31,7 +31,7 @@ class Prepare(Protocol):
 
 
 class Compare(Protocol):
-    """What an objective makes of a batch on sight of all that the student made of it."""
+    """A function of a whole batch and of all samples that the student made for it."""
 
     def __call__(self, batch: Batch, rollouts: Sequence[Any]) -> Batch:
         """The batch with ``more``; the rollouts of its parts, in order, without gradient."""
@@ -43,17 +43,17 @@ class Objective:
     """What the training loop asks of an objective.
 
     Attributes:
-        judge: the object whose methods the losses are, for objectives that build on this one.
-        losses: by the network that learns.
-        networks: its own that learn, by name.
+        judge: the object with its losses as methods, for objectives that build on this one.
+        losses: by the network that learns; each returns a scalar and scalars to log.
+        networks: its own networks that learn, by name.
         frozen: transformers that it calls and that do not learn.
-        prepare: once per update; ``None``: nothing.
-        compare: by the network that learns, where an update compares the student's clips with each other before any part of
-            them is judged. They are made twice then, by the same randomness.
-        state: tensors beside the networks' that a run goes on with, by name: checkpoints hold them, and fill them in place.
-            Those of all processes are equal.
-        observations: what it sees of real clips, for lessons with ``observation``; ``observation_bytes``: size of each.
-        flow: the estimator it sees motion through; ``scale``: pixels per frame that its motion picture draws as 1.
+        prepare: called once per update; ``None``: nothing.
+        compare: by the network that learns, if an update compares the student's clips with each other before any part of
+            them is judged. They are then generated twice, from the same random numbers.
+        state: tensors other than the networks' that a resumed run needs, by name: checkpoints hold them, and fill them in
+            place. They are equal in all processes.
+        observations: its inputs for real clips, for lessons with ``observation``; ``observation_bytes``: size of each.
+        flow: its flow estimator; ``scale``: the speed in pixels per frame that its flow picture draws as 1.
     """
 
     judge: Any
@@ -77,9 +77,9 @@ class Bill:
     """What an objective adds to an update, per clip, beside the student's rollout.
 
     Attributes:
-        calls: one after the other; what each holds stays for the backward pass.
-        passes: over weights that are sharded: forward 1, trained 2.
-        repeated: operations of forward passes that checkpointing does again.
+        calls: one after the other; the memory that each holds stays until the backward pass.
+        passes: over sharded weights: forward 1, trained 2.
+        repeated: floating-point operations of forward passes that checkpointing repeats.
     """
 
     calls: tuple[Call, ...] = ()
@@ -92,12 +92,12 @@ class Kept:
     """A network that stays in memory.
 
     Attributes:
-        name: of it, the same for one that several objectives share; what learns is named as in the plan.
-        parameters: how many; ``beside``: bytes of buffers.
+        name: the same if several objectives share it; a network that learns is named as in the plan.
+        parameters: their number; ``beside``: bytes of buffers.
         learns: it has gradients and moments.
-        transformer: a whole transformer of the model, which adapters can take the place of and a frozen one can share.
-        trunk: of a network that learns, how many of its blocks are such a transformer's first.
-        sharded: over the GPUs; else each has all of it.
+        transformer: it is a whole transformer of the model, which adapters can replace and frozen ones can share.
+        trunk: of a network that learns, the number of blocks that are such a transformer's first ones.
+        sharded: over the GPUs; else each GPU holds all of it.
     """
 
     name: str
@@ -117,9 +117,9 @@ class Price:
         bills: by the network that learns.
         kept: networks beside the student.
         prepare: per clip, once in an iteration that has any of its updates.
-        observe: a real clip, once per run; ``stages``: of an observation with gradient, for people to look at.
-        once: by name, what the run does once for each of so many clips, its GPUs sharing them.
-        check: a clip decoded and its flow, frame by frame; ``pictured``: that is part of a sheet of samples.
+        observe: observing a real clip, once per run; ``stages``: those of an observation with gradient, for the printed table.
+        once: by name, work done once per run for each of so many clips, shared by its GPUs.
+        check: decoding a clip and its flow, frame by frame; ``pictured``: that is part of a sheet of samples.
     """
 
     bills: Mapping[str, Bill]

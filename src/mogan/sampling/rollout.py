@@ -98,8 +98,8 @@ class FewStep:
 class Euler:
     """Euler steps along the student's flow, no noise between them, to the level of step ``stop``; gradient through the last.
 
-    What lies at a level above 0 can be judged there only where it is noised further (Phased DMD, arXiv 2510.27684): a step
-    above ``stop``, in the interval from ``gap`` above its level to 1. ``stop`` equal to the number of steps is the clean clip.
+    A sample at a level above 0 can be judged only after more noise (Phased DMD, arXiv 2510.27684): at levels from ``gap`` above
+    its own to 1. ``stop`` equal to the number of steps is the clean clip.
 
     With ``since`` the last step is one drawn from number ``since`` on, which goes straight to the level of ``stop``.
     """
@@ -144,17 +144,18 @@ class Euler:
 class Intervals:
     """The student's own deterministic trajectory in one of several numbers of steps (TDM, arXiv 2503.06674).
 
-    A number of steps is drawn, then one of them. What lies at its lower end is judged between its two levels alone: the
+    A number of steps is drawn, then one of them. The sample at its lower end is judged only between its two levels: the
     intervals of a trajectory are disjoint.
 
-    A student that is told reads where each step ends. The fake score must know the number of steps: a level in the interval
-    of one step lies in intervals of others, too. It is told the end of the first step, which is another for each number.
+    With ``told`` the student gets the end of each step as input. The fake score must know the number of steps, since a level
+    in the interval of one step lies in intervals of others, too. Its input is the end of the first step, which differs for
+    each number.
 
     Attributes:
-        counts: numbers of steps, whose levels are :func:`mogan.schedule.levels_of` all.
-        low_gap: levels kept off an interval's lower end, where the target diverges; none of 0.
-        high_gap: and off its upper end; none of 1.
-        told: student and fake score are told (see :mod:`mogan.models.step_condition`); else each is one for all numbers.
+        counts: numbers of steps; their levels are :func:`mogan.schedule.levels_of` the student's.
+        low_gap: margin above an interval's lower end, where the target diverges; none at 0.
+        high_gap: margin below its upper end; none at 1.
+        told: student and fake score are conditioned (see :mod:`mogan.models.step_condition`); else one serves all numbers.
     """
 
     counts: tuple[int, ...]
