@@ -21,14 +21,20 @@ Made = TypeVar("Made")
 
 @dataclass(frozen=True)
 class Batch:
-    """What one update sees, on the CPU: latents and paths in fp32, observations in bf16. Text is one embedding ``(L, D)`` per
-    clip, trimmed to its tokens.
+    """The data of one update, on the CPU.
 
-    ``path_BKCFHW`` is what a teacher passed on its way to each clip, at the student's levels, most noisy first, the clip last.
-    ``places`` numbers the clips within the whole batch, whichever process holds them. ``more`` is what an objective made of
-    the batch, by name: a list or tensor with one entry per clip, or anything else that a slice cuts. ``control_BKFHW`` are the
-    controls of a VACE, whose references stand before ``latent_BCFHW`` too, or given first frames, of an image-to-video model as it
-    reads them or the latents themselves; ``picture_BTD`` is what an image encoder sees of those.
+    Attributes:
+        ids: of the clips; ``prompts``: their captions.
+        text: one embedding ``(L, D)`` per clip, trimmed to its tokens.
+        latent_BCFHW: normalised latents of real clips, fp32.
+        observation_BCFHW: what MoGAN's discriminator gets of real clips, bf16.
+        window_start: latent frame at which a window begins.
+        places: numbers of the clips within the whole batch, whichever process holds them.
+        more: additions of an objective, by name: a list or tensor with one entry per clip, or anything else that can be sliced.
+        path_BKCFHW: a teacher's trajectory to each clip, at the student's levels, most noisy first, the clip last; fp32.
+        control_BKFHW: controls of a VACE, whose references precede ``latent_BCFHW`` too; or given first frames, as an
+            image-to-video model reads them, or their latents.
+        picture_BTD: image features of given first frames.
     """
 
     ids: list[str]
@@ -44,7 +50,7 @@ class Batch:
     picture_BTD: Tensor | None = None
 
     def told(self, device: torch.device | str, text_BLD: Tensor | None = None) -> Any:
-        """The conditions of the clips, ``(B, L, D)`` text and controls (:mod:`mogan.models.conditions`); ``text_BLD`` replaces the text."""
+        """The clips' conditions: text ``(B, L, D)`` and controls (:mod:`mogan.models.conditions`); ``text_BLD`` replaces the text."""
         text = stack_text(self.text, device) if text_BLD is None else text_BLD
         return conditioned(text, *(None if t is None else t.to(device) for t in (self.control_BKFHW, self.picture_BTD)))
 
@@ -84,8 +90,8 @@ def draw_batch(
         want: any of "latent" and "observation", or "path"; text always comes.
         observation: reads that of a clip and a start, where it is there; if one is not, the batch has none.
         starts: where a window may start, latent frames; one is drawn, the same for all ranks.
-        prompts: where the text comes from, if not from the clips' captions: a walk of its own.
-        levels: at which paths are read.
+        prompts: where the text comes from, if not from the clips' captions: in a random order of its own.
+        levels: at which trajectories are read.
         controls: those of the clips whose captions are the text come too.
         given: or so many of their first latent frames.
 

@@ -18,13 +18,13 @@ KV = tuple[tuple[Tensor, Tensor], ...]  # by block: K before rotation and V, eac
 
 @dataclass(frozen=True)
 class Policy:
-    """Which frames of the past a chunk sees, and how they are numbered; part of a student as its weights are.
+    """Which latent frames of the past a chunk sees, and how they are numbered. It is part of a student, as its weights are.
 
     Attributes:
-        window: frames seen, the chunk's own among them; ``None``: all.
-        sink: of these the first ones of the clip, which are never dropped.
+        window: number of frames seen, including the chunk's own; ``None``: all.
+        sink: how many of these are the first ones of the clip, which are never dropped.
         decay: alpha of an EMA sink (Reward Forcing, arXiv 2512.04678): when frames leave, ``S <- alpha S + (1 - alpha) them``.
-        relative: what is seen is numbered 0, 1, 2, ...; else a frame keeps its number in the clip. Equal until one is dropped.
+        relative: frames seen are numbered 0, 1, 2, ...; else a frame keeps its number in the clip. Equal until one is dropped.
     """
 
     window: int | None = None
@@ -59,16 +59,16 @@ FULL = Policy()
 
 @dataclass(frozen=True)
 class Causal:
-    """How the clips of a causal student come about: kept beside its weights, as ``causal`` in ``mogan.json``.
+    """How a causal student generates clips; stored beside its weights, as ``causal`` in ``mogan.json``.
 
     Attributes:
         first: latent frames of the first chunk; ``rest``: of every other one, but the last may be shorter.
         policy: what a chunk sees of the past.
-        context_sigma: level to which a finished chunk is noised for those after it to see.
-        first_sigmas: levels of the first chunk's own steps, in however many the others are made (First-Frame Enhancement,
-            arXiv 2511.01419); ``None``: the student's, as of all.
-        sizes: of chunks after the first, ascending, that one set of weights is trained for, ``rest`` among them: one of them for
-            a whole clip (LLIA, arXiv 2506.05806). Small ones come soon, large ones cheaply. ``None``: ``rest`` alone.
+        context_sigma: level to which a finished chunk is noised before later ones see it.
+        first_sigmas: levels of the first chunk, whatever the number of steps of the others (First-Frame Enhancement, arXiv
+            2511.01419); ``None``: the student's, as for all.
+        sizes: sizes of chunks after the first, ascending, that one set of weights is trained for, ``rest`` among them; a clip
+            has one of them (LLIA, arXiv 2506.05806). Small ones respond soon, large ones are cheap. ``None``: ``rest`` alone.
     """
 
     first: int

@@ -34,11 +34,11 @@ class Denoiser(nn.Module):
         dtype: dtype of the matrix products (autocast); the prediction is always returned in fp32.
         transformer_2: the expert for low levels; ``None``: there is one transformer for all.
         boundary: the level, stock ``WanPipeline``'s ``boundary_ratio``.
-        anywhere: whether a flag is up in any of the processes that share these weights: all of them must call an expert
+        anywhere: whether a flag is set in any of the processes that share these weights: all of them must call an expert
             that one of them needs.
 
     Attributes:
-        told: the transformer reads where its step ends (see :mod:`mogan.models.step_condition`).
+        told: the transformer has the end of its step as input (see :mod:`mogan.models.step_condition`).
         controlled: it has inputs for a control beside the text (see :mod:`mogan.models.conditions`).
     """
 
@@ -78,8 +78,8 @@ class Denoiser(nn.Module):
     ) -> Float[Tensor, "b c f h w"]:
         """Predict ``noise - x0`` at noise level ``sigma``, one per sample or one per sample and latent frame.
 
-        ``to`` is the level at which the step ends, for a network that is told; ``None``: it ends where it begins, which is
-        the velocity of a network that is not. Text is :class:`mogan.models.conditions.Conditioned` where clips are made under
+        ``to`` is the level at which the step ends, for a network with that input; ``None``: it ends where it begins, which is
+        the velocity of a network without. Text is :class:`mogan.models.conditions.Conditioned` where clips are made under
         more than words. Of two experts each sees the samples of its levels (of a sample with several
         the highest counts).
 
