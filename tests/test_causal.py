@@ -177,7 +177,7 @@ def test_wrong_positions_do_not_go_unseen(student, monkeypatch, mistake):
     if mistake[0] == "queries":
         monkeypatch.setattr(Cache, "positions", lambda cache, new: (list(cache.frames), list(range(new))))
     else:
-        own, first = causal.CausalAttention.__call__, causal._rotate
+        own, first = causal.CausalAttention.__call__, causal.rotate
 
         def twice(processor, attn, hidden, encoder=None, mask=None, view=None):
             out = own(processor, attn, hidden, encoder, mask, view)
@@ -401,7 +401,9 @@ def test_stock_attention_without_folded_text_will_do(family):
     with torch.no_grad():
         want = Denoiser(bare).velocity(x, 0.7 * B, full)
         student = CausalDenoiser(bare)
-        assert torch.equal(student.chunk_velocity(x, 0.7 * B, full, student.begin(full)), want)
+        assert (
+            far(student.chunk_velocity(x, 0.7 * B, full, student.begin(full)), want) < 1e-6
+        )  # positions: complex products
 
 
 def test_a_causal_network_is_not_called_as_another_by_mistake(student):

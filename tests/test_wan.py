@@ -195,3 +195,27 @@ def test_latent_shape_refuses_what_does_not_fit(family):
         wan.latent_shape(family / "teacher", wan.Geometry(16, 40, 32, 13))
     with pytest.raises(UserError, match="4 k \\+ 1"):
         wan.latent_shape(family / "teacher", wan.Geometry(16, 32, 32, 12))
+
+
+@pytest.mark.parametrize(("dtype", "most"), [(torch.float64, 1e-12), (torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
+def test_positions_turn_pairs_of_numbers_by_their_angles_also_for_the_compiler(dtype, most, monkeypatch):
+    draws = torch.Generator().manual_seed(0)
+    angle = torch.rand(1, 7, 1, 4, generator=draws, dtype=torch.float64).repeat_interleave(2, -1) * 6
+    x = torch.randn(2, 7, 3, 8, generator=draws, dtype=torch.float64)
+    wanted = torch.empty_like(x)
+    for pair in range(4):
+        a, b, turn = x[..., 2 * pair], x[..., 2 * pair + 1], angle[..., 2 * pair]
+        wanted[..., 2 * pair] = a * turn.cos() - b * turn.sin()
+        wanted[..., 2 * pair + 1] = a * turn.sin() + b * turn.cos()
+    table = tuple(part if dtype == torch.float64 else part.float() for part in (angle.cos(), angle.sin()))
+    found = []
+    for compiling in (False, True):
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda compiling=compiling: compiling)
+        own = x.to(dtype, copy=True).requires_grad_()
+        out = attention.rotate(own, *table)
+        out.square().sum().backward()  # a rotation keeps lengths: the gradient is twice the input
+        assert out.dtype == dtype
+        assert (out - wanted).abs().max() <= most * wanted.abs().max()
+        assert (own.grad - 2 * own).abs().max() <= 4 * most * own.abs().max()
+        found.append(out)
+    assert (found[0] - found[1]).abs().max() <= most

@@ -1,4 +1,4 @@
-"""How Wan's attention is computed here: text padding once instead of some five hundred times, and in fp32 on a CPU."""
+"""How Wan's attention is computed here: text padding once instead of some five hundred times, positions as complex numbers, fp32 on a CPU."""
 
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from jaxtyping import Float
 from torch import Tensor
@@ -86,6 +87,23 @@ def _by_head(attn: Any, x_BLD: Tensor) -> Tensor:
     return x_BLD.unflatten(2, (attn.heads, -1)).transpose(1, 2)
 
 
+def rotate(
+    x_BLHD: Float[Tensor, "b l h d"], cos: Float[Tensor, "_ l 1 d"], sin: Float[Tensor, "_ l 1 d"]
+) -> Float[Tensor, "b l h d"]:
+    """Rotary position embedding as the stock processor has it, pairs of neighbours taken for complex numbers.
+
+    One product in place of four, each with its pass over memory: the same numbers in a fourth to a seventh of the time on a CPU.
+    """
+    if torch.compiler.is_compiling():  # inductor fuses real products, and leaves complex ones alone
+        a, b = x_BLHD.unflatten(-1, (-1, 2)).unbind(-1)
+        cos, sin = cos[..., 0::2], sin[..., 1::2]
+        return torch.stack((a * cos - b * sin, a * sin + b * cos), -1).flatten(-2).type_as(x_BLHD)
+    exact = x_BLHD if x_BLHD.dtype == torch.float64 else x_BLHD.float()
+    turn = torch.complex(cos[..., 0::2].to(exact.dtype), sin[..., 1::2].to(exact.dtype))
+    turned = torch.view_as_complex(exact.unflatten(-1, (-1, 2))) * turn
+    return torch.view_as_real(turned).flatten(-2).type_as(x_BLHD)
+
+
 class SelfAttention(WanAttnProcessor):
     """The stock self-attention within a context that may change how it is computed."""
 
@@ -97,8 +115,18 @@ class SelfAttention(WanAttnProcessor):
         """Same contract as ``WanAttnProcessor``, ``(B, L, D)``; frames may come side by side (:mod:`mogan.models.frame_levels`)."""
         frames = rotary_emb[0].shape[1] // hidden_states.shape[1]
         clip = whole(hidden_states, frames)
+        query, key = attn.norm_q(attn.to_q(clip)), attn.norm_k(attn.to_k(clip))
+        query, key, value = (x.unflatten(2, (attn.heads, -1)) for x in (query, key, attn.to_v(clip)))
+        query, key = rotate(query, *rotary_emb), rotate(key, *rotary_emb)
         with self.products():
-            return apart(super().__call__(attn, clip, encoder_hidden_states, attention_mask, rotary_emb), frames)
+            out = self.attend(query, key, value)
+        out = apart(out.flatten(2, 3).type_as(query), frames)
+        return attn.to_out[1](attn.to_out[0](out))
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Attention of ``(B, L, heads, d)``, by the backend and the processes that diffusers was told."""
+        own = {"backend": self._attention_backend, "parallel_config": self._parallel_config}
+        return dispatch_attention_fn(query, key, value, **own)
 
 
 class _Fp32Attention(TorchFunctionMode):

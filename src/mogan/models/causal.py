@@ -12,12 +12,11 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from diffusers.models.attention_dispatch import dispatch_attention_fn
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from mogan.errors import UserError
-from mogan.models.attention import FoldedPadding, SelfAttention
+from mogan.models.attention import FoldedPadding, SelfAttention, rotate
 from mogan.models.causal_cache import FULL, KV, Cache, Causal, Policy, Words
 from mogan.models.conditions import animates
 from mogan.models.denoiser import Denoiser
@@ -95,16 +94,6 @@ class CausalRope(nn.Module):
         return found[0], found[1]
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """As the stock processor does: pairs of neighbours."""
-    a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
-    cos, sin = cos[..., 0::2], sin[..., 1::2]
-    out = torch.empty_like(x)
-    out[..., 0::2] = a * cos - b * sin
-    out[..., 1::2] = a * sin + b * cos
-    return out
-
-
 class CausalAttention(SelfAttention):
     """Self-attention to a call's own tokens and to the past of its view."""
 
@@ -121,14 +110,11 @@ class CausalAttention(SelfAttention):
         if view.past:
             key = torch.cat([*(k.to(key.dtype) for k, _ in view.past), key], 1)
             value = torch.cat([*(v.to(value.dtype) for _, v in view.past), value], 1)
-        query, key = _rotate(query, view.q_cos, view.q_sin), _rotate(key, view.k_cos, view.k_sin)
+        query, key = rotate(query, view.q_cos, view.q_sin), rotate(key, view.k_cos, view.k_sin)
         with self.products():
-            out = self._masked(query, key, value, view.sight) if view.sight else self._attend(query, key, value)
+            out = self._masked(query, key, value, view.sight) if view.sight else self.attend(query, key, value)
         out = apart(out.flatten(2, 3).type_as(query), frames)
         return attn.to_out[1](attn.to_out[0](out))
-
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        return dispatch_attention_fn(query, key, value, backend=self._attention_backend)
 
     def _masked(self, query: Tensor, key: Tensor, value: Tensor, sight: Sight) -> Tensor:
         """Of each group what it sees is gathered: no mask is read; or flex attention, which skips what it hides."""
@@ -137,7 +123,7 @@ class CausalAttention(SelfAttention):
         tokens, found = query.shape[1] // sight.frames, []
         for (start, stop), seen in sight.groups:
             k, v = (torch.cat([x[:, a * tokens : b * tokens] for a, b in seen], 1) for x in (key, value))
-            found.append(self._attend(query[:, start * tokens : stop * tokens], k, v))
+            found.append(self.attend(query[:, start * tokens : stop * tokens], k, v))
         return torch.cat(found, 1)
 
 
