@@ -492,3 +492,25 @@ def test_a_flow_network_of_other_settings_is_a_sentence(family, tmp_path):
     (tmp_path / "raft" / "config.json").write_text('{"layers": 3}')
     with pytest.raises(UserError, match=r"raft/config\.json describes no RAFT"):
         load_flow(str(tmp_path / "raft"))
+
+
+def test_an_entry_that_a_file_lacks_is_named_with_the_file_also_deep_inside_and_stays_a_key_error(tmp_path):
+    path = tmp_path / "facts.json"
+    path.write_text('{"chunks": {"first": 1}, "blocks": [{"a": 2}]}')
+    facts = read_json(path, "make it again")
+    assert facts == {"chunks": {"first": 1}, "blocks": [{"a": 2}]}
+    for lacking in (lambda: facts["fps"], lambda: facts["chunks"]["rest"], lambda: facts["blocks"][0]["b"]):
+        with pytest.raises(UserError, match=r"facts.json has no entry '\w+': .*make it again"):
+            lacking()
+        with pytest.raises(KeyError):
+            lacking()
+    assert facts.get("fps") is None
+
+
+def test_a_cache_that_does_not_say_its_rate_is_named(tmp_path):
+    (tmp_path / "cache.json").write_text(json.dumps({"format": "mogan-cache", "version": 1, "contents": "clips"}))
+    (tmp_path / "index.jsonl").write_text('{"id": "a", "caption": "b"}\n')
+    (tmp_path / "clips").mkdir()
+    (tmp_path / "clips" / "a.safetensors").write_bytes(b"")
+    with pytest.raises(UserError, match=r"cache.json has no entry 'fps'"):
+        open_cache(tmp_path).facts["fps"]

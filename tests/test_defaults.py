@@ -120,6 +120,7 @@ def test_an_export_hands_its_models_defaults_on(folders, tmp_path):
         ("guidance", "5"),
         ("guidance", float("nan")),
         ("shift", 0),
+        ("shift", 1e12),
         ("negative_prompt", None),
         ("sigmas", [1.0, 1.0]),
         ("sigmas", "1, 0.5"),

@@ -228,3 +228,10 @@ def test_the_folder_is_the_users_choice(monkeypatch):
     assert weights.weights_folder() == Path.home() / "weights"
     monkeypatch.delenv("MOGAN_WEIGHTS")
     assert weights.weights_folder().parts[-3:] == (".cache", "mogan", "weights")
+
+
+def test_a_file_is_no_folder_of_weights(tmp_path, monkeypatch, capsys):
+    (tmp_path / "raft.pth").write_bytes(b"x")
+    monkeypatch.setenv("MOGAN_WEIGHTS", str(tmp_path / "raft.pth"))
+    assert main(["weights", "list"]) == 2
+    assert "which is a file: give the folder" in capsys.readouterr().err

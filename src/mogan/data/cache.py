@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mogan.data.paths import path_file, read_path, rows_of
-from mogan.disk.files import from_json, openable, replacing
+from mogan.disk.files import Entries, from_json, openable, replacing
 from mogan.errors import UserError
 
 FORMAT = "mogan-cache"
@@ -270,7 +270,7 @@ def read_facts(path: Path) -> dict | None:
         raise UserError(
             f"{file} is damaged (it does not say what the cache holds): put back a copy, or prepare elsewhere"
         )
-    return facts
+    return Entries(facts, file, "put back a copy, or prepare elsewhere")
 
 
 def unlike(have: dict, want: dict) -> str:

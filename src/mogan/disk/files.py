@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import cache, lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from mogan.disk.locks import alone_at
 from mogan.errors import UserError
@@ -274,10 +274,27 @@ def _whole_number(digits: str) -> int:
     return int(digits)
 
 
+class NoEntry(UserError, KeyError):
+    """An entry that a file ought to have."""
+
+    __str__ = Exception.__str__
+
+
+class Entries(dict):
+    """Entries of a JSON file. One that is asked for and not there is the user's to mend: what we write has it."""
+
+    def __init__(self, found: dict, path: Path, remedy: str):
+        super().__init__(found)
+        self._path, self._remedy = path, remedy
+
+    def __missing__(self, name: str) -> NoReturn:
+        raise NoEntry(f"{self._path} has no entry {name!r}: it was damaged or edited, {self._remedy}")
+
+
 def read_json(path: Path, remedy: str = "get it again") -> dict:
-    """The object that a JSON file holds. Raises UserError where it is none, with what to do then."""
+    """The object that a JSON file holds. Raises UserError where it is none, with what to do then; so do entries it lacks."""
     try:
-        found = from_json(path.read_text(encoding="utf-8"))
+        found = from_json(path.read_text(encoding="utf-8"), object_hook=lambda part: Entries(part, path, remedy))
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}): give the right to read it, or {remedy}") from error
     except (ValueError, RecursionError) as error:

@@ -122,7 +122,7 @@ _CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     **dict.fromkeys(("fps", "height", "width", "frames", "steps"), (_whole, "a whole number above 0")),
     "guidance": (_number, "a number"),
     "first_frame_guidance": (_number, "a number"),
-    "shift": (lambda value: _number(value) and value > 0, "a number above 0"),
+    "shift": (lambda value: _number(value) and 0.001 <= value <= 1000, "a number from 0.001 to 1000"),
     "negative_prompt": (lambda value: isinstance(value, str), "a text"),
     "flow": (lambda value: value is None or isinstance(value, str), "the name of a flow estimator"),
     "solver": (lambda value: value in (LCM, EULER), f"{LCM} or {EULER}"),

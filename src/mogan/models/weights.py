@@ -102,9 +102,12 @@ MANIFEST: dict[str, Weights] = {
 
 
 def weights_folder() -> Path:
-    """Where fetched weights lie: ``MOGAN_WEIGHTS``, else ``~/.cache/mogan/weights``."""
+    """Where fetched weights lie: ``MOGAN_WEIGHTS``, else ``~/.cache/mogan/weights``. Raises UserError if it is a file."""
     given = os.environ.get("MOGAN_WEIGHTS")
-    return Path(given).expanduser() if given else Path.home() / ".cache" / "mogan" / "weights"
+    folder = Path(given).expanduser() if given else Path.home() / ".cache" / "mogan" / "weights"
+    if folder.is_file():
+        raise UserError(f"MOGAN_WEIGHTS names {folder}, which is a file: give the folder that weights lie in")
+    return folder
 
 
 def find_weights(name: str | Path) -> Path:

@@ -27,7 +27,7 @@ from mogan.models import attention, states, wan
 from mogan.models.conditions import conditioned, encode_control, encode_first_frame, nothing_shown
 from mogan.models.defaults import Defaults
 from mogan.models.denoiser import Denoiser
-from mogan.ranges import above, at_least, between
+from mogan.ranges import at_least, between
 from mogan.runs.generator import Generator, open_generator, open_motion
 from mogan.sampling.first_frames import clip_of_prompts, first_pictures, sample_from_first_frames
 from mogan.sampling.folder import Job, fill, jobs_of
@@ -99,7 +99,7 @@ def sample(
     between(1, 1000, seeds=seeds, steps=steps)  # a model is trained at 1000 levels
     between(0, 2**63 - seeds, first_seed=first_seed)  # torch takes 64 bits
     at_least(0, guidance=guidance)
-    above(0, shift=shift)
+    between(0.001, 1000, shift=shift)  # beyond, all levels round to one
     between(0, 1, motion_ratio=motion_ratio)
     goes_with("--motion", motion is not None, motion_ratio=motion_ratio != 0.5)
     target = choose_device(device)

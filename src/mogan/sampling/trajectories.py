@@ -24,7 +24,7 @@ from mogan.errors import UserError
 from mogan.models import wan
 from mogan.models.attention import stack_text
 from mogan.models.defaults import Defaults
-from mogan.ranges import above, at_least, between
+from mogan.ranges import at_least, between
 from mogan.runs.generator import Generator, open_generator
 from mogan.runs.identity import TEACHER, of_model
 from mogan.sampling.samplers import clips_at_once, refuse_what_is_no_number, sample_teacher
@@ -71,7 +71,7 @@ def trajectories(
     """
     at_least(1, batch=batch)
     between(1, 1000, seeds=seeds, steps=steps)
-    above(0, shift=shift)
+    between(0.001, 1000, shift=shift)  # beyond, all levels round to one
     at_least(0, guidance=guidance)
     whole(negative_prompt or "", "--negative-prompt")
     between(0, 2**63 - seeds, first_seed=first_seed)  # torch takes 64 bits
