@@ -198,3 +198,10 @@ def test_a_link_that_leads_nowhere_is_one(tmp_path):
     (tmp_path / "link").symlink_to("nowhere")
     with pytest.raises(UserError, match="is a link that leads nowhere"):
         writable_folder(tmp_path / "link")
+
+
+def test_a_checkpoint_is_no_model_and_its_run_is_named(tmp_path):
+    (tmp_path / "run" / "checkpoints" / "000020").mkdir(parents=True)
+    (tmp_path / "run" / "run.json").write_text("{}")
+    with pytest.raises(UserError, match=r"is a checkpoint, .*give its run, \S+run$"):
+        resolve_model(tmp_path / "run" / "checkpoints" / "000020")

@@ -54,6 +54,9 @@ def resolve_model(name: str | Path) -> Path:
     if (folder / "model_index.json").is_file():
         check_parts(folder)
         return folder
+    run = folder.absolute().parent.parent
+    if folder.is_dir() and (run / "run.json").is_file() and folder.absolute().parent.name == "checkpoints":
+        raise UserError(f"{name} is a checkpoint, and not a model by itself: give its run, {run}")
     if folder.exists() or str(name).count("/") != 1 or str(name).startswith((".", "/", "~")):
         raise UserError(
             f"{name} is not a diffusers folder (no model_index.json) nor a hub id such as "
