@@ -16,6 +16,7 @@ from mogan.models.autoencoder import decode_video, stream_video
 from mogan.models.wan import Geometry, load_vae
 from mogan.motion.flow import RaftFlow, flow_of_pieces, load_raft
 from mogan.motion.pixel_flux import net_motion
+from mogan.sampling import samplers
 from mogan.sampling.samplers import CLIPS_AT_ONCE, PIXELS_AT_ONCE, clips_at_once, pictures, to_frames
 from mogan.training.loop import run_training
 from test_held_out import held_out, parts_of  # noqa: F401  # fixtures
@@ -97,12 +98,23 @@ def decoded(monkeypatch):
     return seen
 
 
-def test_sampling_decodes_frame_by_frame_whatever_the_batch(family, tmp_path, decoded):
+@pytest.mark.parametrize(("most", "seen"), [(1, [(1, 1)] * 16), (6240, [(4, 1)] * 4)])
+def test_sampling_decodes_frame_by_frame_and_small_clips_together(most, seen, family, tmp_path, decoded, monkeypatch):
+    monkeypatch.setattr(samplers, "LATENTS_AT_ONCE", most)
     (tmp_path / "p.txt").write_text("a red circle\na blue square\n")
     words = ["sample", "--model", str(family / "student"), "--prompts", str(tmp_path / "p.txt"), "--seeds", "2"]
     assert main([*words, "--out", str(tmp_path / "s"), "--device", "cpu"]) == 0
     assert len(list((tmp_path / "s").glob("*.mp4"))) == 4
-    assert decoded == [(1, 1)] * 16  # four clips of four latent frames
+    assert decoded == seen  # four clips of four latent frames
+
+
+def test_clips_decoded_together_are_those_decoded_alone(vae):
+    made = latents(vae, 3)
+    together = [np.stack(list(clip)) for clip in samplers.clips_of(vae, made)]
+    for ours, one in zip(together, made.split(1), strict=True):
+        own = np.stack(list(pictures(vae, one)))
+        assert ours.shape == own.shape
+        assert np.abs(ours.astype(int) - own).max() <= 1  # kernels differ
 
 
 def test_held_out_checks_and_sheets_decode_frame_by_frame(parts_of, held_out, tmp_path, decoded):  # noqa: F811

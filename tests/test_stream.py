@@ -300,7 +300,7 @@ def test_a_file_holds_the_seconds_asked_for_and_is_the_same_again(folder, studio
     ("words", "sentence"),
     [
         (["--model", "STUDENT"], "makes all frames of a clip at once"),
-        (["--model", "CAUSAL", "--out", "clip.avi"], "must end in .mp4"),
+        (["--model", "CAUSAL", "--out", "clip.avi"], "must be named like clip.mp4"),
         (["--model", "CAUSAL", "--prompt", " "], "--prompt takes 1 to 2000 characters, not 0"),
         (["--model", "CAUSAL", "--prompt", "x" * 2001], "--prompt takes 1 to 2000 characters, not 2001"),
         (["--model", "CAUSAL", "--prompt", "a", "b"], "the page begins with one --prompt"),

@@ -5,7 +5,7 @@ A clip depends on its prompt and its seed alone, not on the batch it was made in
 """
 
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,7 @@ from mogan.sampling.rollout import follow, normal, roll_out
 from mogan.schedule import shifted_levels
 
 PIXELS_AT_ONCE = 81 * 480 * 832  # of the clips that are made together: a clip of Wan's size keeps a GPU busy alone
+LATENTS_AT_ONCE = 60 * 104  # of a frame, of the clips that are decoded together: one of Wan's
 CLIPS_AT_ONCE = 16  # of clips however small: a run that is stopped loses no more
 HELD_OUT, HELD_OUT_AT_ONCE = 64, 8  # judged, so that one clip more or less does not decide; sampled together at most
 
@@ -125,13 +126,32 @@ def sample_teacher(
 
 
 def clips_of(vae: Any, latents_BCFHW: Tensor) -> list[Iterator[np.ndarray]]:
-    """Each clip as a stream of frames, uint8 ``(H, W, 3)``.
+    """Each clip as a stream of frames, uint8 ``(H, W, 3)``, which are decoded when the first of them is asked for.
+
+    Clips whose frames together are no larger than one of Wan's are decoded together: on a CPU torch convolves a clip alone, in
+    fp32, by slower code, and takes twice as long.
 
     Raises:
         UserError: one is not made of numbers; it would be shown as black.
     """
     refuse_what_is_no_number(latents_BCFHW)
-    return [pictures(vae, latent) for latent in latents_BCFHW.split(1)]
+    at_once = max(1, LATENTS_AT_ONCE // latents_BCFHW[0, 0, 0].numel())
+    return [clip for part in latents_BCFHW.split(at_once) for clip in _decoded_together(vae, part)]
+
+
+def _decoded_together(vae: Any, latents_BCFHW: Tensor) -> list[Iterator[np.ndarray]]:
+    if len(latents_BCFHW) == 1:
+        return [pictures(vae, latents_BCFHW)]
+
+    @cache
+    def pieces() -> list[np.ndarray]:
+        return [to_frames(piece) for piece in autoencoder.stream_video(vae, latents_BCFHW)]
+
+    def clip(number: int) -> Iterator[np.ndarray]:
+        for piece in pieces():
+            yield from piece[number]
+
+    return [clip(number) for number in range(len(latents_BCFHW))]
 
 
 def refuse_what_is_no_number(latents: Tensor) -> None:
