@@ -138,6 +138,23 @@ def test_a_shard_that_is_missing_is_named(model):
         load_transformer(model)
 
 
+def test_weights_of_a_variant_are_named_with_the_name_that_is_looked_for(model):
+    (weights,) = (model / "transformer").glob("*.safetensors")
+    weights.rename(weights.with_name("diffusion_pytorch_model.fp16.safetensors"))
+    with pytest.raises(
+        UserError, match=r"fp16.safetensors is of a variant.* name it diffusion_pytorch_model\.safetensors"
+    ):
+        load_transformer(model)
+
+
+def test_the_folder_that_was_meant_is_named_for_one_near_it(model, tmp_path):
+    revision = tmp_path / "models--me--clips" / "snapshots" / "0a1b2c"
+    shutil.copytree(model, revision)
+    for given in (revision / "model_index.json", revision.parent, revision.parent.parent):
+        with pytest.raises(UserError, match=rf"did you mean {revision}\?"):
+            resolve_model(given)
+
+
 def test_a_configuration_cut_short_is_named(model):
     cut_short(model / "vae" / "config.json")
     with pytest.raises(UserError, match=r"vae/config\.json is no JSON .*get it again"):

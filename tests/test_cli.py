@@ -229,6 +229,39 @@ def test_a_home_that_the_shell_has_not_written_out_makes_no_folder_of_that_name(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (
+            ["sample", "–prompts", "p.txt", "--out", "s"],
+            "–prompts begins with a dash that is no hyphen: write --prompts",
+        ),
+        (["sample", "--prompts", "p.txt", "—out", "s"], "write --out"),
+        (["sample", "--prompts", "p.txt", "--out", "s", "--first-seed", "−1"], "write -1"),
+        (["sample", "--prompts", "“p.txt”", "--out", "s"], "“p.txt” begins with a quotation mark that no shell knows"),
+        (["sample", "--prompts=“p", "x.txt”", "--out", "s"], "“p begins with a quotation mark"),
+        (["stream", "--model", "lab", "--prompt", "“a", "red", "circle”", "--out", "x.mp4"], "“a begins with"),
+        (
+            ["sample", "--prompts", "p.txt", "--out", "s\r"],
+            "s is followed by a carriage return: the script has Windows",
+        ),
+        (["sample", "--prompts=", "--out", "s"], "an empty word stands after --prompts, where a name should be"),
+    ],
+)
+def test_words_that_came_through_a_text_document_are_named(words, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(words) == 2
+    assert said in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("caption", ["“Go!” she says, he says “No”", "– a dash first", "a “red” circle"])
+def test_texts_may_hold_every_dash_and_quotation_mark(caption, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["prepare", "nowhere", "--out", "c", "--caption", caption]) == 2
+    assert "nowhere is not a folder" in capsys.readouterr().err
+
+
 def test_a_ctrl_c_that_a_library_tells_as_an_error_of_its_own_is_still_one(monkeypatch, capsys):
     def told_otherwise() -> None:
         try:

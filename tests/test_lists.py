@@ -74,13 +74,29 @@ def test_captions_with_other_ends_of_lines_stay_whole(tmp_path):
         ('file_name,caption\n"a\nb.mp4",x\nc.mp4,"never ends\n', 'line 4 is no row of a table .*"double quotes"'),
         ('file_name,caption\na.mp4,"a 5" nail"\n', "line 2 is no row of a table"),
         ("a.mp4,a dog\n", r"line 1 needs the columns file_name \|"),
-        ("", "line 1 needs the columns"),
+        ("", "line 1 needs the columns .* which is now empty"),
+        ("sep=;\nfile_name;caption\na.mp4;a dog\n", "which is now sep="),
+        ("Datei;Beschreibung\na.mp4;a dog\n", r"which is now datei \| beschreibung"),
         ("file_name,caption,Caption\na.mp4,x,y\n", "two columns of one name"),
     ],
 )
 def test_a_table_that_would_lose_words_is_refused(tmp_path, text, words):
     (tmp_path / "metadata.csv").write_text(text)
     refused(tmp_path / "metadata.csv", words)
+
+
+@pytest.mark.parametrize(
+    ("raw", "words"),
+    [
+        (b"\n\n<!DOCTYPE html>\n<html lang='en'>", "p.txt is a web page: save it as plain text, or get the raw file"),
+        (b"{\\rtf1\\ansi a red circle}", "p.txt is an RTF document: save it as plain text"),
+        (b"PK\3\4a red circle", "p.txt is a document of Word or Excel, or a zip file"),
+        (b"%PDF-1.7\n", "p.txt is a PDF"),
+    ],
+)
+def test_another_programs_document_is_no_list_of_prompts(tmp_path, raw, words):
+    (tmp_path / "p.txt").write_bytes(raw)
+    refused(tmp_path / "p.txt", words, read_prompts)
 
 
 def test_blank_lines_and_columns_without_a_name_lose_nothing(tmp_path):

@@ -129,6 +129,9 @@ def test_a_file_where_a_folder_should_be_and_the_other_way_round_are_told_apart(
         writable_folder(tmp_path / "file", "--figures")
     with pytest.raises(UserError, match="is a folder: give a file to write"):
         writable_file(tmp_path, rb"")
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(UserError, match=rf"^--out {tmp_path}/file/x: {tmp_path}/file is a file, not a folder"):
+        writable_file(tmp_path / "file" / "x", rb"")
     writable_folder(tmp_path / "a" / "b")
     assert list((tmp_path / "a" / "b").iterdir()) == []
 

@@ -20,6 +20,7 @@ from mogan.errors import UserError, closest, too_little_memory
 
 INTERRUPTED = 130  # as a shell counts a process that Ctrl-C ended
 NARROWEST = 40  # columns in which help can be set; in one tyro never ends
+DASHES, QUOTES = "–—―−", "“”„‟‘’‚«»"  # what word processors and chats make of hyphens and quotes
 NO_COMMAND = ("--help", "--version", "--print-completion")
 
 COMMANDS = {
@@ -174,17 +175,42 @@ def _check_options(command: Callable[..., None], words: list[str]) -> None:
     for number, word in enumerate(words):
         before = words[number - 1] if number else ""
         option = next((w for w in reversed(words[:number]) if w.startswith("--")), "")  # may take several words
-        if not word and not _takes_text(before, command) and not _takes_text(option, command, several=True):
-            raise UserError(f"an empty word stands {f'after {before}' if before else 'first'}, where a name should be")
-        if (word.partition("=")[2] if word.startswith("--") else word).startswith("~/"):
+        name, joined, value = word.partition("=") if word.startswith("--") else (before, "", word)
+        text = _takes_text(name, command) or (not joined and _takes_text(option, command, several=True))
+        if not value and (joined or not word) and not text:
+            raise UserError(f"an empty word stands {f'after {name}' if name else 'first'}, where a name should be")
+        if value.startswith("~/"):
             raise UserError(
                 f"{word} begins with a ~ that the shell has left as it is: leave a space before it, or write $HOME"
             )
+        _check_pasted(word, value, text)
         option = word.partition("=")[0].replace("_", "-")
         if option.startswith("--") and option not in known and (hint := closest(option, sorted(known))):
             raise UserError(f"no option {option}{hint}")
         if f"-{option}" in known:
             raise UserError(f"no option {option}: did you mean '-{option}'?")
+
+
+def _check_pasted(word: str, value: str, text: bool) -> None:
+    """Name characters that a command got on its way through a text document, and that no shell takes as they were meant.
+
+    Args:
+        word: as the shell gave it.
+        value: of it what is not the option's name.
+        text: whether it may be any text, such as a prompt.
+    """
+    if word.endswith("\r"):
+        raise UserError(
+            f"{word[:-1]} is followed by a carriage return: the script has Windows line ends; take them away with "
+            "`sed -i 's/\\r$//' SCRIPT`"
+        )
+    plain = word.lstrip(DASHES + "-")
+    if word[:1] in DASHES and plain and " " not in word:
+        raise UserError(
+            f"{word} begins with a dash that is no hyphen: write {'-' if plain[0].isdigit() else '--'}{plain}"
+        )
+    if value and value[0] in QUOTES and not (text and value[-1] in QUOTES):
+        raise UserError(f"{value} begins with a quotation mark that no shell knows: write ' or \" in its place")
 
 
 def _takes_text(word: str, command: Callable[..., None], several: bool = False) -> bool:

@@ -33,6 +33,14 @@ _MARKS = (  # the longest first: UTF-32's begins like UTF-16's
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
+_DOCUMENTS = (  # how files begin that hold text for other programs; the first kind is text itself
+    (b"{\\rtf", "an RTF document"),
+    (b"<!doctype html", "a web page"),
+    (b"<html", "a web page"),
+    (b"%pdf-", "a PDF"),
+    (b"pk\3\4", "a document of Word or Excel, or a zip file"),
+    (b"\xd0\xcf\x11\xe0", "a document of Word or Excel"),
+)
 
 
 @dataclass(frozen=True)
@@ -89,7 +97,8 @@ def read_text(path: Path) -> str:
     """A file's text: UTF-8, or UTF-16 and UTF-32 where a byte order mark says so.
 
     Raises:
-        UserError: it cannot be read, is no regular file (a pipe is never opened), or is in another encoding.
+        UserError: it cannot be read, is no regular file (a pipe is never opened), is another program's document, or is in
+            another encoding.
     """
     if problem := unreadable(path):
         raise UserError(f"{path} {problem}: give a text file")
@@ -97,6 +106,12 @@ def read_text(path: Path) -> str:
         raw = path.read_bytes()
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}): give a text file") from error
+    begins = raw[:256].removeprefix(codecs.BOM_UTF8).lstrip().lower()
+    for mark, kind in _DOCUMENTS:
+        if begins.startswith(mark):
+            raise UserError(
+                f"{path} is {kind}: save it as plain text" + (", or get the raw file" if "web" in kind else "")
+            )
     encoding = next((name for mark, name in _MARKS if raw.startswith(mark)), "utf-8")
     try:
         text = raw.decode(encoding)
@@ -214,13 +229,18 @@ def _plain(column: str) -> str:
 
 
 def _table(path: Path, text: str, needed: Sequence[str]) -> Iterator[tuple[str, dict[str, str]]]:
+    first = ""
     for delimiter in ",;\t":
         rows = _cells(path, text, delimiter)
         header = [_plain(cell) for cell in next(rows, (0, []))[1]]
         if set(header) & set(needed):
             break
+        first = max(first, " | ".join(filter(None, header)), key=len)
     else:
-        raise UserError(f"{path} line 1 needs the columns {' | '.join(needed)}: write their names into the first line")
+        raise UserError(
+            f"{path} line 1 needs the columns {' | '.join(needed)}: write their names into the first line, which is now "
+            f"{first[:200] or 'empty'}"
+        )
     named = [column for column in header if column]
     if len(set(named)) < len(named):
         raise UserError(f"{path} line 1 has two columns of one name: rename one")

@@ -210,15 +210,21 @@ def openable(path: Path) -> None:
         ) from error
 
 
-def writable_folder(path: Path, option: str = "--out") -> None:
+def writable_folder(path: Path, option: str = "--out", of: Path | None = None) -> None:
     """Make a folder, and make sure before the work that files can be written into it.
+
+    Args:
+        path: the folder.
+        option: what the user gave it by.
+        of: the file in it that the user named instead.
 
     Raises:
         UserError: something else lies there, or it cannot be written to.
     """
     path = Path(path)
+    given = f"{option} {path}" if of is None else f"{option} {of}: {path}"
     if path.exists() and not path.is_dir():
-        raise UserError(f"{option} {path} is a file, not a folder: give another {option}")
+        raise UserError(f"{given} is a file, not a folder: give another {option}")
     try:
         make_folder(path)
         _sweep(path)
@@ -228,9 +234,9 @@ def writable_folder(path: Path, option: str = "--out") -> None:
     except OSError as error:
         if path.is_symlink() and not path.exists():
             raise UserError(
-                f"{option} {path} is a link that leads nowhere: give another {option}, or make what it names"
+                f"{given} is a link that leads nowhere: give another {option}, or make what it names"
             ) from error
-        raise UserError(f"{option} {path} cannot be written to ({error.strerror}): give another {option}") from error
+        raise UserError(f"{given} cannot be written to ({error.strerror}): give another {option}") from error
 
 
 def writable_file(path: Path, ours: bytes) -> None:
@@ -246,10 +252,7 @@ def writable_file(path: Path, ours: bytes) -> None:
     path = Path(path)
     if path.is_dir():
         raise UserError(f"--out {path} is a folder: give a file to write, such as {path / 'NAME'}")
-    try:
-        writable_folder(path.parent)
-    except UserError as error:
-        raise UserError(f"--out {path}: {error}") from error
+    writable_folder(path.parent, of=path)
     if not path.exists():
         return
     if not path.is_file():  # a pipe would be waited for, a device replaced

@@ -7,6 +7,7 @@ import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.resources import files
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,7 @@ def resolve_model(name: str | Path) -> Path:
     if folder.exists() or str(name).count("/") != 1 or str(name).startswith((".", "/", "~")):
         raise UserError(
             f"{name} is not a diffusers folder (no model_index.json) nor a hub id such as "
-            "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
+            f"Wan-AI/Wan2.1-T2V-1.3B-Diffusers{_nearby(folder)}"
         )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -75,6 +76,14 @@ def resolve_model(name: str | Path) -> Path:
         raise UserError(f"could not get {name} from the hub ({type(error).__name__}): give a local folder") from error
     check_parts(folder)
     return folder
+
+
+def _nearby(path: Path) -> str:
+    """``: did you mean ...?`` where a folder of the hub's cache was named, one around the model's, or a file in it."""
+    for found in chain([path.parent] * path.is_file(), *(sorted(path.glob(d)) for d in ("snapshots/*", "*"))):
+        if (found / "model_index.json").is_file():
+            return f": did you mean {found}?"
+    return ""
 
 
 def has_controls(model: Path) -> bool:
@@ -266,6 +275,9 @@ def _readable(part: Path) -> Iterator[None]:
         why = " ".join(str(error).split())
         if "huggingface.co" in why:  # where transformers would look for a file that is not there
             why = "a file is not there"
+        if variant := next(part.glob("*model.*.safetensors"), None):
+            why = f"{variant.name} is of a variant, which is not looked for: name it {variant.name.split('.')[0]}.safetensors"
+            raise UserError(f"{part} cannot be read ({why})") from error
         lost = isinstance(error, OSError | ValueError | SafetensorError)
         what = "is missing or was cut short" if lost else "was changed"
         raise UserError(
