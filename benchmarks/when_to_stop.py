@@ -9,11 +9,12 @@ A run is stopped at each number, exported, sampled on the study's held-out promp
 of one core for 80 iterations of one recipe with three seeds. Prints a table in Markdown for each recipe: what the student has, and
 its difference from the DMD student that it began as, clip by clip on the same prompt and number, with 95 % intervals over prompts.
 
-What was measured of a recipe and seed is kept in STUDY/when_to_stop/RECIPE/seedN.json, number by number. Started again it goes on
+What was measured of a recipe and seed is kept in STUDY/when_to_stop/RECIPE/seedN.json.gz, number by number. Started again it goes on
 where it stopped; such files may be copied from another machine, and what they hold is not done again.
 """
 
 import argparse
+import gzip
 import json
 import subprocess
 import sys
@@ -23,7 +24,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from mogan.disk.files import replacing, write_atomically
+from mogan.disk.files import replacing
 from mogan.evaluation.results import read_results
 from mogan.evaluation.sets import paired
 from mogan.evaluation.statistics import mean_interval
@@ -73,8 +74,8 @@ def follow(given: argparse.Namespace, recipe: str, seed: int) -> Kept:
     """Train one recipe with one seed, stop at each number and measure what is not measured."""
     start = given.study / "dmd" / f"seed{seed}" / "export"
     home = given.study / "when_to_stop" / recipe.rpartition(":")[2]
-    kept, work = home / f"seed{seed}.json", home / f"seed{seed}"
-    found: Kept = json.loads(kept.read_text()) if kept.is_file() else {}
+    kept, work = home / f"seed{seed}.json.gz", home / f"seed{seed}"
+    found: Kept = json.loads(gzip.decompress(kept.read_bytes())) if kept.is_file() else {}
     for at in sorted({0, *given.at}):
         if str(at) in found:
             continue
@@ -85,7 +86,8 @@ def follow(given: argparse.Namespace, recipe: str, seed: int) -> Kept:
             mogan("export", work / "run", "--out", model)
         clips = measured(given.study, model, work / str(at), given.clips)
         found[str(at)] = {"clips": clips, **(logged(work / "run", at) if at else {})}
-        write_atomically(kept, json.dumps(found) + "\n")
+        with replacing(kept) as temporary:
+            temporary.write_bytes(gzip.compress(json.dumps(found).encode(), mtime=0))
     return found
 
 
