@@ -265,6 +265,22 @@ def test_a_checkpoint_that_lost_its_config_is_told_and_alone_it_ends_the_run(mod
     assert files_of(run) == before
 
 
+def test_a_run_whose_checkpoints_were_taken_away_keeps_its_records(model, own_cache, train, tmp_path):
+    run = tmp_path / "run"
+    assert train(model, own_cache, 2)[0] == 0
+    shutil.rmtree(run / "checkpoints")
+    before = files_of(run)
+    code, said = train(model, own_cache, 3)
+    assert code == 2
+    assert f"{run} notes 2 iterations and its checkpoints are gone: copy them there" in said
+    assert files_of(run) == before
+    first = (run / "metrics.jsonl").read_text().splitlines(keepends=True)[0]
+    (run / "metrics.jsonl").write_text(first)  # as a kill before the first checkpoint leaves it
+    code, said = train(model, own_cache, 3)
+    assert code == 0
+    assert f"{run} notes 1 iterations and has no checkpoint of them: it begins again" in said
+
+
 def test_a_run_that_is_done_says_so(model, own_cache, train):
     assert train(model, own_cache, 1)[0] == 0
     code, said = train(model, own_cache, 1)

@@ -141,6 +141,21 @@ def test_one_folder_holds_one_way_of_sampling(tmp_path):
             refuse_others(tmp_path, {"a-0.mp4": there}, [there | more])
 
 
+def test_a_folder_of_other_prompts_clips_takes_none_of_another_model_and_tells_of_them(family, tmp_path, capsys):
+    (tmp_path / "p.txt").write_text("a moom\n")
+    (tmp_path / "corrected.txt").write_text("a moon\n")
+    out = tmp_path / "clips"
+    sample(prompts=tmp_path / "p.txt", out=out, model=str(family / "student"))
+    assert "other prompts" not in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"lists a moom-0\.mp4 with .*: give another --out"):
+        sample(prompts=tmp_path / "corrected.txt", out=out, model=str(family / "teacher"), steps=2)
+    sample(prompts=tmp_path / "corrected.txt", out=out, model=str(family / "student"))
+    assert "also holds 1 clips of other prompts, such as a moom-0.mp4" in capsys.readouterr().out
+    (out / "a moom-0.mp4").unlink()
+    sample(prompts=tmp_path / "corrected.txt", out=out, model=str(family / "student"))
+    assert "other prompts" not in capsys.readouterr().out
+
+
 def test_a_folder_keeps_to_the_weights_it_was_begun_with(family, tmp_path):
     (tmp_path / "p.txt").write_text("a moon\n")
     student = tmp_path / "student"
@@ -158,7 +173,7 @@ def test_a_folder_keeps_to_the_weights_it_was_begun_with(family, tmp_path):
         sample(**options, seeds=2)
     listed = listed_samples(tmp_path / "clips")
     older = {file: {k: v for k, v in row.items() if k != "weights"} for file, row in listed.items()}
-    refuse_others(tmp_path, older, listed.values())  # lists written before weights were noted
+    refuse_others(tmp_path, older, list(listed.values()))  # lists written before weights were noted
 
 
 def test_prompts_whose_clips_would_have_one_name_are_refused():

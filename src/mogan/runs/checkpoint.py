@@ -117,7 +117,7 @@ def student_checkpoint(run: Path) -> Path:
     """
     motions, there = held_out_motions(run), checkpoints(run)
     if not there:
-        raise UserError(f"{run} has no checkpoint yet: let it train until it has saved one")
+        raise UserError(f"{run} has no checkpoint: let it train until it has saved one, or copy its checkpoints there")
     judged = [path for path in there if int(path.name) in motions]
     return max(judged, key=lambda path: motions[int(path.name)]) if judged else there[-1]
 

@@ -19,6 +19,7 @@ from mogan.models.causal_cache import Causal, Policy
 from mogan.models.defaults import is_levels
 from mogan.models.experts import LOW
 from mogan.runs.checkpoint import checkpoints, settings
+from mogan.runs.watch import read_records
 
 COPY = "put back a copy of it"  # what helps where a file of a run is damaged
 WHOLE = 64 << 20  # a file up to this size is read whole
@@ -154,6 +155,24 @@ def read_config(run: Path) -> dict[str, Any]:
             why = f"{name} is {config[name]!r}"[:80] if name in config else f"no {name}"
             raise UserError(f"{run / 'config.json'} is damaged ({why}): put back a copy, every checkpoint has one")
     return config
+
+
+def begins_again(run: Path) -> int:
+    """How many iterations a run without checkpoints has noted: it was ended before the first one was written.
+
+    Raises:
+        UserError: it must have written one, so something took them away.
+    """
+    if not (run / "metrics.jsonl").is_file():
+        return 0
+    noted = 1 + max((record["iteration"] for record in read_records(run / "metrics.jsonl")), default=-1)
+    every = read_config(run).get("save_every") if (run / "config.json").is_file() else None
+    if isinstance(every, int) and noted > every:
+        raise UserError(
+            f"{run} notes {noted} iterations and its checkpoints are gone: copy them there, remove metrics.jsonl to begin again, or "
+            "give another --out"
+        )
+    return noted
 
 
 def _is_plan(value: Any) -> bool:

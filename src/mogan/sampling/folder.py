@@ -8,8 +8,10 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from mogan.data.lists import printable
 from mogan.data.tasks import Task
 from mogan.data.video import write_video
+from mogan.disk.shards import share_of
 from mogan.errors import UserError
 from mogan.sampling.samples import append_samples, listed_samples, refuse_others
 
@@ -57,9 +59,16 @@ def jobs_of(prompts: list[str], seeds: int, first_seed: int, tasks: list[tuple[s
     return jobs
 
 
-def fill(out: Path, jobs: list[Job], about_all: dict, batch: int, maker: Callable[[list[str]], Callable]) -> None:
-    """Make the clips that a folder lacks; ``maker`` loads what makes them of these prompts."""
-    listed = listed_samples(out)
+def fill(
+    out: Path,
+    wanted: list[Job],
+    shard: str | None,
+    about_all: dict,
+    batch: int,
+    maker: Callable[[list[str]], Callable],
+) -> None:
+    """Make the clips that a folder lacks of a shard's; ``maker`` loads what makes them of these prompts."""
+    listed, jobs = listed_samples(out), share_of(wanted, shard)
 
     def record(job: Job) -> dict:
         return json.loads(json.dumps(job.told(out) | about_all))  # as it is read again
@@ -70,7 +79,10 @@ def fill(out: Path, jobs: list[Job], about_all: dict, batch: int, maker: Callabl
             f"{out} holds {len(strange)} of these clips in no line of samples.jsonl, first {strange[0][:60]}, so nobody knows "
             "what made them: move them away, or give another --out"
         )
-    refuse_others(out, listed, [record(job) for job in jobs if job in there])
+    made = {file: row for file, row in listed.items() if (out / file).is_file()}
+    if jobs:
+        refuse_others(out, made, [record(job) for job in jobs])
+    _tell_of_other_prompts(out, made, {job.prompt for job in wanted})
     todo = [job for job in jobs if job not in there]
     if not todo:
         print(f"{out}: all {len(jobs)} clips are there" if jobs else f"{out}: this shard has no clip to make")
@@ -84,3 +96,12 @@ def fill(out: Path, jobs: list[Job], about_all: dict, batch: int, maker: Callabl
                     append_samples(out, [record(job)])
                 write_video(out / job.file, frames, about_all["fps"])
                 bar.update()
+
+
+def _tell_of_other_prompts(out: Path, made: dict[str, dict], prompts: set[str]) -> None:
+    others = [file for file, row in made.items() if row.get("prompt") not in prompts]
+    if others:
+        print(
+            f"{out} also holds {len(others)} clips of other prompts, such as {printable(others[0][:60])}: `mogan evaluate` "
+            "measures all, so move away those that are not meant"
+        )

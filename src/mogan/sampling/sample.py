@@ -108,9 +108,9 @@ def sample(
     list_sha = fingerprint(lines)
     if told := KNOWN.get(list_sha) or warn_if_changed(prompts, lines):
         print(f"prompts: {told}")
-    jobs = share_of(jobs_of(lines[:limit], seeds, first_seed, tasks[:limit]), shard)
+    jobs = jobs_of(lines[:limit], seeds, first_seed, tasks[:limit])
     source = open_generator(model)
-    _tell_of_tokens(source, jobs, negative_prompt)
+    _tell_of_tokens(source, share_of(jobs, shard), negative_prompt)
     few_steps = source.sigmas is not None if mode == "auto" else mode == "student"
     _refuse_what_does_not_go_together(model, source, few_steps, flowmo, motion, first_frames)
     if few_steps and source.counts and steps is not None:
@@ -129,15 +129,14 @@ def sample(
     starts = clip_of_prompts(first_frames, lines[:limit]) if first_frames else None
     about_all = {"system": out.resolve().name, "fps": source.geometry.fps, **how, "weights": source.mark()}
     about_all["prompts_sha256"] = list_sha
+    size = batch or clips_at_once(source.geometry)
+
+    def maker(todo: list[str]) -> Callable[[list[Job]], list[Iterator[np.ndarray]]]:
+        return _maker(source, as_teacher, guided, starts, todo, target, precision, shown, state)
+
     writable_folder(out)
     with alone_in(out, shard):
-        fill(
-            out,
-            jobs,
-            about_all,
-            batch or clips_at_once(source.geometry),
-            lambda todo: _maker(source, as_teacher, guided, starts, todo, target, precision, shown, state),
-        )
+        fill(out, jobs, shard, about_all, size, maker)
 
 
 def _tell_of_tokens(source: Generator, jobs: list[Job], negative_prompt: str | None) -> None:

@@ -1,7 +1,7 @@
 """``samples.jsonl``: one line for each clip in a folder, written by any number of processes at once."""
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -11,10 +11,25 @@ from mogan.errors import UserError
 
 NAME = "samples.jsonl"
 Record = dict[str, Any]
-HOW = (
-    "first_frames", "controls", "state", "sigmas", "steps", "guidance", "shift", "negative_prompt", "solver", "flowmo", "motion", "motion_ratio",
+ALIKE = (  # in all clips of a folder
+    "fps", "sigmas", "steps", "guidance", "shift", "negative_prompt", "solver", "flowmo", "motion", "motion_ratio",
 )  # fmt: skip
-WAY = ("prompt", "index", "seed", "fps", "task", "kind", "control", "mask", "clip", "references", *HOW)
+HOW = ("first_frames", "controls", "state", *ALIKE[1:])
+WAY = (
+    "prompt",
+    "index",
+    "seed",
+    "task",
+    "kind",
+    "control",
+    "mask",
+    "clip",
+    "references",
+    "first_frames",
+    "controls",
+    "state",
+    *ALIKE,
+)
 UNSAID = {"negative_prompt": ""}  # what lists mean that were written before it was noted
 
 
@@ -53,19 +68,25 @@ def listed_samples(folder: Path) -> dict[str, Record]:
     return found
 
 
-def refuse_others(folder: Path, listed: dict[str, Record], wanted: Iterable[Record]) -> None:
-    """Raise if a folder lists clips of the same names that were made otherwise: one folder is one way of sampling."""
-    for record in wanted:
-        there = listed.get(record["file"])
-        if there is None:
-            continue
-        change = f"give another --out, or remove {NAME} and the clips"
-        for key in WAY:
+def refuse_others(folder: Path, listed: dict[str, Record], wanted: Sequence[Record]) -> None:
+    """Raise if a folder holds clips that were made otherwise: one folder is one way of sampling.
+
+    Args:
+        folder: where they lie.
+        listed: what it says of the clips that are there.
+        wanted: what it would say of those that are to be there, at least one. Clips of one name agree in all of ``WAY``, others
+            in ``ALIKE``; all are of the same weights.
+    """
+    change = f"give another --out, or remove {NAME} and the clips"
+    own = {record["file"]: record for record in wanted}
+    for file, there in listed.items():
+        record = own.get(file, wanted[0])
+        for key in WAY if file in own else ALIKE:
             before, now = (one.get(key, UNSAID.get(key)) for one in (there, record))
             if before != now:
-                raise UserError(f"{folder} lists {record['file'][:60]} with {key} {before!r}, not {now!r}: {change}")
+                raise UserError(f"{folder} lists {file[:60]} with {key} {before!r}, not {now!r}: {change}")
         if there.get("weights", record.get("weights")) != record.get("weights"):
-            raise UserError(f"{folder} lists {record['file'][:60]}, made by a model with other weights: {change}")
+            raise UserError(f"{folder} lists {file[:60]}, made by a model with other weights: {change}")
 
 
 def _drop_torn_end(file: IO[bytes]) -> None:

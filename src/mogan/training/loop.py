@@ -23,6 +23,7 @@ from mogan.runs.checkpoint import (
     save_checkpoint,
     stored,
 )
+from mogan.runs.identity import begins_again
 from mogan.runs.journal import Journal
 from mogan.sampling.rollout import Rollout
 from mogan.training.assemble import Assembly
@@ -195,6 +196,8 @@ def resume(parts: Assembly, run: Path) -> int:
                 f"{broken[-1]} lacks its config.json and there is no other checkpoint: put back what was taken from it, or "
                 "remove it to begin again"
             )
+        if (noted := begins_again(run)) and parts.world.main:
+            print(f"{run} notes {noted} iterations and has no checkpoint of them: it begins again")
         return 0
     if broken and parts.world.main:
         print(f"{broken[-1]} lacks its config.json and is not used: going on from {newest}")
