@@ -41,6 +41,7 @@ def test_a_reader_that_leaves_early_gets_no_traceback(words):
     [
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has"), "CUDA out of memory"),
         (MemoryError(), "not enough memory: take fewer"),
+        (RuntimeError("could not create a primitive"), "not enough memory (could not create a primitive): take fewer"),
         (None, "can't allocate memory: you tried to allocate 4000000000000000 bytes"),
     ],
 )

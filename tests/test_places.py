@@ -123,6 +123,12 @@ def test_every_command_with_an_out_is_tried(family):
     assert {name for name, (target, _) in COMMANDS.items() if takes_out(target)} == tried
 
 
+def test_a_name_that_a_library_gives_as_bytes_is_told_as_a_name():
+    gone = FileNotFoundError(errno.ENOENT, "No such file", b"run/tensorboard/events")
+    assert refusal(gone).startswith("run/tensorboard/events is not there")
+    assert refusal(gone, Path("run/metrics.jsonl")) is None
+
+
 def test_a_file_where_a_folder_should_be_and_the_other_way_round_are_told_apart(tmp_path):
     (tmp_path / "file").write_text("mine")
     with pytest.raises(UserError, match="is a file, not a folder: give another --figures"):

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from mogan.data.cache import open_cache
 from mogan.errors import UserError
 from mogan.recipes import ABLATIONS, ablate
 from mogan.runs.checkpoint import check_same_run, checkpoints, latest_checkpoint, load_checkpoint, stored
+from mogan.study.jobs import _stopped_by_sigterm
 from mogan.training.assemble import assemble, filled
 from mogan.training.loop import run_training
 from mogan.training.steps import Position, complete, draw, learn, read, split, step
@@ -314,6 +316,16 @@ def test_another_recipe_does_not_resume_a_run(family, cache, uninterrupted):
 def test_a_run_keeps_the_scale_it_began_with(uninterrupted):
     for config in (uninterrupted / "config.json", latest_checkpoint(uninterrupted) / "config.json"):
         assert json.loads(config.read_text())["objectives"]["gan"]["max_flow"] == 3.8
+
+
+def test_a_run_and_a_study_may_be_started_in_another_thread(family, cache, tmp_path):
+    def work() -> Path | None:
+        with _stopped_by_sigterm():
+            run_training(build(replace(flow_matching(), iterations=1), family, cache, tmp_path), tmp_path)
+        return latest_checkpoint(tmp_path)
+
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(work).result() is not None
 
 
 def test_only_the_newest_checkpoints_are_kept_and_none_is_half_written(family, cache, tmp_path):

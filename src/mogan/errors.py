@@ -16,11 +16,16 @@ def goes_with(other: str, there: bool, **options: bool) -> None:
             raise UserError(f"--{name.replace('_', '-')} says nothing without {other}: give that, too, or leave it out")
 
 
+ONEDNN = ("could not create a primitive\n", "could not create a memory")  # all it says where a buffer cannot be had
+
+
 def too_little_memory(error: Exception) -> str | None:
     """A sentence if the machine or its GPU had no memory left for what was asked of it; None for any other error."""
-    text = str(error)
+    text = f"{error}\n"
     named = type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError)  # torch's and Python's own
-    if not named and not any(word in text for word in ("can't allocate memory", "out of memory", "ALLOC_FAILED")):
+    if not named and not any(
+        word in text for word in ("can't allocate memory", "out of memory", "ALLOC_FAILED", *ONEDNN)
+    ):
         return None
     first = re.split(r"[.\n](?!\d)", text.partition("alloc_cpu")[2].partition(": ")[2] or text)[0][:120]
     return (

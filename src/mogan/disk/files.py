@@ -179,7 +179,8 @@ def refusal(error: Exception, path: Path | None = None, otherwise: Path | str = 
     """
     number = getattr(error, "errno", None)
     theirs = getattr(error, "filename", None)
-    if theirs is not None and path is not None and Path(os.fsdecode(theirs)).parent != path.parent:
+    theirs = os.fsdecode(theirs) if isinstance(theirs, bytes) else theirs  # as TensorBoard opens files
+    if theirs is not None and path is not None and Path(theirs).parent != path.parent:
         return None
     place = path or theirs or otherwise
     told = any(f"os error {n})" in str(error) or f"[Errno {n}]" in str(error) for n in FULL)

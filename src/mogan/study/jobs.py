@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from threading import current_thread, main_thread
 
 from tqdm import tqdm
 
@@ -140,6 +141,9 @@ def _stopped_by_sigterm() -> Iterator[None]:
     def stop(*_: object) -> None:
         raise SystemExit("stopped; the same command goes on from there")
 
+    if current_thread() is not main_thread():  # which alone may set them
+        yield
+        return
     before = signal.signal(signal.SIGTERM, stop)
     try:
         yield

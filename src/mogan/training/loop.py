@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import closing
 from itertools import count
 from pathlib import Path
+from threading import current_thread, main_thread
 
 import torch
 from torch import Tensor
@@ -210,12 +211,14 @@ class _graceful_stop:
     """SIGTERM and SIGINT ask for a stop after the current iteration; a second one stops at once.
 
     ``torchrun`` passes a Ctrl-C on to processes that have already got it: two within a second are one. ``code`` is what a
-    process that it ended leaves with: 130 after SIGINT, 143 after SIGTERM.
+    process that it ended leaves with: 130 after SIGINT, 143 after SIGTERM. Signals are the main thread's: in another, as a notebook
+    may start one, none is asked.
     """
 
     def __enter__(self):
         self.asked, self.code = 0.0, 128 + signal.SIGINT
-        self.old = {s: signal.signal(s, self._ask) for s in (signal.SIGTERM, signal.SIGINT)}
+        heeded = (signal.SIGTERM, signal.SIGINT) if current_thread() is main_thread() else ()
+        self.old = {number: signal.signal(number, self._ask) for number in heeded}
         return self
 
     def _ask(self, number, frame):
