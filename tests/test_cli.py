@@ -108,6 +108,8 @@ def test_unknown_command_is_one_clear_error(capsys):
         (["train", "mogan_lab", "--data", "x", "--out", "y", "--save_evry=3"], "--save-every"),
         (["estimate", "mogan_lab", "--jsn"], "--json"),
         (["estimate", "mogan_lab", "--gpu", "h10"], "h100"),
+        (["estimate", "mogan_lab", "--gpu", "a100"], "a100-80"),
+        (["estimate", "mogan_lab", "--gpu", "H100-80GB"], "h100"),
         (["estimate", "mogan_lab", "--model", "wan2.1-t2v-13b"], "wan2.1-t2v-1.3b"),
     ],
 )

@@ -35,9 +35,13 @@ def too_little_memory(error: Exception) -> str | None:
 
 
 def closest(word: str, names: Iterable[str]) -> str:
-    """``: did you mean 'train'?`` to put after "no command 'trian'"; nothing where no name resembles the word or begins with it."""
+    """``: did you mean 'train'?`` to put after "no command 'trian'"; nothing where no name resembles the word, begins with it or begins it."""
     names = list(names)
-    found = get_close_matches(word, names, n=1, cutoff=0.7)
+    found = get_close_matches(word, names, n=1, cutoff=0.85)  # but for a letter or two
     if not found and len(word) >= 3:
-        found = sorted((name for name in names if name.startswith(word)), key=len)
+        begun = [name for name in names if len(name) >= 3 and word.lower().startswith(name.lower())]
+        found = sorted((name for name in names if name.startswith(word)), key=len) or sorted(
+            begun, key=len, reverse=True
+        )
+    found = found or get_close_matches(word, names, n=1, cutoff=0.7)
     return f": did you mean {found[0]!r}?" if found else ""
