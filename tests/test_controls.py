@@ -177,6 +177,7 @@ def test_a_function_of_the_users_makes_controls_and_is_told_what_is_wrong_with_t
 ):
     (tmp_path / "mine.py").write_text(
         "def dark(frames):\n    return frames // 2, frames.mean(-1) > 100\n\ndef bad(frames):\n    return frames[1:]\n"
+        "\ndef fails(frames):\n    return frames @ 'x'\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
     sys.modules.pop("mine", None)
@@ -184,6 +185,11 @@ def test_a_function_of_the_users_makes_controls_and_is_told_what_is_wrong_with_t
     assert open_cache(tmp_path / "cache").facts["controls"] == "mine:dark"
     assert prepare(videos, vace, tmp_path / "other", "--controls", "mine:bad") == 2
     assert "mine:bad returns uint8 (12, 32, 48, 3) for frames uint8 (13, 32, 48, 3)" in capsys.readouterr().err
+    assert prepare(videos, vace, tmp_path / "failed", "--controls", "mine:fails") == 2
+    said = capsys.readouterr().err
+    assert "mine:fails failed\n" in said
+    assert "return frames @ 'x'" in said
+    assert "controls.py" not in said
     assert prepare(videos, vace, tmp_path / "third", "--controls", "mine:none") == 2
     assert "has no function 'none'" in capsys.readouterr().err
 

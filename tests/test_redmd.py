@@ -151,6 +151,13 @@ def no_function(device):
     return 3
 
 
+def fails(device):
+    def judge(video, prompts):
+        return {}["a score"]
+
+    return judge
+
+
 def a_scalar(device):
     return lambda video, prompts: video.mean()
 
@@ -315,6 +322,7 @@ def test_the_student_goes_on_with_a_run_of_adapters_whose_unit_is_measured_anew(
 @pytest.mark.parametrize(
     ("config", "said"),
     [
+        (lambda: own(fails), r"test_redmd:fails failed\n.*in judge(.|\n)*KeyError: 'a score'"),
         (lambda: own(no_function), "returns a int: let it return a function of clips"),
         (lambda: own(a_scalar), r"of shape \(\) for one clip: a reward is \(B,\)"),
         (lambda: weighted(reward="test_redmd:brightnes"), "has no function 'brightnes': did you mean 'brightness'"),

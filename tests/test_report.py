@@ -2,17 +2,19 @@
 
 import json
 import re
+import warnings
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 
 from mogan.data.video import write_video
 from mogan.errors import UserError
 from mogan.evaluation.evaluate import evaluate
 from mogan.report import report
-from mogan.report.figures import curve_figure
+from mogan.report.figures import characters_told, curve_figure, to_svg
 from mogan.report.footage import by_difference, choose
 from mogan.report.sources import Curves, Result, distinct_names, read_sources
 from mogan.world.scenes import make_scene, render
@@ -108,6 +110,20 @@ def test_the_same_input_gives_the_same_page(inputs, page, tmp_path):
         return re.sub(r"data:video/mp4;base64,[^\"]+", "", text)
 
     assert without_videos((tmp_path / "again.html").read_text()) == without_videos(page)
+
+
+def test_characters_that_the_font_lacks_are_told_once_and_only_of_pictures(tmp_path, capsys):
+    figure = Figure()
+    figure.suptitle("样本 and 样")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert "样本" in to_svg(figure, "x")
+        assert capsys.readouterr().out == ""
+        with characters_told("a.png"):
+            figure.savefig(tmp_path / "a.png")
+    assert capsys.readouterr().out.startswith("a.png: matplotlib's font lacks 样本, drawn as boxes")
+    with pytest.warns(UserWarning, match="another"), characters_told("a.png"):
+        warnings.warn("another", UserWarning, stacklevel=1)
 
 
 def test_figures_and_sheets_are_written_for_papers(inputs, page):

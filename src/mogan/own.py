@@ -5,11 +5,12 @@ import os
 import sys
 import sysconfig
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from mogan.errors import UserError, closest
+from mogan.errors import UserError, closest, too_little_memory
 
 
 def own_function(name: str, kind: str, promise: str) -> Callable[..., Any]:
@@ -45,6 +46,17 @@ def own_function(name: str, kind: str, promise: str) -> Callable[..., Any]:
         where = getattr(found, "__file__", None) or module
         raise UserError(f"{where} has no function {function!r}{closest(function, others) or ' that ' + promise}")
     return own
+
+
+@contextmanager
+def theirs(name: str) -> Iterator[None]:
+    """While a user's function runs: its errors are told as its own, but for memory that does not suffice."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, UserError) or too_little_memory(error):
+            raise
+        raise UserError(f"{name} failed\n{in_their_words(error)}") from error
 
 
 def in_their_words(error: BaseException) -> str:

@@ -32,7 +32,7 @@ from mogan.errors import UserError
 from mogan.models.conditions import pictures_of_references
 from mogan.models.defaults import Geometry
 from mogan.motion.flow import FlowEstimator
-from mogan.own import own_function
+from mogan.own import own_function, theirs
 
 GREY = 128
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp")
@@ -120,7 +120,8 @@ def own(name: str) -> Made:
     function = own_function(name, "control", "returns the frames of a control")
 
     def made(frames_FHWC: np.ndarray, clip: str) -> Control:
-        found = function(frames_FHWC)
+        with theirs(name):
+            found = function(frames_FHWC)
         frames, mask = found if isinstance(found, tuple) and len(found) == 2 else (found, None)
         frames, mask = np.asarray(frames), None if mask is None else np.asarray(mask)
         fits = frames.shape == frames_FHWC.shape and frames.dtype == np.uint8

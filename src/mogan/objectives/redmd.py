@@ -27,7 +27,7 @@ from mogan.motion.flow import FlowEstimator
 from mogan.motion.pixel_flux import net_motion
 from mogan.objectives import Bill, Kept, Loss, Objective, Price, Randomness, guided_calls
 from mogan.objectives.base import Base
-from mogan.own import own_function
+from mogan.own import own_function, theirs
 from mogan.sampling.rollout import FewStep, Rollout
 from mogan.sampling.samplers import clips_at_once, sample_teacher
 from mogan.terms import Alarm
@@ -101,12 +101,19 @@ class WeightsConfig:
         return replace(objective, losses=losses, networks=networks, compare={"student": weights.compare}, flow=flow)
 
     def _own(self, device: torch.device) -> Reward:
-        reward = own_function(self.reward, "reward", "returns one, called with a device")(device)
+        made = own_function(self.reward, "reward", "returns one, called with a device")
+        with theirs(self.reward):
+            reward = made(device)
         if not callable(reward):
             raise UserError(
                 f"{self.reward} returns a {type(reward).__name__}: let it return a function of clips and their prompts"
             )
-        return reward
+
+        def told(video: Tensor, prompts: list[str]) -> Tensor:
+            with theirs(self.reward):
+                return reward(video, prompts)
+
+        return told
 
     def priced(self, price: Price, config: Config, tracer: Tracer, guidance: float) -> Price:
         """What weights add: the clips once more, decoded and judged; once, clips of the teacher. What a reward of one's own

@@ -3,7 +3,9 @@
 import io
 import math
 import re
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 from matplotlib import rc_context
@@ -38,11 +40,31 @@ STYLE = {
 }  # fmt: skip
 
 
+@contextmanager
+def characters_told(of: str | None = None) -> Iterator[None]:
+    """What matplotlib warns of characters that its font lacks, as one sentence on the picture ``of``; of an SVG none, whose fonts
+    are the reader's.
+    """
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield
+    lacking = dict.fromkeys(re.findall(r"Glyph (\d+) .*missing from", "\n".join(str(one.message) for one in caught)))
+    if lacking and of is not None:
+        shown = "".join(chr(int(number)) for number in lacking)
+        print(
+            f"{of}: matplotlib's font lacks {shown[:20]}, drawn as boxes: give such systems other names, as in NAME=DIR"
+        )
+    for one in caught:
+        if "missing from" not in str(one.message):
+            warnings.warn_explicit(one.message, one.category, one.filename, one.lineno)
+
+
 @rc_context(STYLE)
 def to_svg(figure: Figure, label: str) -> str:
     """The figure as an ``<svg>`` element that scales with the page, with a name for those who do not see it."""
     buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None}, transparent=True)
+    with characters_told():
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None}, transparent=True)
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)

@@ -17,7 +17,7 @@ from mogan.evaluation.names import METRICS
 from mogan.evaluation.sets import paired
 from mogan.evaluation.statistics import mean_interval
 from mogan.ranges import at_least
-from mogan.report.figures import COLOURS, curve_figure, interval_figure, spread_figure, to_svg
+from mogan.report.figures import COLOURS, characters_told, curve_figure, interval_figure, spread_figure, to_svg
 from mogan.report.footage import SPEEDS, Footage, gather
 from mogan.report.sources import Curves, Result, read_sources
 from mogan.report.verdict import FACTORS, in_a_sentence, signed, threshold_table, verdicts
@@ -251,7 +251,7 @@ def _said(value: Any) -> str:
 def _write_pictures(folder: Path, pictures: dict[str, Any], results: list[Result], footage: Footage) -> None:
     for name, (figure, _) in pictures.items():
         if figure is not None:
-            with replacing(folder / f"{name}.png") as temporary:
+            with replacing(folder / f"{name}.png") as temporary, characters_told(str(folder / f"{name}.png")):
                 figure.savefig(temporary, dpi=200)
     complete = []
     for number, row in enumerate(footage.rows):

@@ -5,6 +5,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from mogan.report.figures import characters_told
 from mogan.survey.folder import Survey
 
 COLOURS = {"win": "#2a6f97", "tie": "#c9ccd1", "lose": "#b9603a"}
@@ -36,7 +37,8 @@ def draw(survey: Survey, comparisons: list[dict[str, Any]], path: Path) -> None:
         axes.barh(0, 0, color=colour, label=f"{name} (first named)" if name == "win" else name)
     figure.legend(loc="outside upper center", ncols=3, frameon=False, fontsize=8)
     temporary = path.with_name(path.name + ".tmp")
-    figure.savefig(temporary, dpi=200, format="png")
+    with characters_told(str(path)):
+        figure.savefig(temporary, dpi=200, format="png")
     temporary.rename(path)
 
 
