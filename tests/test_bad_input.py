@@ -153,6 +153,9 @@ def test_the_folder_that_was_meant_is_named_for_one_near_it(model, tmp_path):
     for given in (revision / "model_index.json", revision.parent, revision.parent.parent):
         with pytest.raises(UserError, match=rf"did you mean {revision}\?"):
             resolve_model(given)
+    (weights,) = (model / "transformer").glob("*.safetensors")
+    with pytest.raises(UserError, match="make one of this file by `mogan import`"):
+        resolve_model(weights)
 
 
 def test_a_configuration_cut_short_is_named(model):

@@ -135,6 +135,11 @@ def test_a_file_where_a_folder_should_be_and_the_other_way_round_are_told_apart(
         writable_folder(tmp_path / "file", "--figures")
     with pytest.raises(UserError, match="is a folder: give a file to write"):
         writable_file(tmp_path, rb"")
+    for given, suffix in (("r.pdf", ".html"), ("r.html", ".json")):
+        with pytest.raises(UserError, match=rf"{given} must end in {suffix}: give another --out"):
+            writable_file(tmp_path / given, rb"", suffix=suffix)
+    writable_file(tmp_path / "R.HTML", rb"", suffix=".html")
+    writable_file(tmp_path / "results", rb"", suffix=".json")
     (tmp_path / "file").write_text("x")
     with pytest.raises(UserError, match=rf"^--out {tmp_path}/file/x: {tmp_path}/file is a file, not a folder"):
         writable_file(tmp_path / "file" / "x", rb"")

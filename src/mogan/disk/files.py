@@ -240,17 +240,21 @@ def writable_folder(path: Path, option: str = "--out", of: Path | None = None) -
         raise UserError(f"{given} cannot be written to ({error.strerror}): give another {option}") from error
 
 
-def writable_file(path: Path, ours: bytes) -> None:
+def writable_file(path: Path, ours: bytes, suffix: str | None = None) -> None:
     """Make sure before the work that ``--out``, a file, can be written; its folder is made.
 
     Args:
         path: the file.
         ours: how a file begins that may be replaced, a regular expression.
+        suffix: that its name has, if it has one.
 
     Raises:
-        UserError: a folder lies there, or a file of another kind, or its own folder cannot be written to.
+        UserError: a folder lies there, or a file of another kind, or its own folder cannot be written to; or its name says that it
+            is of another kind.
     """
     path = Path(path)
+    if suffix and path.suffix.lower() not in ("", suffix):
+        raise UserError(f"--out {path} must end in {suffix}: give another --out")
     if path.is_dir():
         raise UserError(f"--out {path} is a folder: give a file to write, such as {path / 'NAME'}")
     writable_folder(path.parent, of=path)

@@ -70,7 +70,7 @@ def evaluate(
     Raises:
         UserError: nothing to measure, or folders that cannot be compared.
     """
-    writable_file(out, ours=rb'\s*\{\s*"systems"')
+    writable_file(out, ours=rb'\s*\{\s*"systems"', suffix=".json")
     systems = find_systems(dirs)
     if compare_vbench:
         official.check(compare_vbench)

@@ -80,6 +80,8 @@ def resolve_model(name: str | Path) -> Path:
 
 def _nearby(path: Path) -> str:
     """``: did you mean ...?`` where a folder of the hub's cache was named, one around the model's, or a file in it."""
+    if path.is_file() and path.suffix in (".safetensors", ".pt", ".pth", ".ckpt"):
+        return ": make one of this file by `mogan import`"
     for found in chain([path.parent] * path.is_file(), *(sorted(path.glob(d)) for d in ("snapshots/*", "*"))):
         if (found / "model_index.json").is_file():
             return f": did you mean {found}?"

@@ -90,7 +90,7 @@ def report(
         raise UserError("name at least one results.json or folder of a run: mogan report results.json RUN")
     at_least(1, clips=clips)
     whole(title, "--title")
-    writable_file(out, ours=rb"(?i)\s*<!doctype html")
+    writable_file(out, ours=rb"(?i)\s*<!doctype html", suffix=".html")
     if figures:
         writable_folder(figures, "--figures")
     results, curves = read_sources(inputs)
