@@ -150,7 +150,7 @@ def test_weights_of_a_variant_are_named_with_the_name_that_is_looked_for(model):
 def test_the_folder_that_was_meant_is_named_for_one_near_it(model, tmp_path):
     revision = tmp_path / "models--me--clips" / "snapshots" / "0a1b2c"
     shutil.copytree(model, revision)
-    for given in (revision / "model_index.json", revision.parent, revision.parent.parent):
+    for given in (revision / "model_index.json", revision / "vae", revision.parent, revision.parent.parent):
         with pytest.raises(UserError, match=rf"did you mean {revision}\?"):
             resolve_model(given)
     (weights,) = (model / "transformer").glob("*.safetensors")

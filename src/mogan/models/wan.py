@@ -7,7 +7,6 @@ import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.resources import files
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -82,10 +81,9 @@ def _nearby(path: Path) -> str:
     """``: did you mean ...?`` where a folder of the hub's cache was named, one around the model's, or a file in it."""
     if path.is_file() and path.suffix in (".safetensors", ".pt", ".pth", ".ckpt"):
         return ": make one of this file by `mogan import`"
-    for found in chain([path.parent] * path.is_file(), *(sorted(path.glob(d)) for d in ("snapshots/*", "*"))):
-        if (found / "model_index.json").is_file():
-            return f": did you mean {found}?"
-    return ""
+    near = (path.parent, *sorted(path.glob("snapshots/*")), *sorted(path.glob("*")))
+    found = next((folder for folder in near if (folder / "model_index.json").is_file()), None)
+    return f": did you mean {found}?" if found else ""
 
 
 def has_controls(model: Path) -> bool:
