@@ -273,6 +273,16 @@ def test_folders_that_share_only_some_prompts_are_compared_with_a_warning(folder
         assert any("1 prompts are not in every folder" in warning for warning in system["how"]["warnings"])
 
 
+def test_systems_that_results_hold_no_longer_are_named(folders, tmp_path, capsys):
+    out = tmp_path / "r.json"
+    evaluate(folders, out=out, flow="farneback", quick=True)
+    assert "no longer" not in capsys.readouterr().out
+    evaluate(folders[:1], out=out, flow="farneback", quick=True)
+    assert f"{out} holds student no longer: name their folders" in capsys.readouterr().out
+    evaluate(folders, out=out, flow="farneback", quick=True)
+    assert "no longer" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     "row",
     ['{"file": "a.mp4", "prompt": "a", "index": "two"}', "[1]", '{"prompt": "a"}', '{"file": "a.mp4", "prompt": 3}'],

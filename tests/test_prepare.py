@@ -498,6 +498,12 @@ def test_the_command_prepares_videos_and_prompts_with_real_networks(tmp_path, fa
     assert "4 encoded now" in capsys.readouterr().out
     assert main(command) == 0
     assert "nothing to do" in capsys.readouterr().out
+    rows = (tmp_path / "v" / "metadata.jsonl").read_text().splitlines()
+    words = [json.dumps(json.loads(row) | {"caption": "a mended caption"}) for row in rows]
+    (tmp_path / "v" / "metadata.jsonl").write_text("\n".join(words))
+    assert main(command) == 0
+    assert "all were there already, their list or the embedded prompts are new" in capsys.readouterr().out
+    (tmp_path / "v" / "metadata.jsonl").write_text("\n".join(rows))
     assert main([*command, "--shard", "1/2"]) == 0
     assert "2 clips of shard 1/2 are in" in capsys.readouterr().out
     cache = open_cache(tmp_path / "c")

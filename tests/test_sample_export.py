@@ -263,6 +263,17 @@ def test_sampling_resumes_and_a_run_is_a_model(exported, tmp_path, capsys):
     assert {p: p.read_bytes() for p in (tmp_path / "s").glob("*.mp4")} == before
     sample(**asked)
     assert "all 4 clips are there" in capsys.readouterr().out
+    removed.write_bytes(b"")  # what a copy leaves that was stopped
+    sample(**asked)
+    assert {p: p.read_bytes() for p in (tmp_path / "s").glob("*.mp4")} == before
+    with pytest.raises(UserError, match="--solver says nothing without a teacher"):
+        sample(**asked, solver="euler")
+
+
+def test_a_teacher_has_a_mogan_json_without_levels(tmp_path, family):
+    (tmp_path / "p.txt").write_text(CAPTIONS[0])
+    with pytest.raises(UserError, match="no sigmas in a mogan"):
+        sample(prompts=tmp_path / "p.txt", out=tmp_path / "s", model=str(family / "teacher"), mode="student")
 
 
 def test_first_frames_are_those_of_the_clips_with_the_prompts_as_captions(exported, family, tmp_path, monkeypatch):

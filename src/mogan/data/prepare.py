@@ -265,7 +265,8 @@ def _check_controls(folder: Path, model: str, source: Path, controls: str | None
 
 
 def _in_words(summary: Summary, out: Path) -> str:
-    done = f"{summary.encoded} encoded now" if summary.encoded else "all were there already, nothing to do"
+    news = "their list or the embedded prompts are new" if summary.changed else "nothing to do"
+    done = f"{summary.encoded} encoded now" if summary.encoded else f"all were there already, {news}"
     moving = "" if summary.threshold is None else f" that move at least {summary.threshold:.2f} px/frame"
     why = f" (see {out / 'skipped.jsonl'})" if summary.skipped else ""
     made = f"{summary.kept} clips{moving} in {out} ({done})"

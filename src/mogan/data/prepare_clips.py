@@ -28,7 +28,10 @@ from mogan.motion.flow import FlowEstimator
 
 @dataclass(frozen=True)
 class Summary:
-    """What a run of :func:`prepare_clips` found and did; ``notes`` are sentences worth telling the user."""
+    """What a run of :func:`prepare_clips` found and did; ``notes`` are sentences worth telling the user.
+
+    ``changed``: the list of clips or the embedded prompts are not those of before.
+    """
 
     kept: int
     dropped: int
@@ -36,6 +39,7 @@ class Summary:
     encoded: int
     threshold: float | None
     notes: tuple[str, ...]
+    changed: bool = False
 
 
 def prepare_clips(
@@ -100,11 +104,14 @@ def prepare_clips(
     encoded = encode(usable, kept, out, geometry, encode_video, workers)
     encoded = max(encoded, encode_controls(usable, kept, out, geometry, show, workers) if show else 0)
     captions = {e["source"]: e["caption"] for e in kept if e["caption"] is not None}
-    data.ensure_text(out, [*captions.values(), "", *extra_prompts], encode_text)
-    write_lines(out / "index.jsonl", kept)
+    embedded = data.ensure_text(out, [*captions.values(), "", *extra_prompts], encode_text)
+    index = out / "index.jsonl"
+    before = index.read_bytes() if index.is_file() else b""
+    write_lines(index, kept)
+    changed = embedded > 0 or index.read_bytes() != before
     notes = _notes(usable, records, kept, geometry) + (about_tokens(captions, tokens) if tokens else [])
     tell(out, notes)
-    return Summary(len(kept), len(left_out), len(skipped), encoded, threshold, tuple(notes))
+    return Summary(len(kept), len(left_out), len(skipped), encoded, threshold, tuple(notes), changed)
 
 
 def _prepare_share(

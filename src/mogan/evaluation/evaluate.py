@@ -7,7 +7,8 @@ from typing import Annotated, Any
 
 import tyro
 
-from mogan.disk.files import writable_file, write_atomically
+from mogan.data.lists import printable
+from mogan.disk.files import from_json, writable_file, write_atomically
 from mogan.disk.locks import alone_at
 from mogan.errors import UserError
 from mogan.evaluation import official
@@ -101,6 +102,7 @@ def evaluate(
         results["systems"][system.name] = {"metrics": metrics, "how": how, "clips": _told(system, clips, out)}
         if by_task := _by_task(system, clips):
             results["systems"][system.name]["tasks"] = by_task
+    earlier = _systems_in(out)
     _write(out, results)
     if compare_vbench:
         for system in systems:
@@ -111,8 +113,18 @@ def evaluate(
     for name, result in results["systems"].items():
         for warning in result["how"]["warnings"]:
             print(f"{name}: {warning}")
+    if lost := [name for name in earlier if name not in results["systems"]]:
+        print(f"{out} holds {printable(', '.join(lost))} no longer: name their folders, too, to have them back")
     print(f"written to {out}")
     return results
+
+
+def _systems_in(out: Path) -> list[str]:
+    """Names of the systems that results held before they are written anew."""
+    try:
+        return list(map(str, from_json(out.read_text(encoding="utf-8"))["systems"]))
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return []
 
 
 def _restricted(systems: list[System], info: Path, dimensions: tuple[str, ...]) -> tuple[list[System], dict[str, Any]]:

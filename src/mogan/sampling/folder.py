@@ -73,7 +73,7 @@ def fill(
     def record(job: Job) -> dict:
         return json.loads(json.dumps(job.told(out) | about_all))  # as it is read again
 
-    there = {job for job in jobs if (out / job.file).is_file()}
+    there = {job for job in jobs if _holds_something(out / job.file)}
     if strange := [job.file for job in jobs if job in there and job.file not in listed]:
         raise UserError(
             f"{out} holds {len(strange)} of these clips in no line of samples.jsonl, first {strange[0][:60]}, so nobody knows "
@@ -96,6 +96,11 @@ def fill(
                     append_samples(out, [record(job)])
                 write_video(out / job.file, frames, about_all["fps"])
                 bar.update()
+
+
+def _holds_something(file: Path) -> bool:
+    """Whether a clip is there, and not the empty file of a copy that was stopped."""
+    return file.is_file() and file.stat().st_size > 0
 
 
 def _tell_of_other_prompts(out: Path, made: dict[str, dict], prompts: set[str]) -> None:

@@ -112,6 +112,7 @@ def sample(
     source = open_generator(model)
     _tell_of_tokens(source, share_of(jobs, shard), negative_prompt)
     few_steps = source.sigmas is not None if mode == "auto" else mode == "student"
+    goes_with("a teacher as --model", not few_steps, solver=solver != "unipc")
     _refuse_what_does_not_go_together(model, source, few_steps, flowmo, motion, first_frames)
     if few_steps and source.counts and steps is not None:
         source, steps = source.in_steps(steps), None
@@ -151,7 +152,7 @@ def _refuse_what_does_not_go_together(
     model: str, source: Generator, few_steps: bool, flowmo: bool, motion: Path | None, first_frames: Path | None
 ) -> None:
     if few_steps and source.sigmas is None:
-        raise UserError(f"{model} does not say at which levels it samples (no mogan.json): use --mode teacher")
+        raise UserError(f"{model} names no levels to sample at (no sigmas in a mogan.json): use --mode teacher")
     if source.causal is not None and not few_steps:
         raise UserError(f"{model} makes clips chunk by chunk, at its own levels: leave out --mode teacher")
     if motion is not None and few_steps:
