@@ -1,6 +1,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -196,6 +197,16 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_nothing_of_the_iteration_is_
 def test_recipe_with_a_discriminator_wants_a_student(family, cache):
     with pytest.raises(UserError, match="--student"):
         assemble(mogan(), open_cache(cache), model=str(family / "teacher"), run=None)
+
+
+def test_clips_of_another_rate_than_the_models_are_told(family, cache, tmp_path, capsys):
+    build(dmd(), family, cache)
+    assert "the model's" not in capsys.readouterr().out
+    own = shutil.copytree(cache, tmp_path / "c")
+    facts = json.loads((own / "cache.json").read_text())
+    (own / "cache.json").write_text(json.dumps(facts | {"fps": 8}))
+    build(dmd(), family, own)
+    assert "x 32 at 8 fps, the model's 13 x 32 x 32 at 16 fps: `mogan sample`" in capsys.readouterr().out
 
 
 def test_student_made_for_other_levels_is_refused(family, cache):

@@ -54,7 +54,12 @@ def load(
         texts.require(**{part: wan.fingerprint(folder, part) for part in read_by})
     if cache.has_clips or cache.has_paths:
         cache.require(vae=wan.fingerprint(folder, "vae"))
-        size = wan.Geometry(**{k: cache.facts[k] for k in ("fps", "height", "width", "frames")})
+        made_for, size = size, wan.Geometry(**{k: cache.facts[k] for k in ("fps", "height", "width", "frames")})
+        if size != made_for and world.main:
+            print(
+                f"clips of {cache.path} are {_in_words(size)}, the model's {_in_words(made_for)}: `mogan sample` and exports of "
+                "this run make the model's"
+            )
     shape = wan.latent_shape(folder, size)
     if wan.has_controls(folder) or wan.has_controls(start):
         _check_controls(config, cache, prompts, world, folder, start)
@@ -70,6 +75,10 @@ def load(
     return Base(
         config, cache, world, folder, start, adapters_of, size, shape, dtype, vae, encode, frozen, held, prompts
     )
+
+
+def _in_words(size: wan.Geometry) -> str:
+    return f"{size.frames} x {size.height} x {size.width} at {size.fps} fps"
 
 
 def find_models(config: Config, model: str, student: str | None) -> tuple[Path, Path, Path | None]:
