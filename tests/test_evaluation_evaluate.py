@@ -273,6 +273,14 @@ def test_folders_that_share_only_some_prompts_are_compared_with_a_warning(folder
         assert any("1 prompts are not in every folder" in warning for warning in system["how"]["warnings"])
 
 
+def test_a_reference_of_another_frame_rate_is_told(results, folders, tmp_path):
+    slow = write_clips(tmp_path / "slow", 1, fps=8)
+    told = evaluate(folders[:1], out=tmp_path / "r.json", flow="farneback", quick=True, reference=slow)
+    (said,) = [w for w in told["systems"]["teacher"]["how"]["warnings"] if "reference" in w]
+    assert said == "the reference's clips have other frame rates: distances to it tell of these, too"
+    assert "reference's clips" not in results.read_text()
+
+
 def test_systems_that_results_hold_no_longer_are_named(folders, tmp_path, capsys):
     out = tmp_path / "r.json"
     evaluate(folders, out=out, flow="farneback", quick=True)

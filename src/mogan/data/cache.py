@@ -5,6 +5,7 @@ import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import torch
@@ -214,7 +215,7 @@ def _instead(path: Path) -> str:
     if path.is_file() and read_facts(path.parent) is not None:
         return f"give its folder, {path.parent}"
     if path.is_file() or (path.is_dir() and any(path.iterdir())):
-        return f"make one of it with `mogan prepare {path} --model M --out CACHE`, and give that"
+        return f"make one of it with `mogan prepare {quote(str(path))} --model M --out CACHE`, and give that"
     return f"make one with `mogan prepare VIDEOS --model M --out {path}`"
 
 

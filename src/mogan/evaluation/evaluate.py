@@ -23,6 +23,7 @@ from mogan.evaluation.statistics import mean_interval
 from mogan.evaluation.table import table, tables_of_tasks
 from mogan.evaluation.tools import choose_flow, gather_tools
 from mogan.evaluation.vbench import read_info, restrict
+from mogan.evaluation.warnings import about_reference
 
 
 def evaluate(
@@ -99,6 +100,7 @@ def evaluate(
     for system, clips in zip(systems, records, strict=True):
         metrics = _metrics(system, clips, target)
         how = how_measured(system, clips, tools.how | about, device_of(tools.flow), out, real)
+        how["warnings"] += about_reference(clips, target) if target is not None else []
         results["systems"][system.name] = {"metrics": metrics, "how": how, "clips": _told(system, clips, out)}
         if by_task := _by_task(system, clips):
             results["systems"][system.name]["tasks"] = by_task

@@ -9,6 +9,7 @@ import unicodedata
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from shlex import quote
 from typing import Annotated
 
 import tyro
@@ -176,7 +177,7 @@ def restrict(system: System, info: Info, dimensions: tuple[str, ...]) -> tuple[S
     if found.missing:
         raise UserError(
             f"{system.name} lacks {len(found.missing)} of VBench's {found.expected} clips for {', '.join(dimensions)}, such as "
-            f"{found.missing[0]!r}: `mogan vbench {system.folder} --info FILE` lists them"
+            f"{found.missing[0]!r}: `mogan vbench {quote(str(system.folder))} --info FILE` lists them"
         )
     seeds = {entry.path.name: entry.seed for entry in system.clips}
     clips = []

@@ -38,6 +38,21 @@ def warnings_about(system: System, clips: list[dict[str, Any]], how: dict[str, A
     return found + _about_numbers(clips, good)
 
 
+def about_reference(clips: list[dict[str, Any]], real: list[dict[str, Any]]) -> list[str]:
+    """What sets clips and the reference's apart before anything moves: speeds are pixels per frame."""
+    unlike = [
+        words
+        for words, names in (("frame rates", ["fps"]), ("sizes", ["height", "width"]))
+        if _of(clips, names) != _of(real, names)
+    ]
+    what = " and ".join(unlike)
+    return [f"the reference's clips have other {what}: distances to it tell of these, too"] if unlike else []
+
+
+def _of(clips: list[dict[str, Any]], names: list[str]) -> set[tuple[Any, ...]]:
+    return {tuple(clip[name] for name in names) for clip in clips if "error" not in clip}
+
+
 def _about_files(system: System, clips: list[dict[str, Any]]) -> list[str]:
     """What had to be done to files, or is odd about them: each kind once, with the first that has it."""
     seen: dict[str, list[str]] = {}

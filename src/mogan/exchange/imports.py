@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import pairwise
 from pathlib import Path
+from shlex import quote
 from typing import Any, Literal
 
 import torch
@@ -95,7 +96,9 @@ def import_student(
     save_student(transformer, folder, out, sigmas, DTYPES[dtype], card, fake_score=fake_score, causal=causal)
     also = " and its critic as the fake score" if critic is not None else ""
     more = " --first-frames VIDEOS" if animates else ""
-    print(f"imported {what}{also} to {out}; try: mogan sample --model {out} --prompts prompts.txt{more} --out clips")
+    print(
+        f"imported {what}{also} to {out}; try: mogan sample --model {quote(str(out))} --prompts prompts.txt{more} --out clips"
+    )
 
 
 def _causal(chunks: tuple[int, int] | None, policy: tuple[int | None, int, float | None, bool]) -> Causal | None:

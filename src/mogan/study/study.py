@@ -2,6 +2,7 @@
 
 import json
 import platform
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -85,7 +86,7 @@ def study(
     if name != "methods":  # the paper's tables expect something
         results["bars"] = [vars(bar) for bar in bars(systems)]
     results["how"] = {
-        "command": f"mogan study {' '.join(sys.argv[2:])}" if sys.argv[1:2] == ["study"] else f"mogan study {name}",
+        "command": f"mogan study {shlex.join(sys.argv[2:])}" if sys.argv[1:2] == ["study"] else f"mogan study {name}",
         "sentence": f"{seeds} training seed{'s' if seeds > 1 else ''}, {prompts} held-out prompts, {clips} clips each; its jobs, those that other "
         f"studies share included, took {seconds / 60:.0f} core-minutes ({platform.machine()}).",
         "core_minutes": seconds / 60,

@@ -4,6 +4,7 @@ import json
 import sqlite3
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 
 import numpy as np
 
@@ -56,7 +57,9 @@ def read_votes(folder: Path, survey: Survey) -> tuple[list[Vote], list[Rater]]:
     """
     path = folder / VOTES
     if not path.is_file():
-        raise UserError(f"{folder} has no votes yet: run `mogan survey serve {folder}` and let people vote.")
+        raise UserError(
+            f"{folder} has no votes yet: run `mogan survey serve {quote(str(folder))}` and let people vote."
+        )
     items = {item.id: item for item in survey.items}
     seconds = {clip.file: clip.seconds for clip in survey.clips}
     try:

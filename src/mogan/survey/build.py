@@ -7,6 +7,7 @@ from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 from random import Random
+from shlex import quote
 from typing import Annotated
 
 import av
@@ -275,7 +276,7 @@ def summary(survey: Survey, out: Path) -> str:
     ]
     if not survey.of_kind("check"):
         lines.append("Warning: no attention check could be made of these clips.")
-    return "\n".join([*lines, f"Next: mogan survey serve {out}"])
+    return "\n".join([*lines, f"Next: mogan survey serve {quote(str(out))}"])
 
 
 def _checks_per_rater(survey: Survey, per_rater: int) -> int:

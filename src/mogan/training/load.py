@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import cache as once
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import torch
@@ -247,7 +248,7 @@ def _check_controls(config: Config, cache: Cache, prompts: Cache | None, world: 
             raise UserError(
                 f"{base} is {kind}, and {texts.path} has no "
                 + (
-                    f"first frames: prepare videos with `mogan prepare --model {base}`"
+                    f"first frames: prepare videos with `mogan prepare --model {quote(str(base))}`"
                     if animates
                     else "controls of its clips: prepare them with `mogan prepare --controls`"
                 )
