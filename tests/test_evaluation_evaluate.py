@@ -372,7 +372,13 @@ def test_tags_that_mislead_are_pointed_out(tmp_path):
     warnings = " ".join(
         evaluate((folder,), out=tmp_path / "r.json", flow="farneback", quick=True)["systems"]["ten"]["how"]["warnings"]
     )
-    for words in ("tagged 10", "frame rates differ", "fewer than four frames", "differ in length", "only 2 prompts"):
+    for words in (
+        "tagged 10",
+        "frame rates differ",
+        "so short that dynamic degree",
+        "differ in length",
+        "only 2 prompts",
+    ):
         assert words in warnings
 
 

@@ -118,3 +118,5 @@ def test_a_sentence_tells_motion_better_and_worse_apart_and_leaves_out_what_is_o
     said = in_a_sentence(system("a"), other, metrics)
     assert said == "against a: moves less (flow, top 5 % -0.5), better (identity kept +0.25), worse (wobble +0.125)"
     assert in_a_sentence(system("a"), system("c"), metrics) == "against a: no difference is clear"
+    elsewhere = Result("d", None, {}, {}, [{"prompt": "another", "index": 0, "values": {"flow_top5": 9.0}}])
+    assert "nothing can be compared" in in_a_sentence(system("a"), elsewhere, metrics)

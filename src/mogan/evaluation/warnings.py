@@ -4,6 +4,7 @@ from typing import Any
 
 from mogan.data.lists import printable
 from mogan.evaluation.clips import System
+from mogan.evaluation.motion import interval
 
 
 def warnings_about(system: System, clips: list[dict[str, Any]], how: dict[str, Any]) -> list[str]:
@@ -32,7 +33,7 @@ def warnings_about(system: System, clips: list[dict[str, Any]], how: dict[str, A
     found += how.get("vbench", {}).get("notes", [])
     found += [how["flow_choice"]] if "flow_choice" in how else []
     found += _about_files(system, clips)
-    found += _about_tags(how["fps"]) + _about_lengths(how["frames"])
+    found += _about_tags(how["fps"]) + _about_lengths(how["frames"]) + _too_short(good)
     if len(how["resolution"]) > 1:
         found.append("clips differ in size: thresholds scale with the shorter side, pixels per frame do not")
     return found + _about_numbers(clips, good)
@@ -81,14 +82,13 @@ def _about_tags(tags: list[float | None]) -> list[str]:
 
 
 def _about_lengths(lengths: list[int]) -> list[str]:
-    found = []
-    if lengths and lengths[0] < 4:
-        found.append(
-            "clips with fewer than four frames: dynamic degree calls a still clip of two frames dynamic, as VBench does"
-        )
-    if len(lengths) > 1:
-        found.append(f"clips differ in length ({lengths[0]} to {lengths[-1]} frames)")
-    return found
+    return [f"clips differ in length ({lengths[0]} to {lengths[-1]} frames)"] if len(lengths) > 1 else []
+
+
+def _too_short(good: list[dict[str, Any]]) -> list[str]:
+    short = sum(clip["frames"] <= 2 * interval(clip["fps"]) for clip in good)
+    told = "dynamic degree keeps one or two frames: of one no clip is dynamic, of two every clip is, as VBench counts"
+    return [f"{short} clips are so short that {told}"] if short else []
 
 
 def _about_numbers(clips: list[dict[str, Any]], good: list[dict[str, Any]]) -> list[str]:

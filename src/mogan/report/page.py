@@ -220,7 +220,9 @@ def _warnings(results: list[Result], curves: list[Curves]) -> list[tuple[str, st
         found.append(("all", "systems were measured with different flow estimators: their motion cannot be compared"))
     prompts = {r.how["prompts"]["sha256"] for r in results if "prompts" in r.how}
     if len(prompts) > 1:
-        found.append(("all", "systems were measured on different sets of prompts: compare the differences instead"))
+        found.append(
+            ("all", "systems were measured on different sets of prompts: compare the differences on those they share")
+        )
     return found
 
 

@@ -44,8 +44,10 @@ def verdicts(results: Sequence[Result], metrics: Sequence[str]) -> list[Verdict]
 def in_a_sentence(first: Result, other: Result, metrics: Sequence[str]) -> str:
     """What is clear about a system beside the first: does it move more, what became better, what worse."""
     said: dict[str, list[str]] = {"moves more": [], "moves less": [], "better": [], "worse": []}
+    compared = False
     for metric in metrics:
         gaps, prompts = paired(first.good, other.good, metric)
+        compared |= bool(gaps)
         found = mean_interval(gaps, prompts)
         better = METRICS[metric].better
         if not _clear(found) or (metric not in MOTION and better is None):
@@ -54,6 +56,8 @@ def in_a_sentence(first: Result, other: Result, metrics: Sequence[str]) -> str:
         how = ("moves more" if up else "moves less") if metric in MOTION else _way(up, better == "higher")
         said[how].append(f"{METRICS[metric].label.lower()} {signed(found.mean)}")
     parts = [f"{how} ({', '.join(what)})" for how, what in said.items() if what]
+    if not compared:
+        return f"against {first.name}: nothing can be compared, for no clips share prompt, number and metric"
     if not parts:
         return f"against {first.name}: no difference is clear"
     return f"against {first.name}: {', '.join(parts)}"
