@@ -162,7 +162,7 @@ def test_a_store_goes_on_where_it_stopped_and_shards_make_the_same_one(store, ma
         finished = (tmp_path / "shards" / "index.jsonl").is_file()
         assert finished == (shard == "1/2")
         if not finished:
-            with pytest.raises(UserError, match="is not finished"):
+            with pytest.raises(UserError, match="again, without --shard"):
                 open_cache(tmp_path / "shards")
     one, two = bytes_of(store), bytes_of(tmp_path / "shards")
     assert one.keys() == two.keys()

@@ -189,7 +189,7 @@ def open_cache(path: str | Path) -> Cache:
     if facts is None:
         raise UserError(f"{path} is not a cache: {_instead(path)}")
     if not (path / "index.jsonl").is_file():
-        raise UserError(f"{path} is not finished: run the same `{_command(facts)}` command again, it continues")
+        raise UserError(f"{path} is not finished: run the same `{_command(facts)}` command again, without --shard")
     entries, contents = _read_index(path / "index.jsonl", _command(facts)), facts["contents"]
     if not entries:
         raise UserError(f"{path} holds no clip: see its dropped.jsonl and skipped.jsonl for the reasons")
