@@ -373,11 +373,12 @@ def test_a_preparation_that_could_not_begin_claims_no_folder(family, tmp_path, c
 # ---------------------------------------------------------------------------------------------- files of others
 
 
-@pytest.mark.parametrize("name", ["metadata.jsonl", "a.mp4", "notes.txt"])
+@pytest.mark.parametrize("name", ["metadata.jsonl", "a.mp4", "notes.json", "notes.html"])
 def test_a_file_of_another_kind_is_not_written_over(name, tmp_path, capsys):
     write_video(tmp_path / "a.mp4", np.random.default_rng(0).integers(0, 255, (4, 32, 32, 3), np.uint8), 8)
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.mp4", "caption": "x"}\n')
-    (tmp_path / "notes.txt").write_text("mine\n")
+    for other in ("notes.json", "notes.html"):
+        (tmp_path / other).write_text("mine\n")
     results = tmp_path / "r.json"
     for _ in range(2):  # its own it does replace
         assert main(["evaluate", str(tmp_path), "--out", str(results), "--quick", "--flow", "farneback"]) == 0
@@ -386,7 +387,9 @@ def test_a_file_of_another_kind_is_not_written_over(name, tmp_path, capsys):
             before = place.read_bytes()
             capsys.readouterr()
             assert main([*command, "--out", str(place)]) == 2
-            assert "is there and not what this command writes" in capsys.readouterr().err
+            fits = place.suffix == (".json" if command[0] == "evaluate" else ".html")
+            refused = "is there and not what this command writes" if fits else "must end in"
+            assert refused in capsys.readouterr().err
             assert place.read_bytes() == before
 
 
