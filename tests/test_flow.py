@@ -6,7 +6,7 @@ import torch
 from torchvision.models.optical_flow import raft_large
 
 from mogan.errors import UserError
-from mogan.motion.flow import RaftConfig, RaftFlow, load_raft, motion_picture, recurrence, refinements, save_raft, warp
+from mogan.motion.flow import RaftConfig, RaftFlow, load_raft, motion_picture, refinements, save_raft, warp
 
 SMALL = RaftConfig((8, 8, 8, 8, 16), (8, 8, 8, 8, 16), 8, 2, 2, 16, stride=8)  # the stride that torchvision knows
 
@@ -116,23 +116,3 @@ def test_warp_by_whole_pixels_is_indexing():
     flow = torch.zeros(1, 2, 6, 7)
     flow[:, 0], flow[:, 1] = 2, 1
     torch.testing.assert_close(warp(image, flow)[..., :5, :5], image[..., 1:, 2:])
-
-
-def test_a_recurrence_over_one_context_is_torchvisions_block_of_all_its_input(raft):
-    block = raft.update_block.recurrent_block
-    draws = torch.Generator().manual_seed(0)
-    size, seen = block.hidden_size, raft.update_block.motion_encoder.out_channels
-    widths = (size, block.convgru1.convz.in_channels - size - seen, seen, seen)
-    hidden, context, *motions = (torch.randn(2, width, 5, 7, generator=draws) for width in widths)
-    ours, theirs, remember = (
-        hidden.requires_grad_(),
-        hidden.detach().clone().requires_grad_(),
-        recurrence(block, context),
-    )
-    one, other = ours, theirs
-    for motion in motions:
-        one, other = remember(one, motion), block(other, torch.cat([context, motion], 1))
-    one.square().sum().backward()
-    other.square().sum().backward()
-    assert (one - other).abs().max() < 1e-5
-    assert (ours.grad - theirs.grad).abs().max() < 1e-4

@@ -188,14 +188,14 @@ def refinements(raft: RAFT, frames_BFCHW: Tensor, iterations: int, *, every: boo
     raft.corr_block.build_pyramid(features[:, :-1].flatten(0, 1), features[:, 1:].flatten(0, 1))
     read = raft.context_encoder(flat.unflatten(0, (b, f))[:, :-1].flatten(0, 1))
     size = raft.update_block.hidden_state_size
-    hidden, remember = torch.tanh(read[:, :size]), recurrence(raft.update_block.recurrent_block, F.relu(read[:, size:]))
+    hidden, context = torch.tanh(read[:, :size]), F.relu(read[:, size:])
     start = make_coords_grid(len(read), *read.shape[-2:]).to(read)
     there, flows = start, []
     for iteration in range(iterations):
         there = there.detach()
         seen = raft.corr_block.index_pyramid(centroids_coords=there)
-        hidden = remember(hidden, raft.update_block.motion_encoder(there - start, seen))
-        there = there + raft.update_block.flow_head(hidden)
+        hidden, step = raft.update_block(hidden, context, seen, there - start)
+        there = there + step
         if every or iteration == iterations - 1:
             mask = None if raft.mask_predictor is None else raft.mask_predictor(hidden)
             flow = upsample_flow(there - start, up_mask=mask, factor=stride)
@@ -203,41 +203,6 @@ def refinements(raft: RAFT, frames_BFCHW: Tensor, iterations: int, *, every: boo
             flows.append(flow.unflatten(0, (b, f - 1)))
     raft.corr_block.corr_pyramid = []  # torchvision keeps it in the module: gigabytes that nobody reads again
     return flows
-
-
-def recurrence(block: Any, context_BCHW: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
-    """RAFT's recurrent block, ``(hidden, motion) -> hidden``, each ``(B, C, h, w)``, over one context.
-
-    What the context adds to the convolutions is the same in every refinement and computed once. The gates of a unit, which
-    see the same, are one convolution.
-    """
-    units = [_unit(gru, context_BCHW) for gru in (block.convgru1, block.convgru2) if isinstance(gru, nn.Module)]
-
-    def remember(hidden: Tensor, motion: Tensor) -> Tensor:
-        for unit in units:
-            hidden = unit(hidden, motion)
-        return hidden
-
-    return remember
-
-
-def _unit(gru: Any, context: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
-    """A ``ConvGRU`` of torchvision's over one context, whose channels its weights have between those of hidden state and motion."""
-    size, known, padding = gru.convq.out_channels, context.shape[1], gru.convq.padding
-
-    def convolution(*convs: Any) -> Callable[..., Tensor]:
-        weight, bias = torch.cat([c.weight for c in convs]), torch.cat([c.bias for c in convs])
-        before, there, after = weight.split([size, known, weight.shape[1] - size - known], 1)
-        fixed, changing = F.conv2d(context, there, bias, padding=padding), torch.cat([before, after], 1)
-        return lambda *parts: F.conv2d(torch.cat(parts, 1), changing, padding=padding) + fixed
-
-    gates, proposal = convolution(gru.convz, gru.convr), convolution(gru.convq)
-
-    def unit(hidden: Tensor, motion: Tensor) -> Tensor:
-        update, reset = gates(hidden, motion).sigmoid().chunk(2, 1)
-        return torch.lerp(hidden, proposal(reset * hidden, motion).tanh(), update)
-
-    return unit
 
 
 class RaftFlow(nn.Module):
