@@ -216,7 +216,7 @@ def _instead(path: Path) -> str:
         return f"give its folder, {path.parent}"
     if path.is_file() or (path.is_dir() and any(path.iterdir())):
         return f"make one of it with `mogan prepare {quote(str(path))} --model M --out CACHE`, and give that"
-    return f"make one with `mogan prepare VIDEOS --model M --out {path}`"
+    return f"make one with `mogan prepare VIDEOS --model M --out {quote(str(path))}`"
 
 
 def _command(facts: dict) -> str:

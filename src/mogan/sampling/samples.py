@@ -15,21 +15,7 @@ ALIKE = (  # in all clips of a folder
     "fps", "sigmas", "steps", "guidance", "shift", "negative_prompt", "solver", "flowmo", "motion", "motion_ratio",
 )  # fmt: skip
 HOW = ("first_frames", "controls", "state", *ALIKE[1:])
-WAY = (
-    "prompt",
-    "index",
-    "seed",
-    "task",
-    "kind",
-    "control",
-    "mask",
-    "clip",
-    "references",
-    "first_frames",
-    "controls",
-    "state",
-    *ALIKE,
-)
+WAY = ("prompt", "index", "seed", "task", "kind", "control", "mask", "clip", "references", "fps", *HOW)
 UNSAID = {"negative_prompt": ""}  # what lists mean that were written before it was noted
 
 
