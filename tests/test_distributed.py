@@ -36,6 +36,9 @@ from tiny_recipes import dmd, flow_matching, mogan
 HERE = Path(__file__).parent
 # Rounding differs (sums in another order), and Adam turns the sign of a gradient near zero into a full step.
 LOSS = 1e-3  # relative difference of every logged mean, in every step
+# A relativistic loss does not see the critic's last bias: its gradient is rounding, of which AdamW makes a whole step.
+# Both logits move by it together; their gap, the loss and the penalties do not, and are held to LOSS.
+LOGIT = 1e-3
 MOVED = 1e-2  # difference of a network's weights, relative to how far they moved
 
 
@@ -111,7 +114,8 @@ def assert_same_trajectory(before, one, two):
         names = a.keys() - {"seconds", "core_seconds", "direction", "update"}
         assert a["update"] == b["update"]
         for name in names:
-            assert b[name] == pytest.approx(a[name], rel=LOSS, abs=1e-6), (a["iteration"], a["update"], name)
+            near = pytest.approx(a[name], rel=LOSS, abs=LOGIT if name.endswith("_logit") else 1e-6)
+            assert b[name] == near, (a["iteration"], a["update"], name)
     here, there = final(one), final(two)
     assert here.keys() == there.keys()
     for name in (name for name in here if "_state." in name):  # what objectives keep beside their networks
