@@ -3,7 +3,7 @@ PYTHON ?= python3
 PY := .venv/bin/python
 READY := .venv/.ready
 
-.PHONY: demo test test-slow test-all check format bench gpu lab clean
+.PHONY: demo test test-slow test-all check format bench gpu lab docs clean
 
 demo: $(READY)
 	$(PY) -m mogan demo
@@ -30,6 +30,10 @@ bench: $(READY)
 # One GPU, no network, random weights: what full-size recipes take, part by part; without a GPU a dry run.
 gpu: $(READY)
 	$(PY) benchmarks/gpu.py
+
+# Pages and docstrings as a site: build/docs/index.html. A link that leads nowhere fails.
+docs: $(READY)
+	$(PY) -m sphinx -q -W --keep-going -d build/docs/.doctrees docs build/docs
 
 lab: $(READY)
 	$(PY) -m mogan lab build
