@@ -12,7 +12,7 @@ from PIL import Image
 from torchvision.utils import flow_to_image
 
 from mogan.data import video
-from mogan.data.video import contact_sheet, flow_picture, probe, read_frames, read_video, write_video
+from mogan.data.video import contact_sheet, flow_picture, moving_sheet, probe, read_frames, read_video, write_video
 from mogan.errors import UserError
 
 
@@ -269,6 +269,25 @@ def test_contact_sheet_has_a_row_per_clip(tmp_path):
     levels = sheet[18 + 12, 16::32, 0].astype(int)  # first to last
     assert abs(levels[0] - 20) < 5
     assert abs(levels[-1] - 220) < 5
+
+
+@pytest.mark.parametrize(("heads", "across"), [(3, 2), (8, 1)])
+def test_moving_sheet_plays_in_step_with_narrow_rows_side_by_side(heads, across, tmp_path):
+    paths = [[tmp_path / f"{row}{head}.mp4" for head in range(heads)] for row in range(2)]
+    shades = 30 + 10 * np.arange(2 * heads).reshape(2, heads)  # of first frames; each further frame is 10 darker
+    for row, head in np.ndindex(2, heads):
+        write_video(paths[row][head], [np.full((64, 64, 3), shades[row, head] - 10 * t, np.uint8) for t in range(3)], 8)
+    moving_sheet([("a", paths[0]), ("b", paths[1])], tmp_path / "sheet.gif", [str(h) for h in range(heads)], 8)
+    with Image.open(tmp_path / "sheet.gif") as sheet:
+        assert sheet.n_frames == 3
+        assert sheet.width == across * (heads * 116 + 12) - 16
+        for frame in range(3):
+            sheet.seek(frame)
+            picture = np.asarray(sheet.convert("RGB")).astype(int)
+            for row, head in np.ndindex(2, heads):
+                x = (row % across) * (heads * 116 + 12) + head * 116 + 56
+                y = 36 + (row // across) * 130 + 56
+                assert abs(picture[y, x] - (shades[row, head] - 10 * frame)).max() <= 4
 
 
 def test_flow_picture_is_the_standard_wheel_when_the_fastest_pixel_has_max_flow():

@@ -31,6 +31,7 @@ SUFFIXES = (
 # algorithm, in the instructions every 64-bit x86 has; valgrind finds nothing there, and it costs no time worth measuring.
 _X264 = "cpu-independent=1" + (":asm=SSE2" if platform.machine().lower() in ("x86_64", "amd64") else "")
 _ENCODER = {"preset": "medium", "x264-params": _X264}
+GIF_WIDTH = 800  # pixels, of a sheet of moving clips: what a page shows unscaled
 _BT709 = 1  # the number of BT.709 in FFmpeg's lists of matrices, primaries and transfer curves
 
 
@@ -207,6 +208,8 @@ def moving_sheet(
 ) -> None:
     """Write a GIF that loops: a row per title, in it one clip under each head, all playing in step.
 
+    Narrow rows stand side by side, as many as :data:`GIF_WIDTH` holds: a picture that fits one screen.
+
     Args:
         rows: a title and the videos of each row, one per head; a shorter clip rests on its last frame.
         path: where to write.
@@ -217,19 +220,22 @@ def moving_sheet(
     clips = [[read_video(video)[0] for video in videos] for _, videos in rows]
     widths = [max(_scaled(row[i][0], height).width for row in clips) for i in range(len(heads))]
     lefts = np.cumsum([0, *(width + 4 for width in widths)]).tolist()
-    font, line = ImageFont.load_default(size=13), 18
-    blank = Image.new("RGB", (lefts[-1] - 4, line + len(rows) * (height + line)), "white")
+    font, line, apart = ImageFont.load_default(size=13), 18, lefts[-1] + 12
+    across = min(len(rows), max(1, GIF_WIDTH // apart))
+    places = [(n % across * apart, line + n // across * (height + line)) for n in range(len(rows))]
+    blank = Image.new("RGB", (across * apart - 16, places[-1][1] + height + line), "white")
     draw = ImageDraw.Draw(blank)
-    for head, left in zip(heads, lefts, strict=False):
-        draw.text((left + 2, 1), head, fill="black", font=font)
-    for number, (title, _) in enumerate(rows):
-        draw.text((2, line + number * (height + line) + 1), title, fill="#5b6b78", font=font)
+    for block in range(across):
+        for head, left in zip(heads, lefts, strict=False):
+            draw.text((block * apart + left + 2, 1), head, fill="black", font=font)
+    for (x, y), (title, _) in zip(places, rows, strict=True):
+        draw.text((x + 2, y + 1), title, fill="#5b6b78", font=font)
     pages = []
     for time in range(max(len(clip) for row in clips for clip in row)):
         page = blank.copy()
-        for number, row in enumerate(clips):
+        for (x, y), row in zip(places, clips, strict=True):
             for clip, left in zip(row, lefts, strict=False):
-                page.paste(_scaled(clip[min(time, len(clip) - 1)], height), (left, 2 * line + number * (height + line)))
+                page.paste(_scaled(clip[min(time, len(clip) - 1)], height), (x + left, y + line))
         pages.append(page)
     with replacing(Path(path).with_suffix(".gif")) as temporary:
         pages[0].save(temporary, save_all=True, append_images=pages[1:], duration=round(1000 / fps, -1), loop=0)
