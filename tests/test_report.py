@@ -131,7 +131,7 @@ def test_figures_and_sheets_are_written_for_papers(inputs, page):
     assert {"intervals.png", "spread.png", "curves.png", "clips-0.png", "clips-2.png"} <= names
     with Image.open(inputs / "figures" / "clips.gif") as moving:
         assert (moving.n_frames, moving.info["duration"], moving.info["loop"]) == (5, 60, 0)
-        assert moving.size == (2 * 112 + 4, 18 + 3 * (112 + 18))
+        assert moving.size == (3 * (2 * 116 + 12) - 16, 18 + 18 + 112)
 
 
 def test_text_from_outside_cannot_become_markup(tmp_path):
@@ -186,10 +186,10 @@ def test_rows_whose_systems_differ_most_in_speed_come_first():
     assert by_difference([row("b"), row("a")]) == ([row("b"), row("a")], "")
 
 
-def test_clips_lead_and_a_sentence_says_what_is_clear(page):
+def test_clips_come_first_then_a_sentence_of_what_is_clear_then_numbers(page):
     order = [page.index(f"<section id={name}") for name in ('"clips"', '"numbers"', '"spread"')]
     assert order == sorted(order)
-    assert page.index('<ul class="lead">') < order[0]
+    assert order[1] < page.index('<ul class="lead">') < page.index("<table", order[1])
 
 
 GOOD = {"prompt": "p", "index": 0, "file": "a.mp4", "width": 64, "fps": 16, "values": {"flow_top5": 1.0, "cuts": None}}
