@@ -23,6 +23,7 @@ from mogan.stream.script import Following, When, follow_sound, read_script
 from mogan.survey.serve import listen, run
 
 USUAL = 10.0  # seconds of --out
+PORT = 8766
 
 
 def stream(
@@ -38,7 +39,7 @@ def stream(
     steps: int | None = None,
     chunk: int | None = None,
     recache: bool = True,
-    port: int = 8766,
+    port: int | None = None,
     precision: Literal["auto", "bf16", "fp32", "int8"] = "auto",
     device: str = "auto",
 ) -> None:
@@ -62,7 +63,7 @@ def stream(
         steps: of a student that was trained for several numbers of steps one of them, else the largest.
         chunk: latents at a time of a student that was trained for several sizes: 1 comes soonest, more are made faster.
         recache: run what is kept of the past again under another prompt or state.
-        port: of the page; 0 takes a free one.
+        port: of the page, 8766 if not given; 0 takes a free one.
         precision: of the networks; auto is fp32 on a CPU, else bf16; int8 is auto with products in 8 bits (torchao).
         device: auto, cpu or cuda.
     """
@@ -76,6 +77,8 @@ def stream(
         raise UserError("the page begins with one --prompt and is told others while it plays; give several with --out")
     goes_with("--out", out is not None, seconds=seconds is not None)
     if out is not None:
+        if port is not None:
+            raise UserError("--port is the page's, and with --out there is no page: leave one of them out")
         if out.suffix.lower() != ".mp4":
             raise UserError(f"--out {out} must be named like clip.mp4: give another --out")
         writable_file(out, b"")
@@ -87,7 +90,7 @@ def stream(
         raise UserError("--audio chooses states under one prompt: give one --prompt")
     opened = partial(open_studio, model, target, precision, steps, chunk, first_frame, recache)
     if out is None:
-        _serve(opened, texts, seed, port, script, audio)
+        _serve(opened, texts, seed, PORT if port is None else port, script, audio)
         return
     studio = opened()
     texts = texts or _usual(studio)
