@@ -1,10 +1,12 @@
-"""Public functions say which shapes their tensors have: in the annotation, in the name's suffix, or in the docstring."""
+"""Public functions say which shapes their tensors have, in annotation, name or docstring, and what they refuse."""
 
 import ast
 import re
 from pathlib import Path
 
 import pytest
+
+from mogan.cli import COMMANDS
 
 SOURCE = Path(__file__).parent.parent / "src" / "mogan"
 # what a docstring calls a shape: ``(B, C, F, H, W)``, or words for those that a tuple cannot say
@@ -48,3 +50,23 @@ def test_shapes_are_said(path):
         if bare and not SHAPE.search(docstring):
             lacking.append(f"{path.name}:{function.lineno} {function.name}: {', '.join(bare)}")
     assert not lacking, "no shape in annotation, name or docstring: " + "; ".join(lacking)
+
+
+def refuses(function: ast.FunctionDef) -> bool:
+    """Whether it raises UserError itself."""
+    raised = [node.exc for node in ast.walk(function) if isinstance(node, ast.Raise) and node.exc is not None]
+    return any(isinstance(exc, ast.Call) and ast.unparse(exc.func) == "UserError" for exc in raised)
+
+
+@pytest.mark.parametrize("path", sorted(SOURCE.rglob("*.py")), ids=lambda p: str(p.relative_to(SOURCE)))
+def test_refusals_are_said(path):
+    """Of commands, whose docstring is their --help, everybody knows that they refuse what makes no sense."""
+    commands = {place.split(":")[1] for place, _ in COMMANDS.values()}
+    lacking = [
+        f"{path.name}:{function.lineno} {function.name}"
+        for function, docstring in functions(ast.parse(path.read_text()))
+        if refuses(function)
+        and function.name not in commands
+        and not re.search("UserError|[Rr]efuse|^Raise", docstring)
+    ]
+    assert not lacking, "raises UserError and does not say so: " + "; ".join(lacking)

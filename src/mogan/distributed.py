@@ -139,6 +139,9 @@ def join(device: str = "auto", replicas: int = 1, context: int = 1) -> Iterator[
         device: ``auto``, ``cpu`` or ``cuda``.
         replicas: copies of every sharded network (HSDP); 1 shards over all processes.
         context: processes that share the tokens of one sample; 1 gives each its own samples.
+
+    Raises:
+        UserError: the processes are too few, cannot be divided so, or did not find each other.
     """
     _read_slurm()
     ranks = _number("WORLD_SIZE", 1)

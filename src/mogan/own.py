@@ -50,7 +50,11 @@ def own_function(name: str, kind: str, promise: str) -> Callable[..., Any]:
 
 @contextmanager
 def theirs(name: str) -> Iterator[None]:
-    """While a user's function runs: its errors are told as its own, but for memory that does not suffice."""
+    """While a user's function runs: its errors are told as its own, but for memory that does not suffice.
+
+    Raises:
+        UserError: it failed.
+    """
     try:
         yield
     except Exception as error:

@@ -18,7 +18,11 @@ from mogan.models.defaults import Geometry
 def encode(
     sources: list[Source], kept: list[dict], out: Path, geometry: Geometry, encode_video: Callable, workers: int
 ) -> int:
-    """Store the latents of kept clips that are not there yet; returns how many."""
+    """Store the latents of kept clips that are not there yet; returns how many.
+
+    Raises:
+        UserError: a video changed while it was read.
+    """
     missing: dict[str, list[dict]] = {}
     for entry in kept:
         path = data.clip_path(out, entry["id"])

@@ -66,7 +66,7 @@ class Row:
 
     @property
     def file(self) -> str:
-        """The file that the row is about."""
+        """The file that the row is about. Raises UserError if it names none."""
         name = self.text(FILE_COLUMNS)
         if name is None:
             raise UserError(f"{self.where} needs the columns {' | '.join(FILE_COLUMNS)}: it names no file")
@@ -80,7 +80,11 @@ class Row:
 
     @property
     def state(self) -> tuple[str | None, float]:
-        """What it is in and from which second on, of the columns ``state`` and ``state_from``."""
+        """What it is in and from which second on, of the columns ``state`` and ``state_from``.
+
+        Raises:
+            UserError: ``state_from`` is no time.
+        """
         state, since = self.values.get("state"), self.values.get("state_from")
         if not isinstance(state, str) or not state.strip():
             return None, 0.0

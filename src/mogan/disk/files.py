@@ -122,7 +122,11 @@ def _lives(process: int) -> bool:
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """What a disk refuses of a file that grows line by line, told with its name, which the system's error lacks."""
+    """What a disk refuses of a file that grows line by line, told with its name, which the system's error lacks.
+
+    Raises:
+        UserError: it refuses.
+    """
     try:
         yield
     except OSError as error:

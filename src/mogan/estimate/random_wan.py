@@ -75,6 +75,9 @@ def random_wan(
         dtype: of the saved weights.
         seed: of the weights.
         changes: entries of ``transformer``, ``vae`` or ``text_encoder`` to change, for sizes in between.
+
+    Raises:
+        UserError: no such model, or the folder is there already.
     """
     if size.lower() not in PUBLISHED:
         raise UserError(f"no published model {size!r}: use one of {', '.join(PUBLISHED)}")
@@ -138,6 +141,9 @@ def random_text_encoder(
         dtype: of the weights.
         seed: of the weights.
         changes: entries of the text encoder's config to change.
+
+    Raises:
+        UserError: the folder is there already.
     """
     if folder.exists():
         raise UserError(f"{folder} exists already: give another folder or remove it")

@@ -100,7 +100,11 @@ def clip(folder: Path) -> Seen:
 
 
 def aesthetic(folder: Path, head: Path) -> Seen:
-    """LAION's score / 10 from CLIP ViT-L/14 and the linear head ``sa_0_4_vit_l_14_linear.pth``: ``(B,)``."""
+    """LAION's score / 10 from CLIP ViT-L/14 and the linear head ``sa_0_4_vit_l_14_linear.pth``: ``(B,)``.
+
+    Raises:
+        UserError: the head is another model's.
+    """
     model, state = _clip(folder), read_state(head, "weight")
     linear = nn.Linear(model.config.projection_dim, 1)
     if state["weight"].shape != linear.weight.shape:
@@ -225,7 +229,11 @@ def read_state(path: Path, known: str) -> dict[str, Tensor]:
 
 
 def pretrained(kind: Any, path: Path, **options: Any) -> Any:
-    """A transformers model with all of its weights, from a folder or a given ``state_dict``; never from the network."""
+    """A transformers model with all of its weights, from a folder or a given ``state_dict``; never from the network.
+
+    Raises:
+        UserError: weights are missing or damaged.
+    """
     from transformers.utils import logging
 
     given = "state_dict" in options

@@ -49,7 +49,11 @@ class Clip:
 
     @cached_property
     def shape(self) -> tuple[int, int, int]:
-        """Frames, height and width, counted by decoding: containers' own counts can be wrong."""
+        """Frames, height and width, counted by decoding: containers' own counts can be wrong.
+
+        Raises:
+            UserError: the size changes within the file.
+        """
         count, size = 0, (0, 0)
         for frame in self:
             if count and frame.shape[:2] != size:

@@ -141,7 +141,7 @@ def read_student(files: list[Path]) -> tuple[dict[str, Tensor], dict[str, Tensor
 
 
 def refuse_unread(names: Iterable[str], file: Path) -> None:
-    """Say what a file is that looks like weights or a LoRA and is read by nothing here."""
+    """Refuse a file that looks like weights or a LoRA and is read by nothing here, saying what it is."""
     for name in names:
         kind = next((what for pattern, what in UNMERGED.items() if re.search(pattern, name)), None)
         if kind:

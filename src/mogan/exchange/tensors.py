@@ -109,7 +109,11 @@ def is_safetensors(head: bytes) -> bool:
 
 
 def declared_alpha(file: Path) -> float | None:
-    """The alpha that diffusers keeps in a LoRA file's header, or peft in ``adapter_config.json`` beside it."""
+    """The alpha that diffusers keeps in a LoRA file's header, or peft in ``adapter_config.json`` beside it.
+
+    Raises:
+        UserError: they scale adapters in another way, or are damaged.
+    """
     beside, place = file.parent / "adapter_config.json", "its header's lora_adapter_metadata"
     text = None
     with file.open("rb") as opened:

@@ -87,7 +87,11 @@ def _check_controls(model: Path, transformer: dict, vae: dict) -> None:
 
 
 def check_first_frame(model: Path, transformer: dict) -> None:
-    """Of the transformers that are given a picture, those that are given the first frame and nothing else."""
+    """Of the transformers that are given a picture, those that are given the first frame and nothing else.
+
+    Raises:
+        UserError: another picture, or no image encoder where one is needed.
+    """
     beside = channels_beside(transformer)
     if beside not in (0, transformer.get("out_channels", 16) + 4):
         raise UserError(

@@ -113,7 +113,7 @@ def mask_channels(model: Path) -> int:
 
 
 def refuse_controls(model: Path, who: str) -> Path:
-    """The folder, unless its transformer is told more than text, which ``who`` has none of."""
+    """The folder; refused if its transformer is told more than text, which ``who`` has none of."""
     if has_controls(model):
         kind = "animates a first frame" if is_image_to_video(model) else "is a VACE, which reads control videos"
         raise UserError(f"{model} {kind}, and {who}: take a Wan that makes clips from text")

@@ -135,7 +135,11 @@ class KeyLevelGANConfig:
         return max(sizes, default=1)
 
     def build(self, base: Base, others: Mapping[str, Objective]) -> Objective:
-        """Heads on the frozen teacher, and the queues."""
+        """Heads on the frozen teacher, and the queues.
+
+        Raises:
+            UserError: the teacher has two transformers, or too few blocks.
+        """
         if boundary_of(base.folder) is not None:
             raise UserError(
                 f"{base.folder} holds two transformers, and heads read the features of one: leave {base.config.recipe}'s "

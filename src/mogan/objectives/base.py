@@ -79,7 +79,11 @@ class Base:
         return self.started()
 
     def started(self) -> Denoiser:
-        """One more network that learns and starts as the student."""
+        """One more network that learns and starts as the student.
+
+        Raises:
+            UserError: a causal network cannot start as the student: two experts, or frame-sparse attention.
+        """
         boundary = boundary_of(self.start) if self.config.boundary is None else self.config.boundary
         if self.config.causal is not None:
             if boundary is not None:

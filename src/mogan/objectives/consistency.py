@@ -65,7 +65,11 @@ class ConsistencyConfig:
         return forcing_terms(config)
 
     def build(self, base: Base, others: Mapping[str, Objective]) -> Objective:
-        """The start twice more: as the frozen teacher, and as the target that follows the student."""
+        """The start twice more: as the frozen teacher, and as the target that follows the student.
+
+        Raises:
+            UserError: the start is none that this can distil.
+        """
         if base.adapters_of is not None:
             raise UserError(
                 f"{base.config.recipe} distils the model that it starts from: name an export of {base.adapters_of}"

@@ -65,7 +65,11 @@ class MotionScore:
     settings: MotionScoreConfig
 
     def student_loss(self, rollout: Rollout | None, batch: Batch, generator: Randomness) -> Loss:
-        """The loss on one window per clip, its start drawn; ``rollout`` is not used."""
+        """The loss on one window per clip, its start drawn; ``rollout`` is not used.
+
+        Raises:
+            UserError: clips are shorter than the window.
+        """
         x0 = batch.latent_BCFHW
         assert x0 is not None, "a motion score is learnt from clips, not from prompts"
         device = next(self.student.parameters()).device

@@ -66,7 +66,7 @@ class View:
 
 
 def price_observation(gan: "GANConfig", config: Config, tracer: Tracer) -> View:
-    """What observing costs, where the window starts at its mean start."""
+    """What observing costs, where the window starts at its mean start. Raises UserError if that is longer than a clip."""
     if gan.window > tracer.shapes.latent[1]:
         raise UserError(
             f"the recipe's window of {gan.window} is longer than the clip's {tracer.shapes.latent[1]} latent frames"

@@ -41,7 +41,7 @@ class ODERegressionConfig:
         return Terms(lessons={"student": OF_PATHS}, forces=True)
 
     def build(self, base: Base, others: Mapping[str, Objective]) -> Objective:
-        """On the student."""
+        """On the student. Raises UserError if the store of paths lacks the levels."""
         config = base.config
         assert isinstance(base.student, CausalDenoiser)
         assert config.causal is not None

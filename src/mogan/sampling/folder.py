@@ -67,7 +67,11 @@ def fill(
     batch: int,
     maker: Callable[[list[str]], Callable],
 ) -> None:
-    """Make the clips that a folder lacks of a shard's; ``maker`` loads what makes them of these prompts."""
+    """Make the clips that a folder lacks of a shard's; ``maker`` loads what makes them of these prompts.
+
+    Raises:
+        UserError: clips lie there that no line lists.
+    """
     listed, jobs = listed_samples(out), share_of(wanted, shard)
 
     def record(job: Job) -> dict:

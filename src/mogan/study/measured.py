@@ -77,7 +77,11 @@ def keep_measured(path: Path, home: Path, out: Path, jobs: list[Job]) -> Measure
 
 
 def records(folder: Path, results: Path) -> list[Record]:
-    """Values and features of a folder's clips, from the file that the evaluation kept."""
+    """Values and features of a folder's clips, from the file that the evaluation kept.
+
+    Raises:
+        UserError: the file is damaged.
+    """
     from mogan.evaluation.records import measured
 
     found = measured(read_folder(folder, folder.name), results.with_suffix(".clips.jsonl"))

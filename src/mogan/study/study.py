@@ -106,7 +106,7 @@ def study(
 
 
 def chosen(columns: tuple[Column, ...], names: tuple[str, ...]) -> tuple[Column, ...]:
-    """The named columns and those they need; all, if none is named."""
+    """The named columns and those they need; all, if none is named. Raises UserError if one is not there."""
     known = {c.name: c for c in columns}
     unknown = [n for n in names if n not in known]
     if unknown:
@@ -124,7 +124,11 @@ def seeds_of(column: Column, numbers: range) -> list[int]:
 
 
 def write_prompts(path: Path, seed: int, count: int, motion: str) -> int:
-    """So many different captions of a world, one a line; returns how many of its scenes hold them."""
+    """So many different captions of a world, one a line; returns how many of its scenes hold them.
+
+    Raises:
+        UserError: the file was written for other numbers.
+    """
     found, scenes = captions(seed, count, motion=motion)
     text = "\n".join(found) + "\n"
     if path.is_file() and path.read_text() != text:

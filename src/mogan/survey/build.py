@@ -198,6 +198,9 @@ def copy_clip(source: Path, folder: Path) -> Clip:
     """Copy the video stream bit by bit under a random name: no audio, no metadata, no encoder's remarks (SEI).
 
     Phones play H.264 with 8-bit 4:2:0 and little else, so anything else is ``Unplayable``.
+
+    Raises:
+        UserError: the disk is full.
     """
     name = f"{secrets.token_hex(16)}.mp4"
     try:

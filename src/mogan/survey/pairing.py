@@ -12,7 +12,11 @@ Key = tuple[str, int]
 
 
 def named_folders(given: Sequence[str]) -> dict[str, Path]:
-    """``NAME=FOLDER`` or ``FOLDER``, as `mogan evaluate` takes them -> {name: folder}."""
+    """``NAME=FOLDER`` or ``FOLDER``, as `mogan evaluate` takes them -> {name: folder}.
+
+    Raises:
+        UserError: fewer than two, one that is no folder, or two of one name or place.
+    """
     folders: dict[str, Path] = {}
     for text in given:
         name, path = named_folder(text)
@@ -32,7 +36,7 @@ def read_samples(folder: Path) -> dict[Key, Entry]:
     """The clips of one system by (prompt, k), found as every command finds them: see ``read_folder``.
 
     A survey shows every clip that is listed, and its prompt: a listed file that is not there or has no caption is an error
-    here. What cannot be opened is left out; whether its partners may be is for :func:`shared_keys` to say.
+    here (UserError). What cannot be opened is left out; whether its partners may be is for :func:`shared_keys` to say.
     """
     system = read_folder(folder, folder.name)
     if system.uncaptioned:

@@ -77,7 +77,7 @@ class Gain:
         return world.mean([torch.cat(found).mean()])[0]
 
     def check(self, parts: Assembly, iteration: int) -> float:
-        """Measure after so many iterations, and note it."""
+        """Measure after so many iterations, and note it. Raises UserError if the student has diverged."""
         motion = self.measure(parts)
         if not math.isfinite(motion):  # on all processes alike
             raise UserError(
