@@ -17,17 +17,18 @@ from mogan.evaluation.statistics import mean_interval
 from mogan.recipes import find_recipe, mogan_lab
 from mogan.sampling.flowmo import FlowMo, temporal_variance
 from mogan.study import columns
-from mogan.study.collect import bars, combine, markdown, minus
+from mogan.study.collect import bars, combine, markdown, minus, variety_of
 from mogan.study.commands import PROMPT_SEED, jobs_of, shared_jobs
 from mogan.study.cost import Training, from_teacher, iterations_that_fit, read_training, training
 from mogan.study.figure import draw
 from mogan.study.jobs import Job, core_seconds, run_jobs
 from mogan.study.measured import keep_measured, path_of, read_measured
 from mogan.study.methods import methods, shift_frozen
-from mogan.study.study import chosen, left_to_do, measure_all, needed, write_prompts
+from mogan.study.signatures import signatures
+from mogan.study.study import chosen, left_to_do, measure_all, needed, seeds_of, write_prompts
 from mogan.world.scenes import make_scene
 
-STUDIES = [columns.table1, columns.table2, methods]
+STUDIES = [columns.table1, columns.table2, methods, signatures]
 
 
 @pytest.mark.parametrize("table", STUDIES)
@@ -50,12 +51,12 @@ def test_a_name_means_the_same_column_in_every_study():
 
 def student_updates(column, known):
     """From the teacher on, by the plan alone."""
+    before = student_updates(known[column.start], known) if column.start else 0
     if column.recipe is None:
-        return 0
+        return before
     config = find_recipe(column.recipe)
     steps = range(column.iterations or config.iterations)
-    own = sum(u.times for i in steps for u in config.plan if u.learns == "student" and u.happens(i))
-    return own + (student_updates(known[column.start], known) if column.start else 0)
+    return before + sum(u.times for i in steps for u in config.plan if u.learns == "student" and u.happens(i))
 
 
 def test_columns_are_held_against_mogan_and_against_their_own_pair_of_as_many_updates_or_seconds():
@@ -98,6 +99,49 @@ def test_methods_are_compared_at_equal_student_updates():
     for name, column in known.items():
         if column.as_long_as:
             assert column.as_long_as == (name.removesuffix("_t"), "mogan")
+
+
+def test_what_papers_claim_is_compared_at_equal_student_updates():
+    known = {c.name: c for c in signatures()}
+    found = {n: student_updates(c, known) for n, c in known.items()}
+    assert found == {
+        "teacher": 0, "dmd": 400, "dmd_160": 560, "redmd_1": 560, "redmd_half": 560, "redmd_fifth": 560,
+        "dmd_at_50": 50, "transport_at_50": 50, "dmd_at_100": 100, "transport_at_100": 100, "dmd_at_150": 150,
+        "transport_at_150": 150, "accvideo": 440, "accvideo_no_gan": 440, "dmd_long": 440, "phased": 440,
+        **dict.fromkeys([n for n in known if n.startswith("tdm")], 440),
+    }  # fmt: skip
+    changed = {"redmd_1": "dmd_160", "transport_at_50": "dmd_at_50"}
+    for name, base in changed.items():
+        one, other = (vars(find_recipe(known[n].recipe)) for n in (name, base))
+        assert {k for k in one if one[k] != other[k]} - {"recipe", "iterations", "post_trains"} == {"objectives"}
+    assert {find_recipe(known[f"redmd_{n}"].recipe).objectives["dmd"].weights.beta for n in ("1", "half", "fifth")} == {
+        1.0, 0.5, 0.2,
+    }  # fmt: skip
+
+
+def test_a_student_that_is_sampled_otherwise_is_that_of_its_column_for_every_training_seed(tmp_path):
+    known = {c.name: c for c in signatures()}
+    sample, measure = jobs_of(known["tdm_in_2"], 1, tmp_path, 4, None)
+    assert sample.command[sample.command.index("--model") + 1] == str(tmp_path / "tdm" / "seed1" / "export")
+    assert (sample.command[-2:], sample.after) == (("--steps", "2"), ("tdm-1-export",))
+    assert measure.after == (sample.name,)
+    assert [c.name for c in chosen(signatures(), ("tdm_in_2",))] == ["tdm", "tdm_in_2"]
+    assert seeds_of(known["tdm_in_2"], range(3)) == [0, 1, 2]
+    assert seeds_of(known["teacher"], range(3)) == [0]
+    trained = {("tdm", 0): Training(440, [1.0, 2.0])}
+    assert from_teacher(known["tdm_in_2"], 0, known, trained) == (440, 3.0)
+
+
+def test_variety_is_the_mean_distance_of_looks_within_a_prompt_and_seed():
+    world = [{"features": [0.0, 0.0]}, {"features": [2.0, 4.0]}]  # deviations 1 and 2
+    looks = {("a", "0"): [(0, 0), (1, 0), (0, 2)], ("b", "0"): [(5, 5), (5, 5)], ("a", "1"): [(9, 9)]}
+    clips = [{"prompt": prompt, "features": f} for (prompt, _), found in looks.items() for f in found]
+    seeds = [seed for (_, seed), found in looks.items() for _ in found]
+    apart = np.mean([math.sqrt(1 / 2), math.sqrt(1 / 2), 1.0])  # per root of 2 features
+    found = variety_of(clips, seeds, world)
+    assert found.mean == pytest.approx((apart + 0) / 2)
+    assert found.n == 2
+    assert variety_of(clips[-1:], seeds[-1:], world) is None
 
 
 def test_calls_are_those_of_the_steps_and_chunks():

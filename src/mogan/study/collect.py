@@ -3,7 +3,10 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from typing import Any
+
+import numpy as np
 
 from mogan.evaluation.names import METRICS
 from mogan.evaluation.sets import column_of, paired, set_metrics
@@ -17,7 +20,7 @@ SHOWN = (
     "dynamic_degree", "motion_smoothness", "motion_score", "lab_net", "lab_speed", "lab_path", "lab_wobble",
     "lab_pulsing", "lab_straightness", "lab_still", "lab_physics", "lab_identity", "lab_colour", "lab_shape",
     "lab_travels", "lab_count",
-    "saturation", "appearance_distance", "speed_to_rich", "speed_to_world",
+    "saturation", "appearance_distance", "variety", "speed_to_rich", "speed_to_world",
 )  # fmt: skip
 COMPARED = (
     "dynamic_degree",
@@ -30,6 +33,7 @@ COMPARED = (
     "lab_shape",
 )
 OWN = {
+    "variety": "Variety: distance between the looks of a prompt's clips",
     "speed_to_rich": "Speed histogram, distance to the motion-rich set (px/frame)",
     "speed_to_world": "Speed histogram, distance to the teacher's world (px/frame)",
 }
@@ -91,10 +95,33 @@ def _metrics(clips: list[Record], seeds: Sequence[str], rich: list[Record], worl
     to_world = set_metrics(clips, world, *factors)
     if "appearance_distance" in to_world:
         found["appearance_distance"] = to_world["appearance_distance"]  # the look is to stay the teacher's world's
+    if world and (variety := variety_of(clips, seeds, world)) is not None:
+        found["variety"] = variety
     for name, distances in (("speed_to_rich", to_rich), ("speed_to_world", to_world)):
         if "lab_speed_wasserstein" in distances:
             found[name] = distances["lab_speed_wasserstein"]
     return found
+
+
+def variety_of(clips: list[Record], seeds: Sequence[str], world: list[Record]) -> Interval | None:
+    """Mean distance between the looks of clips of one prompt and training seed, in the deviations of real ones; None of single clips.
+
+    Looks are the 40 numbers of :func:`mogan.evaluation.appearance.frame_features`, per root of their number: real clips of
+    different captions lie about 1.4 apart.
+    """
+    scale = np.maximum(np.array([clip["features"] for clip in world]).std(0), 1e-6)
+    looks: dict[tuple[str, str], list[np.ndarray]] = {}
+    for clip, seed in zip(clips, seeds, strict=True):
+        looks.setdefault((clip["prompt"], seed), []).append(np.array(clip["features"]) / scale)
+    rows = [
+        (float(np.mean([np.sqrt(np.square(a - b).mean()) for a, b in combinations(found, 2)])), *whose)
+        for whose, found in looks.items()
+        if len(found) > 1
+    ]
+    if not rows:
+        return None
+    values, prompts, of = zip(*rows, strict=True)
+    return mean_interval(values, *_factors(prompts, of))
 
 
 # ---------------------------------------------------------------------------------------------- bars

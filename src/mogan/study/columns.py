@@ -17,7 +17,7 @@ class Column:
     Attributes:
         name: in tables and files.
         about: what it is, in a few words.
-        recipe: what ``mogan train`` is given; None for a system that is sampled as it is.
+        recipe: what ``mogan train`` is given; None for a system that is sampled as it is, the base model or its start.
         start: the column whose student it starts from, seed by seed; None starts from the base model.
         data: what it is trained on: ``cache``, the motion-rich videos; ``captions`` alone; ``paths`` of the teacher; ``states``,
             videos of things that take up a state.

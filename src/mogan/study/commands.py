@@ -46,7 +46,8 @@ def jobs_of(column: Column, seed: int, out: Path, clips: int, iterations: int | 
     """Train, export, sample and measure one column with one training seed."""
     home, mark = out / column.name / f"seed{seed}", f"{column.name}-{seed}"
     jobs: list[Job] = []
-    model = "lab-teacher"
+    after_sample: list[str]
+    model, after_sample = "lab-teacher", []
     if column.recipe is not None:
         data = ["--data", str(out / column.data)]
         train = ["train", column.recipe, *data, "--out", str(home / "run"), "--seed", str(seed)]
@@ -60,9 +61,11 @@ def jobs_of(column: Column, seed: int, out: Path, clips: int, iterations: int | 
         model = str(home / "export")
         export = ("export", str(home / "run"), "--out", model, *column.keeps)
         jobs.append(Job(f"{mark}-export", export, after=(f"{mark}-train",), makes=home / "export" / "model_index.json"))
+        after_sample = [f"{mark}-export"]
+    elif column.start is not None:  # another column's student, sampled otherwise
+        model, after_sample = str(out / column.start / f"seed{seed}" / "export"), [f"{column.start}-{seed}-export"]
     sample = ["sample", "--prompts", str(out / "held_out.txt"), "--out", str(home / "samples"), "--model", model]
     sample += ["--seeds", str(clips), *column.sampling]
-    after_sample = [f"{mark}-export"] if column.recipe else []
     if column.first_frames:
         sample += ["--first-frames", str(out / "held_out")]
         after_sample.append("held_out")

@@ -50,9 +50,9 @@ def read_training(log: Path) -> Training:
 
 def from_teacher(column: Column, seed: int, known: dict[str, Column], trained: Trained) -> tuple[int, float]:
     """Student updates and seconds of training that lead from the base model to a column's student."""
-    if column.recipe is None:
-        return 0, 0.0
     updates, seconds = from_teacher(known[column.start], seed, known, trained) if column.start else (0, 0.0)
+    if column.recipe is None:
+        return updates, seconds
     own = trained[column.name, seed]
     return updates + own.updates, seconds + sum(own.seconds)
 

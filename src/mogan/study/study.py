@@ -23,14 +23,15 @@ from mogan.study.figure import draw
 from mogan.study.jobs import Job, core_seconds, run_jobs
 from mogan.study.measured import Measured, keep_measured, path_of, read_measured, records
 from mogan.study.methods import methods
+from mogan.study.signatures import signatures
 from mogan.world.scenes import captions
 
-STUDIES = {"table1": table1, "table2": table2, "methods": methods}
+STUDIES = {"table1": table1, "table2": table2, "methods": methods, "signatures": signatures}
 TRAIN_PROMPTS, PATHS, FEW = 4000, 512, 8  # to train on, for the teacher's paths, for an analysis of attention
 
 
 def study(
-    name: tyro.conf.Positional[Literal["table1", "table2", "methods"]],
+    name: tyro.conf.Positional[Literal["table1", "table2", "methods", "signatures"]],
     *,
     out: Path = Path("runs/study"),
     seeds: int = 3,
@@ -50,8 +51,9 @@ def study(
     copy the others' OUT/COLUMN/seedN.json.gz into one OUT, and what they hold is not done again.
 
     Args:
-        name: table1 (teacher, FlowMo, DMD, MoGAN), table2 (MoGAN with one part or setting changed) or methods (every system
-            of this package at equal student updates, some at equal seconds, and MoGAN on top of other students).
+        name: table1 (teacher, FlowMo, DMD, MoGAN), table2 (MoGAN with one part or setting changed), methods (every system
+            of this package at equal student updates, some at equal seconds, and MoGAN on top of other students) or signatures
+            (what the papers of other methods claim, each with the arms that would show it).
         out: folder for everything, the same for all studies.
         seeds: training seeds.
         first_seed: the first of them.
@@ -83,7 +85,7 @@ def study(
     seconds = core_seconds(shared + references, out / "logs") + sum(found.core_seconds for found in measured.values())
     systems = collect(columns, numbers, measured, out)
     results: dict[str, Any] = {"systems": systems, "bars": []}
-    if name != "methods":  # the paper's tables expect something
+    if name.startswith("table"):  # the paper's expect something
         results["bars"] = [vars(bar) for bar in bars(systems)]
     results["how"] = {
         "command": f"mogan study {shlex.join(sys.argv[2:])}" if sys.argv[1:2] == ["study"] else f"mogan study {name}",
@@ -120,7 +122,7 @@ def chosen(columns: tuple[Column, ...], names: tuple[str, ...]) -> tuple[Column,
 
 def seeds_of(column: Column, numbers: range) -> list[int]:
     """Training seeds of a column; what is not trained has one."""
-    return list(numbers) if column.recipe else [0]
+    return list(numbers) if column.recipe or column.start else [0]
 
 
 def write_prompts(path: Path, seed: int, count: int, motion: str) -> int:
