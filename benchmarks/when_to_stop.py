@@ -7,7 +7,8 @@ r"""When MoGAN has had its effect, and what R1 and R2 are for: motion, form and 
 
 A run is stopped at each number, exported, sampled on the study's held-out prompts and measured, and goes on: an hour and a half
 of one core for 80 iterations of one recipe with three seeds. Prints a table in Markdown for each recipe: what the student has, and
-its difference from the DMD student that it began as, clip by clip on the same prompt and number, with 95 % intervals over prompts.
+its difference from the DMD student that it began as, clip by clip on the same prompt and number, with 95 % intervals over prompts
+and training seeds.
 
 What was measured of a recipe and seed is kept in STUDY/when_to_stop/RECIPE/seedN.json.gz, number by number. Started again it goes on
 where it stopped; such files may be copied from another machine, and what they hold is not done again.
@@ -92,11 +93,12 @@ def follow(given: argparse.Namespace, recipe: str, seed: int) -> Kept:
 
 
 def gained(runs: list[Kept], at: int, metric: str) -> tuple[float, float, float, float]:
-    """Mean of a metric over seeds and clips; of its difference from the start, mean and 95 % interval over prompts."""
+    """Mean of a metric over training seeds and clips; of its difference from the start, mean and 95 % interval over prompts and seeds."""
     values = [v for run in runs for c in run[str(at)]["clips"] if (v := c["values"].get(metric)) is not None]
     pairs = [paired(run["0"]["clips"], run[str(at)]["clips"], metric) for run in runs]
     gaps, prompts = (list(chain.from_iterable(part)) for part in zip(*pairs, strict=True))
-    low, high = mean_interval(gaps, prompts).ci95 or (nan, nan)
+    seeds = [seed for seed, (found, _) in enumerate(pairs) for _ in found]
+    low, high = mean_interval(gaps, prompts, *([seeds] if len(runs) > 1 else [])).ci95 or (nan, nan)
     return mean(values), mean(gaps), low, high
 
 
