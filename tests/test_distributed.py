@@ -203,6 +203,7 @@ def test_sharded_run_follows_the_trajectory_of_one(recipe, ranks, more, family, 
         ("vdot", 2, ("--context-parallel", "2")),
         ("phased", 2, ()),
         ("tdm", 2, ("--context-parallel", "2")),
+        ("llia", 2, ()),
     ],
 )
 def test_adapters_on_processes_follow_the_run_of_one_and_are_resumed_by_one(

@@ -24,13 +24,23 @@ from mogan.models.attention import stack_text
 from mogan.models.causal import CausalDenoiser
 from mogan.models.causal_cache import Causal, Policy, read_causal
 from mogan.models.denoiser import Denoiser
-from mogan.models.states import attach_states, detach_states, read_states, state_names, told, write_states
+from mogan.models.lora import ROWS as LEARNT_ROWS
+from mogan.models.states import (
+    attach_states,
+    detach_states,
+    read_states,
+    state_names,
+    state_rows,
+    told,
+    write_states,
+)
 from mogan.objectives.consistency import Consistency, ConsistencyConfig, labels_of
 from mogan.recipes import find_recipe
 from mogan.runs.checkpoint import latest_checkpoint, load_part
 from mogan.runs.generator import open_generator
 from mogan.sampling.causal_rollout import Chunked, stream_causal
 from mogan.sampling.rollout import normal, roll_out
+from mogan.training.assemble import assemble
 from mogan.training.load import find_models
 from mogan.training.loop import run_training
 from mogan.world.states import make_state_scene
@@ -163,8 +173,9 @@ def test_the_solvers_step_is_the_mean_of_the_steps_with_the_same_noise():
 # ------------------------------------------------------------------------------------------------- a run
 
 
-def test_it_trains_from_a_causal_student_resumes_and_is_exported_with_its_sizes(family, cache, tmp_path, capsys):
-    config = replace(tiny_recipes.llia(), iterations=2)
+@pytest.mark.parametrize("rank", [None, 2])
+def test_it_trains_from_a_causal_student_resumes_and_is_exported_with_its_sizes(rank, family, cache, tmp_path, capsys):
+    config = replace(tiny_recipes.llia(), iterations=2, lora=rank)
     run = trained(config, family, cache, tmp_path / "run")
     assert main(["export", str(run), "--out", str(tmp_path / "export")]) == 0
     source = open_generator(str(tmp_path / "export"))
@@ -272,8 +283,8 @@ def test_clips_without_states_or_with_others_are_refused(cache):
         entry.pop("state")
     with pytest.raises(UserError, match="no clip of"):
         labels_of(other, ("idle",))
-    with pytest.raises(ValueError, match="not beside lora"):
-        replace(tiny_recipes.llia(), lora=2)
+    with pytest.raises(ValueError, match="at least one"):
+        replace(tiny_recipes.llia(), states={})
 
 
 def test_scenes_take_up_their_state_where_they_say_and_captions_do_not_tell():
@@ -344,9 +355,31 @@ def test_a_recipe_has_a_price_and_a_teachers_step_costs_more(recipe, capsys):
     assert each[0] < each[1] < each[2]  # a larger chunk sees more of its own
 
 
+def test_rows_of_states_learn_beside_adapters_and_those_of_a_start_go_on(family, cache, tmp_path):
+    config = replace(tiny_recipes.llia(), iterations=2, lora=2)
+    network = build(config, family, cache).networks["student"]
+    others = [p for n, p in network.named_parameters() if p.requires_grad and ".lora_" not in n]
+    (began,) = (p.detach().clone() for p in others)
+    assert began.shape == (3, 64)
+    run = trained(config, family, cache, tmp_path / "run")
+    (rows,) = (t for n, t in load_part(latest_checkpoint(run), "student").items() if n.endswith(LEARNT_ROWS))
+    assert not torch.equal(rows, began)
+    assert main(["export", str(run), "--out", str(tmp_path / "export")]) == 0
+    kept, teacher = read_states(tmp_path / "export", 64), str(family / "teacher")
+    begin = {"model": teacher, "student": str(tmp_path / "export")}
+    more = assemble(config, open_cache(cache), run=None, device="cpu", **begin)
+    student = more.networks["student"].transformer
+    assert all(torch.equal(row, kept[name]) for name, row in state_rows(student).items())
+    own = student.condition_embedder.text_embedder.states
+    assert own.requires_grad
+    (target,) = (t for n, t in more.state().items() if n.startswith("consistency_state") and n.endswith(LEARNT_ROWS))
+    assert target.data_ptr() != own.data_ptr()
+
+
 @pytest.mark.slow
-def test_a_run_goes_on_bit_for_bit_with_its_states_and_sizes(family, cache, tmp_path):
-    config = tiny_recipes.llia()
+@pytest.mark.parametrize("rank", [None, 2])
+def test_a_run_goes_on_bit_for_bit_with_its_states_and_sizes(rank, family, cache, tmp_path):
+    config = replace(tiny_recipes.llia(), lora=rank)
     whole = trained(config, family, cache, tmp_path / "whole")
     part = trained(replace(config, iterations=1), family, cache, tmp_path / "part")
     run_training(build(config, family, cache, part), part)

@@ -254,8 +254,8 @@ class Config:
                 )
         for field in fields(self):
             _check_kept(field.name, getattr(self, field.name))
-        if self.states is not None and (self.lora is not None or not self.states):
-            raise ValueError("states: at least one, and not beside lora: their rows are learnt with all weights")
+        if self.states is not None and not self.states:
+            raise ValueError("states: at least one, or None")
         for kind in filter(None, (self.rollout, *(update.rollout for update in self.plan))):
             kind.steps(self.sigmas)
         if self.causal is not None and (self.boundary is not None or self.given not in (0, self.causal.first)):

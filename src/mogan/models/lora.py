@@ -22,6 +22,8 @@ TARGETS = [  # every matrix of every block; of a transformer that is told where 
     *("delta_embedder.linear_1", "delta_embedder.linear_2"),
 ]
 
+ROWS = "text_embedder.states"  # of states that a transformer is told: no matrix, so they learn beside the adapters
+
 Factors = dict[str, tuple[Tensor, Tensor]]  # module name -> A (rank, in), B (out, rank)
 
 
@@ -86,11 +88,15 @@ def adapted(base: Any, rank: int, seed: int, told: bool = False) -> Any:
 
 
 def learned_state(network: nn.Module) -> dict[str, Tensor]:
-    """The part of a state dict that training changes: all of it, but of a transformer with adapters these alone."""
+    """The part of a state dict that training changes: all of it, but of a transformer with adapters these and rows of states alone."""
     adapted = tuple(
         f"{name}." if name else "" for name, module in network.named_modules() if hasattr(module, "peft_config")
     )
-    return {k: v for k, v in network.state_dict().items() if ".lora_" in k or not adapted or not k.startswith(adapted)}
+    return {
+        k: v
+        for k, v in network.state_dict().items()
+        if ".lora_" in k or k.endswith(ROWS) or not adapted or not k.startswith(adapted)
+    }
 
 
 def load_learned(network: nn.Module, state: Mapping[str, Tensor]) -> None:
@@ -112,6 +118,12 @@ def factors(state: Mapping[str, Tensor]) -> Factors:
     """Adapters of a state dict by module: ``{"blocks.0.attn1.to_q": (A, B)}``; empty if it has none."""
     names = [m[1] for k in state if (m := re.fullmatch(r"(.+)\.lora_A\.default\.weight", k))]
     return {n: (state[f"{n}.lora_A.default.weight"], state[f"{n}.lora_B.default.weight"]) for n in names}
+
+
+def merge_learned(transformer: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Give a transformer without adapters what one with them learned (:func:`learned_state`), in place."""
+    merge(transformer, factors(state))
+    transformer.load_state_dict({k: v for k, v in state.items() if k.endswith(ROWS)}, strict=False)
 
 
 @torch.no_grad()

@@ -44,14 +44,20 @@ def state_names(transformer: Any) -> tuple[str, ...]:
     return getattr(transformer.condition_embedder.text_embedder, "state_names", ())
 
 
+def state_rows(transformer: Any) -> dict[str, Tensor]:
+    """The row ``(D,)`` of every state."""
+    embedder = transformer.condition_embedder.text_embedder
+    return (
+        dict(zip(embedder.state_names, embedder.states.detach().cpu(), strict=True)) if state_names(transformer) else {}
+    )
+
+
 def detach_states(transformer: Any) -> dict[str, Tensor]:
     """The rows, taken out: what is left is stock."""
-    embedder = transformer.condition_embedder.text_embedder
-    if not state_names(transformer):
-        return {}
-    rows = dict(zip(embedder.state_names, embedder.states.detach().cpu(), strict=True))
-    embedder.state_names = ()
-    del embedder.states
+    rows, embedder = state_rows(transformer), transformer.condition_embedder.text_embedder
+    if rows:
+        embedder.state_names = ()
+        del embedder.states
     return rows
 
 

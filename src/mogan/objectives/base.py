@@ -21,7 +21,7 @@ from mogan.models.denoiser import Denoiser
 from mogan.models.experts import boundary_of, experts, low_noise
 from mogan.models.frame_sparse import mask_of, masked, read_mask
 from mogan.models.lora import adapted
-from mogan.models.states import attach_states, state_names
+from mogan.models.states import attach_states, state_names, state_rows
 from mogan.models.step_condition import tell_steps
 from mogan.motion import estimators
 from mogan.motion.flow import FlowEstimator, RaftFlow
@@ -136,20 +136,22 @@ class Base:
             )
         if config.lora is None:
             transformer = wan.load_transformer(folder, part)
-            if config.states and folder == self.start and part == "transformer":
-                self._add_states(transformer, config.states)
             transformer = (tell_steps(transformer) if config.told else transformer).train()
         else:
             transformer = adapted(self.held(folder, part), config.lora, config.seed, config.told).train()
+        if config.states and folder == self.start and part == "transformer":
+            self._add_states(transformer, config.states)
         if config.checkpointing:
             transformer.enable_gradient_checkpointing()
         return spread(transformer, self.world, self.dtype, whole=config.lora is not None)
 
     def _add_states(self, transformer: Any, words: dict[str, str]) -> None:
-        """Rows that begin as the mean of their words' embedding, unless the start has its own."""
+        """Rows that learn and begin as the mean of their words' embedding, or as the start's own."""
         if not state_names(transformer):
             attach_states(transformer, {name: self.encode([said])[0].mean(0) for name, said in words.items()})
-        elif state_names(transformer) != tuple(sorted(words)):
+        elif state_names(transformer) == tuple(sorted(words)):
+            attach_states(transformer, state_rows(transformer))  # with adapters the start's are shared, and frozen
+        else:
             raise UserError(
                 f"{self.start} knows the states {', '.join(state_names(transformer))}, and {self.config.recipe} teaches "
                 f"{', '.join(sorted(words))}: take a recipe with the same, or remove its states.safetensors"

@@ -15,7 +15,7 @@ from mogan.models.causal_cache import Causal
 from mogan.models.denoiser import Denoiser
 from mogan.models.experts import LOW, boundary_of, low_noise
 from mogan.models.frame_sparse import Mask, masked, read_mask
-from mogan.models.lora import factors, merge
+from mogan.models.lora import merge_learned
 from mogan.models.states import attach_states, read_states, state_names
 from mogan.models.step_condition import tell_steps
 from mogan.runs.checkpoint import load_part, settings, student_checkpoint
@@ -99,7 +99,7 @@ class Generator:
         else:
             denoiser = Denoiser(self.start(), dtype, low, self.boundary)
         if self.lora is not None:
-            merge(denoiser.learner, factors(self.average()))
+            merge_learned(denoiser.learner, self.average())
         elif self.run is not None:
             denoiser.learner.load_state_dict(self.average())
         return denoiser
