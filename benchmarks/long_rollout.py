@@ -27,6 +27,7 @@ from mogan.models.causal import CausalDenoiser
 from mogan.models.causal_cache import Cache, Policy
 from mogan.runs.generator import open_generator
 from mogan.sampling.causal_rollout import sample_causal
+from mogan.sampling.samplers import to_frames
 from mogan.world.instruments import read_instruments
 from mogan.world.scenes import COLOURS, SHAPES
 
@@ -65,20 +66,14 @@ def look(frames: np.ndarray, caption: str) -> list[dict[str, float]]:
 
 
 @torch.no_grad()
-def clips(student: CausalDenoiser, vae, text, shape, sigmas, seeds) -> np.ndarray:
-    """uint8 ``(B, F, H, W, 3)``."""
-    video = torch.cat(list(sample_causal(student, vae, text, shape, sigmas, seeds)), 2)
-    return ((video + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 4, 1).numpy()
-
-
 def measure(model: str, prompts: list[str], chunks: int, batch: int, out: Path) -> dict[str, list]:
     """By policy a row per prompt: looks; read from ``out`` if they are there."""
     source = open_generator(model)
     student = source.load().eval()
     assert isinstance(student, CausalDenoiser), f"{model} sees whole clips"
-    shape = wan.latent_shape(source.folder, source.geometry)
+    channels, window, *sides = wan.latent_shape(source.folder, source.geometry)
     encode, vae = wan.load_text(source.folder), wan.load_vae(source.folder)
-    shape, texts, found = (shape[0], 1 + chunks, *shape[2:]), [encode([p])[0] for p in prompts], {}
+    shape, texts, found = (channels, 1 + chunks, *sides), encode(prompts), {}
     how, remember, most = student.how, student.remember, 0
 
     def watched(*args):
@@ -88,16 +83,16 @@ def measure(model: str, prompts: list[str], chunks: int, batch: int, out: Path) 
         return cache
 
     student.remember = watched
-    for name, policy in sinks(wan.latent_shape(source.folder, source.geometry)[1]).items():
+    for name, policy in sinks(window).items():
         path = out / f"{name.replace(', ', '_').replace(' ', '_')}.json"
         if not path.is_file():
             student.how, rows, most = replace(how, policy=policy), [], 0
             for at in range(0, len(prompts), batch):
                 numbers = range(at, min(at + batch, len(prompts)))
                 text = stack_text([texts[n] for n in numbers], "cpu")
-                made = clips(student, vae, text, shape, source.sigmas, list(numbers))
-                rows += [look(clip, prompts[n]) for n, clip in zip(numbers, made, strict=True)]
-            write_atomically(path, json.dumps({"bytes_per_clip": most // batch, "clips": rows}))
+                made = torch.cat(list(sample_causal(student, vae, text, shape, source.sigmas, numbers)), 2)
+                rows += [look(clip, prompts[n]) for n, clip in zip(numbers, to_frames(made), strict=True)]
+            write_atomically(path, json.dumps({"bytes_per_clip": most // min(batch, len(prompts)), "clips": rows}))
         found[name] = json.loads(path.read_text())
         print(f"{model}, {name}: at most {found[name]['bytes_per_clip'] / 1e6:.2f} MB of keys and values a clip")
     return found
@@ -106,12 +101,9 @@ def measure(model: str, prompts: list[str], chunks: int, batch: int, out: Path) 
 def means(found: list[dict], prompts: list[str], name: str, policy: str) -> list:
     """Over captions and models, look by look."""
     rows = [clip for one in found for clip in one[policy]["clips"]]
-    who = prompts * len(found)
-    intervals = []
-    for k in range(len(rows[0])):
-        kept = [(row[k][name], p) for row, p in zip(rows, who, strict=True) if np.isfinite(row[k][name])]
-        intervals.append(mean_interval([value for value, _ in kept], [p for _, p in kept]))
-    return intervals
+    models = np.repeat(np.arange(len(found)), len(prompts)).tolist()
+    factors = [prompts * len(found), *([models] if len(found) > 1 else [])]
+    return [mean_interval([row[k][name] for row in rows], *factors) for k in range(len(rows[0]))]
 
 
 def figure(found: list[dict], prompts: list[str], path: Path) -> None:

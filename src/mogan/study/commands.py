@@ -46,8 +46,8 @@ def jobs_of(column: Column, seed: int, out: Path, clips: int, iterations: int | 
     """Train, export, sample and measure one column with one training seed."""
     home, mark = out / column.name / f"seed{seed}", f"{column.name}-{seed}"
     jobs: list[Job] = []
-    after_sample: list[str]
-    model, after_sample = "lab-teacher", []
+    after_sample: list[str] = []
+    model = "lab-teacher"
     if column.recipe is not None:
         data = ["--data", str(out / column.data)]
         train = ["train", column.recipe, *data, "--out", str(home / "run"), "--seed", str(seed)]

@@ -29,9 +29,11 @@ def signatures() -> tuple[Column, ...]:
 def _rewarded() -> tuple[Column, ...]:
     """Re-DMD: does displacement rise with 1 / beta, at what cost, and not by more DMD alone?"""
     base = replace(DMD_LONG, name="dmd_160", about="DMD, 160 iterations more", iterations=160, against=("dmd",))
-    arms = (("redmd_1", "beta 1"), ("redmd_half", "beta 1/2"), ("redmd_fifth", "beta 1/5"))
-    more = replace(base, against=("dmd", "dmd_160"))
-    return base, *(replace(more, name=n, about=f"Re-DMD for as long, {about}", recipe=HERE + n) for n, about in arms)
+    half = replace(base, name="redmd_half", about="Re-DMD for as long, beta 1/2", recipe="redmd_lab")
+    half = replace(half, against=("dmd", "dmd_160"))
+    one = replace(half, name="redmd_1", about="the same, beta 1", recipe=HERE + "redmd_1")
+    fifth = replace(half, name="redmd_fifth", about="the same, beta 1/5", recipe=HERE + "redmd_fifth")
+    return base, one, half, fifth
 
 
 def _transported() -> tuple[Column, ...]:
@@ -78,11 +80,6 @@ def _followed(accvideo: Column) -> tuple[Column, ...]:
 def redmd_1() -> Config:
     """Beta 1."""
     return _beta(1.0)
-
-
-def redmd_half() -> Config:
-    """Beta 1/2, the paper's."""
-    return _beta(0.5)
 
 
 def redmd_fifth() -> Config:
