@@ -57,13 +57,18 @@ def set_metrics(
     return found
 
 
+def deviations(features_ND: np.ndarray) -> np.ndarray:
+    """The unit ``(D,)`` of each feature of a look; 1e-6 where a set shows none."""
+    return np.maximum(features_ND.std(0), 1e-6)
+
+
 def appearance_distance(features_ND: np.ndarray, reference_MD: np.ndarray, *factors: Sequence[Hashable]) -> Interval:
     """Frechet distance (covariance over N) of features scaled by the reference's deviations, with an interval.
 
     A resample holds fewer different clips and so lies farther away; the percentiles are shifted so that their median
     is the distance itself.
     """
-    scale = np.maximum(reference_MD.std(0), 1e-6)
+    scale = deviations(reference_MD)
     target = Moments().add(reference_MD / scale)
     unit = features_ND / scale
     distance = frechet(Moments().add(unit), target)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from mogan.evaluation.names import METRICS
-from mogan.evaluation.sets import column_of, paired, set_metrics
+from mogan.evaluation.sets import column_of, deviations, paired, set_metrics
 from mogan.evaluation.statistics import Interval, mean_interval
 from mogan.evaluation.table import cell
 from mogan.study.columns import Column
@@ -109,7 +109,7 @@ def variety_of(clips: list[Record], seeds: Sequence[str], world: list[Record]) -
     Looks are the 40 numbers of :func:`mogan.evaluation.appearance.frame_features`, per root of their number: real clips of
     different captions lie about 1.4 apart.
     """
-    scale = np.maximum(np.array([clip["features"] for clip in world]).std(0), 1e-6)
+    scale = deviations(np.array([clip["features"] for clip in world]))
     looks: dict[tuple[str, str], list[np.ndarray]] = {}
     for clip, seed in zip(clips, seeds, strict=True):
         looks.setdefault((clip["prompt"], seed), []).append(np.array(clip["features"]) / scale)
