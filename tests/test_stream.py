@@ -17,7 +17,7 @@ from mogan.models import wan
 from mogan.models.autoencoder import decode_video
 from mogan.models.causal import CausalDenoiser
 from mogan.models.causal_cache import Causal, Policy
-from mogan.sampling.causal_rollout import stream_causal
+from mogan.sampling.causal_rollout import stream_causal, take_steps
 from mogan.sampling.endless import bounded, retold, stream_endless
 from mogan.sampling.samplers import sample_student, to_frames
 from mogan.stream import engine
@@ -120,7 +120,7 @@ def test_what_is_run_again_is_what_a_clip_under_the_new_text_would_keep(student)
             cache = student.remember(chunk, text, cache)
         return cache
 
-    past = {start + i: (start, one) for start, chunk in chunks for i, one in enumerate(chunk.split(1, 2))}
+    past = {start + i: (start, one, 0.0) for start, chunk in chunks for i, one in enumerate(chunk.split(1, 2))}
     old = remembered(TEXT, chunks[:2])
     new, want = retold(student, old, past, OTHER), remembered(OTHER, chunks[:2])
     assert (new.frames, new.length, new.words.text is OTHER) == (old.frames, old.length, True)
@@ -139,11 +139,48 @@ def test_an_averaged_sink_stays_as_it_is(student):
     cache, past = student.begin(TEXT, how.policy), {}
     for number in range(5):
         latent = torch.randn(1, 4, 1, 4, 4, generator=torch.Generator().manual_seed(number))
-        cache, past[number] = student.remember(latent, TEXT, cache), (number, latent)
+        cache, past[number] = student.remember(latent, TEXT, cache), (number, latent, 0.0)
     new = retold(student, cache, past, OTHER)
     assert new.frames == cache.frames
     assert new.pieces[0] is cache.pieces[0]
     assert not torch.equal(new.pieces[1].kv[-1][0], cache.pieces[1].kv[-1][0])
+
+
+@pytest.mark.parametrize("how", [Causal(1, 1), Causal(1, 2, Policy(4, 1, None, True)), Causal(1, 1, context_sigma=0.1)])
+def test_another_first_latent_takes_the_place_of_the_first_and_the_past_is_run_again(student, how):
+    one, two = (torch.randn(1, 4, 1, 4, 4, generator=torch.Generator().manual_seed(k)) for k in (20, 21))
+    plain = parts(student, 5, how=how, given=one)
+    asked = []
+
+    def given_at(start):
+        asked.append(start)
+        return one if start < 3 else two
+
+    changed = parts(student, 5, how=how, given=given_at)
+    begins = [0, *np.cumsum(how.chunks(1 + 4 * how.rest))[:-1].tolist()]
+    assert asked == begins
+    before = [begin < 3 for begin in begins]
+    assert [torch.equal(a, b) for a, b in zip(plain, changed, strict=True)] == before
+    assert torch.equal(changed[0], one)  # what was shown stays shown
+    copy = one.clone()  # the same numbers again change nothing, as long as nothing has left the window
+    count = 2 if how.policy.window else 3
+    again = parts(student, count, how=how, given=lambda start: one if start == 0 else copy)
+    assert all(map(torch.equal, again, plain))
+
+
+def test_what_follows_another_first_latent_is_what_follows_a_past_that_began_with_it(student):
+    student.how = Causal(1, 1)
+    one, two = (torch.randn(1, 4, 1, 4, 4, generator=torch.Generator().manual_seed(k)) for k in (20, 21))
+    made = parts(student, 3, given=lambda start: one if start < 2 else two)
+    cache = student.begin(TEXT, bounded(student.how, SHAPE[1]))
+    for latent in (two, made[1]):
+        cache = student.remember(latent, TEXT, cache)
+    noise = torch.Generator().manual_seed(3)
+    x = torch.randn(SHAPE, generator=noise)[None, :, 2:3]
+    for _ in range(len(SIGMAS) - 1):  # the fresh noise of the second chunk, which was made before
+        torch.randn(1, 4, 1, 4, 4, generator=noise)
+    want = take_steps(student, x, TEXT, SIGMAS, [noise], cache.make_room(1))
+    assert torch.equal(made[2], want)
 
 
 def test_places_in_time_end_where_they_are_not_counted_anew(student):

@@ -21,7 +21,7 @@ from mogan.errors import UserError
 from mogan.exchange.export import save_student
 from mogan.models.autoencoder import decode_video
 from mogan.models.causal import CausalDenoiser
-from mogan.models.causal_cache import Causal
+from mogan.models.causal_cache import Causal, Policy
 from mogan.models.int8 import in_int8
 from mogan.models.states import attach_states
 from mogan.sampling.causal_rollout import stream_causal
@@ -56,7 +56,11 @@ def folder(family, tmp_path_factory):
 
 
 def studio_of(folder, **more):
-    return open_studio(str(folder / "student"), torch.device("cpu"), first_frame=folder / "portrait.png", **more)
+    return open_studio(str(folder / "student"), torch.device("cpu"), **{"first_frame": folder / "portrait.png"} | more)
+
+
+def none(path, where):
+    raise AssertionError("no line has a picture")
 
 
 @pytest.fixture(scope="module")
@@ -110,12 +114,12 @@ def test_a_state_takes_effect_with_the_chunk_that_begins_after_it(folder, tmp_pa
     )
     for chunk, wanted in ((1, "iiiss....."), (3, "iiiisss...")):  # latent n begins with frame 4 n - 3, of 16 a second
         studio = studio_of(folder, chunk=chunk)
-        follow = Following(studio, "a red circle", read_script(path, NAMES))
+        follow = Following(studio, "a red circle", read_script(path, NAMES, none))
         assert [follow.state(n) for n in range(10)] == [{"i": "idle", "s": "speaking", ".": None}[c] for c in wanted]
         assert follow(0) is follow(1)  # nothing is run again where nothing changes
         assert torch.equal(follow(4), studio.text("a red circle", "speaking"))
-    prompts = read_script(script(path, {"at": 0, "state": "idle"}, {"at": 1, "prompt": "a blue circle"}), NAMES)
-    assert prompts(1.0, 2.0) == ("a blue circle", "idle")
+    prompts = read_script(script(path, {"at": 0, "state": "idle"}, {"at": 1, "prompt": "a blue circle"}), NAMES, none)
+    assert prompts(1.0, 2.0) == ("a blue circle", "idle", None)
 
 
 def test_the_change_is_seen_at_once_and_with_the_past_run_again_or_not(folder):
@@ -133,9 +137,53 @@ def test_the_change_is_seen_at_once_and_with_the_past_run_again_or_not(folder):
     )
 
 
+def test_a_picture_of_a_script_takes_the_place_of_the_first_frame(folder, studio, tmp_path):
+    other = cv2.flip(cv2.imread(str(folder / "portrait.png")), 1)
+    cv2.imwrite(str(tmp_path / "other.png"), other)
+    path = script(
+        tmp_path / "s.jsonl", {"at": 0, "state": "idle"}, {"at": 0.5, "picture": "other.png"}, {"at": 1, "state": None}
+    )
+    follow = Following(studio, "a red circle", read_script(path, NAMES, studio.another_picture))
+    assert follow.given(2) is studio.given
+    assert follow.given(3) is follow.given(9)
+    assert torch.equal(follow.given(3), studio_of(folder, first_frame=tmp_path / "other.png").given)
+    found = made(studio, follow, 5, given_at=follow.given)
+    plain = made(studio, follow, 5)
+    assert [np.array_equal(a, b) for a, b in zip(plain, found, strict=True)] == [True, True, True, False, False]
+    watched = Watched(studio, 3, [follow])
+    assert all(np.array_equal(watched.piece(n), piece) for n, piece in enumerate(found))
+    watched.close()
+    begins = script(path, {"at": 0, "picture": "other.png", "state": "idle"})
+    bare = open_studio(str(folder / "student"), torch.device("cpu"))
+    first = Following(bare, "a red circle", read_script(begins, NAMES, bare.another_picture))
+    want = made(studio_of(folder, first_frame=tmp_path / "other.png"), follow, 3)
+    assert all(map(np.array_equal, made(bare, first, 3, given_at=first.given), want))
+
+
+def test_a_picture_that_cannot_take_the_place_of_the_first_is_refused(folder, family, tmp_path):
+    stale = studio_of(folder, again=False)
+    path = script(tmp_path / "s.jsonl", {"at": 0, "picture": str(folder / "portrait.png")})
+    with pytest.raises(
+        UserError, match="line 1 gives a picture, which is seen where the past is run again: leave out --no-recache"
+    ):
+        read_script(path, NAMES, stale.another_picture)
+    for name, how in (
+        ("averaged", Causal(1, 1, Policy(3, 1, 0.9, True))),
+        ("none", Causal(1, 1, Policy(3))),
+        ("two", Causal(2, 2)),
+    ):
+        save_student(loaded(family), family / "teacher", tmp_path / name, SIGMAS, torch.float32, "a test", causal=how)
+        with pytest.raises(UserError, match=r"line 1 gives a picture, and (averaged|none|two) does not keep one"):
+            read_script(path, (), open_studio(str(tmp_path / name), torch.device("cpu")).another_picture)
+    with pytest.raises(UserError, match="is not there"):
+        read_script(script(path, {"at": 0, "picture": "gone.png"}), NAMES, studio_of(folder).another_picture)
+
+
 @pytest.mark.parametrize(
     ("line", "sentence"),
     [
+        ('{"at": 1, "picture": null}', "line 1 is no change"),
+        ('{"at": 1, "picture": 3}', "line 1 is no change"),
         ("{", "line 1 is no change"),
         ('{"at": 1}', "line 1 is no change"),
         ('{"at": -1, "state": "idle"}', "line 1 is no change"),
@@ -159,16 +207,16 @@ def test_the_change_is_seen_at_once_and_with_the_past_run_again_or_not(folder):
 def test_lines_that_are_no_change_are_a_sentence(line, sentence, tmp_path):
     (tmp_path / "s.jsonl").write_text(line)
     with pytest.raises(UserError, match=sentence):
-        read_script(tmp_path / "s.jsonl", NAMES)
+        read_script(tmp_path / "s.jsonl", NAMES, none)
 
 
 def test_changes_after_the_end_of_a_clip_are_told(tmp_path, capsys):
     path = script(
         tmp_path / "s.jsonl", {"at": 0, "state": "idle"}, {"at": 2, "state": None}, {"at": 7, "state": "idle"}
     )
-    read_script(path, NAMES)
+    read_script(path, NAMES, none)
     assert capsys.readouterr().out == ""
-    read_script(path, NAMES, 2.0)
+    read_script(path, NAMES, none, 2.0)
     assert "2 changes, the first at 2 s, come after the clip's end at 2 s" in capsys.readouterr().out
 
 
@@ -314,7 +362,7 @@ def test_the_page_takes_states_up_and_follows_a_script(studio, tmp_path):
     from mogan.stream.app import make_app
 
     when = read_script(
-        script(tmp_path / "s.jsonl", {"at": 0, "state": "idle"}, {"at": 0.2, "state": "speaking"}), NAMES
+        script(tmp_path / "s.jsonl", {"at": 0, "state": "idle"}, {"at": 0.2, "state": "speaking"}), NAMES, none
     )
     with TestClient(make_app(studio, "a red circle", 3, when), base_url="http://127.0.0.1") as client:
         told = client.get("/api/model").json()

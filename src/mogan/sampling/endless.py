@@ -2,6 +2,7 @@
 
 A text that changes reaches what was made before it, too: the past that is kept is run again under the new one (LongLive,
 arXiv 2509.22622). Else its keys and values, made of features that had attended to the old text, go on asking for that.
+So does a first latent that is replaced by another one.
 """
 
 from collections.abc import Callable, Iterator
@@ -17,8 +18,9 @@ from mogan.models.causal_cache import Cache, Causal, Policy
 from mogan.sampling.causal_rollout import noised_to, take_steps
 from mogan.sampling.rollout import normal
 
-# by number of the frame: its chunk's first frame, and its latent as later chunks saw it
-Past = dict[int, tuple[int, Tensor]]
+# by number of the frame: its chunk's first frame, its latent as later chunks saw it, and the level of that
+Past = dict[int, tuple[int, Tensor, float]]
+Given = Float[Tensor, "1 c g h w"] | None
 
 
 def bounded(how: Causal, frames: int) -> Policy:
@@ -40,7 +42,7 @@ def stream_endless(
     sigmas: tuple[float, ...],
     seed: int,
     again: bool = True,
-    given: Float[Tensor, "1 c g h w"] | None = None,
+    given: Given | Callable[[int], Given] = None,
 ) -> Iterator[Float[Tensor, "1 c f h w"]]:
     """Latents, chunk by chunk as they are made; as long as nothing has left the window those of a clip of ``shape``.
 
@@ -51,33 +53,37 @@ def stream_endless(
         sigmas: as of :func:`mogan.sampling.rollout.roll_out`.
         seed: of its noise, which is drawn ``F`` latents at a time.
         again: run the past again under a text that is new.
-        given: the first chunk, which is seen clean and not made.
+        given: the first chunk ``(1, C, G, h, w)``, which is seen clean and not made; or what says it, asked as ``text_at`` is.
+            Another one than before takes its place in the past, as long as a sink keeps that, and the past is run again.
     """
     how, generator = student.how, [torch.Generator().manual_seed(seed)]
-    text, past, start = text_at(0), {}, 0  # type: Tensor, Past, int
+    given_at = given if callable(given) else lambda start: given
+    text, shown, past, start = text_at(0), given_at(0), {}, 0  # type: Tensor, Given, Past, int
     cache = student.begin(text, bounded(how, shape[1]))
     noise = normal(torch.Size((1, *shape)), generator, text.device)
     for frames in (min(size, shape[1]) for size in chain([how.first], repeat(how.rest))):
         cache = cache.make_room(frames)
         past = {number: past[number] for number in cache.frames}
-        now = text if start == 0 else text_at(start)
-        if again and now is not text:
+        now, other = (text_at(start), given_at(start)) if start else (text, shown)
+        again_now = again and now is not text
+        if other is not None and other is not shown:
+            past |= {number: (0, one, 0.0) for number, one in enumerate(other.split(1, 2)) if number in past}
+            shown, again_now = other, True
+        if again_now:
             cache = retold(student, cache, past, now)
         text = now
         while noise.shape[2] < frames:
             noise = torch.cat([noise, normal(torch.Size((1, *shape)), generator, text.device)], 2)
         x, noise = noise[:, :, :frames], noise[:, :, frames:]
-        shown = given if start == 0 else None
-        x0 = (
-            take_steps(student, x, text, how.levels(min(start, 1), sigmas), generator, cache)
-            if shown is None
-            else shown
-        )
+        if start > 0 or shown is None:
+            x0 = take_steps(student, x, text, how.levels(min(start, 1), sigmas), generator, cache)
+            level = how.context_sigma
+        else:
+            x0, level = shown, 0.0
         yield x0
-        level = how.context_sigma if shown is None else 0.0
         seen = noised_to(x0, level, generator)
         cache = student.remember(seen, text, cache, level)
-        past |= {start + i: (start, latent) for i, latent in enumerate(seen.split(1, 2))}
+        past |= {start + i: (start, latent, level) for i, latent in enumerate(seen.split(1, 2))}
         start += frames
 
 
@@ -93,5 +99,5 @@ def retold(student: CausalDenoiser, cache: Cache, past: Past, text: Tensor) -> C
     for _, run in groupby(left, lambda place: (place[1] - place[0], past[place[1]][0])):
         numbers = [number for _, number in run]
         latents = torch.cat([past[number][1] for number in numbers], 2)
-        new = student.remember(latents, text, replace(new, length=numbers[0]), student.how.context_sigma)
+        new = student.remember(latents, text, replace(new, length=numbers[0]), past[numbers[0]][2])
     return replace(new, length=cache.length)

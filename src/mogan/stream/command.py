@@ -56,7 +56,8 @@ def stream(
         seed: of the noise; the same one, with the same prompts, gives the same frames.
         first_frame: a picture, or a video whose first frame is meant, with which it begins; for a student that was given its first
             frame (llia_lab) or any other whose first chunk is one latent.
-        script: lines of JSON, {"at": seconds, "state": name}, with a prompt or one alone: each from its second on.
+        script: lines of JSON, {"at": seconds, "state": name}, with a prompt or a picture or one alone: each from its second on. A
+            picture takes the place of the first frame.
         audio: a recording that chooses the states speaking, listening and idle by loudness and voicing; it is not heard.
         out: an mp4 to write, in place of the page; must not exist yet.
         seconds: length of --out; 10, or that of --audio.
@@ -112,7 +113,7 @@ def _usual(studio: Studio) -> list[str]:
 def _when(studio: Studio, script: Path | None, audio: Path | None, end: float) -> tuple[When | None, float]:
     """What happens when, if something does, and for how long, seconds; ``end`` is that of a clip under a script."""
     if script is not None:
-        return read_script(script, studio.source.states, end), USUAL
+        return read_script(script, studio.source.states, studio.another_picture, end), USUAL
     return follow_sound(audio, studio.source.states) if audio is not None else (None, USUAL)
 
 
@@ -136,13 +137,15 @@ def _write(studio: Studio, prompts: list[str], seed: int, out: Path, frames: int
     following = None if when is None else Following(studio, prompts[0], when)
 
     def text_at(latent: int) -> torch.Tensor:
-        if following is not None:
-            return following(latent)
         return texts[_text_of(latent, len(texts), frames, each)]
 
     def seen() -> Iterator[np.ndarray]:
         nonlocal first
-        for frame in tqdm(cut(pieces(studio, text_at, seed, times), frames), "stream", frames, unit="frame"):
+        if following is None:
+            made = pieces(studio, text_at, seed, times)
+        else:
+            made = pieces(studio, following, seed, times, given_at=following.given)
+        for frame in tqdm(cut(made, frames), "stream", frames, unit="frame"):
             first = first or time.perf_counter() - begun
             yield frame
 

@@ -10,10 +10,10 @@ import traceback
 from collections import abc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -33,7 +33,7 @@ from mogan.models.int8 import in_int8
 from mogan.models.states import told
 from mogan.motion.classical_flow import dis
 from mogan.runs.generator import Generator, open_generator
-from mogan.sampling.endless import stream_endless
+from mogan.sampling.endless import bounded, stream_endless
 from mogan.sampling.first_frames import first_pictures
 from mogan.sampling.samplers import refuse_what_is_no_number, to_frames
 from mogan.world.scenes import COLOURS, DIRECTIONS, SHAPES
@@ -69,6 +69,32 @@ class Studio:
     def text(self, prompt: str, state: str | None = None) -> Tensor:
         """A prompt as the student reads it, and the state it is told, ``(1, L, D)``."""
         return stack_text([told(text, state, self.source.states) for text in self.encode([prompt])], self.device)
+
+    @torch.no_grad()
+    def picture(self, path: Path) -> Tensor:
+        """A picture, or the first frame of a video, as the first latent ``(1, C, 1, h, w)`` of a clip."""
+        return encode_video(
+            self.vae, to_video(first_pictures([path], self.source.geometry)[0][None]).to(self.device), False
+        )
+
+    def another_picture(self, path: Path, where: str) -> Tensor:
+        """The same, to take the first one's place on the way.
+
+        Raises:
+            UserError: it cannot be read, or the student does not go on seeing its first latent, or as it was.
+        """
+        how = self.student.how
+        policy = bounded(how, 1 + (self.source.geometry.frames - 1) // self.frames_per_latent)
+        if how.first != 1 or not policy.sink or policy.decay is not None:
+            raise UserError(
+                f"{where} gives a picture, and {self.name} does not keep one: its first chunk would have to be one latent, and "
+                "the sink of its window, not averaged"
+            )
+        if not self.again:
+            raise UserError(
+                f"{where} gives a picture, which is seen where the past is run again: leave out --no-recache"
+            )
+        return self.picture(path)
 
     @property
     def usual(self) -> str:
@@ -144,13 +170,9 @@ def open_studio(
         tokenizer.unk_token_id not in row
         for row in tokens([lab_prompt(c, s, m) for c in COLOURS for s in SHAPES for m in MANNERS])
     )
-    name, encode, given = Path(model).resolve().name, wan.load_text(source.folder, device), None
-    if first_frame is not None:
-        picture = to_video(first_pictures([first_frame], source.geometry)[0][None]).to(device)
-        with torch.no_grad():
-            given = encode_video(vae, picture, False)
-    unknown = tokenizer.unk_token_id
-    return Studio(name, source, student, vae, device, encode, tokens, unknown, known, given, again)
+    name, encode = Path(model).resolve().name, wan.load_text(source.folder, device)
+    studio = Studio(name, source, student, vae, device, encode, tokens, tokenizer.unk_token_id, known, again=again)
+    return studio if first_frame is None else replace(studio, given=studio.picture(first_frame))
 
 
 def lab_prompt(colour: str, shape: str, manner: str) -> str:
@@ -179,7 +201,12 @@ class Times:
 
 
 def pieces(
-    studio: Studio, text_at: Callable[[int], Tensor], seed: int, times: Times | None = None, overlap: bool = True
+    studio: Studio,
+    text_at: Callable[[int], Tensor],
+    seed: int,
+    times: Times | None = None,
+    overlap: bool = True,
+    given_at: Callable[[int], Tensor | None] | None = None,
 ) -> abc.Generator[np.ndarray, None, None]:
     """Frames uint8 ``(1 or 4, H, W, 3)``, a latent's at a time, without an end; of one studio one at a time, until it is closed.
 
@@ -189,6 +216,7 @@ def pieces(
         seed: of the noise.
         times: where what the stages take is added up.
         overlap: make a chunk while the one before it is decoded, in a thread; the frames are the same.
+        given_at: the first latent, if another one may take its place, asked for as ``text_at`` is; else the studio's.
 
     Raises:
         UserError: what is made are no numbers, or the model counts no further in time.
@@ -196,7 +224,7 @@ def pieces(
     spent, source = times or Times(), studio.source
     shape = wan.latent_shape(source.folder, source.geometry)
     assert source.sigmas is not None
-    made = stream_endless(studio.student, text_at, shape, source.sigmas, seed, studio.again, studio.given)
+    made = stream_endless(studio.student, text_at, shape, source.sigmas, seed, studio.again, given_at or studio.given)
     side = torch.cuda.Stream(studio.device) if overlap and studio.device.type == "cuda" else None
 
     def chunk(_: int) -> Tensor:
@@ -246,7 +274,15 @@ def cut(made: Iterator[np.ndarray], frames: int) -> Iterator[np.ndarray]:
 
 # ---------------------------------------------------------------------------------------------- one that is watched
 
-Text = Tensor | Callable[[int], Tensor]  # of a chunk, by its first latent
+
+class Follows(Protocol):
+    """A text that changes by itself, and the first latent with it; asked for a chunk by the number of its first latent."""
+
+    def __call__(self, latent: int) -> Tensor: ...  # noqa: D102
+    def given(self, latent: int) -> Tensor | None: ...  # noqa: D102
+
+
+Text = Tensor | Follows
 
 
 @dataclass
@@ -266,7 +302,7 @@ class Watched:
     failed: UserError | None = None
 
     def __post_init__(self):
-        self.source = pieces(self.studio, self._text_at, self.seed, self.times)
+        self.source = pieces(self.studio, self._text_at, self.seed, self.times, given_at=self._given_at)
 
     def say(self, text: Text) -> int:
         """From the next chunk on another text; its number."""
@@ -279,6 +315,10 @@ class Watched:
             self.changes.append((latent, number))
         text = self.texts[number]
         return text if isinstance(text, Tensor) else text(latent)
+
+    def _given_at(self, latent: int) -> Tensor | None:
+        text = self.texts[self.changes[-1][1]]  # that of the chunk, which was asked for first
+        return self.studio.given if isinstance(text, Tensor) else text.given(latent)
 
     def piece(self, number: int) -> np.ndarray | None:
         """Frames of a kept piece or the next one, uint8 ``(F, H, W, 3)``; ``None``: it is neither."""
