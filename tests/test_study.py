@@ -108,12 +108,17 @@ def test_what_papers_claim_is_compared_at_equal_student_updates():
         "teacher": 0, "dmd": 400, "dmd_160": 560, "redmd_1": 560, "redmd_half": 560, "redmd_fifth": 560,
         "dmd_at_50": 50, "transport_at_50": 50, "dmd_at_100": 100, "transport_at_100": 100, "dmd_at_150": 150,
         "transport_at_150": 150, "accvideo": 440, "accvideo_no_gan": 440, "dmd_long": 440, "phased": 440,
-        **dict.fromkeys([n for n in known if n.startswith("tdm")], 440),
+        **dict.fromkeys([n for n in known if n.startswith("tdm")], 440), "causal_teacher": 200, "causal_cd": 500,
+        "self_forcing": 700, **dict.fromkeys([n for n in known if n.startswith("asd")], 740),
     }  # fmt: skip
     changed = {"redmd_1": "dmd_160", "transport_at_50": "dmd_at_50"}
     for name, base in changed.items():
         one, other = (vars(find_recipe(known[n].recipe)) for n in (name, base))
         assert {k for k in one if one[k] != other[k]} - {"recipe", "iterations", "post_trains"} == {"objectives"}
+    alone = find_recipe(known["asd_dmd"].recipe)
+    assert {u.by for u in alone.plan} == {"dmd"}
+    assert alone.rollout == find_recipe("asd_lab").rollout
+    assert known["asd_in_1"].calls == pytest.approx(known["asd"].calls - 12 / 5)
     assert {find_recipe(known[f"redmd_{n}"].recipe).objectives["dmd"].weights.beta for n in ("1", "half", "fifth")} == {
         1.0, 0.5, 0.2,
     }  # fmt: skip

@@ -7,22 +7,24 @@ from dataclasses import replace
 
 from mogan.config import Config
 from mogan.objectives.ot import TransportConfig
-from mogan.recipes import dmd_lab, redmd_lab, tdm_lab
+from mogan.recipes import asd_lab, dmd_lab, redmd_lab, tdm_lab
 from mogan.recipes.vdot import RHO
 from mogan.sampling.rollout import Intervals
 from mogan.schedule import levels_of
 from mogan.study.columns import DMD, TEACHER, Column
-from mogan.study.methods import DMD_LONG, methods
+from mogan.study.methods import AGAIN, CHUNKS, DMD_LONG, methods
 
 HERE = "mogan.study.signatures:"
 
 
 def signatures() -> tuple[Column, ...]:
-    """What is compared: Re-DMD's beta, VDOT's transport, TDM's numbers of steps, AccVideo's discriminator, Phased DMD's variety."""
+    """What is compared: Re-DMD's beta, VDOT's transport, TDM's numbers of steps, AccVideo's discriminator, Phased DMD's variety, ASD's
+    numbers of steps and its discriminator.
+    """
     known = {column.name: column for column in methods()}
     return (
         TEACHER, DMD, *_rewarded(), *_transported(), *_told(known["tdm"]), *_followed(known["accvideo"]), DMD_LONG,
-        known["phased"],
+        known["phased"], *(known[name] for name in ("causal_teacher", "causal_cd", "self_forcing")), *_stepped(known["asd"]),
     )  # fmt: skip
 
 
@@ -74,6 +76,18 @@ def _followed(accvideo: Column) -> tuple[Column, ...]:
     return accvideo, replace(alone, iterations=440, against=("accvideo",))
 
 
+def _stepped(asd: Column) -> tuple[Column, ...]:
+    """ASD: what its discriminator adds at each number of steps after the first chunk, which has all four."""
+    alone = replace(asd, name="asd_dmd", about="one student for 1 to 4, by DMD alone", recipe=HERE + "asd_dmd")
+    found = [asd, replace(alone, against=("asd",))]
+    for count in (3, 2, 1):
+        calls = (4 + (CHUNKS - 1) * count) / CHUNKS + AGAIN
+        fewer = _in_fewer(asd, count, ("self_forcing",))
+        fewer_alone = _in_fewer(alone, count, (fewer.name,))
+        found += [replace(column, calls=calls) for column in (fewer, fewer_alone)]
+    return tuple(found)
+
+
 # ---------------------------------------------------------------------------------------------- variants
 
 
@@ -110,6 +124,15 @@ def tdm_for_2() -> Config:
 def tdm_for_1() -> Config:
     """TDM of 1 step."""
     return _alone(1)
+
+
+def asd_dmd() -> Config:
+    """ASD's levels and numbers of steps without its discriminator."""
+    config = asd_lab()
+    student, fake_score, _ = config.plan
+    objectives = {name: one for name, one in config.objectives.items() if name != "asd"}
+    optimizers = {name: one for name, one in config.optimizers.items() if name != "critic"}
+    return replace(config, plan=(replace(student, by="dmd"), fake_score), objectives=objectives, optimizers=optimizers)
 
 
 def _beta(beta: float) -> Config:
