@@ -2,6 +2,8 @@
 
     python benchmarks/asd_steps.py CACHE MODEL ... --out docs/images/asd_steps.png     a name before "=" is its label
 
+Models of one label are training seeds of one recipe, counted together.
+
 Sliced Wasserstein distance (512 directions) of latent frames to those of the real clips of the same captions, mean over frames:
 of the frames, and of the differences of neighbouring ones, where motion lies. The last 64 clips of the cache; three sets of
 sampling seeds, least to most.
@@ -88,16 +90,18 @@ def main() -> None:
     entries = cache.entries[-64:]
     clips = torch.stack([cache.latent(entry["id"]).float() for entry in entries])
     text = stack_text([cache.text(entry["caption"]) for entry in entries], "cpu")
-    found = {}
-    print("| | FFE | distance of | 1 step | 2 | 3 | 4 |\n|---|---|---|---|---|---|---|")
+    found: dict[str, dict] = {}
     for name in args.models:
         label, _, model = name.rpartition("=")
-        found[label or model] = runs = measured(model, clips, text)
+        for key, runs in measured(model, clips, text).items():
+            found.setdefault(label or model, {}).setdefault(key, []).extend(runs)
+    print("| | FFE | distance of | 1 step | 2 | 3 | 4 |\n|---|---|---|---|---|---|---|")
+    for label, runs in found.items():
         for enhanced in (False, True):
             for place, seen in enumerate(SEEN):
                 each = [[run[place] for run in runs[enhanced, count]] for count in range(1, 5)]
                 cells = " | ".join(f"{min(e):.3f} to {max(e):.3f}" for e in each)
-                print(f"| {label or model} | {'yes' if enhanced else 'no'} | {seen} | {cells} |", flush=True)
+                print(f"| {label} | {'yes' if enhanced else 'no'} | {seen} | {cells} |", flush=True)
     if args.out:
         draw(found, args.out)
 
