@@ -29,7 +29,7 @@ def demo(
     """Post-train the shipped 3-step student with MoGAN on freshly rendered videos, and show what it changed.
 
     Renders a folder of clips that move, prepares it, trains, exports the student, samples teacher (50 steps), DMD student
-    and MoGAN student (3 steps) on held-out prompts with the same seeds, evaluates, and writes report.html. About twelve
+    and MoGAN student (3 steps) on held-out prompts with the same seeds, evaluates, and writes report.html. About six
     minutes on two cores; the same command goes on where it stopped.
 
     Args:
