@@ -84,15 +84,16 @@ def measure(model: str, prompts: list[str], chunks: int, batch: int, out: Path) 
 
     student.remember = watched
     for name, policy in sinks(window).items():
-        path = out / f"{name.replace(', ', '_').replace(' ', '_')}.json"
-        if not path.is_file():
+        path, about = out / f"{name.replace(', ', '_').replace(' ', '_')}.json", [str(model), chunks, prompts]
+        if not path.is_file() or json.loads(path.read_text()).get("about") != about:
             student.how, rows, most = replace(how, policy=policy), [], 0
             for at in range(0, len(prompts), batch):
                 numbers = range(at, min(at + batch, len(prompts)))
                 text = stack_text([texts[n] for n in numbers], "cpu")
                 made = torch.cat(list(sample_causal(student, vae, text, shape, source.sigmas, numbers)), 2)
                 rows += [look(clip, prompts[n]) for n, clip in zip(numbers, to_frames(made), strict=True)]
-            write_atomically(path, json.dumps({"bytes_per_clip": most // min(batch, len(prompts)), "clips": rows}))
+            bytes_per_clip = most // min(batch, len(prompts))
+            write_atomically(path, json.dumps({"about": about, "bytes_per_clip": bytes_per_clip, "clips": rows}))
         found[name] = json.loads(path.read_text())
         print(f"{model}, {name}: at most {found[name]['bytes_per_clip'] / 1e6:.2f} MB of keys and values a clip")
     return found

@@ -1,6 +1,6 @@
 """A student that is told states, given a sprite as its first frame: does it do what it is told, how soon, and does it stay itself?
 
-    python benchmarks/portraits.py STUDENT [STUDENT ...] [--chunk 1] [--portraits 32] [--sheet FOLDER]
+    python benchmarks/portraits.py STUDENT [STUDENT ...] [--chunk 1] [--portraits 48] [--sheet FOLDER]
 
 Portraits are sprites of the lab's world `states` that no training saw. Students are those of several training seeds; intervals
 (95 %) are over seeds and portraits.

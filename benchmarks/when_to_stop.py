@@ -29,6 +29,7 @@ from mogan.disk.files import replacing
 from mogan.evaluation.results import read_results
 from mogan.evaluation.sets import paired
 from mogan.evaluation.statistics import mean_interval
+from mogan.runs.checkpoint import student_checkpoint
 from mogan.runs.watch import read_records
 
 METRICS = {
@@ -84,6 +85,8 @@ def follow(given: argparse.Namespace, recipe: str, seed: int) -> Kept:
         if not model.exists():
             about = ("--data", given.study / "cache", "--student", start, "--seed", seed, "--iterations", at)
             mogan("train", recipe, *about, "--out", work / "run")
+            if (reached := int(student_checkpoint(work / "run").name)) != at:
+                raise SystemExit(f"{work / 'run'} is at {reached} iterations already: remove it to measure {at}")
             mogan("export", work / "run", "--out", model)
         clips = measured(given.study, model, work / str(at), given.clips)
         found[str(at)] = {"clips": clips, **(logged(work / "run", at) if at else {})}

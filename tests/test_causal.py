@@ -494,17 +494,6 @@ def test_gradient_goes_through_a_chunks_judged_step_and_nowhere_else(student):
     assert all(torch.equal(whole[n], alone[n]) for n in whole)
 
 
-def test_only_the_last_frames_of_a_long_clip_are_judged(student):
-    noise = NOISY.clone().requires_grad_(True)
-    made = roll_out_causal(
-        student, noise, TEXT, SIGMAS, torch.Generator(), chunks=CHUNKS, exit_step=0, grad=True, judged=4
-    )
-    made.sample_BCFHW.sum().backward()
-    assert not noise.grad[:, :, :2].any()
-    assert noise.grad[:, :, 2:4].any()
-    assert noise.grad[:, :, 4:].any()
-
-
 @pytest.mark.parametrize("policy", [Policy(window=2), Policy(window=3, sink=1, decay=0.9, relative=True)], ids=str)
 def test_recomputation_sees_the_past_that_was_seen(family, policy):
     found = []

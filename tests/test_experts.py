@@ -187,6 +187,10 @@ def test_two_experts_are_exported_as_two_lora_files_that_stock_diffusers_loads(f
     trained(config, family / "teacher", cache, tmp_path / "run")
     export(tmp_path / "run", out=tmp_path / "a.safetensors", to="lora")
     assert sorted(p.name for p in tmp_path.glob("a*")) == ["a-high.safetensors", "a-low.safetensors", "a.md"]
+    before = (tmp_path / "a-low.safetensors").read_bytes()
+    with pytest.raises(UserError, match=r"a-high.safetensors exists already"):
+        export(tmp_path / "run", out=tmp_path / "a.safetensors", to="lora")
+    assert (tmp_path / "a-low.safetensors").read_bytes() == before
     low = WanTransformer3DModel.from_pretrained(family / "teacher" / "transformer")
     pipe = WanPipeline.from_pretrained(family / "teacher", transformer_2=low, boundary_ratio=config.boundary)
     pipe.load_lora_weights(str(tmp_path / "a-high.safetensors"))

@@ -186,3 +186,9 @@ def test_pictures_are_read_upright_at_all_depths_and_over_what_is_under_them(tmp
     Image.fromarray(deep.astype(np.float32)).save(tmp_path / "float.tif")
     with pytest.raises(UserError, match="floating-point numbers: save it with 8 or 16 bits"):
         read_picture(tmp_path / "float.tif")
+    whole = (tmp_path / "deep.png").read_bytes()
+    at = whole.index(b"IDAT")
+    for broken in (whole[: at - 4] + bytes(8) + whole[at + 4 :], whole[: at + 9]):
+        (tmp_path / "broken.png").write_bytes(broken)
+        with pytest.raises(UserError, match=r"broken.png is not a picture that can be read"):
+            read_picture(tmp_path / "broken.png")

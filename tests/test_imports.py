@@ -2,6 +2,7 @@ import json
 import os
 import pickle
 import re
+import shutil
 from zipfile import ZipFile
 
 import pytest
@@ -343,6 +344,10 @@ LORAS = {  # changes of one adapter -> what the sentence must say
     "two alphas": (lora(Q_alpha=torch.ones(2)), "alpha is not one number"),
     "ranks differ": (lora(Q_lora_A__weight=torch.ones(3, 24)), r"ranks of .*lora_A.weight \(3, 24\) and .* differ"),
     "one side": (lora(Q_lora_A__weight=torch.ones(2)), "ranks of"),
+    "no rank": (
+        lora(Q_lora_A__weight=torch.ones(0, 24), Q_lora_B__weight=torch.ones(24, 0), Q_alpha=torch.ones(())),
+        "differ or are 0: it is damaged",
+    ),
     "another width": (
         lora(Q_lora_A__weight=torch.ones(2, 48), Q_lora_B__weight=torch.ones(48, 2)),
         r"as \(48, 48\), which this base has as \(24, 24\); give the --base it was made from",
@@ -551,6 +556,26 @@ def test_what_does_not_fit_is_named_in_one_sentence_and_nothing_is_written(kind,
     assert ("give the --base" in str(error.value)) == (kind in ("another shape", "fewer blocks", "image to video"))
     assert not (tmp_path / "in").exists()
     assert "stranger" not in capsys.readouterr().out
+
+
+def test_of_a_critic_what_is_no_tensor_is_left_out(student, family, tmp_path):
+    state = named(student, original)
+    file = pickled({"generator": state, "critic": {**state, "step": 5, 3: state[Q0]}}, tmp_path / "x.pt")
+    brought_in(file, family, tmp_path)
+    assert (tmp_path / "in" / "fake_score").is_dir()
+
+
+def test_a_base_of_two_experts_is_refused_before_anything_is_read(student, family, tmp_path):
+    base = tmp_path / "two"
+    shutil.copytree(family / "teacher", base)
+    shutil.copytree(base / "transformer", base / "transformer_2")
+    index = json.loads((base / "model_index.json").read_text())
+    index |= {"transformer_2": ["diffusers", "WanTransformer3DModel"], "boundary_ratio": 0.875}
+    (base / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match="has two experts"):
+        import_student(
+            written("never read", tmp_path / "x.safetensors"), base=str(base), out=tmp_path / "in", sigmas=(1.0, 0.5)
+        )
 
 
 def test_a_named_pipe_is_not_waited_for(family, tmp_path):

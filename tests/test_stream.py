@@ -345,6 +345,7 @@ def test_a_file_holds_the_seconds_asked_for_and_is_the_same_again(folder, studio
         (["--model", "CAUSAL", "--steps", "2"], "was trained for 3 steps alone"),
         (["--model", "CAUSAL", "--seconds", "2"], "--seconds says nothing without --out"),
         (["--model", "CAUSAL", "--out", "a.mp4", "--port", "0"], "--port is the page's"),
+        (["--model", "CAUSAL", "--out", "a.mp4", "--seconds", "1e9"], "--seconds takes a number from 0 to 86400"),
         (
             ["--model", "CAUSAL", "--out", "a.mp4", "--seconds", "0.2", "--prompt", "a", "b", "c"],
             "too few for 3 prompts",

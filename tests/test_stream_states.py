@@ -5,6 +5,7 @@ import os
 import sys
 import time
 import wave
+from dataclasses import replace
 from itertools import count, islice
 
 import av
@@ -26,6 +27,7 @@ from mogan.models.int8 import in_int8
 from mogan.models.states import attach_states
 from mogan.sampling.causal_rollout import stream_causal
 from mogan.sampling.samplers import to_frames
+from mogan.stream.command import _usual
 from mogan.stream.engine import Watched, open_studio, pieces
 from mogan.stream.script import Following, follow_sound, read_script
 from mogan.stream.sound import RATE, read_sound, state_of_sound, voiced
@@ -90,6 +92,21 @@ def test_it_begins_with_the_picture_and_is_the_clip_that_was_given_it_bit_for_bi
     )
 
 
+def test_chunks_that_leave_no_room_for_the_one_before_are_told(folder, capsys):
+    assert studio_of(folder, chunk=1).policy.window == 4
+    assert "leave no room" not in capsys.readouterr().out
+    studio_of(folder, chunk=3)
+    assert "student: chunks of 3 latents leave no room in a window of 4 for the chunk before" in capsys.readouterr().out
+
+
+def test_a_script_that_begins_with_a_prompt_needs_no_other(folder, tmp_path, monkeypatch):
+    studio = replace(studio_of(folder), of_lab=False)
+    with pytest.raises(UserError, match="say with --prompt"):
+        _usual(studio, None)
+    begins = read_script(script(tmp_path / "s.jsonl", {"at": 0, "prompt": "a blue circle"}), NAMES, none)
+    assert _usual(studio, begins) == ["a blue circle"]
+
+
 def test_chunks_and_pictures_that_cannot_be_are_refused(folder, family, tmp_path):
     with pytest.raises(UserError, match="chunks of 1, 3 latents, not of 2"):
         studio_of(folder, chunk=2)
@@ -152,6 +169,16 @@ def test_a_picture_of_a_script_takes_the_place_of_the_first_frame(folder, studio
     assert [np.array_equal(a, b) for a, b in zip(plain, found, strict=True)] == [True, True, True, False, False]
     watched = Watched(studio, 3, [follow])
     assert all(np.array_equal(watched.piece(n), piece) for n, piece in enumerate(found))
+    watched.close()
+    watched = Watched(studio, 3, [follow])
+    for n in range(4):
+        watched.piece(n)
+    told = len(watched.changes)
+    watched.say(studio.text("a red circle", "speaking"))  # a button: the picture stays as the script left it
+    for n in range(4, 8):
+        watched.piece(n)
+    assert len(watched.changes) == told + 1
+    assert watched.given is follow.given(9)
     watched.close()
     begins = script(path, {"at": 0, "picture": "other.png", "state": "idle"})
     bare = open_studio(str(folder / "student"), torch.device("cpu"))

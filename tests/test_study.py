@@ -1,5 +1,6 @@
 """Studies: which columns there are, how jobs go on, and whether the numbers mean what the table says."""
 
+import gzip
 import json
 import math
 import signal
@@ -167,6 +168,14 @@ def logged(log, seconds_of_updates, **facts):
     ]
     log.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return read_training(log)
+
+
+def test_a_discriminator_that_is_none_of_motion_has_a_gap_and_no_motion_gradient(tmp_path):
+    log = tmp_path / "metrics.jsonl"
+    found = logged(log, [[("student<relativistic", 1.0)]] * 12, gap=0.5, grad_norm=2.0)
+    assert (found.updates, found.final_gap, found.largest_motion_gradient) == (12, 0.5, None)
+    found = logged(log, [[("student<dmd+gan", 1.0)]] * 12, gap=0.5, grad_norm=2.0)
+    assert found.largest_motion_gradient == 2.0
 
 
 def test_equal_seconds_are_counted_from_the_teacher_and_a_warm_up_is_paid_once(tmp_path):
@@ -371,9 +380,13 @@ def test_a_measured_seed_is_read_as_it_was_kept_and_only_for_the_same_options(tm
     for options, prompts in (((5, 3), {"a"}), ((2, 4), {"a"}), ((2, 3), {"a", "b"})):
         with pytest.raises(UserError, match="other options"):
             read_measured(path, other, jobs_of(dmd, 0, other, *options), prompts)
-    path.write_bytes(path.read_bytes()[:-9])
-    with pytest.raises(UserError, match="cannot be read"):
-        read_measured(path, other, jobs_of(dmd, 0, other, 2, 3), {"a"})
+    spaced = tmp_path / "my study"  # whose name a shell quotes
+    assert read_measured(path, spaced, jobs_of(dmd, 0, spaced, 2, 3), {"a"}) == kept
+    whole = path.read_bytes()
+    for torn in (whole[:-9], whole[:12] + bytes(20) + whole[32:], gzip.compress(b"5"), b"x"):
+        path.write_bytes(torn)
+        with pytest.raises(UserError, match="cannot be read"):
+            read_measured(path, other, jobs_of(dmd, 0, other, 2, 3), {"a"})
 
 
 def test_studies_share_a_folder_but_not_at_the_same_time(tmp_path):

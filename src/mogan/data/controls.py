@@ -324,7 +324,7 @@ def read_picture(path: Path, under: str = "white") -> np.ndarray:
             if upright.has_transparency_data:
                 upright = Image.alpha_composite(Image.new("RGBA", upright.size, under), upright.convert("RGBA"))
             return np.array(upright.convert("RGB"))
-    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+    except (OSError, ValueError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError) as error:
         raise UserError(f"{path} is not a picture that can be read ({error})") from error
 
 

@@ -23,7 +23,7 @@ from mogan.errors import UserError
 from mogan.exchange.card import mask_notes, metrics_table, model_card, origin_of, run_notes, states_notes
 from mogan.exchange.elsewhere import PROGRAMS, UNTRIED, for_fastvideo, require_sampled_alike, save_original
 from mogan.exchange.elsewhere import usage as how_to_call
-from mogan.exchange.lora_file import DTYPES, check_range, save_lora
+from mogan.exchange.lora_file import DTYPES, check_range, files_of_lora, save_lora
 from mogan.exchange.schedulers import flow_map_scheduler, scheduler_for
 from mogan.models import wan
 from mogan.models.causal_cache import Causal
@@ -106,12 +106,22 @@ def export(
     writable_folder(out.parent)
     source, precision = open_generator(str(run)), DTYPES[dtype]
     assert source.sigmas is not None
+    written = [*files_of_lora(out, source), out.with_suffix(".md")] if to == "lora" else [out]
+    written += [out.with_suffix(".md")] if to in PROGRAMS and out.suffix else []
+    if there := [file for file in written if file.exists()]:
+        raise UserError(f"{there[0]} exists already: give another --out or remove it")
     notes = run_notes(run) + mask_notes(source.mask) + metrics_table(results)
     if to == "lora":
         _require_lora(source, run)
         with alone_at(out):
             save_lora(run, source, out, rank, precision, notes)
-        print(f"exported to {out}; use it with: pipe.load_lora_weights({str(out)!r})")
+        files = files_of_lora(out, source)
+        use = (
+            f"use it with: pipe.load_lora_weights({str(out)!r})"
+            if files == [out]
+            else f"use: see {out.with_suffix('.md')}"
+        )
+        print(f"exported to {' and '.join(map(str, files))}; {use}")
         return
     if to in PROGRAMS:
         _to_program(source, run, out, to, precision, notes)
@@ -253,6 +263,7 @@ def _fake_score(run: Path, source: Generator) -> Any:
     if source.lora is not None:
         merge(transformer, factors(weights))
     else:
+        detach_states(transformer)  # a fake score is told none
         transformer.load_state_dict(weights)
     return transformer
 

@@ -21,6 +21,7 @@ from mogan.exchange.schedulers import scheduler_for
 from mogan.exchange.tensors import check_numbers, declared_alpha, files_of, read_tensors, some
 from mogan.models import wan
 from mogan.models.causal_cache import Causal, Policy
+from mogan.models.experts import boundary_of
 from mogan.ranges import at_least, between
 
 # of a training checkpoint, best first
@@ -59,7 +60,7 @@ def import_student(
         relative: number what is seen 0, 1, 2, ... and not as in the clip (Reward Forcing does).
         dtype: precision of the saved transformer.
     """
-    at_least(1, window=window)
+    between(1, 1024, window=window)
     at_least(0, sink=sink)
     between(0, 1, sink_decay=sink_decay)
     if out.exists():
@@ -70,6 +71,10 @@ def import_student(
     causal = _causal(chunks, (window, sink, sink_decay, relative))
     scheduler_for(sigmas)  # refuse before reading gigabytes
     files, folder = files_of(file), wan.resolve_model(base)
+    if boundary_of(folder) is not None:
+        raise UserError(
+            f"{base} has two experts, and a file of a student is imported as one: give the --base of a student of one transformer"
+        )
     animates = wan.is_image_to_video(folder)
     if not animates:
         wan.refuse_controls(folder, "files of students have no part for them")
@@ -131,13 +136,17 @@ def read_student(files: list[Path]) -> tuple[dict[str, Tensor], dict[str, Tensor
     """
     whole = read_tensors(files)
     part = next((name for name in GENERATORS if isinstance(whole.get(name), dict)), None)
-    critic = next((whole[name] for name in CRITICS if isinstance(whole.get(name), dict)), None)
-    state = whole if part is None else whole[part]
-    tensors = {k: v for k, v in state.items() if isinstance(v, Tensor) and isinstance(k, str)}
+    critics = (_tensors(whole[name]) for name in CRITICS if isinstance(whole.get(name), dict))
+    critic = next((state for state in critics if state), None)
+    tensors = _tensors(whole if part is None else whole[part])
     if not tensors:
         holds = f"nothing but {', '.join(map(str, list(whole)[:5]))}" if whole else "nothing"
         raise UserError(f"{files[0]} holds no tensors, {holds}; give a file of weights")
     return tensors, critic, part
+
+
+def _tensors(state: dict) -> dict[str, Tensor]:
+    return {k: v for k, v in state.items() if isinstance(v, Tensor) and isinstance(k, str)}
 
 
 def refuse_unread(names: Iterable[str], file: Path) -> None:
@@ -262,9 +271,9 @@ def _changes(
         raise UserError(f"{file} holds {name} without its other factor: it was saved in part, get it again")
     if "A" in one:
         a, b = one["A"].float(), one["B"].float()
-        if min(a.ndim, b.ndim) < 2 or a.shape[0] != b.flatten(1).shape[1]:
+        if min(a.ndim, b.ndim) < 2 or not a.shape[0] == b.flatten(1).shape[1] > 0:
             raise UserError(
-                f"{file}: the ranks of {found['A'][0]} {tuple(a.shape)} and {found['B'][0]} {tuple(b.shape)} differ: it is "
+                f"{file}: the ranks of {found['A'][0]} {tuple(a.shape)} and {found['B'][0]} {tuple(b.shape)} differ or are 0: it is "
                 "damaged, get it again"
             )
         if "alpha" in one and one["alpha"].numel() != 1:

@@ -25,6 +25,11 @@ from mogan.runs.identity import part_of_run
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
+def files_of_lora(out: Path, source: Generator) -> list[Path]:
+    """What :func:`save_lora` writes beside its card: a file, or one for each of two experts."""
+    return [out] if source.boundary is None else [out.with_stem(f"{out.stem}-{level}") for level in ("high", "low")]
+
+
 def save_lora(run: Path, source: Generator, out: Path, rank: int | None, dtype: torch.dtype, notes: list[str]) -> None:
     """Write a student as one LoRA file that diffusers and ComfyUI both read, and its card beside it; two experts as two.
 
@@ -35,7 +40,7 @@ def save_lora(run: Path, source: Generator, out: Path, rank: int | None, dtype: 
     exactly = source.lora is not None and rank is None
     base = source.folder if exactly else part_of_run(run, "model")
     student = None if exactly else source.load()
-    files = [out] if source.boundary is None else [out.with_stem(f"{out.stem}-{level}") for level in ("high", "low")]
+    files = files_of_lora(out, source)
     for number, file in enumerate(files):
         if student is None:
             prefix = "" if source.boundary is None else ("transformer.", f"{LOW}.")[number]

@@ -101,10 +101,9 @@ class Causal:
 
     def chunks(self, frames: int) -> tuple[int, ...]:
         """Of a clip of so many latents."""
-        sizes = [min(self.first, frames)]
-        while (left := frames - sum(sizes)) > 0:
-            sizes.append(min(self.rest, left))
-        return tuple(sizes)
+        first = min(self.first, frames)
+        whole, over = divmod(frames - first, self.rest)
+        return (first, *[self.rest] * whole, *[over] * (over > 0))
 
     def __str__(self) -> str:
         more = {name: value for name, value in self.facts().items() if name != "chunks" and value}

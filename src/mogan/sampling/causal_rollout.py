@@ -105,7 +105,6 @@ def roll_out_causal(
     policy: Policy = FULL,
     exit_step: int | None = None,
     grad: bool = False,
-    judged: int | None = None,
     steps_of: Callable[[int], tuple[float, ...]] | None = None,
     given_BCFHW: Float[Tensor, "b c g h w"] | None = None,
     context_sigma: float = 0.0,
@@ -124,7 +123,6 @@ def roll_out_causal(
         grad: as of ``roll_out``.
         chunks: latent frames of each chunk.
         policy: what a chunk sees of the past.
-        judged: of a longer clip only chunks that begin among the last so many frames carry gradient; ``None``: all.
         steps_of: levels of a chunk by its number, where they are not ``sigmas``.
         given_BCFHW: first frames, in whole chunks; they stay as they are.
         context_sigma: level to which a finished chunk is noised for those after it to see.
@@ -132,7 +130,7 @@ def roll_out_causal(
     step = len(sigmas) - 1 if exit_step is None else exit_step
     parts = _chunks(
         student, noise_BCFHW, text_BLD, sigmas, generator, chunks=chunks, policy=policy, exit_step=exit_step, grad=grad,
-        judged=judged, steps_of=steps_of, given_BCFHW=given_BCFHW, context_sigma=context_sigma,
+        steps_of=steps_of, given_BCFHW=given_BCFHW, context_sigma=context_sigma,
     )  # fmt: skip
     return Rollout(torch.cat(list(parts), 2), step, text_BLD)
 
@@ -187,7 +185,6 @@ def _chunks(
     policy: Policy,
     exit_step: int | None = None,
     grad: bool = False,
-    judged: int | None = None,
     steps_of: Callable[[int], tuple[float, ...]] | None = None,
     given_BCFHW: Tensor | None = None,
     context_sigma: float = 0.0,
@@ -205,9 +202,8 @@ def _chunks(
         else:
             levels = sigmas if steps_of is None else steps_of(number)
             last = len(levels) - 1 if exit_step is None else min(exit_step, len(levels) - 1)
-            learns = grad and (judged is None or start >= total - judged)
             cache = cache.make_room(frames)
-            x0 = take_steps(student, noise[:, :, start:stop], text, levels[: last + 1], generator, cache, learns)
+            x0 = take_steps(student, noise[:, :, start:stop], text, levels[: last + 1], generator, cache, grad)
         yield x0
         if stop < total:
             level = context_sigma if stop > given else 0.0

@@ -26,8 +26,8 @@ Given = Float[Tensor, "1 c g h w"] | None
 def bounded(how: Causal, frames: int) -> Policy:
     """What an endless clip sees of its past: the student's own window, else one as long as the ``frames`` it was trained on.
 
-    Such a window keeps the first chunk, whose latents are unlike all others (Self-Forcing, section 3.4), and counts from 0
-    what it holds: places in time stay those of training.
+    Such a window keeps the first chunk if another one fits beside it, since its latents are unlike all others (Self-Forcing, section
+    3.4), and counts from 0 what it holds: places in time stay those of training.
     """
     first, rest = (min(size, frames) for size in (how.first, how.rest))
     sink = first if first + rest <= frames else 0

@@ -50,7 +50,7 @@ PAGE = {
 
 def make_app(studio: Studio, prompt: str, seed: int, when: When | None = None) -> Starlette:
     """The application that plays one model; ``prompt`` and ``seed`` are what its page begins with, ``when`` what it follows."""
-    desk = ThreadPoolExecutor(1, "stream")  # all that touches the networks, but for what makes chunks ahead
+    desk = ThreadPoolExecutor(1, "stream")  # all that touches the networks, but for texts and what makes chunks ahead
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
@@ -171,7 +171,7 @@ async def _read(request: Request, prompt: Any, state: Any) -> tuple[Text, list[s
     if state not in (None, *([AUTO] if when else []), *studio.source.states):
         raise HTTPException(400, "state must be null or one that the model knows.")
     words = checked(prompt, "The prompt")
-    if state == AUTO:
+    if when and state == AUTO:
         return Following(studio, words, when), studio.notes(words)
     return await asyncio.to_thread(studio.text, words, state), studio.notes(words)
 

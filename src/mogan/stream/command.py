@@ -23,6 +23,7 @@ from mogan.stream.script import Following, When, follow_sound, read_script
 from mogan.survey.serve import listen, run
 
 USUAL = 10.0  # seconds of --out
+LONGEST = 86_400  # the same, at most
 PORT = 8766
 
 
@@ -70,6 +71,7 @@ def stream(
     """
     is_seed(seed=seed)
     above(0, seconds=seconds)
+    between(0, LONGEST, seconds=seconds)
     between(1, 1000, steps=steps, chunk=chunk)
     between(0, 65535, port=port)
     target = choose_device(device)
@@ -94,17 +96,19 @@ def stream(
         _serve(opened, texts, seed, PORT if port is None else port, script, audio)
         return
     studio = opened()
-    texts = texts or _usual(studio)
+    when, length = _when(studio, script, audio, seconds or USUAL)
+    texts = texts or _usual(studio, when)
     for note in (note for text in texts for note in studio.notes(text)):
         print(f"prompt: {note}")
-    when, length = _when(studio, script, audio, seconds or USUAL)
     frames = max(1, round((seconds or length) * studio.source.geometry.fps))
     _refuse_what_is_never_seen(studio, len(texts), frames)
     with alone_at(out):
         _write(studio, texts, seed, out, frames, when)
 
 
-def _usual(studio: Studio) -> list[str]:
+def _usual(studio: Studio, when: When | None) -> list[str]:
+    if when is not None and (first := when(0.0, 0.0).prompt) is not None:
+        return [first]
     if not studio.of_lab:
         raise UserError("say with --prompt what is to be shown")
     return [studio.usual]
@@ -165,7 +169,8 @@ def _serve(
         raise UserError(f"The page needs {error.name}: pip install 'mogan[survey]', or give --out.") from error
     with listen("127.0.0.1", port) as listener:
         studio = opened()
-        begins_with = (texts or (_usual(studio) if studio.of_lab else [""]))[0]
-        app = make_app(studio, begins_with, seed, _when(studio, script, audio, math.inf)[0])
+        when, _ = _when(studio, script, audio, math.inf)
+        begins_with = (texts or (_usual(studio, when) if studio.of_lab else [""]))[0]
+        app = make_app(studio, begins_with, seed, when)
         print(f"{studio.name} plays at http://127.0.0.1:{listener.getsockname()[1]}/ (Ctrl-C stops it)", flush=True)
         run(app, listener)

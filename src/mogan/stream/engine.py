@@ -29,6 +29,7 @@ from mogan.models import wan
 from mogan.models.attention import TEXT_LENGTH, stack_text
 from mogan.models.autoencoder import encode_video, stream_chunks
 from mogan.models.causal import CausalDenoiser
+from mogan.models.causal_cache import Policy
 from mogan.models.int8 import in_int8
 from mogan.models.states import told
 from mogan.motion.classical_flow import dis
@@ -70,6 +71,11 @@ class Studio:
         """A prompt as the student reads it, and the state it is told, ``(1, L, D)``."""
         return stack_text([told(text, state, self.source.states) for text in self.encode([prompt])], self.device)
 
+    @property
+    def policy(self) -> Policy:
+        """What a chunk of its endless clips sees of the past."""
+        return bounded(self.student.how, 1 + (self.source.geometry.frames - 1) // self.frames_per_latent)
+
     @torch.no_grad()
     def picture(self, path: Path) -> Tensor:
         """A picture, or the first frame of a video, as the first latent ``(1, C, 1, h, w)`` of a clip."""
@@ -83,9 +89,8 @@ class Studio:
         Raises:
             UserError: it cannot be read, or the student does not go on seeing its first latent, or as it was.
         """
-        how = self.student.how
-        policy = bounded(how, 1 + (self.source.geometry.frames - 1) // self.frames_per_latent)
-        if how.first != 1 or not policy.sink or policy.decay is not None:
+        policy = self.policy
+        if self.student.how.first != 1 or not policy.sink or policy.decay is not None:
             raise UserError(
                 f"{where} gives a picture, and {self.name} does not keep one: its first chunk would have to be one latent, and "
                 "the sink of its window, not averaged"
@@ -172,6 +177,11 @@ def open_studio(
     )
     name, encode = Path(model).resolve().name, wan.load_text(source.folder, device)
     studio = Studio(name, source, student, vae, device, encode, tokens, tokenizer.unk_token_id, known, again=again)
+    if (policy := studio.policy).window is not None and policy.window - policy.sink - source.causal.rest < 1:
+        print(
+            f"{name}: chunks of {source.causal.rest} latents leave no room in a window of {policy.window} for the chunk before; "
+            "each begins anew from what the sink keeps"
+        )
     return studio if first_frame is None else replace(studio, given=studio.picture(first_frame))
 
 
@@ -300,8 +310,10 @@ class Watched:
     made: int = 0
     changes: list[tuple[int, int]] = field(default_factory=list)  # first latent of a chunk, number of its text
     failed: UserError | None = None
+    given: Tensor | None = None  # the first latent that was last given
 
     def __post_init__(self):
+        self.given = self.studio.given
         self.source = pieces(self.studio, self._text_at, self.seed, self.times, given_at=self._given_at)
 
     def say(self, text: Text) -> int:
@@ -318,7 +330,9 @@ class Watched:
 
     def _given_at(self, latent: int) -> Tensor | None:
         text = self.texts[self.changes[-1][1]]  # that of the chunk, which was asked for first
-        return self.studio.given if isinstance(text, Tensor) else text.given(latent)
+        if not isinstance(text, Tensor):
+            self.given = text.given(latent)
+        return self.given
 
     def piece(self, number: int) -> np.ndarray | None:
         """Frames of a kept piece or the next one, uint8 ``(F, H, W, 3)``; ``None``: it is neither."""

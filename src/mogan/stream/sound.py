@@ -30,12 +30,12 @@ def read_sound(path: Path) -> np.ndarray:
         raise UserError(f"{path} {problem}: give a WAV file")
     try:
         with open_file(path, SOUNDS) as file:
-            if not file.streams.audio:
+            if not file.streams.audio or file.streams.audio[0].codec_context is None:
                 raise UserError(f"{path} holds no sound: give a WAV file, or another with a sound track")
             layout = "mono" if file.streams.audio[0].channels == 1 else "stereo"
             resampler = av.AudioResampler(format="fltp", layout=layout, rate=RATE)
             frames = [f for frame in file.decode(audio=0) for f in resampler.resample(frame)] + resampler.resample(None)
-    except (OSError, ValueError) as error:  # FFmpeg's errors are among these
+    except (av.FFmpegError, OSError, ValueError) as error:
         told = error.strerror if isinstance(error, av.FFmpegError) else error
         raise UserError(f"{path} cannot be read as sound ({told}): give a WAV file") from error
     if not frames:

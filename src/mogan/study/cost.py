@@ -20,7 +20,7 @@ class Training:
         seconds: of each iteration; on a CPU of all its cores together, so that neither other programs nor the number of
             cores count.
         final_gap: of the discriminator's logits, mean of the last 10; None without one.
-        largest_motion_gradient: norm, over the student's motion updates; None without a discriminator.
+        largest_motion_gradient: norm, over the student's motion updates; None without any.
     """
 
     updates: int
@@ -44,7 +44,7 @@ def read_training(log: Path) -> Training:
     gaps = [row["gap"] for row in rows if "gap" in row][-10:]
     if not gaps:
         return Training(updates, seconds)
-    steepest = max(row["grad_norm"] for row in rows if row["update"] in MOTION)
+    steepest = max((row["grad_norm"] for row in rows if row["update"] in MOTION), default=None)
     return Training(updates, seconds, sum(gaps) / len(gaps), steepest)
 
 

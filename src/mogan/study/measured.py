@@ -6,6 +6,7 @@ A file that is there, made here or copied, stands for its column and seed: nothi
 import gzip
 import json
 import shlex
+import zlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -57,7 +58,7 @@ def read_measured(path: Path, out: Path, jobs: list[Job], prompts: set[str]) -> 
         training = found.pop("training")
         measured = Measured(**found, training=training and Training(**training))
         same = measured.commands == _commands(jobs, out) and {clip["prompt"] for clip in measured.clips} == prompts
-    except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
+    except (OSError, EOFError, zlib.error, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} cannot be read ({error}): copy it again, or remove it to measure anew") from error
     if not same:
         raise UserError(f"{path} was measured with other options: give another --out, or the same options")
@@ -91,4 +92,4 @@ def records(folder: Path, results: Path) -> list[Record]:
 
 
 def _commands(jobs: list[Job], out: Path) -> list[str]:
-    return [shlex.join(job.command).replace(f"{out}/", "") for job in jobs]
+    return [shlex.join(word.replace(f"{out}/", "") for word in job.command) for job in jobs]
