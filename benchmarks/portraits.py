@@ -1,11 +1,12 @@
 """A student that is told states, given a sprite as its first frame: does it do what it is told, how soon, and does it stay itself?
 
-    python benchmarks/portraits.py STUDENT [STUDENT ...] [--chunk 1] [--portraits 48] [--sheet FOLDER]
+    python benchmarks/portraits.py STUDENT [STUDENT ...] [--chunk 1] [--portraits 36] [--sheet FOLDER]
 
 Portraits are sprites of the lab's world `states` that no training saw. Students are those of several training seeds; intervals
 (95 %) are over seeds and portraits.
 
-States: another state is told with latent 5, all six changes in turn. Printed, by latent: share of clips that do what they are told.
+States: another state is told with latent 5, all six changes in turn. Printed, by latent: share of clips that do what they are
+told; of the last four latents, what is done instead.
 Over a latent's four frames a sprite that is `idle` moves and turns by less than 0.35 px a frame (of its rim), one that is
 `speaking` moves by more, one that is `listening` turns by more and does not move. The world's own clips say what can be reached.
 Then identity (share of frames with an area within a factor 1.5 of the portrait's) and shape before and after the change.
@@ -16,6 +17,7 @@ the other picture's angle, by shading. Shape: the outline that fits best.
 """
 
 import argparse
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import replace
@@ -37,6 +39,7 @@ from mogan.world.states import STATES, make_state_scene, poses
 from mogan.world.tracking import Track, track
 
 SEED, LATENTS, CHANGE, MOVES = 77, 12, 5, 0.35
+SETTLED, DONE = 4, ("idle", "listening", "speaking", "lost")
 CHANGES = list(permutations(sorted(STATES), 2))
 Clip = list[np.ndarray]  # frames by latent
 
@@ -73,18 +76,18 @@ def followed(clip: Clip, colour: str) -> Track:
     return track(np.concatenate(clip), said)
 
 
-def obeys(clip: Clip, states: list[str], scene: Scene) -> np.ndarray:
-    """By latent after the first: 1 if the sprite does what its state says."""
+def does(clip: Clip, scene: Scene) -> list[str]:
+    """By latent after the first, the state whose motion the sprite has; "lost" where it is not found."""
     (sprite,) = scene.sprites
     found, done = followed(clip, sprite.colour), []
-    for n, state in enumerate(states[1:], 1):
+    for n in range(1, len(clip)):
         run = slice(4 * n - 4, 4 * n + 1)  # from the last frame of the latent before
         centres, angles = found.centres_F2[run], np.unwrap(found.angles_F[run])
         moves = np.linalg.norm(centres[-1] - centres[0]) / 4 > MOVES
         turns = sprite.radius * abs(angles[-1] - angles[0]) / 4 > MOVES
-        does = "speaking" if moves else "listening" if turns else "idle"
-        done.append(float(bool(found.found_F[run].all()) and does == state))
-    return np.array(done)
+        state = "speaking" if moves else "listening" if turns else "idle"
+        done.append(state if found.found_F[run].all() else "lost")
+    return done
 
 
 def itself(clip: Clip, scene: Scene) -> tuple[float, float]:
@@ -156,46 +159,69 @@ def row(name: str, found: np.ndarray) -> str:
     return f"| {name} | " + " | ".join(f"{mean:.2f}" for mean in found.mean((0, 1))) + f" [{low:.2f}, {high:.2f}] |"
 
 
-def main() -> None:
-    """Print two tables and a line of identity."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("students", nargs="+")
-    parser.add_argument("--portraits", type=int, default=48)
-    parser.add_argument("--chunk", type=int, default=1)
-    parser.add_argument("--sheet", type=Path, help="a folder for pictures of the first student's clips")
-    given = parser.parse_args()
-    studios = [open_studio(name, torch.device("cpu"), "fp32", None, given.chunk) for name in given.students]
-    sheets, indices = [given.sheet, *repeat(None, len(studios) - 1)], range(given.portraits)
-    head = " | ".join(map(str, range(1, LATENTS))) + " |\n" + "|---" * LATENTS + "|"
-    print(f"| does what it is told; latent | {head}")
-    real = np.array([[obeys(acted(i, under(studios[0], i)[1]), under(studios[0], i)[1], portrait(i)) for i in indices]])
-    print(row("the world's own", real), flush=True)
-    stay = []
+def states(studios: list[Studio], indices: range, sheet: Path | None) -> None:
+    """Print who does what it is told, what is done instead, and what stays."""
+    told = [under(studios[0], i)[1] for i in indices]
+    head = " | ".join(map(str, range(1, LATENTS)))
+    print(f"| does what it is told; latent | {head} |\n" + "|---" * LATENTS + "|")
+
+    def agreed(done: list[list[str]]) -> list[list[bool]]:
+        return [[a == b for a, b in zip(one, said[1:], strict=True)] for one, said in zip(done, told, strict=True)]
+
+    done = [does(acted(i, said), portrait(i)) for i, said in zip(indices, told, strict=True)]
+    print(row("the world's own", np.array([agreed(done)], float)), flush=True)
+    stay, last = [], Counter()
     for again in (True, False):
-        found = np.zeros((len(studios), given.portraits, LATENTS - 1))
-        for s, (studio, sheet) in enumerate(zip(studios, sheets, strict=True)):
-            for i in indices:
-                scene, states, text_at = under(studio, i)
+        found = []
+        for studio, folder in zip(studios, [sheet, *repeat(None, len(studios) - 1)], strict=True):
+            done = []
+            for i, said in zip(indices, told, strict=True):
+                scene, _, text_at = under(studio, i)
                 clip = streamed(replace(studio, again=again), scene, text_at)
-                found[s, i] = obeys(clip, states, scene)
-                save(clip, sheet, f"states-{again}-{i}-{states[0]}-{states[-1]}")
+                done.append(does(clip, scene))
+                save(clip, folder, f"states-{again}-{i}-{said[0]}-{said[-1]}")
                 if again:
                     stay.append([*itself(clip[:CHANGE], scene), *itself([clip[0], *clip[CHANGE:]], scene)])
-        print(row("the past run again" if again else "the past as it was", found), flush=True)
+                    last.update((said[-1], state) for state in done[-1][-SETTLED:])
+            found.append(agreed(done))
+        print(row("the past run again" if again else "the past as it was", np.array(found, float)), flush=True)
+    print(f"\n| told, in the last {SETTLED} latents | {' | '.join(DONE)} |\n" + "|---" * (len(DONE) + 1) + "|")
+    for state in sorted(STATES):
+        every = sum(last[state, one] for one in DONE)
+        print(f"| {state} | " + " | ".join(f"{last[state, one] / every:.2f}" for one in DONE) + " |")
     before, after = np.array(stay).mean(0).reshape(2, 2)
     print(
         f"\nidentity {before[0]:.3f} before the change, {after[0]:.3f} after; shape {before[1]:.2f}, {after[1]:.2f}\n"
     )
-    print(f"| shows the other picture; latent | {head}")
+
+
+def pictures(studios: list[Studio], indices: range, sheet: Path | None) -> None:
+    """Print who shows another picture."""
+    head = " | ".join(map(str, range(1, LATENTS)))
+    print(f"| shows the other picture; latent | {head} |\n" + "|---" * LATENTS + "|")
     for kind in ("turn", "shape"):
         for name, since in (("never given", LATENTS), ("given first", 0), (f"given with latent {CHANGE}", CHANGE)):
-            found = np.array(
-                [
-                    list(of_pictures(studio, indices, kind, since, sheet))
-                    for studio, sheet in zip(studios, sheets, strict=True)
-                ]
-            )
-            print(row(f"{kind}, {name}", found), flush=True)
+            folders = [sheet, *repeat(None, len(studios) - 1)]
+            found = [
+                list(of_pictures(studio, indices, kind, since, folder))
+                for studio, folder in zip(studios, folders, strict=True)
+            ]
+            print(row(f"{kind}, {name}", np.array(found)), flush=True)
+
+
+def main() -> None:
+    """Print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("students", nargs="+")
+    parser.add_argument("--portraits", type=int, default=36)
+    parser.add_argument("--chunk", type=int, default=1)
+    parser.add_argument("--sheet", type=Path, help="a folder for pictures of the first student's clips")
+    parser.add_argument("--only", choices=("states", "pictures"))
+    given = parser.parse_args()
+    studios = [open_studio(name, torch.device("cpu"), "fp32", None, given.chunk) for name in given.students]
+    for one in (states, pictures):
+        if given.only in (None, one.__name__):
+            one(studios, range(given.portraits), given.sheet)
 
 
 if __name__ == "__main__":
