@@ -207,6 +207,13 @@ def pictures(studios: list[Studio], indices: range, sheet: Path | None) -> None:
                 for studio, folder in zip(studios, folders, strict=True)
             ]
             print(row(f"{kind}, {name}", np.array(found)), flush=True)
+    if sheet is not None:
+        together([sheet / f"shape-{since}-{i}.png" for i in indices[:3] for since in (LATENTS, 0, CHANGE)], sheet)
+
+
+def together(rows: list[Path], folder: Path) -> None:
+    """Rows of frames one below the other, as ``pictures.png``."""
+    Image.fromarray(np.concatenate([np.asarray(Image.open(path)) for path in rows])).save(folder / "pictures.png")
 
 
 def main() -> None:
