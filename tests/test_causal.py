@@ -206,11 +206,10 @@ def test_what_is_seen_is_gathered_masked_or_flexed_alike(student, monkeypatch):
         monkeypatch.setattr(causal, "flex_attention_on", lambda device: flex)
         assert far(student.teacher_forced(CLEAN, NOISY, PER_FRAME, TEXT, CHUNKS), gathered) < 1e-5
 
-        def dense(flex, query, key, value, sight):
-            q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+        def dense(flex, q, k, v, sight):
             hidden = ~sight.mask(q.shape[2] // sight.frames)
             bias = torch.zeros(hidden.shape).masked_fill(hidden, -torch.inf)
-            return F.scaled_dot_product_attention(q, k, v, bias).transpose(1, 2)
+            return F.scaled_dot_product_attention(q, k, v, bias)
 
         monkeypatch.setattr(causal, "flex_masked", dense)
         assert far(student.teacher_forced(CLEAN, NOISY, PER_FRAME, TEXT, CHUNKS), gathered) < 1e-5

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from mogan.cli import main
 from mogan.errors import UserError
-from mogan.models import wan
+from mogan.models import frame_sparse, wan
 from mogan.models.frame_sparse import (
     attend,
     errors,
@@ -20,6 +20,7 @@ from mogan.models.frame_sparse import (
     search,
     sees,
     set_frame_sparse,
+    sight,
     tiles,
     watched,
 )
@@ -92,6 +93,21 @@ def test_frames_that_are_no_references_do_not_see_one_another():
     value[:, :, 3 * other : 3 * other + 3] += 1
     changed = (attend(query, key, value, 5, 2) != before).unflatten(2, (5, 3)).any(-1).any(-1).any(0).any(0)
     assert [f for f in range(5) if changed[f]] == sorted({*chosen, other})
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_flex_attention_sees_what_is_gathered(autocast, monkeypatch):
+    flex = pytest.importorskip("torch.nn.attention.flex_attention").flex_attention
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 3, 5 * 8, 16) for _ in range(3))
+    v = v.bfloat16() if autocast else v  # norms of keys and queries leave them in fp32
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        gathered = attend(q, k, v, 5, 2)
+        monkeypatch.setattr(frame_sparse, "flex_attention_on", lambda device: flex)
+        found = attend(q, k, v, 5, 2)
+    assert found.dtype == gathered.dtype
+    torch.testing.assert_close(found, gathered, atol=2e-2 if autocast else 1e-5, rtol=0)
+    assert torch.equal(sight(5, 2).mask(), sees(5, 2))
 
 
 def test_mass_and_likeness_of_attention_that_is_known():

@@ -119,7 +119,8 @@ class CausalAttention(SelfAttention):
     def _masked(self, query: Tensor, key: Tensor, value: Tensor, sight: Sight) -> Tensor:
         """Of each group what it sees is gathered: no mask is read; or flex attention, which skips what it hides."""
         if flex := flex_attention_on(query.device.type):
-            return flex_masked(flex, query, key, value, sight)
+            q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+            return flex_masked(flex, q, k, v, sight).transpose(1, 2)
         tokens, found = query.shape[1] // sight.frames, []
         for (start, stop), seen in sight.groups:
             k, v = (torch.cat([x[:, a * tokens : b * tokens] for a, b in seen], 1) for x in (key, value))

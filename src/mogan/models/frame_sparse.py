@@ -25,6 +25,7 @@ from mogan.disk.files import read_json, write_atomically
 from mogan.errors import UserError
 from mogan.models.attention import SelfAttention
 from mogan.models.frame_levels import frames_of
+from mogan.models.sight import Sight, flex_attention_on, flex_masked, runs
 
 Attend = Callable[..., Tensor]
 FILE = "frame_sparse.json"  # in the folder of a transformer's weights
@@ -48,6 +49,11 @@ def sees(frames: int, count: int) -> Tensor:
     for reference in references(frames, count):
         mask[reference] = mask[:, reference] = True
     return mask
+
+
+def sight(frames: int, count: int) -> Sight:
+    """The same as what each frame sees."""
+    return Sight(tuple(((f, f + 1), runs(row.nonzero()[:, 0].tolist())) for f, row in enumerate(sees(frames, count))))
 
 
 @dataclass(frozen=True)
@@ -135,10 +141,13 @@ def attend(
 ) -> Float[Tensor, "b h n d"]:
     """Exact masked attention without a mask: two dense ones, of the references over everything and of the others over few.
 
-    With all frames or all but one as references it is dense attention itself. ``settings`` go to ``scaled_dot_product_attention``.
+    With all frames or all but one as references it is dense attention itself. On a GPU that compiles it, flex attention skips what is
+    not seen, and nothing is gathered. ``settings`` go to ``scaled_dot_product_attention``.
     """
     if count >= frames - 1:
         return F.scaled_dot_product_attention(query_BHND, key_BHND, value_BHND, **settings)
+    if flex := flex_attention_on(query_BHND.device.type):
+        return flex_masked(flex, query_BHND, key_BHND, value_BHND, sight(frames, count))
     chosen = references(frames, count)
     others = [frame for frame in range(frames) if frame not in chosen]
     query, key, value = (x.unflatten(2, (frames, -1)) for x in (query_BHND, key_BHND, value_BHND))

@@ -36,7 +36,8 @@ class Sight:
         return mask.repeat_interleave(tokens, 0).repeat_interleave(tokens, 1)
 
 
-def _runs(frames: Sequence[int]) -> tuple[tuple[int, int], ...]:
+def runs(frames: Sequence[int]) -> tuple[tuple[int, int], ...]:
+    """Ascending frames as runs ``(start, stop)``."""
     found: list[tuple[int, int]] = []
     for frame in frames:
         if found and found[-1][1] == frame:
@@ -51,7 +52,7 @@ def block_causal(chunks: Sequence[int], policy: Policy = FULL) -> Sight:
     stops = list(accumulate(chunks))
     spans = [(stop - frames, stop) for frames, stop in zip(chunks, stops, strict=True)]
     return Sight(
-        tuple((span, _runs((*past, *range(*span)))) for span, past in zip(spans, _seen(chunks, policy), strict=True))
+        tuple((span, runs((*past, *range(*span)))) for span, past in zip(spans, _seen(chunks, policy), strict=True))
     )
 
 
@@ -61,7 +62,7 @@ def teacher_forcing(chunks: Sequence[int], policy: Policy = FULL) -> Sight:
     noisy = []
     for ((start, stop), _), past in zip(clean, _seen(chunks, policy), strict=True):
         own = (start + total, stop + total)
-        noisy.append((own, (*_runs(past), own)))
+        noisy.append((own, (*runs(past), own)))
     return Sight((*clean, *noisy))
 
 
@@ -92,11 +93,11 @@ def flex_attention_on(device: str) -> Any:
 
 
 def flex_masked(flex: Any, query: Tensor, key: Tensor, value: Tensor, sight: Sight) -> Tensor:
-    """The same by flex attention: ``(B, tokens, heads, width)`` in and out."""
-    out = flex(
-        *(x.transpose(1, 2) for x in (query, key, value)), block_mask=_block_mask(sight, query.shape[1], query.device)
-    )
-    return out.transpose(1, 2)
+    """The same by flex attention: ``(B, heads, tokens, width)`` in and out; under autocast in its dtype, as other attention is."""
+    kind = query.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else value.dtype
+    mask = _block_mask(sight, query.shape[2], query.device)
+    return flex(*(x.to(dtype) for x in (query, key, value)), block_mask=mask)
 
 
 @once
