@@ -84,7 +84,7 @@ class Studio:
         )
 
     def another_picture(self, path: Path, where: str) -> Tensor:
-        """The same, to take the first one's place on the way.
+        """The same, ``(1, C, 1, h, w)``, to take the first one's place on the way.
 
         Raises:
             UserError: it cannot be read, or the student does not go on seeing its first latent, or as it was.
@@ -288,8 +288,11 @@ def cut(made: Iterator[np.ndarray], frames: int) -> Iterator[np.ndarray]:
 class Follows(Protocol):
     """A text that changes by itself, and the first latent with it; asked for a chunk by the number of its first latent."""
 
-    def __call__(self, latent: int) -> Tensor: ...  # noqa: D102
-    def given(self, latent: int) -> Tensor | None: ...  # noqa: D102
+    def __call__(self, latent: int) -> Tensor:
+        """The text ``(1, L, D)``."""
+
+    def given(self, latent: int) -> Tensor | None:
+        """The first latent ``(1, C, 1, h, w)``, or none."""
 
 
 Text = Tensor | Follows
