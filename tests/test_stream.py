@@ -20,8 +20,8 @@ from mogan.models.causal_cache import Causal, Policy
 from mogan.sampling.causal_rollout import stream_causal, take_steps
 from mogan.sampling.endless import bounded, retold, stream_endless
 from mogan.sampling.samplers import sample_student, to_frames
-from mogan.stream import engine
-from mogan.stream.engine import MANNERS, Studio, Times, Watched, cut, flow_over, lab_prompt, open_studio, pieces
+from mogan.stream.engine import MANNERS, Studio, Times, cut, lab_prompt, open_studio, pieces
+from mogan.stream.watched import Watched, flow_over
 from mogan.world.captions import parse_caption
 from mogan.world.scenes import COLOURS, SHAPES
 from test_causal import loaded
@@ -247,7 +247,7 @@ def test_a_clip_is_cut_to_its_frames():
 
 
 def test_a_watched_stream_keeps_its_last_pieces_and_says_whose_text_they_have(studio, monkeypatch):
-    monkeypatch.setattr(engine, "KEPT_BYTES", 3 * 32 * 32 * 10)  # ten frames
+    monkeypatch.setattr("mogan.stream.watched.KEPT_BYTES", 3 * 32 * 32 * 10)  # ten frames
     watched = Watched(studio, 0, [studio.text("a red circle falling")])
     first = watched.piece(0)
     assert first is not None

@@ -15,7 +15,8 @@ from starlette.testclient import TestClient
 from mogan.cli import main
 from mogan.stream import app as server
 from mogan.stream.app import make_app
-from mogan.stream.engine import MANNERS, flow_over, open_studio, pieces
+from mogan.stream.engine import MANNERS, open_studio, pieces
+from mogan.stream.watched import flow_over
 from test_stream import folder, student  # noqa: F401  fixtures
 from test_survey_server import PATHS
 

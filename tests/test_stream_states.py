@@ -28,9 +28,10 @@ from mogan.models.states import attach_states
 from mogan.sampling.causal_rollout import stream_causal
 from mogan.sampling.samplers import to_frames
 from mogan.stream.command import _usual
-from mogan.stream.engine import Watched, open_studio, pieces
+from mogan.stream.engine import open_studio, pieces
 from mogan.stream.script import Following, follow_sound, read_script
 from mogan.stream.sound import RATE, read_sound, state_of_sound, voiced
+from mogan.stream.watched import Watched
 from test_causal import loaded
 
 SIGMAS, NAMES = (1.0, 0.6), ("idle", "listening", "speaking")

@@ -35,8 +35,9 @@ from starlette.routing import Route
 from mogan.data.video import write_video
 from mogan.errors import UserError
 from mogan.ranges import SEEDS
-from mogan.stream.engine import COLOURS, KEPT_SECONDS, MANNERS, SHAPES, Studio, Text, Watched, checked, flow_over
+from mogan.stream.engine import COLOURS, MANNERS, SHAPES, Studio, checked
 from mogan.stream.script import Following, When
+from mogan.stream.watched import KEPT_SECONDS, Text, Watched, flow_over
 from mogan.survey import guard
 
 AUTO = "auto"  # the state that a script or a recording says

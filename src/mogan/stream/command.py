@@ -145,10 +145,7 @@ def _write(studio: Studio, prompts: list[str], seed: int, out: Path, frames: int
 
     def seen() -> Iterator[np.ndarray]:
         nonlocal first
-        if following is None:
-            made = pieces(studio, text_at, seed, times)
-        else:
-            made = pieces(studio, following, seed, times, given_at=following.given)
+        made = pieces(studio, following or text_at, seed, times, given_at=following and following.given)
         for frame in tqdm(cut(made, frames), "stream", frames, unit="frame"):
             first = first or time.perf_counter() - begun
             yield frame

@@ -6,14 +6,13 @@ stops the work.
 
 import re
 import time
-import traceback
 from collections import abc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,8 +22,7 @@ from mogan.data.batches import one_ahead
 from mogan.data.clips import to_video
 from mogan.data.lists import whole
 from mogan.data.tokens import load_tokens
-from mogan.data.video import flow_picture
-from mogan.errors import UserError, too_little_memory
+from mogan.errors import UserError
 from mogan.models import wan
 from mogan.models.attention import TEXT_LENGTH, stack_text
 from mogan.models.autoencoder import encode_video, stream_chunks
@@ -32,7 +30,6 @@ from mogan.models.causal import CausalDenoiser
 from mogan.models.causal_cache import Policy
 from mogan.models.int8 import in_int8
 from mogan.models.states import told
-from mogan.motion.classical_flow import dis
 from mogan.runs.generator import Generator, open_generator
 from mogan.sampling.endless import bounded, stream_endless
 from mogan.sampling.first_frames import first_pictures
@@ -40,7 +37,6 @@ from mogan.sampling.samplers import refuse_what_is_no_number, to_frames
 from mogan.world.scenes import COLOURS, DIRECTIONS, SHAPES
 
 LONGEST = 2000  # characters of a prompt
-KEPT_SECONDS, KEPT_BYTES = 60, 2**29  # of pieces that were made, to be saved or asked for again
 MANNERS = {  # kinds of motion in captions of the lab's world
     "at rest": "{} at rest",
     **{d: f"{{}} moving {d}" for d in DIRECTIONS},
@@ -280,108 +276,3 @@ def cut(made: Iterator[np.ndarray], frames: int) -> Iterator[np.ndarray]:
         left -= len(piece)
         if left <= 0:
             return
-
-
-# ---------------------------------------------------------------------------------------------- one that is watched
-
-
-class Follows(Protocol):
-    """A text that changes by itself, and the first latent with it; asked for a chunk by the number of its first latent."""
-
-    def __call__(self, latent: int) -> Tensor:
-        """The text ``(1, L, D)``."""
-
-    def given(self, latent: int) -> Tensor | None:
-        """The first latent ``(1, C, 1, h, w)``, or none."""
-
-
-Text = Tensor | Follows
-
-
-@dataclass
-class Watched:
-    """A stream under way: pieces by number, in turn, the last minute of them kept; its text may be changed at any time.
-
-    ``piece`` and ``close`` are called from one thread, ``say`` from any.
-    """
-
-    studio: Studio
-    seed: int
-    texts: list[Text]
-    times: Times = field(default_factory=Times)
-    kept: dict[int, np.ndarray] = field(default_factory=dict)
-    made: int = 0
-    changes: list[tuple[int, int]] = field(default_factory=list)  # first latent of a chunk, number of its text
-    failed: UserError | None = None
-    given: Tensor | None = None  # the first latent that was last given
-
-    def __post_init__(self):
-        self.given = self.studio.given
-        self.source = pieces(self.studio, self._text_at, self.seed, self.times, given_at=self._given_at)
-
-    def say(self, text: Text) -> int:
-        """From the next chunk on another text; its number."""
-        self.texts.append(text)
-        return len(self.texts) - 1
-
-    def _text_at(self, latent: int) -> Tensor:
-        number = len(self.texts) - 1
-        if not self.changes or self.changes[-1][1] != number:
-            self.changes.append((latent, number))
-        text = self.texts[number]
-        return text if isinstance(text, Tensor) else text(latent)
-
-    def _given_at(self, latent: int) -> Tensor | None:
-        text = self.texts[self.changes[-1][1]]  # that of the chunk, which was asked for first
-        if not isinstance(text, Tensor):
-            self.given = text.given(latent)
-        return self.given
-
-    def piece(self, number: int) -> np.ndarray | None:
-        """Frames of a kept piece or the next one, uint8 ``(F, H, W, 3)``; ``None``: it is neither."""
-        if number == self.made:
-            if self.failed:
-                raise self.failed
-            try:
-                frames = next(self.source)
-            except Exception as error:
-                self.failed = error if isinstance(error, UserError) else UserError(_sentence(error))
-                raise self.failed from error
-            self.kept[number] = frames
-            self.made += 1
-            self._forget()
-        return self.kept.get(number)
-
-    def text_of(self, number: int) -> int:
-        """Number of the text that a piece was made under."""
-        return max(text for latent, text in self.changes if latent <= number)
-
-    def close(self) -> None:
-        """End it, once a chunk that is being made is done."""
-        self.source.close()
-        self.failed = UserError("This stream has ended.")
-
-    def _forget(self) -> None:
-        size = self.studio.source.geometry
-        most = min(KEPT_SECONDS * size.fps, KEPT_BYTES // (3 * size.height * size.width))
-        while sum(map(len, self.kept.values())) > max(most, 2 * self.studio.frames_per_latent):
-            del self.kept[min(self.kept)]
-
-
-def _sentence(error: Exception) -> str:
-    if sentence := too_little_memory(error):
-        return sentence
-    traceback.print_exception(error)
-    return "This stream broke off with an error, which the terminal shows."
-
-
-def flow_over(before: np.ndarray | None, frames: np.ndarray) -> np.ndarray:
-    """Optical flow from the frame before each, RGBA ``(F, H, W, 4)``: hue is direction, opacity speed, full at a 20th of the width."""
-    clip = frames if before is None else np.concatenate([before[-1:], frames])
-    fields, most = np.zeros((len(frames), 2, *frames.shape[1:3]), np.float32), frames.shape[2] / 20
-    if len(clip) > 1:
-        video = torch.from_numpy(clip).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
-        fields[1 - len(clip) :] = dis(video)[0].transpose(0, 1).numpy()
-    speed = np.hypot(fields[:, 0], fields[:, 1])[:, None]
-    hues = flow_picture(most * fields / np.maximum(speed, 1e-6), most)
-    return np.concatenate([hues, np.rint(255 * np.clip(speed / most, 0, 1)).astype(np.uint8).transpose(0, 2, 3, 1)], -1)
