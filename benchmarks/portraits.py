@@ -93,7 +93,7 @@ def does(clip: Clip, scene: Scene) -> list[str]:
 def itself(clip: Clip, scene: Scene) -> tuple[float, float]:
     """Share of frames with an area near the first one's, and whether the outline is the portrait's."""
     (sprite,) = scene.sprites
-    found = followed([clip[0], *clip[1:]], sprite.colour)
+    found = followed(clip, sprite.colour)
     ratio = found.areas_F[1:] / max(found.areas_F[0], 1.0)
     caption = f"a {sprite.colour} {sprite.shape} spinning"
     shape = read_instruments(np.concatenate(clip[1:]), caption)["shape"]

@@ -106,16 +106,15 @@ def export(
     writable_folder(out.parent)
     source, precision = open_generator(str(run)), DTYPES[dtype]
     assert source.sigmas is not None
-    written = [*files_of_lora(out, source), out.with_suffix(".md")] if to == "lora" else [out]
-    written += [out.with_suffix(".md")] if to in PROGRAMS and out.suffix else []
-    if there := [file for file in written if file.exists()]:
+    beside = files_of_lora(out, source) if to == "lora" else []
+    beside += [out.with_suffix(".md")] if to in SUFFIXES else []
+    if there := [file for file in beside if file.exists()]:
         raise UserError(f"{there[0]} exists already: give another --out or remove it")
     notes = run_notes(run) + mask_notes(source.mask) + metrics_table(results)
     if to == "lora":
         _require_lora(source, run)
         with alone_at(out):
-            save_lora(run, source, out, rank, precision, notes)
-        files = files_of_lora(out, source)
+            files = save_lora(run, source, out, rank, precision, notes)
         use = (
             f"use it with: pipe.load_lora_weights({str(out)!r})"
             if files == [out]

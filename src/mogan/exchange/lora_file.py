@@ -30,8 +30,10 @@ def files_of_lora(out: Path, source: Generator) -> list[Path]:
     return [out] if source.boundary is None else [out.with_stem(f"{out.stem}-{level}") for level in ("high", "low")]
 
 
-def save_lora(run: Path, source: Generator, out: Path, rank: int | None, dtype: torch.dtype, notes: list[str]) -> None:
-    """Write a student as one LoRA file that diffusers and ComfyUI both read, and its card beside it; two experts as two.
+def save_lora(
+    run: Path, source: Generator, out: Path, rank: int | None, dtype: torch.dtype, notes: list[str]
+) -> list[Path]:
+    """Write a student as one LoRA file that diffusers and ComfyUI both read, and its card beside it; two experts as two. Returns the files.
 
     Names are the original Wan code's under ``diffusion_model.``, which ComfyUI takes as they are and diffusers converts;
     there is no alpha, which both read as a scale of 1.
@@ -61,6 +63,7 @@ def save_lora(run: Path, source: Generator, out: Path, rank: int | None, dtype: 
     write_atomically(
         out.with_suffix(".md"), model_card("Few-step Wan LoRA", base, source.sigmas, notes, lines, source.solver)
     )
+    return files
 
 
 def _write_lora(out: Path, tensors: dict[str, torch.Tensor], dtype: torch.dtype, about: dict[str, Any]) -> None:

@@ -11,7 +11,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,7 @@ def sees(frames: int, count: int) -> Tensor:
     return mask
 
 
+@cache
 def sight(frames: int, count: int) -> Sight:
     """The same as what each frame sees."""
     return Sight(tuple(((f, f + 1), runs(row.nonzero()[:, 0].tolist())) for f, row in enumerate(sees(frames, count))))
