@@ -6,8 +6,9 @@ training; captions should name what can go on for ever, so bouncing and spinning
 
     python benchmarks/long_rollout.py --captions 48 > endless.txt
     python benchmarks/long_rollout.py MODEL ... --prompts endless.txt --chunks 40 --out DIR --figure FILE.png
+    python benchmarks/long_rollout.py MoGAN=MODEL ... DMD=MODEL ... --sinks "static sink" --prompts endless.txt --out DIR
 
-Several models are training seeds of one recipe: intervals are over captions and seeds.
+A name before "=" is a label. Models of one label are training seeds of one recipe: intervals are over captions and seeds.
 """
 
 import argparse
@@ -20,7 +21,7 @@ import numpy as np
 import torch
 
 from mogan.disk.files import replacing, write_atomically
-from mogan.evaluation.statistics import mean_interval
+from mogan.evaluation.statistics import Interval, mean_interval
 from mogan.models import wan
 from mogan.models.attention import stack_text
 from mogan.models.causal import CausalDenoiser
@@ -40,7 +41,7 @@ LOOKS = {
     "away": "distance from the first frame (rms, 0 to 255)",
 }
 SHOWN = ("shape", "identity", "speed", "away")
-LINES = ("#5C5C5C", "#D55E00", "#E69F00", "#56B4E9", "#0072B2")
+Rows = list[list[dict[str, float]]]  # clip by clip, look by look
 
 
 def sinks(window: int) -> dict[str, Policy]:
@@ -66,8 +67,9 @@ def look(frames: np.ndarray, caption: str) -> list[dict[str, float]]:
 
 
 @torch.no_grad()
-def measure(model: str, prompts: list[str], chunks: int, batch: int, out: Path) -> dict[str, list]:
+def measure(model: str, prompts: list[str], given: argparse.Namespace, out: Path) -> dict[str, Rows]:
     """By policy a row per prompt: looks; read from ``out`` if they are there."""
+    chunks, batch = given.chunks, given.batch
     source = open_generator(model)
     student = source.load().eval()
     assert isinstance(student, CausalDenoiser), f"{model} sees whole clips"
@@ -84,6 +86,8 @@ def measure(model: str, prompts: list[str], chunks: int, batch: int, out: Path) 
 
     student.remember = watched
     for name, policy in sinks(window).items():
+        if given.sinks and name not in given.sinks:
+            continue
         path, about = out / f"{name.replace(', ', '_').replace(' ', '_')}.json", [str(model), chunks, prompts]
         if not path.is_file() or json.loads(path.read_text()).get("about") != about:
             student.how, rows, most = replace(how, policy=policy), [], 0
@@ -94,21 +98,40 @@ def measure(model: str, prompts: list[str], chunks: int, batch: int, out: Path) 
                 rows += [look(clip, prompts[n]) for n, clip in zip(numbers, to_frames(made), strict=True)]
             bytes_per_clip = most // min(batch, len(prompts))
             write_atomically(path, json.dumps({"about": about, "bytes_per_clip": bytes_per_clip, "clips": rows}))
-        found[name] = json.loads(path.read_text())
-        print(f"{model}, {name}: at most {found[name]['bytes_per_clip'] / 1e6:.2f} MB of keys and values a clip")
+        kept = json.loads(path.read_text())
+        found[name] = kept["clips"]
+        print(f"{model}, {name}: at most {kept['bytes_per_clip'] / 1e6:.2f} MB of keys and values a clip", flush=True)
     return found
 
 
-def means(found: list[dict], prompts: list[str], name: str, policy: str) -> list:
-    """Over captions and models, look by look."""
-    rows = [clip for one in found for clip in one[policy]["clips"]]
-    models = np.repeat(np.arange(len(found)), len(prompts)).tolist()
-    factors = [prompts * len(found), *([models] if len(found) > 1 else [])]
-    return [mean_interval([row[k][name] for row in rows], *factors) for k in range(len(rows[0]))]
+def intervals(runs: list[Rows], prompts: list[str], name: str, base: list[Rows] | None = None) -> list[Interval]:
+    """Over captions and models, look by look; with a base, of the difference from it, clip by clip."""
+    rows = values(runs, name) if base is None else values(runs, name) - values(base, name)
+    models = np.repeat(np.arange(len(runs)), len(prompts)).tolist()
+    factors = [prompts * len(runs), *([models] if len(runs) > 1 else [])]
+    return [mean_interval(column, *factors) for column in rows.T.tolist()]
 
 
-def figure(found: list[dict], prompts: list[str], path: Path) -> None:
-    """A panel a number, a line a policy, with bands."""
+def values(runs: list[Rows], name: str) -> np.ndarray:
+    """Of all clips, look by look."""
+    return np.array([[look[name] for look in clip] for run in runs for clip in run])
+
+
+def table(lines: dict[str, list[Rows]], prompts: list[str], base: list[Rows] | None = None) -> None:
+    """Print the first look and the last."""
+    print(f"\n| | {' | '.join(f'{text}: first, last' for text in LOOKS.values())} |\n|---|{'---|' * len(LOOKS)}")
+    for line, runs in lines.items():
+        cells = []
+        for name in LOOKS:
+            first, *_, last = intervals(runs, prompts, name, base)
+            cells.append(
+                ", ".join(f"{i.mean:.3g} [{', '.join(f'{end:.3g}' for end in i.ci95 or ())}]" for i in (first, last))
+            )
+        print(f"| {line} | {' | '.join(cells)} |")
+
+
+def figure(lines: dict[str, list[Rows]], prompts: list[str], path: Path) -> None:
+    """A panel a number, with bands."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -116,12 +139,12 @@ def figure(found: list[dict], prompts: list[str], path: Path) -> None:
 
     fig, axes = plt.subplots(1, len(SHOWN), figsize=(3.3 * len(SHOWN), 3.2), layout="constrained")
     for axis, name in zip(axes, SHOWN, strict=True):
-        for policy, colour in zip(found[0], LINES, strict=True):
-            intervals = means(found, prompts, name, policy)
-            x = 4 * (1 + np.arange(len(intervals)))
-            low, high = zip(*(i.ci95 or (np.nan, np.nan) for i in intervals), strict=True)
-            axis.plot(x, [i.mean for i in intervals], color=colour, label=policy)
-            axis.fill_between(x, low, high, color=colour, alpha=0.12, linewidth=0)
+        for number, (line, runs) in enumerate(lines.items()):
+            found = intervals(runs, prompts, name)
+            x = 4 * (1 + np.arange(len(found)))
+            low, high = zip(*(i.ci95 or (np.nan, np.nan) for i in found), strict=True)
+            axis.plot(x, [i.mean for i in found], color=f"C{number}", label=line)
+            axis.fill_between(x, low, high, color=f"C{number}", alpha=0.12, linewidth=0)
         axis.set(title=LOOKS[name], xlabel="latents made")
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].legend(frameon=False, fontsize="small")
@@ -130,11 +153,12 @@ def figure(found: list[dict], prompts: list[str], path: Path) -> None:
 
 
 def main() -> None:
-    """Write captions; or measure, print the table and draw."""
+    """Write captions; or measure, print the tables and draw."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", nargs="*")
+    parser.add_argument("models", nargs="*", metavar="[LABEL=]MODEL")
     parser.add_argument("--captions", type=int, help="write so many captions, and nothing else")
     parser.add_argument("--prompts", type=Path)
+    parser.add_argument("--sinks", nargs="+", choices=list(sinks(5)), help="left out: all")
     parser.add_argument("--chunks", type=int, default=40, help="latents after the first")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--out", type=Path)
@@ -144,21 +168,19 @@ def main() -> None:
         every = list(product(("bouncing", "spinning"), SHAPES, COLOURS))
         print("\n".join(f"a {colour} {shape} {kind}" for kind, shape, colour in every[: args.captions]))
         return
-    prompts = args.prompts.read_text().splitlines()
-    found = []
-    for number, model in enumerate(args.models):
+    prompts, lines = args.prompts.read_text().splitlines(), dict[str, list[Rows]]()
+    for number, labelled in enumerate(args.models):
+        label, _, model = labelled.rpartition("=")
         (args.out / str(number)).mkdir(parents=True, exist_ok=True)
-        found.append(measure(model, prompts, args.chunks, args.batch, args.out / str(number)))
-    print(f"\n| | {' | '.join(f'{text}: first, last' for text in LOOKS.values())} |\n|---|{'---|' * len(LOOKS)}")
-    for policy in found[0]:
-        cells = []
-        for name in LOOKS:
-            first, *_, last = means(found, prompts, name, policy)
-            low, high = last.ci95 or (np.nan, np.nan)
-            cells.append(f"{first.mean:.3g}, {last.mean:.3g} [{low:.3g}, {high:.3g}]")
-        print(f"| {policy} | {' | '.join(cells)} |")
+        for policy, rows in measure(model, prompts, args, args.out / str(number)).items():
+            lines.setdefault(f"{label}, {policy}" if label else policy, []).append(rows)
+    table(lines, prompts)
+    base, *others = lines
+    if len({len(runs) for runs in lines.values()}) == 1 and others:
+        print(f"\nMinus {base}, clip by clip:")
+        table({name: lines[name] for name in others}, prompts, lines[base])
     if args.figure:
-        figure(found, prompts, args.figure)
+        figure(lines, prompts, args.figure)
 
 
 if __name__ == "__main__":

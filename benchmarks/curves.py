@@ -1,0 +1,88 @@
+r"""Metrics of a study's columns over a number that they differ by, such as steps or beta: a line for each way, with 95 % intervals.
+
+    python benchmarks/curves.py RESULTS.json --over "steps after the first chunk" --at 1 2 3 4 --figure FILE.png \
+        --line "DMD alone=asd_dmd_in_1,asd_dmd_in_2,asd_dmd_in_3,asd_dmd" --line "DMD and ASD=asd_in_1,asd_in_2,asd_in_3,asd"
+
+RESULTS.json is what `mogan study` writes. A column left empty ("a,,b") is a number that the line does not have; a line of one
+column is drawn across.
+"""
+
+import argparse
+import json
+from math import nan
+from pathlib import Path
+from typing import Any
+
+from mogan.disk.files import replacing
+from mogan.evaluation.names import METRICS
+from mogan.study.collect import OWN
+
+USUAL = ("dynamic_degree", "lab_net", "lab_identity", "lab_shape", "appearance_distance")
+
+
+def point(system: dict[str, Any] | None, metric: str) -> tuple[float, float, float]:
+    """Mean, and the ends of its interval."""
+    found = (system or {}).get("metrics", {}).get(metric)
+    if found is None:
+        return nan, nan, nan
+    return found["mean"], *(found["ci95"] or (nan, nan))
+
+
+def title(metric: str) -> str:
+    """In a panel of a few inches."""
+    return (OWN.get(metric) or METRICS[metric].title).split(":")[0].split(" (")[0]
+
+
+def draw(systems: dict[str, Any], lines: dict[str, list[str]], given: argparse.Namespace) -> None:
+    """A panel a metric."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    from mogan.report.figures import STYLE
+
+    with rc_context(STYLE):
+        figure = Figure(figsize=(3 * len(given.metrics), 3.2), layout="constrained")
+        for axis, metric in zip(figure.subplots(1, len(given.metrics), squeeze=False)[0], given.metrics, strict=True):
+            for number, (name, columns) in enumerate(lines.items()):
+                means, low, high = zip(*(point(systems.get(column), metric) for column in columns), strict=True)
+                if len(columns) == 1:
+                    axis.axhline(means[0], color=f"C{number}", ls="--", label=name)
+                    axis.axhspan(low[0], high[0], color=f"C{number}", alpha=0.12, lw=0)
+                    continue
+                axis.plot(given.at, means, "o-", color=f"C{number}", label=name)
+                axis.fill_between(given.at, low, high, color=f"C{number}", alpha=0.15, lw=0)
+            axis.set(title=title(metric), xlabel=given.over, xticks=given.at)
+        figure.axes[0].legend(frameon=False)
+        with replacing(given.figure) as temporary:
+            figure.savefig(temporary, dpi=130, format="png")
+
+
+def main() -> None:
+    """Print the table; draw it if asked to."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", type=Path)
+    parser.add_argument("--line", action="append", required=True, help="NAME=COLUMN,COLUMN,...")
+    parser.add_argument("--at", type=float, nargs="+", required=True)
+    parser.add_argument("--over", default="", help="what --at counts")
+    parser.add_argument("--metrics", nargs="+", default=USUAL, choices=[*METRICS, *OWN], metavar="METRIC")
+    parser.add_argument("--figure", type=Path)
+    given = parser.parse_args()
+    systems = json.loads(given.results.read_text())["systems"]
+    lines = {name: columns.split(",") for name, _, columns in (line.rpartition("=") for line in given.line)}
+    for name, columns in lines.items():
+        if len(columns) not in (1, len(given.at)):
+            parser.error(f"{name} has {len(columns)} columns, --at has {len(given.at)} numbers")
+        if missing := [column for column in columns if column and column not in systems]:
+            parser.error(f"no column {missing[0]} in {given.results}, which has {', '.join(systems)}")
+    print(f"| | {given.over} | {' | '.join(map(title, given.metrics))} |\n|---{'|---' * (len(given.metrics) + 1)}|")
+    for name, columns in lines.items():
+        for at, column in zip(given.at, columns, strict=False):
+            points = [point(systems.get(column), metric) for metric in given.metrics]
+            cells = " | ".join(f"{mean:.3f} [{low:.3f}, {high:.3f}]" for mean, low, high in points)
+            print(f"| {name} | {f'{at:g}' if len(columns) > 1 else ''} | {cells} |")
+    if given.figure:
+        draw(systems, lines, given)
+
+
+if __name__ == "__main__":
+    main()
