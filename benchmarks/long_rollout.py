@@ -4,7 +4,7 @@ A causal student, trained on clips of 5 latents, makes longer ones under windows
 with EMA sinks of several decays. The same noise for all. The lab's instruments look at 17 frames at a time, as long as a clip of
 training; captions should name what can go on for ever, so bouncing and spinning are what `--captions` writes.
 
-    python benchmarks/long_rollout.py --captions 48 > endless.txt
+    python benchmarks/long_rollout.py --captions 24 > endless.txt
     python benchmarks/long_rollout.py MODEL ... --prompts endless.txt --chunks 40 --out DIR --figure FILE.png
     python benchmarks/long_rollout.py MoGAN=MODEL ... DMD=MODEL ... --sinks "static sink" --prompts endless.txt --out DIR
 
@@ -156,7 +156,7 @@ def main() -> None:
     """Write captions; or measure, print the tables and draw."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="*", metavar="[LABEL=]MODEL")
-    parser.add_argument("--captions", type=int, help="write so many captions, and nothing else")
+    parser.add_argument("--captions", type=int, help="write so many captions of 48, and nothing else")
     parser.add_argument("--prompts", type=Path)
     parser.add_argument("--sinks", nargs="+", choices=list(sinks(5)), help="left out: all")
     parser.add_argument("--chunks", type=int, default=40, help="latents after the first")
@@ -166,7 +166,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.captions:
         every = list(product(("bouncing", "spinning"), SHAPES, COLOURS))
-        print("\n".join(f"a {colour} {shape} {kind}" for kind, shape, colour in every[: args.captions]))
+        spaced = [every[n * len(every) // args.captions] for n in range(args.captions)]
+        print("\n".join(f"a {colour} {shape} {kind}" for kind, shape, colour in spaced))
         return
     prompts, lines = args.prompts.read_text().splitlines(), dict[str, list[Rows]]()
     for number, labelled in enumerate(args.models):
