@@ -1,7 +1,7 @@
 r"""Metrics of a study's columns over a number that they differ by, such as steps or beta: a line for each way, with 95 % intervals.
 
-    python benchmarks/curves.py RESULTS.json --over "steps after the first chunk" --at 1 2 3 4 --figure FILE.png \
-        --line "DMD alone=asd_dmd_in_1,asd_dmd_in_2,asd_dmd_in_3,asd_dmd" --line "DMD and ASD=asd_in_1,asd_in_2,asd_in_3,asd"
+    python benchmarks/curves.py RESULTS.json --over steps --at 1 2 4 --figure FILE.png \
+        --line "told=tdm_in_1,tdm_in_2,tdm" --line "not told=tdm_untold_in_1,tdm_untold_in_2,tdm_untold"
 
 RESULTS.json is what `mogan study` writes. A column left empty ("a,,b") is a number that the line does not have; a line of one
 column is drawn across.

@@ -119,7 +119,6 @@ def test_what_papers_claim_is_compared_at_equal_student_updates():
     alone = find_recipe(known["asd_dmd"].recipe)
     assert {u.by for u in alone.plan} == {"dmd"}
     assert alone.rollout == find_recipe("asd_lab").rollout
-    assert known["asd_in_1"].calls == pytest.approx(known["asd"].calls - 12 / 5)
     assert {find_recipe(known[f"redmd_{n}"].recipe).objectives["dmd"].weights.beta for n in ("1", "half", "fifth")} == {
         1.0, 0.5, 0.2,
     }  # fmt: skip

@@ -12,14 +12,14 @@ from mogan.recipes.vdot import RHO
 from mogan.sampling.rollout import Intervals
 from mogan.schedule import levels_of
 from mogan.study.columns import DMD, TEACHER, Column
-from mogan.study.methods import AGAIN, CHUNKS, DMD_LONG, methods
+from mogan.study.methods import DMD_LONG, methods
 
 HERE = "mogan.study.signatures:"
 
 
 def signatures() -> tuple[Column, ...]:
     """What is compared: Re-DMD's beta, VDOT's transport, TDM's numbers of steps, AccVideo's discriminator, Phased DMD's variety, ASD's
-    numbers of steps and its discriminator.
+    discriminator.
     """
     known = {column.name: column for column in methods()}
     return (
@@ -77,15 +77,9 @@ def _followed(accvideo: Column) -> tuple[Column, ...]:
 
 
 def _stepped(asd: Column) -> tuple[Column, ...]:
-    """ASD: what its discriminator adds at each number of steps after the first chunk, which has all four."""
+    """ASD: what its discriminator adds. Fewer steps of these students, with FFE and without: benchmarks/asd_steps.py."""
     alone = replace(asd, name="asd_dmd", about="one student for 1 to 4, by DMD alone", recipe=HERE + "asd_dmd")
-    found = [asd, replace(alone, against=("asd",))]
-    for count in (3, 2, 1):
-        calls = (4 + (CHUNKS - 1) * count) / CHUNKS + AGAIN
-        fewer = _in_fewer(asd, count, ("self_forcing",))
-        fewer_alone = _in_fewer(alone, count, (fewer.name,))
-        found += [replace(column, calls=calls) for column in (fewer, fewer_alone)]
-    return tuple(found)
+    return asd, replace(alone, against=("asd",))
 
 
 # ---------------------------------------------------------------------------------------------- variants
