@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from mogan.recipes import RECIPES
+
 ROOT = Path(__file__).parent.parent
 PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "examples").glob("*.md")]
 
@@ -43,3 +45,21 @@ def test_the_index_of_choices_names_every_methods_page():
     index = (ROOT / "docs" / "choices.md").read_text()
     pages = {p.name for p in (ROOT / "docs" / "methods").glob("*.md")} - {"comparison.md"}
     assert pages - set(re.findall(r"methods/(\w+\.md)", index)) == set()
+
+
+@pytest.mark.parametrize("page", ["README.md", "papers.md"])
+def test_every_recipe_stands_in_a_table_of_its_page(page):
+    named = set()
+    for row in (ROOT / page).read_text().splitlines():
+        own = set(re.findall(r"`(\w+)`", row)) if row.startswith("|") else set()
+        if "and each `_wan_1_3b`" in row:
+            own |= {name.removesuffix("_lab") + "_wan_1_3b" for name in own if name.endswith("_lab")}
+        if "ablations end in" in row:
+            own |= {
+                name + ablation
+                for name in own
+                for ablation in own
+                if ablation.startswith("_no") or ablation == "_latent_gan"
+            }
+        named |= own
+    assert not set(RECIPES) - named

@@ -89,12 +89,12 @@ def test_methods_are_compared_at_equal_student_updates():
     known = {c.name: c for c in methods()}
     found = {n: student_updates(c, known) for n, c in known.items() if not c.as_long_as}
     assert found == {
-        "teacher": 0, "dmd": 400, "msm": 400, "sft_i2v": 400,
+        "teacher": 0, "flowmo": 0, "dmd": 400, "msm": 400, "sft_i2v": 400, "surrogate": 560,
         "sft": 440, "dmd_long": 440, "msm_long": 440, "mogan": 440, "mogan_msm": 440, "sft_i2v_long": 436, "shift": 436,
         "shift_frozen": 436, "redmd": 440, "vdot": 440, "tdm": 440, "phased": 440, "accvideo": 440, "mcd": 300,
         "efficient_vdit": 440, "causal_teacher": 200, "causal_cd": 500, "self_forcing": 700, "self_forcing_long": 740,
         "reward_forcing": 740, "asd": 740, "mogan_causal": 740, "llia": 800,
-        "dmd_i2v": 800, "mogan_i2v": 840,
+        "dmd_i2v": 800, "mogan_i2v": 840, "mogan_mcd": 340, "mogan_reward_forcing": 780, "mogan_asd": 780,
         **{f"mogan_{on}": 480 for on in ("redmd", "vdot", "phased", "accvideo", "efficient_vdit")},
     }  # fmt: skip
     for name, column in known.items():

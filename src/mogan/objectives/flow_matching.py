@@ -1,4 +1,4 @@
-"""Flow matching on real clips: how the teacher was trained, and supervised fine-tuning (SFT)."""
+"""Flow matching on real clips (Lipman et al., arXiv 2210.02747): how the teacher was trained, and supervised fine-tuning (SFT)."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

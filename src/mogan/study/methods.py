@@ -1,17 +1,18 @@
 """The columns of ``mogan study methods``: every system of this package, from one teacher, at equal student updates.
 
 docs/methods/comparison.md says what is equal and what is not. MoGAN adds 20 + 20 student updates to the 400 that made its DMD
-student. Every other student that sees whole clips gets 440 too; SHIFT's come in twelves, so 36 after 400. Causal students
-begin with two stages more, and get 40 each after their own Self-Forcing student. ``_t`` gets MoGAN's seconds instead.
+student. Every other student that sees whole clips gets 440 too; SHIFT's come in twelves, so 36 after 400. A surrogate has to learn first and gets 160
+after 400. Causal students begin with two stages more, and get 40 each after their own Self-Forcing student. ``_t`` gets MoGAN's
+seconds instead.
 """
 
 from dataclasses import replace
 
 from mogan.config import Config
-from mogan.recipes import mogan_lab, phased_lab, shift_lab
+from mogan.recipes import asd_lab, mogan_causal_lab, mogan_lab, phased_lab, reward_forcing_lab, shift_lab
 from mogan.recipes.phased import phases
 from mogan.sampling.rollout import Euler
-from mogan.study.columns import DMD, FAKE_SCORE, MOGAN, TEACHER, Column, for_as_long
+from mogan.study.columns import DMD, FAKE_SCORE, FLOWMO, MOGAN, SURROGATE, TEACHER, Column, for_as_long
 
 HERE = "mogan.study.methods:"
 CHUNKS = 5  # of the lab's clips, a latent frame each
@@ -52,10 +53,10 @@ def methods() -> tuple[Column, ...]:
     )
     frozen = replace(SHIFT, name="shift_frozen", about=f"{SHIFT.about}, its rewards never refreshed")
     frozen = replace(frozen, recipe=HERE + "shift_frozen", against=("sft_i2v_long", "shift"))
-    timed = (SFT, DMD_LONG, msm_long, I2V_LONG, SHIFT)
+    timed = (SFT, DMD_LONG, msm_long, SURROGATE, I2V_LONG, SHIFT)
     return (
-        TEACHER, SFT, DMD, DMD_LONG, msm, msm_long, MOGAN, mogan_msm, *_few_steps(), *_on_top(), *_causal(), *_llia(), I2V,
-        I2V_LONG, SHIFT, frozen, DMD_I2V, MOGAN_I2V, *map(for_as_long, timed),
+        TEACHER, FLOWMO, SFT, DMD, DMD_LONG, msm, msm_long, MOGAN, mogan_msm, SURROGATE, *_few_steps(), *_on_top(), *_causal(),
+        *_llia(), I2V, I2V_LONG, SHIFT, frozen, DMD_I2V, MOGAN_I2V, *map(for_as_long, timed),
     )  # fmt: skip
 
 
@@ -93,7 +94,7 @@ def _on_top() -> tuple[Column, ...]:
         return replace(MOGAN, name=f"mogan_{start}", about=about, recipe=recipe, start=start, against=("mogan", start))
 
     euler, phased = HERE + "mogan_euler", replace(on("phased", HERE + "mogan_phased"), calls=4)
-    return on("redmd"), on("vdot"), phased, on("accvideo", euler), on("efficient_vdit", euler)
+    return on("redmd"), on("vdot"), phased, on("accvideo", euler), on("mcd", euler), on("efficient_vdit", euler)
 
 
 def _causal() -> tuple[Column, ...]:
@@ -116,9 +117,15 @@ def _causal() -> tuple[Column, ...]:
         )
         return replace(own, calls=steps + AGAIN, keeps=(), against=("mogan", "self_forcing_long"))
 
+    def on(start: Column) -> Column:
+        about = f"MoGAN on `{start.name}`"
+        own = replace(start, name=f"mogan_{start.name}", about=about, start=start.name, iterations=20)
+        return replace(own, recipe=f"{HERE}mogan_{start.name}", against=("mogan", start.name))
+
+    rewarded, several = more("reward_forcing", "EMA sink and rewards"), more("asd", "one student for 1 to 4", steps=4)
     return (
-        teacher, start, student, longer, more("reward_forcing", "EMA sink and rewards"),
-        more("asd", "one student for 1 to 4", steps=4), more("mogan_causal", "MoGAN", iterations=20),
+        teacher, start, student, longer, rewarded, several, more("mogan_causal", "MoGAN", iterations=20), on(rewarded),
+        on(several),
     )  # fmt: skip
 
 
@@ -149,6 +156,17 @@ def mogan_phased() -> Config:
     return replace(
         mogan_lab(), sigmas=experts.sigmas, boundary=experts.boundary, rollout=Euler(stop=len(experts.sigmas), since=0)
     )
+
+
+def mogan_reward_forcing() -> Config:
+    """MoGAN on a causal student that sees a window with an EMA sink."""
+    return replace(mogan_causal_lab(), rollout=reward_forcing_lab().rollout)
+
+
+def mogan_asd() -> Config:
+    """MoGAN on a causal student of 1 to 4 steps."""
+    own = asd_lab()
+    return replace(mogan_causal_lab(), sigmas=own.sigmas, rollout=own.rollout)
 
 
 def shift_frozen() -> Config:

@@ -114,7 +114,7 @@ def find_models(config: Config, model: str, student: str | None) -> tuple[Path, 
     if source.causal is None and config.causal is not None and config.post_trains:
         raise UserError(
             f"{student or 'the student of the lab'} sees whole clips and {config.recipe} post-trains a student that sees the past "
-            "alone: name one with --student (the export of a self_forcing run)"
+            "alone: name one with --student (an export of a run that trained one)"
         )
     if source.causal and not _follows(config.causal, source.causal):
         raise UserError(
