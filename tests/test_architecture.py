@@ -1,6 +1,7 @@
 """docs/architecture.md says which package may import which; here that is tested."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,17 @@ FILES = sorted(p for p in SOURCE.rglob("*.py") if room(p) not in ("__init__", "_
 def test_arrows_point_one_way(path):
     before = set(ORDER[: ORDER.index(room(path)) + 1])
     assert imports(path) <= before, f"{path} climbs to {imports(path) - before}"
+
+
+def test_training_and_data_know_no_method_by_name():
+    names = {page.stem for page in (SOURCE.parent.parent / "docs" / "methods").glob("*.md")}
+    names -= {"causal", "comparison", "mogan", "shift", "surrogate"}  # words of the field, and the package
+    assert len(names) > 8
+    word = re.compile(rf"(?<![a-z])({'|'.join(names)})(?![a-z])", re.IGNORECASE)
+    assert word.search("the export of a reward_forcing run")
+    for path in FILES:
+        if room(path) in ("training", "data"):
+            assert not word.search(path.read_text()), path
 
 
 def test_people_who_judge_load_nothing_that_trains():
