@@ -22,8 +22,9 @@ from mogan.data.cache import open_cache
 from mogan.distributed import World
 from mogan.errors import UserError
 from mogan.exchange.export import save_student
+from mogan.exchange.stock_sampler import stock_sampler
 from mogan.models import causal, wan
-from mogan.models.attention import set_attention
+from mogan.models.attention import set_attention, stack_text
 from mogan.models.autoencoder import decode_video, stream_chunks
 from mogan.models.causal import CausalDenoiser, is_causal, make_causal
 from mogan.models.causal_cache import Cache, Causal, Policy, read_causal
@@ -642,6 +643,51 @@ def test_a_folder_says_how_its_clips_come_about_and_they_come_about_so(folder, s
     stored = WanTransformer3DModel.from_pretrained(folder / "transformer").state_dict()
     assert own.keys() == stored.keys()
     assert all(torch.equal(own[k], stored[k]) for k in own)
+
+
+def test_the_card_samples_it_with_diffusers_alone(family, tmp_path, monkeypatch):
+    """The code is run as it is printed, to latents that a cache gives."""
+    where = tmp_path / "causal"
+    base, how = make_causal(loaded(family)), Causal(2, 2)
+    save_student(base, family / "teacher", where, SIGMAS, torch.float32, "a test", causal=how)
+    facts = json.loads((where / "mogan.json").read_text())
+    (where / "mogan.json").write_text(json.dumps(facts | {"frames": 13}))  # four latents
+    source = open_generator(str(where))
+    (entry,) = stock_sampler(source)
+    code = entry.split("```python\n")[1].split("\n```")[0]
+    monkeypatch.chdir(tmp_path)
+    told = {"PATH": str(where), "PROMPT": CAPTIONS[0]}
+    for name, value in told.items():
+        code = code.replace(f'"{name}"', repr(value))
+    found: dict = {}
+    exec(code, found)  # the card's own
+    text = stack_text(wan.load_text(where)([CAPTIONS[0]]), "cpu")
+    want = sample_student(source.load().eval(), text, (4, 4, 4, 4), SIGMAS, [0])
+    assert found["shape"] == tuple(wan.latent_shape(where, source.geometry))
+    assert far(found["made"], want) < 5e-4
+    assert (tmp_path / "clip.mp4").is_file()
+    other = sample_student(source.load().eval(), text, (4, 4, 4, 4), SIGMAS, [1])
+    assert far(found["made"], other) > 0.1
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        Causal(1, 1),
+        Causal(1, 2),
+        Causal(2, 2, context_sigma=0.1),
+        Causal(2, 2, Policy(3, 1)),
+        Causal(2, 2, first_sigmas=(1.0, 0.5)),
+    ],
+    ids=["one latent", "unequal chunks", "a noisy past", "frames leave", "FFE"],
+)
+def test_no_card_prints_it_for_what_the_stock_class_is_not(family, tmp_path, how):
+    save_student(
+        make_causal(loaded(family)), family / "teacher", tmp_path / "c", SIGMAS, torch.float32, "a test", causal=how
+    )
+    facts = json.loads((tmp_path / "c" / "mogan.json").read_text())
+    (tmp_path / "c" / "mogan.json").write_text(json.dumps(facts | {"frames": 13}))
+    assert stock_sampler(open_generator(str(tmp_path / "c"))) == []
 
 
 @pytest.mark.parametrize("pipeline", [WanPipeline, DiffusionPipeline])

@@ -25,6 +25,7 @@ from mogan.exchange.elsewhere import PROGRAMS, UNTRIED, for_fastvideo, require_s
 from mogan.exchange.elsewhere import usage as how_to_call
 from mogan.exchange.lora_file import DTYPES, check_range, files_of_lora, save_lora
 from mogan.exchange.schedulers import flow_map_scheduler, scheduler_for
+from mogan.exchange.stock_sampler import stock_sampler
 from mogan.models import wan
 from mogan.models.causal_cache import Causal
 from mogan.models.experts import LOW
@@ -129,7 +130,7 @@ def export(
         _refuse_as_teacher(run, source, fake_score)
         source = replace(source, sigmas=None)
     usage = _usage(source)
-    notes = counts_notes(source) + states_notes(source.states) + notes
+    notes = counts_notes(source) + states_notes(source.states) + notes + stock_sampler(source)
     card = model_card(
         "Few-step Wan student" if source.sigmas else "Fine-tuned Wan",
         source.folder,
