@@ -1,0 +1,68 @@
+"""Tools that measure what other methods' papers claim: what they print where it is known."""
+
+import runpy
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from conftest import CAPTIONS, SIGMAS
+from mogan.config import EULER
+from mogan.data.cache import open_cache
+from mogan.exchange.export import save_student
+from mogan.models.wan import load_transformer
+from mogan.sampling.trajectories import trajectories
+
+
+def tool(name: str) -> SimpleNamespace:
+    return SimpleNamespace(**runpy.run_path(str(Path(__file__).parent.parent / "benchmarks" / f"{name}.py")))
+
+
+# ------------------------------------------------------------------------------------------------ following a teacher
+
+
+def test_a_student_that_steps_as_its_teacher_did_ends_at_the_same_clips(family, tmp_path):
+    here, folder = tool("accvideo_follow"), family / "teacher"
+    (tmp_path / "prompts.txt").write_text("\n".join(CAPTIONS[:2]))
+    trajectories(
+        prompts=tmp_path / "prompts.txt", out=tmp_path / "store", model=str(folder), seeds=2, first_seed=50, steps=3,
+        guidance=1.0, shift=3.0, negative_prompt="", precision="fp32", device="cpu",
+    )  # fmt: skip
+    same = load_transformer(folder)
+    save_student(same, folder, tmp_path / "same", SIGMAS, torch.float32, card="a test", solver=EULER)
+    store = open_cache(tmp_path / "store")
+    prompts = {caption: [e for e in store.entries if e["caption"] == caption] for caption in CAPTIONS[:2]}
+    ends = {c: torch.stack([store.path_to(e["id"], (0.0,))[0].float() for e in some]) for c, some in prompts.items()}
+    followed = here.made_by(str(tmp_path / "same"), store, prompts)
+    assert list(followed) == [""]
+    noisy = here.made_by(str(family / "student"), store, prompts)  # the same weights, fresh noise between steps
+    assert list(noisy) == ["", ", first step alone"]
+    for caption, end in ends.items():
+        torch.testing.assert_close(followed[""][caption], end, atol=4e-3, rtol=0)  # as the store rounds
+        assert all(here.rms(a, b) > 0.3 for a, b in zip(noisy[""][caption], end, strict=True))
+    store.entries[0]["seed"] += 1
+    with pytest.raises(AssertionError, match="other noise"):
+        here.made_by(str(tmp_path / "same"), store, prompts)
+
+
+def test_distance_from_the_teacher_is_0_of_its_own_clips_and_known_of_shifted_ones():
+    here, rng = tool("accvideo_follow"), np.random.default_rng(0)
+    latents, paths = torch.from_numpy(rng.normal(size=(3, 4, 5, 8, 8))), rng.uniform(0, 64, (3, 17, 2))
+    teacher = here.Clips(latents, np.zeros(0), paths)
+    own, others, nearest, path, path_others, found = here.followed(teacher, teacher).T
+    assert not own.any()
+    assert not path.any()
+    assert others.mean() == pytest.approx(1)
+    assert path_others.min() > 10
+    assert (nearest == 1).all()
+    assert (found == 1).all()
+    shifted, lost = paths + np.array([3.0, 4.0]), np.arange(17) >= 9
+    shifted[0, ~lost] = np.nan  # found in 8 frames of 17: too few to say
+    shifted[1, lost] = np.nan
+    made = here.Clips(latents.mean(0, keepdim=True).expand_as(latents), np.zeros(0), shifted)
+    own, others, _, path, _, found = here.followed(made, teacher).T
+    np.testing.assert_allclose(path, [np.nan, 5, 5])
+    np.testing.assert_allclose(found, [8 / 17, 9 / 17, 1])
+    np.testing.assert_allclose([own.mean(), others.mean()], 3**-0.5, rtol=0.02)  # a mean of three, near to all alike
