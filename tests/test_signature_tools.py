@@ -1,6 +1,7 @@
 """Tools that measure what other methods' papers claim: what they print where it is known."""
 
 import runpy
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,6 +15,7 @@ from mogan.data.cache import open_cache
 from mogan.exchange.export import save_student
 from mogan.models.wan import load_transformer
 from mogan.sampling.trajectories import trajectories
+from mogan.world.scenes import Scene, make_scene, render
 
 
 def tool(name: str) -> SimpleNamespace:
@@ -66,3 +68,43 @@ def test_distance_from_the_teacher_is_0_of_its_own_clips_and_known_of_shifted_on
     np.testing.assert_allclose(path, [np.nan, 5, 5])
     np.testing.assert_allclose(found, [8 / 17, 9 / 17, 1])
     np.testing.assert_allclose([own.mean(), others.mean()], 3**-0.5, rtol=0.02)  # a mean of three, near to all alike
+
+
+# ------------------------------------------------------------------------------------------------ variety
+
+
+def moved(scene: Scene, degrees: float, speed: float, x: float) -> np.ndarray:
+    """The scene's clip with its thing at ``(x, 30)`` at half time, in constant motion."""
+    way = np.array([np.cos(np.radians(degrees)), np.sin(np.radians(degrees))]) * speed
+    centres = np.array([x, 30.0]) + (np.arange(scene.frames) - scene.frames // 2)[:, None] * way
+    return render(replace(scene, sprites=(replace(scene.sprites[0], centres_F2=centres, radius=7.0),)))
+
+
+def test_variety_is_0_of_equal_clips_and_the_deviation_of_those_that_differ_by_a_known_one():
+    here = tool("variety")
+    scenes = (make_scene(31, number, motion="rich") for number in range(99))
+    scene = next(scene for scene in scenes if scene.kind == "linear" and len(scene.sprites) == 1)
+    one, two = (here.seen(moved(scene, *how), scene.caption) for how in ((170, 0.8, 28), (-170, 1.2, 36)))
+    unit = np.ones(40)
+    assert here.varied([one, one, one], unit) == [0, 0, 0, 0, 1]
+    place, direction, speed, look, found = here.varied([one, two], unit)
+    assert place == pytest.approx(8 / 2**0.5, abs=0.2)
+    assert direction == pytest.approx(20 / 2**0.5, abs=1)  # the short way round
+    assert speed == pytest.approx(0.4 / 2**0.5, abs=0.02)
+    assert look > 0
+    assert found == 1
+    gone = one | {"place": np.full(2, np.nan), "angle": np.full(1, np.nan), "speed": np.full(1, np.nan)}
+    with_gone = here.varied([one, two, gone], unit)
+    assert with_gone[:3] == [place, direction, speed]
+    assert with_gone[4] == pytest.approx(2 / 3)
+    assert np.isnan(here.varied([one, gone], unit)[:3]).all()
+    spinning = scene.caption.split(" moving")[0] + " spinning"
+    assert np.isnan(here.seen(moved(scene, 0, 1, 30), spinning)["angle"])
+
+
+def test_the_deviation_of_directions_drawn_at_random_is_that_of_the_docstring():
+    here = tool("variety")
+    angles = np.random.default_rng(0).uniform(-np.pi, np.pi, (400, 1))
+    assert np.degrees(here.deviation(list(angles), here.turned)) == pytest.approx(73.5, abs=1)
+    numbers = np.random.default_rng(0).normal(size=(50, 1))
+    assert here.deviation(list(numbers)) == pytest.approx(numbers.std(ddof=1))
