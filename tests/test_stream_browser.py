@@ -150,7 +150,12 @@ def test_a_tab_that_is_closed_stops_the_work(browse, server):  # noqa: F811
     before = server.busy()
     time.sleep(1)
     assert server.busy() - before > 0.1  # it works while it is watched
-    page.driver.get("about:blank")
+    watched = page.driver.current_window_handle
+    page.driver.switch_to.new_window("tab")
+    other = page.driver.current_window_handle
+    page.driver.switch_to.window(watched)
+    page.driver.close()
+    page.driver.switch_to.window(other)
     time.sleep(1)
     before = server.busy()
     time.sleep(2)
