@@ -123,9 +123,11 @@ def table(lines: dict[str, list[Rows]], prompts: list[str], base: list[Rows] | N
     for line, runs in lines.items():
         cells = []
         for name in LOOKS:
-            first, *_, last = intervals(runs, prompts, name, base)
+            found = intervals(runs, prompts, name, base)
             cells.append(
-                ", ".join(f"{i.mean:.3g} [{', '.join(f'{end:.3g}' for end in i.ci95 or ())}]" for i in (first, last))
+                ", ".join(
+                    f"{i.mean:.3g} [{', '.join(f'{end:.3g}' for end in i.ci95 or ())}]" for i in (found[0], found[-1])
+                )
             )
         print(f"| {line} | {' | '.join(cells)} |")
 
