@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 from torch import nn
 from transformers import UMT5Config, UMT5EncoderModel
 
@@ -26,7 +27,7 @@ from mogan.data.observations import drawn
 from mogan.errors import UserError
 from mogan.estimate.advice import advise
 from mogan.estimate.check import compare, small
-from mogan.estimate.fit import ADAPTERS, OFFLOADED, ONE_BY_ONE, fit, fit_run
+from mogan.estimate.fit import ADAPTERS, OFFLOADED, ONE_BY_ONE, fit, fit_run, price_on
 from mogan.estimate.predict import predict
 from mogan.models.autoencoder import stream_video
 from mogan.models.discriminator import LevelHeads
@@ -37,6 +38,7 @@ from mogan.objectives.rewards import MotionRewards
 from mogan.objectives.shift import reward_call
 from mogan.objectives.surrogate import SurrogateConfig, surrogate_calls
 from mogan.recipes import RECIPES, accvideo_wan_1_3b, dmd2_wan_1_3b, find_recipe, mogan_wan_1_3b, shift_wan_1_3b
+from mogan.runs.checkpoint import latest_checkpoint
 from mogan.training.steps import with_batch
 
 TEXT = {"vocab_size": 100, "d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_heads": 4}
@@ -492,6 +494,20 @@ def test_a_run_that_has_begun_keeps_what_was_chosen(tmp_path, family, cache):
     found, said = fit_run(tiny_recipes.dmd(), 24.0, family / "teacher", open_cache(cache), tmp_path, 1)
     assert found == begun
     assert "goes on" in said[0]
+
+
+@pytest.mark.parametrize("lora", [None, 3])
+def test_a_checkpoint_is_as_large_as_was_said(tmp_path, family, cache, lora):
+    model = family / "teacher"
+    config = replace(tiny_recipes.mogan(), lora=lora)
+    said = price_on(config, 24.0, model, open_cache(cache))(config, 1, lora).checkpoint
+    words = ["train", "tiny_recipes:mogan", "--data", str(cache), "--out", str(tmp_path / "run"), "--model", str(model)]
+    words += ["--student", str(family / "student")]
+    assert main([*words, "--iterations", "1", *(["--lora", "3"] if lora else [])]) == 0
+    files = latest_checkpoint(tmp_path / "run").glob("*.safetensors")
+    tensors = [tensor for file in files for tensor in load_file(file).values()]
+    assert sum(t.numel() * t.element_size() for t in tensors) == pytest.approx(said, rel=0.01)
+    assert price(mogan_wan_1_3b(), gpus=8).checkpoint == pytest.approx(price(mogan_wan_1_3b()).checkpoint)
 
 
 @pytest.mark.slow

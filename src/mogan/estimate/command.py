@@ -81,6 +81,7 @@ def as_json(found: Estimate, changes: tuple[Change, ...]) -> dict[str, Any]:
         "fits": found.fits,
         "iteration_seconds": found.iteration_seconds,
         "hours": found.hours,
+        "checkpoint": found.checkpoint,
         "gpu_hours": found.hours * found.gpus,
         "changes": [asdict(c) for c in changes],
     }
@@ -155,6 +156,7 @@ def _whole(found: Estimate) -> list[str]:
         + ("it fits" if found.fits else "it does not fit"),
         f"main memory while starting: {found.main_memory / GB:.0f} GB for the text encoder, then "
         + (f"{found.host / GB:.0f} GB per GPU" if found.host else "none"),
+        f"disk: {found.checkpoint / GB:.1f} GB a checkpoint, {found.checkpoints} kept and one more while it is written",
     ]
     return [*lines, found.note] if found.note else lines
 

@@ -86,6 +86,7 @@ class Estimate:
     beside: tuple[Beside, ...]
     sampling: tuple[Beside, ...]
     main_memory: float
+    checkpoints: int
     note: str = ""
 
     @property
@@ -97,6 +98,12 @@ class Estimate:
     def host(self) -> float:
         """Most bytes of one process in the host's memory while the run trains."""
         return max(step.host for step in self.steps) + sum(n.waiting for n in self.networks)
+
+    @property
+    def checkpoint(self) -> float:
+        """Bytes of one checkpoint: what learns, its moments and the average, of all GPUs together."""
+        whole = 1 if self.lora else self.gpus  # adapters lie on every GPU
+        return whole * sum(n.gradients + n.moments + n.waiting + n.average for n in self.networks)
 
     @property
     def fits(self) -> bool:
@@ -165,6 +172,7 @@ def predict(
         beside(config, tracer, tuple(prices.values()), machine, gpus, clips, stays, more),
         sampling(config, tracer, machine),
         text_encoder_bytes(tracer),
+        config.keep,
         f"a batch of {odd[0]} does not split over {gpus} GPUs: train with --batch, a multiple of {gpus}" if odd else "",
     )
 
