@@ -16,6 +16,7 @@ from mogan.evaluation.evaluate import evaluate
 from mogan.report import report
 from mogan.report.figures import characters_told, curve_figure, to_svg
 from mogan.report.footage import by_difference, choose
+from mogan.report.page import Background, write_page
 from mogan.report.sources import Curves, Result, distinct_names, read_sources
 from mogan.world.scenes import make_scene, render
 
@@ -93,7 +94,7 @@ def test_every_clip_loops_silently_under_its_flow(page):
 def test_numbers_warnings_curves_and_settings_are_all_there(page):
     for words in (
         "Dynamic degree", "Temporal flickering", "95 % intervals", "What would mislead", "only 3 prompts", "stiller than its start",
-        "Training", "student: loss", "fake_score: gap", "How it was measured", "farneback", "flow-warp", "Against dmd",
+        "Training", "student: loss", "fake_score: gap", "How it was measured", "farneback", "flow-warp", "against dmd",
         "What would change the verdict", "Dynamic degree at other thresholds",
     ):  # fmt: skip
         assert words in page, words
@@ -186,10 +187,34 @@ def test_rows_whose_systems_differ_most_in_speed_come_first():
     assert by_difference([row("b"), row("a")]) == ([row("b"), row("a")], "")
 
 
-def test_clips_come_first_then_a_sentence_of_what_is_clear_then_numbers(page):
-    order = [page.index(f"<section id={name}") for name in ('"clips"', '"numbers"', '"spread"')]
+def test_clips_come_first_then_a_sentence_for_each_system_then_warnings_then_numbers(page):
+    order = [
+        page.index(words)
+        for words in ('<section id="clips"', '<section id="verdict"', 'id="w"', '<section id="numbers"')
+    ]
     assert order == sorted(order)
-    assert order[1] < page.index('<ul class="lead">') < page.index("<table", order[1])
+    lead = page[order[1] : order[2]]
+    assert lead.count("<li>") == 1
+    assert "<li><strong>mogan</strong>" in lead
+    assert page.index("All that is clear, in words") > order[3]
+    assert page.index('class="beware">What would mislead (') < order[0]
+
+
+def test_a_system_alone_is_said_to_have_nothing_beside_it(tmp_path):
+    (tmp_path / "results.json").write_text(json.dumps(changed({})))
+    report((tmp_path / "results.json",), out=tmp_path / "r.html")
+    assert "One system alone: there is nothing to compare it with." in (tmp_path / "r.html").read_text()
+
+
+def test_a_page_says_what_stands_beside_it_and_holds_systems_against_their_bases(tmp_path):
+    one = changed({})["systems"]["a"]
+    (tmp_path / "results.json").write_text(json.dumps({"systems": dict.fromkeys("abc", one)}))
+    known = Background("Clips of one seed; the table is", "table.md", {"c": ("b",)})
+    write_page((tmp_path / "results.json",), tmp_path / "r.html", background=known)
+    text = (tmp_path / "r.html").read_text()
+    assert 'Clips of one seed; the table is <a href="table.md">table.md</a>.' in text
+    assert "<strong>b</strong> differs clearly from a in nothing" in text
+    assert "<strong>c</strong> differs clearly from b in nothing" in text
 
 
 GOOD = {"prompt": "p", "index": 0, "file": "a.mp4", "width": 64, "fps": 16, "values": {"flow_top5": 1.0, "cuts": None}}

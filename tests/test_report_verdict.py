@@ -9,7 +9,15 @@ from mogan.evaluation.motion import dynamic_degree
 from mogan.evaluation.sets import paired
 from mogan.evaluation.statistics import mean_interval
 from mogan.report.sources import Result
-from mogan.report.verdict import in_a_sentence, prompts_to_lose, prompts_to_win, threshold_table, verdicts
+from mogan.report.verdict import (
+    held_against,
+    in_a_sentence,
+    in_full,
+    prompts_to_lose,
+    prompts_to_win,
+    threshold_table,
+    verdicts,
+)
 
 
 def result(name: str, values, metric="flow_top5", **more) -> Result:
@@ -66,7 +74,9 @@ def test_verdicts_in_words():
         result("open", base + rng.normal(0, 1, 30)),
         result("same", base),
     )
-    found = {v.system: v for v in verdicts([first, sure, most, open_, same], ["flow_top5", "lab_net"])}
+    pairs = [(other, first) for other in (sure, most, open_, same)]
+    found = {v.system: v for v in verdicts(pairs, ["flow_top5", "lab_net"])}
+    assert {v.base for v in found.values()} == {"first"}
     assert found["sure"].clear
     assert found["sure"].change == "clear even on the two prompts of 30 that favour it least"
     assert found["most"].clear
@@ -75,7 +85,19 @@ def test_verdicts_in_words():
     assert not found["open"].clear
     assert found["open"].change.startswith("open; ")
     assert (found["same"].change, found["same"].difference) == ("no difference at all", "0 (0 to 0)")
-    assert verdicts([first], ["flow_top5"]) == []
+    assert verdicts([], ["flow_top5"]) == []
+
+
+def test_systems_are_held_against_their_bases_or_else_against_the_first():
+    systems = [result(name, [1.0]) for name in "abcd"]
+
+    def held(bases):
+        return {one.name: [base.name for base in against] for one, against in held_against(systems, bases)}
+
+    assert held({}) == {"b": ["a"], "c": ["a", "b"], "d": ["a", "c"]}
+    assert held({"a": ("a",), "b": ("a",), "c": ("gone", "d", "b")}) == {"b": ["a"], "c": ["d", "b"], "d": ["a"]}
+    assert held({"a": ("c",)})["a"] == ["c"]
+    assert held_against(systems[:1], {}) == held_against([], {}) == []
 
 
 def test_thresholds_use_the_rule_of_dynamic_degree():
@@ -96,27 +118,52 @@ def test_thresholds_use_the_rule_of_dynamic_degree():
     assert threshold_table([result("b", [1.0])]) == []
 
 
-def test_a_sentence_tells_motion_better_and_worse_apart_and_leaves_out_what_is_open():
-    def system(name, **shift):
-        base = {"flow_top5": 1.0, "lab_identity": 0.5, "lab_wobble": 0.5, "saturation": 0.2, "lab_net": 1.0}
-        clips = [
-            {
-                "prompt": f"p{i}",
-                "index": 0,
-                "values": {m: v + shift.get(m, 0) + 0.01 * (-1) ** i for m, v in base.items()},
-            }
-            for i in range(8)
-        ]
-        for clip in clips[::2]:
-            clip["values"]["lab_net"] += 2 * shift.get("noise", 0)
-        for clip in clips[1::2]:
-            clip["values"]["lab_net"] -= 2 * shift.get("noise", 0)
-        return Result(name, None, {}, {}, clips)
+METRICS = ("flow_top5", "lab_net", "lab_identity", "lab_shape", "lab_wobble", "saturation")
 
-    metrics = ("flow_top5", "lab_net", "lab_identity", "lab_wobble", "saturation")
+
+def system(name: str, **shift: float) -> Result:
+    """Eight clips whose metrics are shifted by these; ``noise`` keeps net displacement open."""
+    noise = shift.pop("noise", 0.0)
+    base = dict.fromkeys(METRICS, 1.0)
+    clips = [
+        {"prompt": f"p{i}", "index": 0, "values": {m: v + shift.get(m, 0) + 0.01 * (-1) ** i for m, v in base.items()}}
+        for i in range(8)
+    ]
+    for i, clip in enumerate(clips):
+        clip["values"]["lab_net"] += 2 * noise * (-1) ** i
+        clip["values"]["lab_shape"] += 0.2 * (shift.get("lab_shape", 0) != 0) * (-1) ** (i // 2)  # clear, but less firm
+    return Result(name, Path(), {}, {}, clips)
+
+
+def test_all_that_is_clear_tells_motion_better_and_worse_apart_and_leaves_out_what_is_open():
     other = system("b", flow_top5=-0.5, lab_identity=0.25, lab_wobble=0.125, saturation=1.0, noise=0.5)
-    said = in_a_sentence(system("a"), other, metrics)
+    said = in_full(system("a"), other, METRICS)
     assert said == "against a: moves less (flow, top 5 % -0.5), better (identity kept +0.25), worse (wobble +0.125)"
-    assert in_a_sentence(system("a"), system("c"), metrics) == "against a: no difference is clear"
-    elsewhere = Result("d", None, {}, {}, [{"prompt": "another", "index": 0, "values": {"flow_top5": 9.0}}])
-    assert "nothing can be compared" in in_a_sentence(system("a"), elsewhere, metrics)
+    assert in_full(system("a"), system("c"), METRICS) == "against a: no difference is clear"
+    elsewhere = Result("d", Path(), {}, {}, [{"prompt": "another", "index": 0, "values": {"flow_top5": 9.0}}])
+    assert "nothing can be compared" in in_full(system("a"), elsewhere, METRICS)
+    assert in_a_sentence(system("a"), elsewhere, METRICS).startswith("cannot be compared with a: no clips share")
+
+
+@pytest.mark.parametrize(
+    ("shifts", "sentence"),
+    [
+        ({}, "differs clearly from a in nothing"),
+        ({"flow_top5": 0.5}, "moves more than a (flow, top 5 % +0.5); nothing else is clear"),
+        (
+            {"flow_top5": -0.5, "lab_identity": 0.25, "lab_shape": 0.5, "lab_wobble": 0.125, "saturation": 9.0},
+            "moves less than a (flow, top 5 % -0.5), gains most in identity kept +0.25 and loses most in wobble +0.125",
+        ),
+        (
+            {"lab_shape": -0.5},
+            "moves neither clearly more nor clearly less than a, gains nothing else and loses most in shape agrees -0.5",
+        ),
+        (
+            {"flow_top5": 0.5, "lab_net": -0.25, "lab_wobble": -0.5},
+            "moves more than a by one measure (flow, top 5 % +0.5) and less by another (net displacement -0.25), "
+            "gains most in wobble -0.5 and loses nothing clearly",
+        ),
+    ],
+)
+def test_a_sentence_names_motion_and_the_firmest_gain_and_loss(shifts, sentence):
+    assert in_a_sentence(system("a"), system("b", **shifts), METRICS) == sentence

@@ -8,7 +8,7 @@ from mogan.disk.files import writable_folder, write_atomically
 from mogan.evaluation.evaluate import evaluate
 from mogan.exchange.export import export
 from mogan.ranges import at_least, is_seed
-from mogan.report.page import report
+from mogan.report.page import Background, write_page
 from mogan.sampling.sample import sample
 from mogan.training.train import train
 from mogan.world.render import render
@@ -57,6 +57,7 @@ def demo(
     folders = tuple(Path(f"{name}={out / 'samples' / name}") for name in ("teacher", "dmd", "mogan"))
     render(out=out / "real", clips=prompts, motion="rich", seed=PROMPT_SEED)
     evaluate(folders, out=out / "results.json", reference=out / "real", quick=True)
-    report((out / "results.json", out / "run"), out=out / "report.html")
+    before = Background(against={"mogan": ("dmd", "teacher")})
+    write_page((out / "results.json", out / "run"), out / "report.html", background=before)
     print(f"\nreport: {out / 'report.html'}\nexport: {out / 'export'} (opens in stock WanPipeline)")
     print(f"this call took {(time.perf_counter() - began) / 60:.1f} minutes")

@@ -1,7 +1,8 @@
 """``mogan report``: results and runs to one HTML file that opens anywhere."""
 
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,7 +21,7 @@ from mogan.ranges import at_least
 from mogan.report.figures import COLOURS, characters_told, curve_figure, interval_figure, spread_figure, to_svg
 from mogan.report.footage import SPEEDS, Footage, gather
 from mogan.report.sources import Curves, Result, read_sources
-from mogan.report.verdict import FACTORS, in_a_sentence, signed, threshold_table, verdicts
+from mogan.report.verdict import FACTORS, held_against, in_a_sentence, in_full, signed, threshold_table, verdicts
 
 GROUPS = {
     "Motion by VBench's rules": (
@@ -66,6 +67,21 @@ class Line:
     cells: tuple[tuple[str, str, str], ...]  # mean, interval, n
 
 
+@dataclass(frozen=True)
+class Background:
+    """What results and runs do not say of themselves.
+
+    Attributes:
+        note: a sentence under the heading.
+        link: where it leads, relative to the page.
+        against: per system the names of those it is held against, the first in the verdict; the others against the first system.
+    """
+
+    note: str = ""
+    link: str = ""
+    against: Mapping[str, Sequence[str]] = field(default_factory=dict)
+
+
 def report(
     inputs: Annotated[tuple[Path, ...], tyro.conf.Positional],
     *,
@@ -86,6 +102,19 @@ def report(
     Raises:
         UserError: nothing to show, or an input of another format.
     """
+    write_page(inputs, out, clips=clips, title=title, figures=figures)
+
+
+def write_page(
+    inputs: Sequence[Path],
+    out: Path,
+    *,
+    clips: int = 6,
+    title: str = "How it moves",
+    figures: Path | None = None,
+    background: Background = Background(),
+) -> None:
+    """What :func:`report` does, with what else is known of the systems."""
     if not inputs:
         raise UserError("name at least one results.json or folder of a run: mogan report results.json RUN")
     at_least(1, clips=clips)
@@ -93,8 +122,10 @@ def report(
     writable_file(out, ours=rb"(?i)\s*<!doctype html", suffix=".html")
     if figures:
         writable_folder(figures, "--figures")
-    results, curves = read_sources(inputs)
+    results, curves = read_sources(tuple(inputs))
     shown = [r for r in results if r.clips]
+    held = held_against(shown, background.against)
+    pairs = [(other, bases[0]) for other, bases in held]
     footage = gather(shown, clips) if shown else Footage((), (), 1.0, "px/frame", "", "", 0)
     pictures = {
         "intervals": (interval_figure(results), "Means and 95 % intervals of the headline metrics, by system"),
@@ -113,10 +144,13 @@ def report(
         title=title,
         version=__version__,
         systems=[(r.name, COLOURS[i % len(COLOURS)], len(r.good)) for i, r in enumerate(results)],
-        lead=_lead(shown),
+        background=background,
+        lead=[(other.name, in_a_sentence(base, other, COMPARED)) for other, base in pairs],
+        in_full=[(other.name, [in_full(base, other, COMPARED) for base in bases]) for other, bases in held],
         groups=_groups(results),
-        differences=_differences(shown),
-        verdicts=verdicts(shown, COMPARED),
+        pairs=[(other.name, base.name) for other, base in pairs],
+        differences=_differences(pairs),
+        verdicts=verdicts(pairs, COMPARED),
         thresholds=threshold_table(shown),
         factors=FACTORS,
         svg=svg,
@@ -164,21 +198,13 @@ def _line(name: str, results: list[Result]) -> Line:
     return Line(metric.label, metric.unit, arrow, metric.about, tuple(cells))
 
 
-def _lead(results: list[Result]) -> list[tuple[str, list[str]]]:
-    """Of every system, what is clear about it against the first and against the one before it."""
-    pairs = [(other, {0: results[0], i: results[i]}.values()) for i, other in enumerate(results[1:])]
-    return [(other.name, [in_a_sentence(first, other, COMPARED) for first in firsts]) for other, firsts in pairs]
-
-
-def _differences(results: list[Result]) -> list[tuple[str, str, list[tuple[str, str, bool]]]]:
-    """Every other system minus the first, clip by clip on the same prompt and number, with an interval."""
-    if len(results) < 2:
-        return []
+def _differences(pairs: Sequence[tuple[Result, Result]]) -> list[tuple[str, str, list[tuple[str, str, bool]]]]:
+    """Every system minus its base, clip by clip on the same prompt and number, with an interval."""
     table = []
     for name in COMPARED:
         cells = []
-        for other in results[1:]:
-            found = mean_interval(*paired(results[0].good, other.good, name))
+        for other, base in pairs:
+            found = mean_interval(*paired(base.good, other.good, name))
             if not found.n:
                 cells.append(("–", "", False))
             elif found.ci95 is None:

@@ -1,7 +1,7 @@
 """What would change the verdict: how much of a difference between two systems rests on few prompts or on one threshold."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,50 +17,123 @@ FACTORS = (0.5, 0.75, 1.0, 1.5, 2.0)  # of VBench's threshold
 
 @dataclass(frozen=True)
 class Verdict:
-    """One difference of a system from the first, and in words what would change what is said of it."""
+    """One difference of a system from its base, and in words what would change what is said of it."""
 
     system: str
+    base: str
     label: str
     difference: str
     clear: bool
     change: str
 
 
-def verdicts(results: Sequence[Result], metrics: Sequence[str]) -> list[Verdict]:
-    """For every system but the first and every metric, what would change the verdict."""
+def held_against(results: Sequence[Result], bases: Mapping[str, Sequence[str]]) -> list[tuple[Result, list[Result]]]:
+    """Every system that is compared, with those it is held against: its bases where they are here, else the first.
+
+    Without any bases, the first and the one before.
+    """
+    known = {result.name: result for result in results}
+    found = []
+    for number, result in enumerate(results):
+        named = [known[name] for name in bases.get(result.name, ()) if name in known and name != result.name]
+        before = [] if bases or number < 2 else [results[number - 1]]
+        if named or number:
+            found.append((result, named or [results[0], *before]))
+    return found
+
+
+def verdicts(pairs: Sequence[tuple[Result, Result]], metrics: Sequence[str]) -> list[Verdict]:
+    """For every metric and every pair of a system and its base, what would change the verdict."""
     found = []
     for metric in metrics:
-        for other in results[1:]:
-            gaps, prompts = paired(results[0].good, other.good, metric)
+        for other, base in pairs:
+            gaps, prompts = paired(base.good, other.good, metric)
             interval = mean_interval(gaps, prompts) if gaps else None
             if interval is None or interval.ci95 is None:
                 continue
             clear = _clear(interval)
             change = _prompts_to_lose(gaps, prompts) if clear else _prompts_to_win(gaps, prompts)
-            found.append(Verdict(other.name, METRICS[metric].label, _words(interval), clear, change))
+            found.append(Verdict(other.name, base.name, METRICS[metric].label, _words(interval), clear, change))
     return found
 
 
-def in_a_sentence(first: Result, other: Result, metrics: Sequence[str]) -> str:
-    """What is clear about a system beside the first: does it move more, what became better, what worse."""
-    said: dict[str, list[str]] = {"moves more": [], "moves less": [], "better": [], "worse": []}
-    compared = False
+@dataclass(frozen=True)
+class Difference:
+    """A clear difference of a metric; ``firmness`` is its distance from zero in halves of its interval."""
+
+    how: str
+    words: str
+    firmness: float
+
+
+def clear_differences(base: Result, other: Result, metrics: Sequence[str]) -> list[Difference] | None:
+    """What is clear about a system beside another: does it move more, what became better, what worse.
+
+    None if no clips share prompt, number and metric.
+    """
+    found, compared = [], False
     for metric in metrics:
-        gaps, prompts = paired(first.good, other.good, metric)
+        gaps, prompts = paired(base.good, other.good, metric)
         compared |= bool(gaps)
-        found = mean_interval(gaps, prompts)
-        better = METRICS[metric].better
-        if not _clear(found) or (metric not in MOTION and better is None):
+        interval, better = mean_interval(gaps, prompts), METRICS[metric].better
+        if not _clear(interval) or (metric not in MOTION and better is None):
             continue
-        up = found.mean > 0
+        up = interval.mean > 0
         how = ("moves more" if up else "moves less") if metric in MOTION else _way(up, better == "higher")
-        said[how].append(f"{METRICS[metric].label.lower()} {signed(found.mean)}")
+        words = f"{METRICS[metric].label.lower()} {signed(interval.mean)}"
+        found.append(Difference(how, words, _firmness(interval)))
+    return found if compared else None
+
+
+def in_full(base: Result, other: Result, metrics: Sequence[str]) -> str:
+    """Everything that is clear about a system beside another."""
+    found = clear_differences(base, other, metrics)
+    if found is None:
+        return f"against {base.name}: nothing can be compared, for no clips share prompt, number and metric"
+    if not found:
+        return f"against {base.name}: no difference is clear"
+    said: dict[str, list[str]] = {"moves more": [], "moves less": [], "better": [], "worse": []}
+    for one in found:
+        said[one.how].append(one.words)
     parts = [f"{how} ({', '.join(what)})" for how, what in said.items() if what]
-    if not compared:
-        return f"against {first.name}: nothing can be compared, for no clips share prompt, number and metric"
-    if not parts:
-        return f"against {first.name}: no difference is clear"
-    return f"against {first.name}: {', '.join(parts)}"
+    return f"against {base.name}: {', '.join(parts)}"
+
+
+def in_a_sentence(base: Result, other: Result, metrics: Sequence[str]) -> str:
+    """How a system's motion differs from another's, and of all else the clear gain and the clear loss farthest from zero.
+
+    Farthest in halves of their intervals, for metrics have different units.
+    """
+    found = clear_differences(base, other, metrics)
+    if found is None:
+        return f"cannot be compared with {base.name}: no clips share prompt, number and metric"
+    if not found:
+        return f"differs clearly from {base.name} in nothing"
+    gain, loss = (_firmest(found, how) for how in ("better", "worse"))
+    if not gain and not loss:
+        return f"{_motion(base.name, found)}; nothing else is clear"
+    gained = f"gains most in {gain.words}" if gain else "gains nothing else"
+    lost = f"loses most in {loss.words}" if loss else "loses nothing clearly"
+    return f"{_motion(base.name, found)}, {gained} and {lost}"
+
+
+def _motion(base: str, found: Sequence[Difference]) -> str:
+    """Whether it moves more or less, by the metric where that is firmest; both where metrics of motion disagree."""
+    more, less = (_firmest(found, how) for how in ("moves more", "moves less"))
+    if more and less:
+        return f"moves more than {base} by one measure ({more.words}) and less by another ({less.words})"
+    if one := more or less:
+        return f"{one.how} than {base} ({one.words})"
+    return f"moves neither clearly more nor clearly less than {base}"
+
+
+def _firmest(found: Sequence[Difference], how: str) -> Difference | None:
+    return max((one for one in found if one.how == how), key=lambda one: one.firmness, default=None)
+
+
+def _firmness(found: Interval) -> float:
+    low, high = found.ci95 or (math.nan, math.nan)
+    return 2 * abs(found.mean) / (high - low) if high > low else math.inf
 
 
 def _way(up: bool, higher_is_better: bool) -> str:
