@@ -15,7 +15,7 @@ from mogan.errors import UserError
 from mogan.evaluation.evaluate import evaluate
 from mogan.report import report
 from mogan.report.figures import characters_told, curve_figure, to_svg
-from mogan.report.footage import by_difference, choose
+from mogan.report.footage import by_difference, choose, gather
 from mogan.report.page import Background, write_page
 from mogan.report.sources import Curves, Result, distinct_names, read_sources
 from mogan.world.scenes import make_scene, render
@@ -87,6 +87,8 @@ def test_every_clip_loops_silently_under_its_flow(page):
     for attrs in videos:
         assert {"muted", "loop", "playsinline", "autoplay", "aria-label"} <= set(attrs)
         assert attrs["src"].startswith("data:video/mp4;base64,AAAA")
+        assert attrs.get("poster", "data:image/jpeg;base64,/9j/").startswith("data:image/jpeg;base64,/9j/")
+    assert sum("poster" in attrs for attrs in videos) == len(videos) / 2
     assert "one scale for every clip" in page
     assert "image-rendering: pixelated" in page
 
@@ -181,10 +183,51 @@ def test_rows_whose_systems_differ_most_in_speed_come_first():
         row("near", lab_speed=(2.0, 1.0), flow_top5=(1.0, 1.0)),
     ]
     rows, by = by_difference(some)
-    assert ([r[0] for r in rows], by) == (["far", "near", "same"], "true speed")
+    assert ([r[0] for r in rows], by) == (["far", "near", "same"], "lab_speed")
     rows, by = by_difference([*some, row("untracked", lab_speed=(None, 1.0), flow_top5=(1.0, 1.0))])
-    assert (rows[0][0], by) == ("same", "flow, top 5 %")
+    assert (rows[0][0], by) == ("same", "flow_top5")
     assert by_difference([row("b"), row("a")]) == ([row("b"), row("a")], "")
+
+
+def test_rows_are_sorted_by_the_systems_that_are_shown_first():
+    def row(name, *speeds):
+        return name, 0, [(None, {"values": {"lab_speed": speed}}) for speed in speeds]
+
+    rows = [row("few", 0.0, 1.0, 0.0, 0.0, 9.0), row("many", 0.0, 0.0, 0.0, 2.0, 2.0)]
+    assert [r[0] for r in by_difference(rows)[0]] == ["many", "few"]
+
+
+@pytest.fixture(scope="module")
+def six(inputs):
+    """Results of six systems, whose clips are those of two."""
+    (one, two) = json.loads((inputs / "results.json").read_text())["systems"].values()
+    systems = {f"system {number}": (one, two)[number % 2] for number in range(6)}
+    (inputs / "six.json").write_text(json.dumps({"systems": systems}))
+    return inputs / "six.json"
+
+
+def test_four_systems_are_shown_at_first_and_the_others_wait(six, tmp_path):
+    report((six,), out=tmp_path / "r.html", clips=1)
+    reader = Reader()
+    reader.feed((tmp_path / "r.html").read_text())
+    boxes = [(attrs["value"], "checked" in attrs) for tag, attrs in reader.tags if attrs.get("type") == "checkbox"]
+    assert boxes == [(f"system {number}", number < 4) for number in range(6)]
+    shots = [(attrs["data-system"], "hidden" in attrs) for tag, attrs in reader.tags if "data-system" in attrs]
+    assert shots[:6] == [(f"system {number}", number >= 4) for number in range(6)]
+    kept = [{"src", "data-src"} & set(attrs) for tag, attrs in reader.tags if tag == "video"]
+    assert kept[:12] == [{"src"}] * 8 + [{"data-src"}] * 4
+
+
+def test_systems_for_whose_clips_a_page_has_no_room_are_named(six, tmp_path, monkeypatch):
+    monkeypatch.setattr("mogan.report.footage.BUDGET", 1)
+    results, _ = read_sources((six,))
+    footage = gather(results, 2)
+    assert footage.systems == tuple(f"system {number}" for number in range(4))
+    assert footage.left_out == ("system 4", "system 5")
+    assert len(footage.rows) == 1
+    assert [shot.system for shot in footage.rows[0].shots] == list(footage.systems)
+    report((six,), out=tmp_path / "r.html")
+    assert "So were the clips of system 4, system 5." in (tmp_path / "r.html").read_text()
 
 
 def test_clips_come_first_then_a_sentence_for_each_system_then_warnings_then_numbers(page):

@@ -19,7 +19,7 @@ from mogan.evaluation.sets import paired
 from mogan.evaluation.statistics import mean_interval
 from mogan.ranges import at_least
 from mogan.report.figures import COLOURS, characters_told, curve_figure, interval_figure, spread_figure, to_svg
-from mogan.report.footage import SPEEDS, Footage, gather
+from mogan.report.footage import AT_ONCE, SPEEDS, Footage, gather
 from mogan.report.sources import Curves, Result, read_sources
 from mogan.report.verdict import FACTORS, held_against, in_a_sentence, in_full, signed, threshold_table, verdicts
 
@@ -126,7 +126,7 @@ def write_page(
     shown = [r for r in results if r.clips]
     held = held_against(shown, background.against)
     pairs = [(other, bases[0]) for other, bases in held]
-    footage = gather(shown, clips) if shown else Footage((), (), 1.0, "px/frame", "", "", 0)
+    footage = gather(shown, clips) if shown else Footage((), (), 1.0, "px/frame", "", "", (), (), 0)
     pictures = {
         "intervals": (interval_figure(results), "Means and 95 % intervals of the headline metrics, by system"),
         "spread": (spread_figure(shown), "Distributions over clips, by system"),
@@ -155,6 +155,7 @@ def write_page(
         factors=FACTORS,
         svg=svg,
         footage=footage,
+        at_once=footage.systems[:AT_ONCE] if footage.rows else footage.systems,
         prompts=_prompts(shown),
         warnings=_warnings(results, curves),
         how=[(r.name, _how(r)) for r in results if r.how],
