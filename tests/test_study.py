@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -26,7 +27,7 @@ from mogan.study.jobs import Job, core_seconds, run_jobs
 from mogan.study.measured import keep_measured, path_of, read_measured
 from mogan.study.methods import methods, shift_frozen
 from mogan.study.signatures import signatures
-from mogan.study.study import chosen, left_to_do, measure_all, needed, seeds_of, write_prompts
+from mogan.study.study import TITLES, background, chosen, left_to_do, measure_all, needed, seeds_of, write_prompts
 from mogan.world.scenes import make_scene
 
 STUDIES = [columns.table1, columns.table2, methods, signatures]
@@ -417,6 +418,19 @@ def clips_of(values, seed=0):
     ]
 
 
+def test_a_studys_report_says_whose_clips_it_shows_and_what_systems_are_held_against():
+    known = {c.name: c for c in methods()}
+    seeds = {"mogan": 1, "teacher": 0, "dmd": 1, "msm": 2}
+    found = background("methods", [(known[name], Path(name) / f"seed{seed}") for name, seed in seeds.items()])
+    says = "Clips and numbers of training seed 1 (of msm: 2), with intervals over prompts alone; the table with all seeds is"
+    assert (found.note, found.link) == (says, "methods.md")
+    assert found.against["msm"] == ("mogan", "dmd")
+    assert TITLES.keys() == {"table1", "table2", "methods", "signatures"}
+    assert background("table1", [(known["teacher"], Path("teacher/seed0"))]).note.startswith(
+        "Clips and numbers of training seed 0,"
+    )
+
+
 def test_intervals_resample_prompts_and_training_seeds():
     reference = clips_of(np.linspace(0, 1, 20), 9)
     by_seed = {"0": clips_of([0.0] * 20, 1), "1": clips_of([1.0] * 20, 2)}
@@ -589,7 +603,9 @@ def test_a_study_runs_from_nothing_and_a_second_call_only_writes_the_table(tmp_p
         assert set(system["per_seed"]) == {"0"}
         assert system["training_seconds"]["0"] > 0
     assert "final_gap" in results["systems"]["mogan"]
-    assert (tmp_path / "s" / "table1.html").stat().st_size > 10_000
+    page = (tmp_path / "s" / "table1.html").read_text()
+    assert "<title>MoGAN&#39;s Table 1, in the laboratory</title>" in page
+    assert 'the table with all seeds is <a href="table1.md">table1.md</a>.' in page
     assert (tmp_path / "s" / "table1.png").is_file()
     start = json.loads((tmp_path / "s" / "mogan" / "seed0" / "run" / "run.json").read_text())["student"]
     assert start == str(tmp_path / "s" / "dmd" / "seed0" / "export")

@@ -14,7 +14,7 @@ from mogan.data.lists import read_prompts
 from mogan.disk.files import from_json, writable_folder, write_atomically
 from mogan.errors import UserError, closest
 from mogan.ranges import SEEDS, at_least, between
-from mogan.report.page import report
+from mogan.report.page import Background, write_page
 from mogan.study.collect import bars, combine, markdown, minus
 from mogan.study.columns import MOGAN, Column, table1, table2
 from mogan.study.commands import PROMPT_SEED, TRAIN_SEED, jobs_of, reference_jobs, shared_jobs
@@ -27,6 +27,12 @@ from mogan.study.signatures import signatures
 from mogan.world.scenes import captions
 
 STUDIES = {"table1": table1, "table2": table2, "methods": methods, "signatures": signatures}
+TITLES = {  # of their reports
+    "table1": "MoGAN's Table 1, in the laboratory",
+    "table2": "MoGAN's Table 2: one part changed at a time",
+    "methods": "Methods, at equal student updates",
+    "signatures": "What papers claim, each with what would show it",
+}
 TRAIN_PROMPTS, PATHS, FEW = 4000, 512, 8  # to train on, for the teacher's paths, for an analysis of attention
 
 
@@ -103,7 +109,7 @@ def study(
         clips_file = out / f"{name}.results.json"
         write_clips(here, clips_file)
         runs = [out / home / "run" for column, home in here if column.recipe]
-        report((clips_file, *runs), out=out / f"{name}.html", title=name)
+        write_page((clips_file, *runs), out / f"{name}.html", title=TITLES[name], background=background(name, here))
         print(f"clips in {out}/{name}.html")
 
 
@@ -241,6 +247,18 @@ def sampled_here(columns: tuple[Column, ...], numbers: range, out: Path) -> list
         home = next((home for home in homes if (out / home / "results.json").is_file()), None)
         found += [(column, home)] if home else []
     return found
+
+
+def background(name: str, here: list[tuple[Column, Path]]) -> Background:
+    """What the report says of its clips' training seeds, where the table with all of them is, and what columns are held against."""
+    by_seed: dict[str, list[str]] = {}
+    for column, home in here:
+        if column.recipe or column.start:
+            by_seed.setdefault(home.name.removeprefix("seed"), []).append(column.name)
+    most, *others = sorted(by_seed, key=lambda seed: -len(by_seed[seed])) or ["0"]
+    besides = "".join(f" (of {', '.join(by_seed[seed])}: {seed})" for seed in others)
+    note = f"Clips and numbers of training seed {most}{besides}, with intervals over prompts alone; the table with all seeds is"
+    return Background(note, f"{name}.md", {column.name: column.against for column, _ in here})
 
 
 def write_clips(here: list[tuple[Column, Path]], path: Path) -> None:
