@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from matplotlib.text import Text
 
 from mogan.cli import main
 from mogan.errors import UserError
@@ -22,7 +23,7 @@ from mogan.study import columns
 from mogan.study.collect import bars, combine, markdown, minus, variety_of
 from mogan.study.commands import PROMPT_SEED, jobs_of, shared_jobs
 from mogan.study.cost import Training, from_teacher, iterations_that_fit, read_training, training
-from mogan.study.figure import draw
+from mogan.study.figure import PANELS, draw, figure_of
 from mogan.study.jobs import Job, core_seconds, run_jobs
 from mogan.study.measured import keep_measured, path_of, read_measured
 from mogan.study.methods import methods, shift_frozen
@@ -515,6 +516,27 @@ def test_bars_hold_and_fail_where_they_should(tmp_path):
     assert "| dmd | - | **-0.100 [-0.200, -0.050]** | - | - | - | - | - | +0.100 [-0.200, +0.400] |" in page
     draw(bad, tmp_path / "figure.png")
     assert (tmp_path / "figure.png").stat().st_size > 10_000
+
+
+def test_a_figure_of_many_systems_tells_them_apart_and_no_name_lies_on_another():
+    names = [f"system_{number}" for number in range(45)]
+    systems = systems_with(dict.fromkeys(names, 0.5), {name: 0.3 + 0.001 * i for i, name in enumerate(names)})
+    for number, (name, system) in enumerate(systems.items()):
+        system["per_seed"]["0"]["appearance_distance"] = 1.0 + 0.01 * (number % 7)
+        system |= {"first_frames": number % 2 == 1, "calls": 1 if name == "system_3" else 3.8}
+        system["metrics"]["lab_shape"] = {"mean": 0.5, "ci95": None, "n": 9}
+    figure = figure_of(systems)
+    scatter, *panels = figure.axes
+    assert len(panels) == len(PANELS)
+    assert {"Shape agrees", "Identity kept"} <= {panel.get_title(loc="left") for panel in panels}
+    labels = [label.get_text() for label in panels[0].get_yticklabels()]
+    assert labels[2:4] == ["system_2, 3.8 calls", "system_3, 1 call"]
+    assert len({(line.get_marker(), str(line.get_color())) for line in scatter.lines}) == 45
+    assert [line.get_markerfacecolor() == "none" for line in scatter.lines] == [n % 2 == 1 for n in range(45)]
+    figure.draw_without_rendering()
+    boxes = [Text.get_window_extent(text) for text in scatter.texts]  # without their lines
+    assert len(boxes) == 45
+    assert not any(one.padded(-0.5).overlaps(other) for i, one in enumerate(boxes) for other in boxes[:i])
 
 
 def test_bars_of_parts_compare_each_with_mogan():

@@ -1,4 +1,4 @@
-"""One figure of a study: motion against appearance, a point per training seed, and the headline metrics as bars."""
+"""One figure of a study: motion against appearance, a point per training seed, and the metrics of motion and form with intervals."""
 
 from pathlib import Path
 from typing import Any
@@ -6,72 +6,112 @@ from typing import Any
 from mogan.disk.files import replacing
 from mogan.evaluation.names import METRICS
 
-PANELS = ("dynamic_degree", "lab_net", "lab_wobble")
+PANELS = ("dynamic_degree", "lab_net", "lab_wobble", "lab_shape", "lab_identity")
+MARKERS = "o^Dv"  # another after each 20 colours
+LETTER, LINE = 0.057, 0.115  # inches that names beside points take, in width and height
 
 
 def draw(systems: dict[str, Any], path: Path) -> None:
     """Write the figure as PNG."""
+    with replacing(path) as temporary:
+        figure_of(systems).savefig(temporary, dpi=130)
+
+
+def figure_of(systems: dict[str, Any]) -> Any:
+    """The figure, as matplotlib has it: motion against appearance, then a panel for each of ``PANELS``."""
     from matplotlib import rc_context
 
     from mogan.report.figures import STYLE
 
     with rc_context(STYLE):
-        _draw(systems, path)
+        return _figure(systems)
 
 
-def _draw(systems: dict[str, Any], path: Path) -> None:
-    from matplotlib import colormaps
+def _figure(systems: dict[str, Any]) -> Any:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(13, 4 + 0.12 * len(systems)), layout="constrained")
-    axes = figure.subplots(1, 1 + len(PANELS), width_ratios=(2.2, *(1 for _ in PANELS)))
-    colours = colormaps["tab20"].colors  # type: ignore[attr-defined]
+    figure = Figure(figsize=(17, 4 + 0.16 * len(systems)), layout="constrained")
+    axes = figure.subplots(1, 1 + len(PANELS), width_ratios=(3, *(1 for _ in PANELS)))
+    looks = [_look(number, system) for number, system in enumerate(systems.values())]
+    named = _points(axes[0], systems, looks)
+    for panel, metric in zip(axes[1:], PANELS, strict=True):
+        _intervals(panel, metric, list(systems.values()), looks)
+    labels = [_label(name, system) for name, system in systems.items()]
+    axes[1].set_yticks(range(len(systems)), labels)
+    for panel in axes[2:]:
+        panel.set_yticks(range(len(systems)), [""] * len(systems))
+    figure.draw_without_rendering()  # now points have their places on the page
+    figure.set_layout_engine("none")
+    _name_points(axes[0], named)
+    return figure
+
+
+def _look(number: int, system: dict[str, Any]) -> dict[str, Any]:
+    """How a system's marks look: 20 colours, then another shape; hollow if its first frame is given."""
+    from matplotlib import colormaps
+
+    colour = colormaps["tab20"].colors[number % 20]  # type: ignore[attr-defined]
+    face = "none" if system.get("first_frames", False) else colour
+    return {"marker": MARKERS[number // 20 % len(MARKERS)], "markerfacecolor": face, "color": colour, "markersize": 6}
+
+
+def _label(name: str, system: dict[str, Any]) -> str:
+    """The name, and how many calls of the network a clip takes where that is known."""
+    if "calls" not in system:
+        return name
+    return f"{name}, {system['calls']:g} call{'' if system['calls'] == 1 else 's'}"
+
+
+def _points(axis: Any, systems: dict[str, Any], looks: list[dict[str, Any]]) -> list[tuple[tuple[float, float], str]]:
+    """A point per training seed; returns the last of each system, which is to be named."""
     named = []
-    for number, (name, system) in enumerate(systems.items()):
+    for (name, system), look in zip(systems.items(), looks, strict=True):
         points = [
             (means["lab_net"], means["appearance_distance"])
             for means in system["per_seed"].values()
             if {"lab_net", "appearance_distance"} <= means.keys()
         ]
         if points:
-            colour, given = colours[number % 20], system.get("first_frames", False)
-            marker, face = ("s", "none") if given else ("o", colour)
-            axes[0].scatter(*zip(*points, strict=True), marker=marker, facecolors=face, edgecolors=colour)
+            axis.plot(*zip(*points, strict=True), linestyle="none", **look)
             named.append((max(points), name))
-        for panel, metric in zip(axes[1:], PANELS, strict=True):
-            found = system["metrics"].get(metric)
-            if found is None:
-                continue
-            low, high = found["ci95"] or (found["mean"], found["mean"])
-            error = [[found["mean"] - low], [high - found["mean"]]]
-            panel.errorbar(found["mean"], number, xerr=error, fmt="o", color=colours[number % 20], capsize=3)
-    squares = any(system.get("first_frames") for system in systems.values())
-    axes[0].set(
+    hollow = any(system.get("first_frames") for system in systems.values())
+    axis.set(
         xlabel="net displacement, px/frame (tracked, no flow network)",
         ylabel="appearance distance to the teacher's world",
-        title="one point per training seed" + "; squares: first frame given" * squares,
+        title="one point per training seed" + "; hollow: first frame given" * hollow,
     )
-    axes[0].margins(x=0.16, y=0.08)  # room for the name of the last point
-    for panel, metric in zip(axes[1:], PANELS, strict=True):
-        panel.set_yticks(range(len(systems)), list(systems) if panel is axes[1] else [""] * len(systems))
-        panel.invert_yaxis()
-        panel.set_title(METRICS[metric].title)
-        panel.grid(axis="x", alpha=0.3)
-    figure.canvas.draw()  # now points have their places on the page
-    _name_points(axes[0], named)
-    with replacing(path) as temporary:
-        figure.savefig(temporary, dpi=130)
+    axis.margins(x=0.16, y=0.08)  # room for the name of the last point
+    return named
+
+
+def _intervals(panel: Any, metric: str, systems: list[dict[str, Any]], looks: list[dict[str, Any]]) -> None:
+    for number, (system, look) in enumerate(zip(systems, looks, strict=True)):
+        found = system["metrics"].get(metric)
+        if found is None:
+            continue
+        low, high = found["ci95"] or (found["mean"], found["mean"])
+        error = [[found["mean"] - low], [high - found["mean"]]]
+        panel.errorbar(found["mean"], number, xerr=error, capsize=3, **look)
+    panel.set_ylim(len(systems) - 0.5, -0.5)
+    label, unit = METRICS[metric].label, METRICS[metric].unit
+    panel.set_title(f"{label}\n{unit}" if unit else label)
+    panel.locator_params(axis="x", nbins=4)
+    panel.grid(axis="x", alpha=0.3)
 
 
 def _name_points(axis: Any, named: list[tuple[tuple[float, float], str]]) -> None:
     """Names beside points, from the lowest up; one that would lie on another moves up, and a line leads to its point."""
-    taken: list[tuple[float, float]] = []
+    from matplotlib.patheffects import withStroke
+
+    dpi, halo = axis.figure.dpi, [withStroke(linewidth=1.2, foreground="white", alpha=0.7)]
+    taken: list[tuple[float, float, float]] = []
     for point, name in sorted(named, key=lambda pair: pair[0][1]):
-        x, y = axis.transData.transform(point)
-        height = y
-        while any(abs(x - left) < 70 and abs(height - low) < 11 for left, low in taken):
+        left, y = axis.transData.transform(point)
+        right, height = left + LETTER * dpi * (len(name) + 2), y
+        while any(left < end and start < right and abs(height - low) < LINE * dpi for start, end, low in taken):
             height += 1
-        taken.append((x, height))
+        taken.append((left, right, height))
         line = {"arrowstyle": "-", "lw": 0.4, "color": "0.6", "shrinkA": 0, "shrinkB": 0} if height > y else None
-        offset = ((6, (height - y) * 72 / axis.figure.dpi - 3), "offset points")
-        axis.annotate(name, point, xytext=offset[0], textcoords=offset[1], fontsize=7, arrowprops=line)
+        offset = (6, (height - y) * 72 / dpi - 3)
+        text = axis.annotate(name, point, xytext=offset, textcoords="offset points", fontsize=7, arrowprops=line)
+        text.set_path_effects(halo)
