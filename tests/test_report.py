@@ -351,6 +351,12 @@ def test_the_legend_of_curves_names_every_run_once():
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["a", "b"]
 
 
+def test_the_curves_of_many_runs_are_told_apart():
+    runs = [Curves(str(i), {("", "loss"): [(0, 1.0), (1, 0.5)]}, ()) for i in range(40)]
+    lines = curve_figure(runs).legends[0].get_lines()
+    assert len({(line.get_color(), str(line._unscaled_dash_pattern), line.get_linestyle()) for line in lines}) == 40
+
+
 def test_inputs_that_are_nothing_are_refused(tmp_path):
     with pytest.raises(UserError, match="neither a results"):
         report((tmp_path,), out=tmp_path / "r.html")

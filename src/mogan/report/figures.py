@@ -17,6 +17,7 @@ from mogan.evaluation.names import METRICS
 from mogan.report.sources import Curves, Result
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#8A6D00", "#56B4E9", "#5C5C5C", "#B22222")  # Okabe and Ito
+LINES = ("-", "--", ":", "-.", (0, (6, 1, 1, 1, 1, 1)))  # another after each turn of the colours
 HEADLINES = (
     "dynamic_degree", "motion_smoothness", "motion_score", "flow_top5", "lab_net", "lab_speed", "lab_wobble",
     "lab_pulsing",
@@ -160,7 +161,8 @@ def curve_figure(runs: Sequence[Curves]) -> Figure | None:
             colour = COLOURS[number % len(COLOURS)]
             every = max(1, len(x) // POINTS)
             axis.plot(x[::every], y[::every], color=colour, lw=0.7, alpha=0.35)
-            axis.plot(x[::every], _smooth(y)[::every], color=colour, lw=1.6, label=run.name)
+            line = LINES[number // len(COLOURS) % len(LINES)]
+            axis.plot(x[::every], _smooth(y)[::every], color=colour, ls=line, lw=1.6, label=run.name)
         axis.set_title(f"{key[0]}: {key[1]}" if key[0] else key[1])
         axis.locator_params(axis="both", nbins=4)
     for axis in axes.flat[len(keys) :]:
