@@ -158,7 +158,7 @@ def _that_fit(results: list[Result], rows: list[Cells]) -> tuple[str, ...]:
     any case.
     """
     files = {r.name: {r.base / c["file"] for *_, cells in rows for of, c in cells if of is r} for r in results}
-    spent, names = 0.0, []
+    spent, names = 0.0, list[str]()
     for name, paths in files.items():
         spent += 2 * 4 / 3 * sum(path.stat().st_size for path in paths if path.is_file())
         if len(names) >= AT_ONCE and spent > BUDGET:

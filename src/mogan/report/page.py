@@ -114,7 +114,11 @@ def write_page(
     figures: Path | None = None,
     background: Background = Background(),
 ) -> None:
-    """What :func:`report` does, with what else is known of the systems."""
+    """What :func:`report` does, with what else is known of the systems.
+
+    Raises:
+        UserError: nothing to show, or an input of another format.
+    """
     if not inputs:
         raise UserError("name at least one results.json or folder of a run: mogan report results.json RUN")
     at_least(1, clips=clips)
