@@ -42,13 +42,15 @@ def said(fresh, tmp_path, *words):
 def test_the_wheel_works_without_the_repository(fresh, tmp_path):
     assert said(fresh, tmp_path, "--version") == f"mogan {__version__}\n"
     assert "mogan survey build" in said(fresh, tmp_path, "--help")
-    assert "--iterations" in said(fresh, tmp_path, "demo", "--help")
     ask = [fresh.parent / "python", "-c", "import mogan; print(mogan.__file__)"]
     where = subprocess.check_output(ask, cwd=tmp_path, env=BARE, text=True)
     assert Path(where.strip()).is_relative_to(fresh.parent.parent)
     (tmp_path / "prompts.txt").write_text("a red circle moving right\n")
     said(fresh, tmp_path, "sample", "--prompts", "prompts.txt", "--out", "clips")  # the lab's family is in the wheel
     assert (tmp_path / "clips" / "a red circle moving right-0.mp4").is_file()
+    small = ("--clips", "16", "--iterations", "1", "--prompts", "2", "--seeds", "1")
+    assert "report: demo/report.html" in said(fresh, tmp_path, "demo", "--out", "demo", *small)
+    assert (tmp_path / "demo" / "export" / "model_index.json").is_file()
 
 
 def test_every_file_that_names_a_version_names_this_one():
