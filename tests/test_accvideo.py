@@ -241,6 +241,13 @@ def test_a_queue_holds_latents_of_its_own_level_alone_and_they_go_from_level_to_
     assert (game.queues.clips != EMPTY).all()  # full after as many updates as levels
 
 
+def test_a_latent_at_another_level_does_not_go_unseen(game):
+    """Given to the queue of the level before its own."""
+    give, game.queues.give = game.queues.give, lambda row, *what: give(max(row - 1, 0), *what)
+    with pytest.raises(AssertionError, match="Tensor-likes are not close"):
+        test_a_queue_holds_latents_of_its_own_level_alone_and_they_go_from_level_to_level(game)
+
+
 def test_the_discriminator_is_shown_both_at_the_same_level_as_they_are(game):
     for iteration in range(4):
         turn(game, iteration)

@@ -36,6 +36,15 @@ class Gaussian(torch.nn.Module):
         self.calls.append(torch.is_grad_enabled())
         return s / variance * gap - (self.mean + (1 - s) * self.deviation**2 / variance * gap)
 
+    def forward(self, x, sigma, text):
+        return x - sigma.view(-1, 1, 1, 1, 1) * self.velocity(x, sigma, text)
+
+
+def at_the_marginal_of(level, x):
+    deviation = math.sqrt((1 - level) ** 2 * 0.25 + level**2)
+    middle = x.mean().item() == pytest.approx((1 - level) * 0.7, abs=0.01)
+    return middle and x.std().item() == pytest.approx(deviation, rel=0.02)
+
 
 @pytest.mark.parametrize("stop", [150, 300])
 def test_euler_reaches_the_marginal_of_the_level_where_it_stops(stop):
@@ -46,9 +55,12 @@ def test_euler_reaches_the_marginal_of_the_level_where_it_stops(stop):
     level = 1 - stop / 300
     assert made.level == pytest.approx(level)
     assert made.interval == ((level + 0.02, 1.0) if stop < 300 else (0.0, 1.0))
-    assert made.sample_BCFHW.mean().item() == pytest.approx((1 - level) * 0.7, abs=0.01)
-    deviation = math.sqrt((1 - level) ** 2 * 0.25 + level**2)
-    assert made.sample_BCFHW.std().item() == pytest.approx(deviation, rel=0.02)
+    assert at_the_marginal_of(level, made.sample_BCFHW)
+    # and what fails: a neighbouring level, and fresh noise between the steps, which narrows what is made
+    assert not at_the_marginal_of(level + 0.05, made.sample_BCFHW)
+    drawn = torch.Generator().manual_seed(1)
+    fresh = FewStep().make(student, noise, TEXT, sigmas, drawn, stop - 1, False).sample_BCFHW
+    assert not at_the_marginal_of(level, add_noise(fresh, torch.randn_like(fresh), torch.tensor([level])))
 
 
 def test_gradient_flows_through_the_last_step_alone_and_nothing_is_drawn():
