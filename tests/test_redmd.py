@@ -162,6 +162,14 @@ def a_scalar(device):
     return lambda video, prompts: video.mean()
 
 
+def none(device):
+    return lambda video, prompts: torch.full((len(video),), math.nan)
+
+
+def endless(device):
+    return lambda video, prompts: torch.full((len(video),), math.inf)
+
+
 def own(function, **settings):
     return weighted(reward=f"test_redmd:{function.__name__}", **{"standard": (0.0, 1.0), **settings})
 
@@ -328,6 +336,9 @@ def test_the_student_goes_on_with_a_run_of_adapters_whose_unit_is_measured_anew(
         (lambda: weighted(reward="test_redmd:brightnes"), "has no function 'brightnes': did you mean 'brightness'"),
         (lambda: weighted(reward="no_such_module:f"), "no module 'no_such_module'"),
         (lambda: own(constant, standard=None), "the same for all 2 clips of the teacher, which gives it no unit"),
+        (lambda: own(none, standard=None), "test_redmd:none of clips of the teacher is not finite"),
+        (lambda: own(none), r"the loss is nan .* Look at .*reward \(nan\)"),
+        (lambda: own(endless), r"the loss is nan .* Look at .*reward \(inf\)"),  # not a clip that is at the limit
         (lambda: replace(weighted(standard=(0.0, 1.0)), rollout=Euler(stop=1)), "leave a reward out"),
     ],
 )

@@ -201,11 +201,15 @@ class Weights:
         self.seen: dict[str, Tensor] = {}
 
     def compare(self, batch: Batch, rollouts: Sequence[Rollout]) -> Batch:
-        """The batch with the ``weight`` of each clip, which :class:`mogan.objectives.dmd.DMD` reads."""
+        """The batch with the ``weight`` of each clip, which :class:`mogan.objectives.dmd.DMD` reads.
+
+        A reward that is not finite weighs NaN: the host does not wait for rewards here, and reads them with the loss.
+        """
         reward_B = self.rewards(torch.cat([rollout.finished("a reward") for rollout in rollouts]), batch.prompts)
         self._measure()
         mean, deviation = self.standard.numbers_2.to(reward_B)
         standing_B = ((reward_B - mean) / deviation).clamp(-self.settings.limit, self.settings.limit)
+        standing_B = standing_B.where(reward_B.isfinite(), torch.nan)  # the loss then is none, and the run says why
         weight_B, share = clip_weights(standing_B, self.settings.beta, self.settings.normalise, self.world)
         self.seen = {"reward": reward_B.mean(), "share": share}
         return replace(batch, more=batch.more | {"weight": weight_B})
@@ -215,7 +219,7 @@ class Weights:
         """Raw rewards of clips, decoded and judged one at a time.
 
         Raises:
-            UserError: the reward returns another shape, or numbers that are not finite.
+            UserError: the reward returns another shape.
         """
         found = [
             self.reward(decode_video(self.vae, latent), [prompt])
@@ -228,13 +232,21 @@ class Weights:
         return torch.cat(found).float()
 
     def _measure(self) -> None:
-        """The unit of rewards, unless the recipe or a checkpoint knows it; all processes call it at once."""
+        """The unit of rewards, unless the recipe or a checkpoint knows it; all processes call it at once.
+
+        Raises:
+            UserError: rewards of the teacher's clips are not finite, or all the same.
+        """
         if self.known or bool(self.standard.numbers_2.isfinite().all()):
             self.known = True
             return
         reward_B = torch.cat([self.rewards(latent, prompts) for latent, prompts in self.reference()])
         mean = self.world.average(reward_B.mean())
         deviation = self.world.average((reward_B - mean).square().mean()).sqrt()
+        if not bool(deviation.isfinite()):
+            raise UserError(
+                f"the reward {self.settings.reward} of clips of the teacher is not finite: let it return finite numbers"
+            )
         if not bool(deviation > 0):
             raise UserError(
                 f"the reward {self.settings.reward} is the same for all {self.settings.clips} clips of the teacher, which gives it no "

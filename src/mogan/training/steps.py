@@ -242,10 +242,12 @@ def read(parts: Assembly, learnt: Sequence[tuple[Position, dict[str, Tensor]]]) 
 
 def _not_finite(parts: Assembly, where: Position, record: dict) -> UserError:
     good = latest_checkpoint(parts.run) if parts.run else None
+    others = [f"{k} ({v})" for k, v in record.items() if k not in RECORDED and not np.isfinite(v)]
+    look = f"Look at {', '.join(others)}, or try" if others else "Try"
     return UserError(
         f"iteration {where.iteration}, {parts.config.plan[where.update].label}: the loss is {record['loss']} and the gradient "
         f"norm {record['grad_norm']}; nothing of this iteration is kept and the last checkpoint is "
-        f"{good or 'not written yet'}. Try a lower learning rate, --precision fp32, or a smaller clip"
+        f"{good or 'not written yet'}. {look} a lower learning rate, --precision fp32, or a smaller clip"
     )
 
 
