@@ -12,6 +12,7 @@ from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffu
 from peft import LoraConfig
 from safetensors.torch import save_file
 
+import tiny_recipes
 from conftest import CAPTIONS, SIGMAS
 from mogan.cli import main
 from mogan.data.cache import open_cache
@@ -143,6 +144,28 @@ def test_a_causal_student_is_one_if_it_is_said_to_be(student, family, tmp_path, 
     assert "--chunks are two numbers of latent frames above 0" in capsys.readouterr().err
     with pytest.raises(UserError, match="no chunk can have 1000"):
         brought_in(WEIGHTS["self-forcing"](student, tmp_path), family, tmp_path / "longer", chunks=(1, 1000))
+
+
+@pytest.mark.parametrize("recipe", ["self_forcing", "mogan_causal"])
+def test_a_causal_file_of_nothing_but_weights_is_opened_and_trained_on(recipe, student, family, cache, tmp_path):
+    """As Self-Forcing's trainer names weights, without an entry that holds them."""
+    file, out, run = (
+        pickled(named(student, original, "model."), tmp_path / "model.pt"),
+        tmp_path / "in",
+        tmp_path / "run",
+    )
+    config, teacher = getattr(tiny_recipes, recipe)(), str(family / "teacher")
+    command = ["import", str(file), "--base", teacher, "--chunks", "1", "1", "--out", str(out)]
+    assert main([*command, "--sigmas", *map(str, config.sigmas)]) == 0
+    source = open_generator(str(out))
+    assert (source.causal, source.sigmas) == (Causal(1, 1), config.sigmas)
+    arrived = load_transformer(out).state_dict()
+    assert all(torch.equal(arrived[k], student[k]) for k in student)
+    train = ["train", f"tiny_recipes:{recipe}", "--model", teacher, "--student", str(out), "--data", str(cache)]
+    assert main([*train, "--out", str(run), "--iterations", "1", "--device", "cpu"]) == 0
+    learnt = open_generator(str(run)).load().transformer.state_dict()
+    apart = [float((learnt[k] - student[k]).abs().max()) for k in student]
+    assert 0 < max(apart) < 0.05  # it went on from what was brought in, which is 0.1 from the base
 
 
 @pytest.mark.parametrize("blank", ["blocks.0.attn1.to_q.weight", ""])
