@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -145,6 +146,31 @@ def test_a_student_of_euler_steps_is_sampled_by_us_as_by_the_stock_pipeline_of_i
     )
     fresh = sample_student(student, text, (4, 2, 4, 4), sigmas, [3])
     assert (fresh - stock).abs().max() > 0.1  # the other rule is another clip
+
+
+@pytest.mark.parametrize("recipe", [tiny_recipes.redmd, tiny_recipes.vdot], ids=["redmd", "vdot"])
+def test_the_stock_pipeline_samples_the_export_of_a_run_as_the_run_does(recipe, family, cache, tmp_path):
+    config, run, out = recipe(), tmp_path / "run", tmp_path / "out"
+    fast = config.optimizers | {"student": replace(config.optimizers["student"], lr=0.02)}
+    config = replace(config, iterations=1, ema=0.0, optimizers=fast)
+    run.mkdir()
+    begin = tiny_recipes.start(config, family)
+    write_atomically(run / "config.json", json.dumps(config.as_json()))
+    write_atomically(run / "run.json", tiny_recipes.places(config, family, cache, begin))
+    model = str(family / "teacher")
+    run_training(assemble(config, open_cache(cache), model=model, student=begin, run=run, device="cpu"), run)
+    export(run, out=out)
+    pipe = WanPipeline.from_pretrained(out)
+    pipe.set_progress_bar_config(disable=True)
+    torch.manual_seed(3)
+    size = {"height": 32, "width": 32, "num_frames": 13, "num_inference_steps": len(config.sigmas)}
+    stock = pipe(CAPTIONS[0], **size, guidance_scale=1.0, output_type="latent").frames
+    text = attention.stack_text(wan.load_text(out)([CAPTIONS[0]]))
+    sources = [open_generator(str(where)) for where in (run, out, family / "teacher")]
+    ours, exported, teacher = (sample_student(s.load().eval(), text, (4, 4, 4, 4), config.sigmas, [3]) for s in sources)
+    assert torch.equal(ours, exported)
+    torch.testing.assert_close(ours, stock, atol=2e-4, rtol=0)
+    assert (teacher - stock).abs().max() > 0.1  # it has learnt
 
 
 @pytest.fixture(scope="module")

@@ -340,7 +340,11 @@ def sampled(folder, monkeypatch, *arguments):
     return torch.cat(found)
 
 
-@pytest.mark.parametrize("recipe", [tiny_recipes.dmd, tiny_recipes.phased], ids=["dmd", "phased"])
+@pytest.mark.parametrize(
+    "recipe",
+    [tiny_recipes.dmd, tiny_recipes.phased, pytest.param(tiny_recipes.vdot, marks=SLOW)],
+    ids=["dmd", "phased", "vdot"],
+)
 def test_the_stock_pipeline_samples_the_export_under_a_control_as_we_do(recipe, prepared, vace, tmp_path, monkeypatch):
     config = recipe()
     trained(config, vace, prepared / "cache", tmp_path / "run")
