@@ -349,8 +349,9 @@ def test_an_update_moves_who_learns_alone(lora, family, paths, tmp_path):
         assert all(torch.equal(a, b) for a, b in zip(frozen, now, strict=True))
 
 
-def test_a_run_stopped_between_levels_goes_on_bit_for_bit_by_what_its_queues_held(family, paths, tmp_path):
-    config = replace(accvideo(), iterations=5)
+@pytest.mark.parametrize("lora", [None, pytest.param(3, marks=pytest.mark.slow)])
+def test_a_run_stopped_between_levels_goes_on_bit_for_bit_by_what_its_queues_held(lora, family, paths, tmp_path):
+    config = replace(accvideo(), iterations=5, lora=lora)
     run_training(put_together(config, family, paths, tmp_path / "whole"), tmp_path / "whole")
     run_training(put_together(replace(config, iterations=2), family, paths, tmp_path / "two"), tmp_path / "two")
     held = final(tmp_path / "two")
