@@ -197,12 +197,13 @@ def test_an_update_moves_the_student_and_the_next_one_its_target(family, cache):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("lora", [None, 3])
-@pytest.mark.parametrize("recipe", [tiny_recipes.causal_teacher, tiny_recipes.causal_cd])
-def test_a_run_goes_on_bit_for_bit(recipe, lora, family, cache, tmp_path):
+@pytest.mark.parametrize("recipe", [tiny_recipes.causal_teacher, tiny_recipes.causal_cd, tiny_recipes.causal_ode])
+def test_a_run_goes_on_bit_for_bit(recipe, lora, family, cache, paths, tmp_path):
     config = replace(recipe(), lora=lora)
-    whole = trained(config, family, cache, tmp_path / "whole")
-    part = trained(replace(config, iterations=1), family, cache, tmp_path / "part")
-    run_training(build(config, family, cache, part), part)
+    data = tiny_recipes.data(config, cache, paths)
+    whole = trained(config, family, data, tmp_path / "whole")
+    part = trained(replace(config, iterations=1), family, data, tmp_path / "part")
+    run_training(build(config, family, data, part), part)
     for name in ("ema", "consistency_state"):
         found = [load_part(latest_checkpoint(run), name) for run in (whole, part)]
         assert found[0].keys() == found[1].keys()

@@ -164,6 +164,7 @@ def test_two_processes_follow_the_trajectory_of_one_and_each_resumes_the_other(f
         ("shift", 2, ("--context-parallel", "2")),
         ("dmd", 4, ("--hsdp", "2", "--context-parallel", "2")),
         ("phased", 2, ()),
+        ("phased_alternating", 2, ()),
         ("tdm", 2, ()),
         ("self_forcing_windowed", 2, ()),
         ("asd", 2, ()),
@@ -204,19 +205,25 @@ def test_sharded_run_follows_the_trajectory_of_one(recipe, ranks, more, family, 
         ("phased", 2, ()),
         ("tdm", 2, ("--context-parallel", "2")),
         ("llia", 2, ()),
+        ("redmd", 2, ()),
+        ("accvideo", 2, ()),
+        ("asd", 2, ()),
+        ("reward_forcing", 2, ()),
+        ("mogan_causal", 2, ()),
+        ("causal_teacher", 2, ()),
     ],
 )
 def test_adapters_on_processes_follow_the_run_of_one_and_are_resumed_by_one(
-    recipe, ranks, more, family, cache, tmp_path
+    recipe, ranks, more, family, cache, paths, tmp_path
 ):
     """Every process holds all of the frozen weights and all adapters, whose gradients are averaged."""
     config = replace(getattr(tiny_recipes, recipe)(), lora=3, iterations=2)
-    more = ("--lora", "3", *more)
-    before = train_alone(config, family, cache, tmp_path / "one")
-    train_together(ranks, recipe, family, cache, tmp_path / "two", *more, "--iterations", "2")
+    more, data = ("--lora", "3", *more), tiny_recipes.data(config, cache, paths)
+    before = train_alone(config, family, data, tmp_path / "one")
+    train_together(ranks, recipe, family, data, tmp_path / "two", *more, "--iterations", "2")
     assert_same_trajectory(before, tmp_path / "one", tmp_path / "two")
     for run in ("one", "two"):
-        train_alone(replace(config, iterations=3), family, cache, tmp_path / run)
+        train_alone(replace(config, iterations=3), family, data, tmp_path / run)
     assert_same_trajectory(before, tmp_path / "one", tmp_path / "two")
 
 

@@ -14,6 +14,7 @@ from mogan.recipes.phased import alternating
 from mogan.sampling.rollout import Euler, Rollout
 from mogan.schedule import renoise
 from mogan.training.assemble import assemble
+from mogan.training.loop import run_training
 from mogan.training.steps import Position, draw, learn, positions, step
 
 BATCH = Batch([], [], [])
@@ -55,6 +56,22 @@ def test_the_public_trainers_order_is_every_other_iteration_and_a_drawn_last_ste
     for update, steps in ((config.plan[0], {0, 1}), (config.plan[2], {2, 3})):
         assert {update.rollout.draw(config.sigmas, generator) for _ in range(50)} == steps
         assert update.rollout.steps(config.sigmas) == sum(steps) / 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lora", [None, 3])
+def test_phases_in_turn_go_on_bit_for_bit_whichever_is_next(lora, family, cache, tmp_path):
+    config, ends = replace(tiny_recipes.phased_alternating(), lora=lora), []
+    for name, stops in (("whole", (3,)), ("parts", (1, 2, 3))):
+        (tmp_path / name).mkdir()
+        for iterations in stops:
+            parts = assemble(
+                replace(config, iterations=iterations), open_cache(cache), model=str(family / "teacher"),
+                run=tmp_path / name, device="cpu",
+            )  # fmt: skip
+            run_training(parts, tmp_path / name)
+        ends.append(parts.state())
+    assert all(torch.equal(ends[0][k], ends[1][k]) for k in ends[0])
 
 
 def test_a_drawn_last_step_goes_straight_to_the_end_of_the_phase():

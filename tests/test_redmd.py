@@ -312,6 +312,18 @@ def test_the_unit_is_the_teachers_clips_measured_once_and_kept(family, cache, tm
     assert all(torch.equal(a[k], b[k]) for k in a)
 
 
+@pytest.mark.slow
+def test_a_run_of_adapters_goes_on_bit_for_bit(family, cache, tmp_path):
+    ends = []
+    for name, stops in (("whole", (2,)), ("parts", (1, 2))):
+        (tmp_path / name).mkdir()
+        for iterations in stops:
+            parts = build(replace(redmd(), iterations=iterations, lora=3), family, cache, tmp_path / name)
+            run_training(parts, tmp_path / name)
+        ends.append(parts.state())
+    assert all(torch.equal(ends[0][k], ends[1][k]) for k in ends[0])
+
+
 def test_a_unit_in_the_recipe_is_taken_and_nothing_is_measured(family, cache):
     parts = build(weighted(standard=(0.5, 2.0)), family, cache)
     assert "reward_standard" not in parts.networks

@@ -266,7 +266,7 @@ def test_weights_of_a_causal_student_cost_its_own_roll_out():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("lora", [None, 3])
-@pytest.mark.parametrize("recipe", [reward_forcing, mogan_causal])
+@pytest.mark.parametrize("recipe", [reward_forcing, mogan_causal, tiny_recipes.msm_causal])
 def test_a_run_goes_on_bit_for_bit(recipe, lora, family, cache, tmp_path):
     config = replace(recipe(), iterations=2, lora=lora)
     whole = trained(config, family, cache, tmp_path / "whole")

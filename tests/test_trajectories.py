@@ -16,7 +16,6 @@ import tiny_recipes
 from mogan.config import Config
 from mogan.data.cache import open_cache
 from mogan.recipes import ABLATIONS, ablate
-from mogan.recipes.phased import alternating
 from mogan.training.assemble import assemble
 from mogan.training.loop import run_training
 
@@ -42,7 +41,7 @@ RECIPES = {
     "motion_score_lab": tiny_recipes.motion_score,
     "msm_lab": tiny_recipes.msm,
     "phased_lab": tiny_recipes.phased,
-    "phased_alternating_lab": lambda: alternating(tiny_recipes.phased()),
+    "phased_alternating_lab": tiny_recipes.phased_alternating,
     "redmd_lab": tiny_recipes.redmd,
     "sft_i2v_lab": tiny_recipes.sft_i2v,
     "vace_lab": tiny_recipes.vace,

@@ -10,6 +10,7 @@ from mogan.config import Config
 from mogan.models import host
 from mogan.models.causal_cache import Causal, Policy
 from mogan.objectives.relativistic import RelativisticConfig
+from mogan.recipes.phased import alternating
 from mogan.sampling.causal_rollout import Chunked
 from mogan.terms import PATH
 from mogan.training.load import find_models
@@ -162,6 +163,10 @@ def phased() -> Config:
     config = shrink(recipes.phased_lab())
     plan = tuple(replace(u, stop=1 if u.stop else None, start=1 if u.start else 0) for u in config.plan)
     return replace(config, plan=plan)
+
+
+def phased_alternating() -> Config:
+    return alternating(phased())
 
 
 def phased_a14b() -> Config:
