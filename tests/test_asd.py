@@ -350,10 +350,12 @@ def test_an_update_costs_the_calls_it_makes():
 
 
 @pytest.mark.slow
-def test_the_full_size_recipe_trains_and_resumes_at_wans_shapes(tmp_path):
-    from test_scale import trained_and_gone_on
+def test_the_full_size_recipe_trains_and_resumes_at_wans_shapes(tmp_path, monkeypatch):
+    from test_scale import LONG, frames_seen, trained_and_gone_on
 
-    lines = trained_and_gone_on("asd_wan", tmp_path)
+    seen = frames_seen(monkeypatch)
+    lines = trained_and_gone_on("asd_wan", tmp_path, LONG)
+    assert set(seen) == {(), (0, 1, 2), (0, 1, 2, 3, 4, 5), (0, 1, 2, 6, 7, 8)}  # the second chunk has left the window
     assert [line["update"] for line in lines] == ["student<dmd+asd", "fake_score<dmd", "critic<asd"] * 2
     assert all(np.isfinite([line["loss"], line["grad_norm"]]).all() for line in lines)
 

@@ -279,11 +279,11 @@ def test_a_run_goes_on_bit_for_bit(recipe, lora, family, cache, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["reward_forcing_wan", "mogan_causal_wan"])
-def test_the_full_size_recipes_train_and_resume_at_wans_shapes(recipe, tmp_path):
-    from test_scale import CLIP, NARROW, videos
+def test_the_full_size_recipes_train_and_resume_at_wans_shapes(recipe, family, tmp_path, monkeypatch):
+    from test_scale import LONG, NARROW, frames_seen, videos
 
     model, cache, run = (tmp_path / name for name in ("model", "cache", "run"))
-    random_wan(model, layers=2, text_layers=1, clip=CLIP, changes=NARROW)
+    random_wan(model, layers=2, text_layers=1, clip=LONG, changes=NARROW)
     facts = json.loads((model / "mogan.json").read_text()) if (model / "mogan.json").exists() else {}
     student = tmp_path / "student"
     student.mkdir()
@@ -293,12 +293,11 @@ def test_the_full_size_recipes_train_and_resume_at_wans_shapes(recipe, tmp_path)
     (student / "mogan.json").unlink(missing_ok=True)
     told = {"sigmas": list(config.sigmas), "causal": replace(config.causal, policy=Policy()).facts()}
     (student / "mogan.json").write_text(json.dumps(facts | told))
-    assert (
-        main(["prepare", str(videos(tmp_path / "videos")), "--model", str(model), "--out", str(cache), "--flow", "dis"])
-        == 0
-    )
+    clips, seen = str(videos(tmp_path / "videos", 48)), frames_seen(monkeypatch)
+    assert main(["prepare", clips, "--model", str(model), "--out", str(cache), "--flow", "dis"]) == 0
     train = ["train", f"tiny_recipes:{recipe}", "--model", str(model), "--student", str(student), "--data", str(cache)]
     assert main([*train, "--out", str(run), "--iterations", "1"]) == 0
     assert main([*train, "--out", str(run), "--iterations", "2"]) == 0
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [line["iteration"] for line in lines] == [0] * len(config.plan) + [1] * len(config.plan)
+    assert set(seen) == {(), (0, 1, 2), (0, 1, 2, 3, 4, 5), (0, 1, 2, 6, 7, 8)}  # the second chunk has left the window

@@ -17,6 +17,7 @@ from mogan.data.cache import open_cache
 from mogan.data.video import write_video
 from mogan.estimate.random_wan import random_text_encoder, random_wan
 from mogan.models import attention, autoencoder, wan
+from mogan.models.causal import CausalDenoiser
 from mogan.motion.flow import RaftConfig, save_raft
 from mogan.training.assemble import assemble
 
@@ -26,6 +27,7 @@ NARROW = {
     "text_encoder": {"d_model": 64, "d_ff": 128, "num_heads": 4, "d_kv": 16},
 }
 CLIP = (9, 64, 64)
+LONG = (45, 64, 64)  # four chunks of three latents
 
 
 @pytest.fixture
@@ -36,23 +38,35 @@ def raft(tmp_path, monkeypatch):
     return tmp_path / "raft"
 
 
-def videos(folder):
-    """Two clips of a bright square that moves."""
+def videos(folder, count=12):
+    """Two clips of so many frames, of a bright square that moves, again and again."""
     folder.mkdir()
     for number in range(2):
-        frames = np.full((12, 64, 64, 3), 40, np.uint8)
+        frames = np.full((count, 64, 64, 3), 40, np.uint8)
         for i, frame in enumerate(frames):
-            frame[20:36, 4 + 3 * i : 20 + 3 * i, number] = 220
+            frame[20:36, 4 + 3 * (i % 12) : 20 + 3 * (i % 12), number] = 220
         write_video(folder / f"{number}.mp4", frames, 16)
         (folder / f"{number}.txt").write_text(f"a square moving right, number {number}, 向右")
     return folder
 
 
-def trained_and_gone_on(recipe, tmp_path):
+def frames_seen(monkeypatch):
+    """Filled while causal students run: which latents of the past each call sees."""
+    seen, own = [], CausalDenoiser.chunk
+
+    def chunk(student, x, sigma, text, cache):
+        seen.append(cache.frames)
+        return own(student, x, sigma, text, cache)
+
+    monkeypatch.setattr(CausalDenoiser, "chunk", chunk)
+    return seen
+
+
+def trained_and_gone_on(recipe, tmp_path, clip=CLIP):
     """Records of a tiny recipe, trained on Wan's shapes in little for one iteration and, begun again, for another."""
     model, cache, run = (tmp_path / name for name in ("model", "cache", "run"))
-    random_wan(model, layers=2, text_layers=1, clip=CLIP, changes=NARROW)
-    clips = str(videos(tmp_path / "videos"))
+    random_wan(model, layers=2, text_layers=1, clip=clip, changes=NARROW)
+    clips = str(videos(tmp_path / "videos", clip[0] + 3))
     assert main(["prepare", clips, "--model", str(model), "--out", str(cache), "--flow", "dis"]) == 0
     train = ["train", f"tiny_recipes:{recipe}", "--model", str(model), "--data", str(cache), "--out", str(run)]
     assert main([*train, "--iterations", "1"]) == 0

@@ -182,11 +182,21 @@ def asd() -> Config:
     return shrink(recipes.asd_lab()).changed("asd", critic=RelativisticConfig(taps=(1, 2, 3), shift=3.0))
 
 
+def _windowed(config: Config) -> Config:
+    """Under the window and the sink of Reward Forcing, which drop a chunk of four."""
+
+    def kind(rollout):
+        return rollout and replace(rollout, causal=replace(rollout.causal, policy=Policy(window=9, sink=3)))
+
+    plan = tuple(replace(u, rollout=kind(u.rollout)) for u in config.plan)
+    return replace(config, plan=plan, rollout=kind(config.rollout))
+
+
 def asd_wan() -> Config:
-    """The full-size recipe with batches and depth that a CPU bears."""
+    """The full-size recipe with batches and depth that a CPU bears, and a window."""
     config = recipes.asd_wan_1_3b().changed("asd", critic=RelativisticConfig(taps=(0, 1), shift=5.0))
     plan = tuple(replace(u, batch=2, accumulate=2, times=1) for u in config.plan)
-    return replace(config, plan=plan, save_every=1, sample_prompts=0)
+    return _windowed(replace(config, plan=plan, save_every=1, sample_prompts=0))
 
 
 def causal_teacher() -> Config:
@@ -234,7 +244,7 @@ def reward_forcing() -> Config:
 
 
 def reward_forcing_wan() -> Config:
-    """The full-size recipe with batches that a CPU bears, and a window that drops a chunk of four."""
+    """The full-size recipe with batches that a CPU bears; of 12 latents its window drops a chunk of four."""
     config = recipes.reward_forcing_wan_1_3b()
     plan = tuple(replace(u, batch=2, accumulate=2, times=1) for u in config.plan)
     return _two_clips(replace(config, plan=plan, save_every=1, sample_prompts=0))
@@ -247,9 +257,8 @@ def mogan_causal() -> Config:
 def mogan_causal_wan() -> Config:
     """The full-size recipe with batches, depth and window that a CPU bears."""
     config = recipes.mogan_causal_wan_1_3b()
-    return replace(
-        config, plan=wan().plan, objectives=config.objectives | {"gan": wan().objectives["gan"]}, save_every=1
-    )
+    objectives = config.objectives | {"gan": wan().objectives["gan"]}
+    return _windowed(replace(config, plan=wan().plan, objectives=objectives, save_every=1))
 
 
 def msm_causal() -> Config:
