@@ -205,12 +205,9 @@ def test_sharded_run_follows_the_trajectory_of_one(recipe, ranks, more, family, 
         ("phased", 2, ()),
         ("tdm", 2, ("--context-parallel", "2")),
         ("llia", 2, ()),
-        ("redmd", 2, ()),
         ("accvideo", 2, ()),
         ("asd", 2, ()),
         ("reward_forcing", 2, ()),
-        ("mogan_causal", 2, ()),
-        ("causal_teacher", 2, ()),
     ],
 )
 def test_adapters_on_processes_follow_the_run_of_one_and_are_resumed_by_one(
