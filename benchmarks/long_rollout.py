@@ -13,6 +13,7 @@ A name before "=" is a label. Models of one label are training seeds of one reci
 
 import argparse
 import json
+from collections.abc import Mapping
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -33,6 +34,7 @@ from mogan.world.instruments import read_instruments
 from mogan.world.scenes import COLOURS, SHAPES
 
 FRAMES, STEP = 17, 16  # of a clip of training; from one look to the next
+LATE = 5  # looks at the end that are counted together
 LOOKS = {
     "speed": "speed, px/frame",
     "colour": "colour found",
@@ -104,12 +106,10 @@ def measure(model: str, prompts: list[str], given: argparse.Namespace, out: Path
     return found
 
 
-def intervals(runs: list[Rows], prompts: list[str], name: str, base: list[Rows] | None = None) -> list[Interval]:
-    """Over captions and models, look by look; with a base, of the difference from it, clip by clip."""
-    rows = values(runs, name) if base is None else values(runs, name) - values(base, name)
-    models = np.repeat(np.arange(len(runs)), len(prompts)).tolist()
-    factors = [prompts * len(runs), *([models] if len(runs) > 1 else [])]
-    return [mean_interval(column, *factors) for column in rows.T.tolist()]
+def interval(values_N: np.ndarray, models: int, prompts: list[str]) -> Interval:
+    """Of a number of each clip, model by model."""
+    factors = [prompts * models, *([np.repeat(np.arange(models), len(prompts)).tolist()] if models > 1 else [])]
+    return mean_interval(values_N.tolist(), *factors)
 
 
 def values(runs: list[Rows], name: str) -> np.ndarray:
@@ -117,41 +117,50 @@ def values(runs: list[Rows], name: str) -> np.ndarray:
     return np.array([[look[name] for look in clip] for run in runs for clip in run])
 
 
-def table(lines: dict[str, list[Rows]], prompts: list[str], base: list[Rows] | None = None) -> None:
-    """Print the first look and the last."""
-    print(f"\n| | {' | '.join(f'{text}: first, last' for text in LOOKS.values())} |\n|---|{'---|' * len(LOOKS)}")
-    for line, runs in lines.items():
+def table(pairs: Mapping[str, tuple[list[Rows], list[Rows] | None]], prompts: list[str]) -> None:
+    """Print the first look and the mean of the last ones; of what has a base, how they differ from its, clip by clip."""
+    print(f"\n| | {' | '.join(LOOKS.values())} |\n|---|{'---|' * len(LOOKS)}")
+    for line, (runs, base) in pairs.items():
         cells = []
         for name in LOOKS:
-            found = intervals(runs, prompts, name, base)
-            cells.append(
-                ", ".join(
-                    f"{i.mean:.3g} [{', '.join(f'{end:.3g}' for end in i.ci95 or ())}]" for i in (found[0], found[-1])
-                )
-            )
+            found = values(runs, name) - (0 if base is None else values(base, name))
+            late = [np.nanmean(row) if np.isfinite(row).any() else np.nan for row in found[:, -LATE:]]
+            ends = (interval(which, len(runs), prompts) for which in (found[:, 0], np.array(late)))
+            cells.append("; ".join(f"{i.mean:.3g} [{', '.join(f'{end:.3g}' for end in i.ci95 or ())}]" for i in ends))
         print(f"| {line} | {' | '.join(cells)} |")
 
 
-def figure(lines: dict[str, list[Rows]], prompts: list[str], path: Path) -> None:
-    """A panel a number, with bands."""
-    import matplotlib
+def figure(lines: Mapping[str, list[Rows]], bases: Mapping[str, list[Rows]], prompts: list[str], path: Path) -> None:
+    """A panel a number, look by look; below what a line has more than its base, clip by clip, with bands."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from mogan.report.figures import STYLE
 
-    fig, axes = plt.subplots(1, len(SHOWN), figsize=(3.3 * len(SHOWN), 3.2), layout="constrained")
-    for axis, name in zip(axes, SHOWN, strict=True):
-        for number, (line, runs) in enumerate(lines.items()):
-            found = intervals(runs, prompts, name)
-            x = 4 * (1 + np.arange(len(found)))
-            low, high = zip(*(i.ci95 or (np.nan, np.nan) for i in found), strict=True)
-            axis.plot(x, [i.mean for i in found], color=f"C{number}", label=line)
-            axis.fill_between(x, low, high, color=f"C{number}", alpha=0.12, linewidth=0)
-        axis.set(title=LOOKS[name], xlabel="latents made")
-        axis.spines[["top", "right"]].set_visible(False)
-    axes[0].legend(frameon=False, fontsize="small")
-    with replacing(path) as temporary:
-        fig.savefig(temporary, dpi=150, format="png")
+    rows = 2 if bases else 1
+    with rc_context(STYLE):
+        drawn = Figure(figsize=(3.4 * len(SHOWN), 0.5 + 2.6 * rows), layout="constrained")
+        for column, axes in enumerate(drawn.subplots(rows, len(SHOWN), squeeze=False).T):
+            name = SHOWN[column]
+            for number, (line, runs) in enumerate(lines.items()):
+                found, x = values(runs, name), STEP // 4 * (1 + np.arange(len(runs[0][0])))
+                axes[0].plot(x, np.nanmean(found, 0), color=f"C{number}", label=line)
+                if line in bases:
+                    gaps = found - values(bases[line], name)
+                    each = [interval(gap, len(runs), prompts) for gap in gaps.T]
+                    low, high = zip(*(i.ci95 or (np.nan, np.nan) for i in each), strict=True)
+                    axes[1].plot(x, [i.mean for i in each], color=f"C{number}")
+                    axes[1].fill_between(x, low, high, color=f"C{number}", alpha=0.12, lw=0)
+            axes[0].set_title(LOOKS[name].split(" (")[0])
+            axes[-1].set_xlabel("latents made")
+            if bases:
+                axes[1].set_title("minus its base, clip by clip")
+                axes[1].axhline(0, color="0.5", lw=0.8)
+        drawn.legend(
+            *drawn.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(lines), frameon=False
+        )
+        with replacing(path) as temporary:
+            drawn.savefig(temporary, dpi=130, format="png")
 
 
 def main() -> None:
@@ -171,19 +180,30 @@ def main() -> None:
         spaced = [every[n * len(every) // args.captions] for n in range(args.captions)]
         print("\n".join(f"a {colour} {shape} {kind}" for kind, shape, colour in spaced))
         return
-    prompts, lines = args.prompts.read_text().splitlines(), dict[str, list[Rows]]()
+    prompts, lines = args.prompts.read_text().splitlines(), dict[tuple[str, str], list[Rows]]()
     for number, labelled in enumerate(args.models):
         label, _, model = labelled.rpartition("=")
         (args.out / str(number)).mkdir(parents=True, exist_ok=True)
         for policy, rows in measure(model, prompts, args, args.out / str(number)).items():
-            lines.setdefault(f"{label}, {policy}" if label else policy, []).append(rows)
-    table(lines, prompts)
-    base, *others = lines
-    if len({len(runs) for runs in lines.values()}) == 1 and others:
-        print(f"\nMinus {base}, clip by clip:")
-        table({name: lines[name] for name in others}, prompts, lines[base])
+            lines.setdefault((label, policy), []).append(rows)
+    names = {key: ", ".join(filter(None, key)) for key in lines}
+    table({names[key]: (runs, None) for key, runs in lines.items()}, prompts)
+    (first_label, first_policy), *_ = lines
+    several = any(label != first_label for label, _ in lines)
+    bases = {key: (first_label, key[1]) if several else (key[0], first_policy) for key in lines}
+    pairs = {names[key]: (runs, lines[bases[key]]) for key, runs in lines.items() if bases[key] != key}
+    if len({len(runs) for runs in lines.values()}) > 1:
+        pairs = {}  # of unequal numbers of models nothing is clip by clip
+    if pairs:
+        print(f"\nMinus {f'{first_label} under the same sink' if several else first_policy}, clip by clip:")
+        table(pairs, prompts)
     if args.figure:
-        figure(lines, prompts, args.figure)
+        figure(
+            {names[key]: runs for key, runs in lines.items()},
+            {k: b for k, (_, b) in pairs.items()},
+            prompts,
+            args.figure,
+        )
 
 
 if __name__ == "__main__":
