@@ -7,6 +7,8 @@ seeds of a model's clips of one prompt, divided by that of the teacher's, mean o
 what regression of jointly Gaussian frames on the noise up to their own keeps, ``sum_{k <= j} R_jk^2 / S_jj`` with ``S`` the covariance
 of the teacher's frames over seeds, and ``R`` its root, which is the flow from noise to clip; of two frames with correlation ``r`` the
 first keeps ``((sqrt(1 + r) + sqrt(1 - r)) / 2)^2``.
+
+Models of one name are training seeds of one recipe: a share is their mean, with the least and the most in brackets.
 """
 
 import argparse
@@ -108,11 +110,17 @@ def main():
             ("in steps", "from noise at once"), made(source, source.load().eval(), text, passed[:, 0]), strict=True
         ):
             shares = over_seeds(clips.unflatten(0, (prompts, -1))).diag() / covariance.diag()
-            print(f"| {name}, {way} |", " | ".join(f"{x:.2f}" for x in shares), "|", flush=True)
-            if way == "in steps" or "regression" in name:
-                found[f"{name}, {way}"] = shares
+            found.setdefault((name, way), []).append(shares)
+    means = {key: torch.stack(each).mean(0) for key, each in found.items()}
+    for (name, way), each in found.items():
+        ends = (torch.stack(each).min(0).values, torch.stack(each).max(0).values)
+        cells = [
+            f"{mean:.2f} ({low:.2f} to {high:.2f})" for mean, low, high in zip(means[name, way], *ends, strict=True)
+        ]
+        print(f"| {name}, {way} |", " | ".join(cells), "|")
     if given.figure:
-        draw(predicted, found, given.figure)
+        shown = {", ".join(key): mean for key, mean in means.items() if key[1] == "in steps" or "regression" in key[0]}
+        draw(predicted, shown, given.figure)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
 """How much a chunk's clean prediction still changes from step to step: the reason for First-Frame Enhancement (arXiv 2511.01419).
 
 A causal student makes clips of a cache's captions in four steps a chunk. Of every chunk, the cosine between the clean latents
-that consecutive steps predict, mean over clips and seeds, with its 95 % interval over clips.
+that consecutive steps predict, mean over clips, with its 95 % interval over clips. Several models are training seeds of one recipe: their
+clips are counted together.
 
-    python benchmarks/first_chunk.py CACHE MODEL --out docs/images/asd_first_chunk.png
+    python benchmarks/first_chunk.py CACHE MODEL ... --out docs/images/asd_first_chunk.png
 """
 
 import argparse
@@ -61,15 +62,18 @@ def main() -> None:
     """Print the table; draw it if asked to."""
     parser = argparse.ArgumentParser()
     parser.add_argument("cache", type=Path)
-    parser.add_argument("model")
+    parser.add_argument("models", nargs="+")
     parser.add_argument("--clips", type=int, default=64)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    cache, source = open_cache(args.cache), open_generator(args.model)
-    student = source.load().eval()
-    assert isinstance(student, CausalDenoiser)
+    cache = open_cache(args.cache)
     text = stack_text([cache.text(entry["caption"]) for entry in cache.entries[: args.clips]], "cpu")
-    found = cosines(student, text, wan.latent_shape(source.folder, source.geometry), shifted_levels(4, 3.0))
+    each = []
+    for source in map(open_generator, args.models):
+        student = source.load().eval()
+        assert isinstance(student, CausalDenoiser)
+        each.append(cosines(student, text, wan.latent_shape(source.folder, source.geometry), shifted_levels(4, 3.0)))
+    found = torch.cat(each, 2)
     print("| chunk | steps 1 and 2 | 2 and 3 | 3 and 4 |\n|---|---|---|---|")
     for number, row in enumerate(found):
         half = 1.96 * row.std(1) / row.shape[1] ** 0.5
