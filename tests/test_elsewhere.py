@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from diffusers import WanTransformer3DModel
+from diffusers import DiffusionPipeline, WanPipeline, WanTransformer3DModel
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -168,6 +168,9 @@ def test_fastvideo_reads_the_folder(run, wide, tmp_path):
     )  # its scheduler's; the stage indexes it by 1000 - step
     visited = [float(table[1000 - step]) for step in told["dmd_denoising_steps"]]
     assert visited == pytest.approx(open_generator(str(run)).sigmas, abs=1e-3)
+    for pipeline in (WanPipeline, DiffusionPipeline):  # they would sample whole clips
+        with pytest.raises((AttributeError, ValueError), match="CausalWanTransformer3DModel|WanCausalDMDPipeline"):
+            pipeline.from_pretrained(tmp_path / "student")
     assert "from_pretrained(" in (tmp_path / "student" / "README.md").read_text()
 
 
