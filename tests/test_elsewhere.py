@@ -169,7 +169,7 @@ def test_fastvideo_reads_the_folder(run, wide, tmp_path):
     visited = [float(table[1000 - step]) for step in told["dmd_denoising_steps"]]
     assert visited == pytest.approx(open_generator(str(run)).sigmas, abs=1e-3)
     for pipeline in (WanPipeline, DiffusionPipeline):  # they would sample whole clips
-        with pytest.raises((AttributeError, ValueError), match="CausalWanTransformer3DModel|WanCausalDMDPipeline"):
+        with pytest.raises((AttributeError, ValueError), match=r"CausalWanTransformer3DModel|WanCausalDMDPipeline"):
             pipeline.from_pretrained(tmp_path / "student")
     assert "from_pretrained(" in (tmp_path / "student" / "README.md").read_text()
 
