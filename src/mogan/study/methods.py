@@ -1,9 +1,9 @@
 """The columns of ``mogan study methods``: every system of this package, from one teacher, at equal student updates.
 
 docs/methods/comparison.md says what is equal and what is not. MoGAN adds 20 + 20 student updates to the 400 that made its DMD
-student. Every other student that sees whole clips gets 440 too; SHIFT's come in twelves, so 36 after 400. A surrogate has to learn first and gets 160
-after 400. Causal students begin with two stages more, and get 40 each after their own Self-Forcing student. ``_t`` gets MoGAN's
-seconds instead.
+student. Every other student that sees whole clips gets 440 too; SHIFT's come in twelves, so 36 after 400. A surrogate has to
+learn first and gets 160 after 400. Causal students begin with two stages more, and get 40 each after their own Self-Forcing
+student. ``_t`` gets MoGAN's seconds instead.
 """
 
 from dataclasses import replace
@@ -90,11 +90,16 @@ def _on_top() -> tuple[Column, ...]:
     """MoGAN on other few-step students. TDM's is told where its steps end, which a discriminator of whole clips is not."""
 
     def on(start: str, recipe: str = "mogan_lab") -> Column:
-        about = f"MoGAN on `{start}`"
-        return replace(MOGAN, name=f"mogan_{start}", about=about, recipe=recipe, start=start, against=("mogan", start))
+        return _mogan_on(start, recipe, MOGAN)
 
     euler, phased = HERE + "mogan_euler", replace(on("phased", HERE + "mogan_phased"), calls=4)
     return on("redmd"), on("vdot"), phased, on("accvideo", euler), on("mcd", euler), on("efficient_vdit", euler)
+
+
+def _mogan_on(start: str, recipe: str, like: Column) -> Column:
+    """MoGAN on top of that student; all else as the column ``like``."""
+    about = f"MoGAN on `{start}`"
+    return replace(like, name=f"mogan_{start}", about=about, recipe=recipe, start=start, against=("mogan", start))
 
 
 def _causal() -> tuple[Column, ...]:
@@ -118,9 +123,7 @@ def _causal() -> tuple[Column, ...]:
         return replace(own, calls=steps + AGAIN, keeps=(), against=("mogan", "self_forcing_long"))
 
     def on(start: Column) -> Column:
-        about = f"MoGAN on `{start.name}`"
-        own = replace(start, name=f"mogan_{start.name}", about=about, start=start.name, iterations=20)
-        return replace(own, recipe=f"{HERE}mogan_{start.name}", against=("mogan", start.name))
+        return _mogan_on(start.name, f"{HERE}mogan_{start.name}", replace(start, iterations=20))
 
     rewarded, several = more("reward_forcing", "EMA sink and rewards"), more("asd", "one student for 1 to 4", steps=4)
     return (
