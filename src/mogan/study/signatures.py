@@ -50,14 +50,17 @@ def _transported() -> tuple[Column, ...]:
 
 
 def _told(tdm: Column) -> tuple[Column, ...]:
-    """TDM: one student that is told its number of steps, one that is not, and three of one number each."""
+    """TDM: one student that is told its number of steps, one that is not, and three of one number each.
+
+    The three get as many updates together as the one: a third each, as it draws its three numbers equally often.
+    """
     untold = replace(tdm, name="tdm_untold", about="not told its number of steps", recipe=HERE + "tdm_untold")
     found = [tdm, replace(untold, against=("tdm",))]
     for count in (2, 1):
         told = _in_fewer(tdm, count, ("dmd",))
         found += [told, _in_fewer(untold, count, (told.name,))]
     for count, told_name in ((4, "tdm"), (2, "tdm_in_2"), (1, "tdm_in_1")):
-        alone = replace(tdm, name=f"tdm_for_{count}", about=f"a student of {count} alone", calls=count)
+        alone = replace(tdm, name=f"tdm_for_{count}", about=f"a student of {count} alone", calls=count, iterations=147)
         found.append(replace(alone, recipe=f"{HERE}tdm_for_{count}", against=(told_name,)))
     return tuple(found)
 
