@@ -30,7 +30,7 @@ from mogan.models.causal import CausalDenoiser, is_causal, make_causal
 from mogan.models.causal_cache import Cache, Causal, Piece, Policy, read_causal
 from mogan.models.denoiser import Denoiser
 from mogan.models.lora import adapted, hold_in
-from mogan.models.sight import block_causal, teacher_forcing
+from mogan.models.sight import _block_mask, block_causal, teacher_forcing
 from mogan.objectives.flow_matching import FlowMatchingConfig
 from mogan.runs.checkpoint import latest_checkpoint, load_part
 from mogan.runs.generator import open_generator
@@ -217,6 +217,30 @@ def test_what_is_seen_is_gathered_masked_or_flexed_alike(student, monkeypatch):
 
         monkeypatch.setattr(causal, "flex_masked", dense)
         assert far(student.teacher_forced(CLEAN, NOISY, PER_FRAME, TEXT, CHUNKS), gathered) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("sight", "tokens"),
+    [
+        (teacher_forcing((1, 2, 1)), 128),  # frames are blocks
+        (teacher_forcing((3, 3, 1)), 60),  # a block holds several frames, and the last one ends beyond the clip
+        (block_causal((1, 1, 4, 2)), 96),
+        (block_causal((2, 1, 1, 1), Policy(window=3, sink=1)), 200),
+        (teacher_forcing((2, 2), Policy(window=2)), 20),  # all of it is less than two blocks
+    ],
+)
+def test_blocks_are_those_that_flex_attention_would_find_pair_by_pair(sight, tokens):
+    create = pytest.importorskip("torch.nn.attention.flex_attention").create_block_mask
+    length, seen = tokens * sight.frames, sight.mask()
+    stock = create(lambda b, h, q, k: seen[q // tokens, k // tokens], 1, 1, length, length, device="cpu")
+    ours = _block_mask(sight, length, torch.device("cpu"))
+    assert ours.seq_lengths == stock.seq_lengths
+    assert ours.BLOCK_SIZE == stock.BLOCK_SIZE
+    for name in ("kv", "full_kv", "q", "full_q"):
+        counts, places = getattr(ours, f"{name}_num_blocks"), getattr(ours, f"{name}_indices")
+        assert torch.equal(counts, getattr(stock, f"{name}_num_blocks"))
+        assert torch.equal(places, getattr(stock, f"{name}_indices"))
+        assert (counts.dtype, places.dtype) == (torch.int32, torch.int32)
 
 
 def test_masks_are_those_of_the_papers():

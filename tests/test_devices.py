@@ -8,6 +8,7 @@ from mogan.errors import UserError
 def machine(monkeypatch, gpus: int) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda number: None)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 import mogan.models.host as host
 import tiny_recipes
@@ -15,7 +17,7 @@ from mogan.data.cache import open_cache
 from mogan.estimate.check import allocated_peak
 from mogan.models.autoencoder import decode_window, encode_video
 from mogan.models.denoiser import Denoiser
-from mogan.models.host import in_pieces, kept_on_host
+from mogan.models.host import in_pieces, kept_on_host, powers_of_two
 from mogan.models.wan import Geometry
 from mogan.training.assemble import assemble
 from mogan.training.steps import Position, step
@@ -74,14 +76,46 @@ def test_moments_that_wait_are_those_that_were(monkeypatch):
 
 def test_weights_and_little_things_stay(monkeypatch):
     monkeypatch.setattr(host, "LEAST", 100)
-    weight, x = torch.nn.Parameter(torch.ones(10, 10)), torch.ones(10, 10, requires_grad=True)
+    weight, x = torch.nn.Parameter(torch.ones(8, 8)), torch.ones(8, 8, requires_grad=True)
     tape = Tape()
     with tape, kept_on_host():
-        y = (x @ weight) * torch.ones(10, 10)
+        y = (x @ weight) * torch.ones(8, 8)
         z = y[:1, :2].exp()
     assert len(tape.on_host) == 2  # x, for the weight's gradient, and the factor
     (y.sum() + z.sum()).backward()
-    assert torch.equal(x.grad[1], torch.full((10,), 10.0))
+    assert torch.equal(x.grad[1], torch.full((8,), 8.0))
+
+
+@given(count=st.integers(1, 10**9))
+@example(count=2**20 - 1)
+@example(count=2**20 + 1)
+def test_pieces_are_powers_of_two_and_hold_little_more_than_there_is(count):
+    pieces = powers_of_two(count)
+    assert len(pieces) <= 4
+    assert all(piece.bit_count() == 1 for piece in pieces)
+    assert count <= sum(pieces) <= 15 / 14 * count
+    assert sum(pieces[:-1]) < count  # none for nothing
+
+
+@pytest.mark.parametrize(
+    "x",
+    [
+        torch.arange(7 * 5 * 3.0).view(7, 5, 3),
+        torch.arange(2 * 3 * 4 * 5 * 6.0).view(2, 3, 4, 5, 6).to(memory_format=torch.channels_last_3d),
+        torch.arange(7 * 9.0).view(7, 9)[2:, :].t(),  # dense, and begins later in its memory
+        torch.arange(7 * 9.0).view(7, 9)[:, :8],  # spread out
+        torch.arange(77).bfloat16(),
+    ],
+)
+def test_what_was_on_the_host_comes_back_as_it_lay(x, monkeypatch):
+    monkeypatch.setattr(host, "LEAST", 4)
+    packed = host._pack(x)
+    back = host._unpack(packed)
+    assert torch.equal(back, x)
+    assert back.dtype == x.dtype
+    assert back.stride() == torch.empty_like(x).stride()
+    assert back.untyped_storage().data_ptr() != x.untyped_storage().data_ptr()
+    assert sum(len(piece) for piece in packed.pieces) <= 15 / 14 * x.numel()
 
 
 @pytest.mark.parametrize("recipe", [tiny_recipes.dmd, pytest.param(tiny_recipes.mogan, marks=pytest.mark.slow)])

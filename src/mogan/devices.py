@@ -3,6 +3,7 @@
 import re
 
 import torch
+from torch import Tensor
 
 from mogan.errors import UserError
 
@@ -10,8 +11,8 @@ from mogan.errors import UserError
 def choose_device(name: str = "auto", local_rank: int = 0) -> torch.device:
     """``auto`` (a GPU if there is one), ``cpu``, ``cuda`` or ``cuda:N``.
 
-    With ``auto`` and ``cuda`` each process of a machine takes the GPU of its number, or the only one it sees. Products of
-    fp32 numbers are then computed in fp32, whatever the environment says of TF32: what asks for fp32 here needs it.
+    With ``auto`` and ``cuda`` each process of a machine takes the GPU of its number, or the only one it sees; what asks for a
+    GPU without a number gets this one from then on. Products of fp32 numbers are then computed in fp32, whatever the environment says of TF32: what asks for fp32 here needs it.
 
     Raises:
         UserError: there is no such device.
@@ -31,4 +32,14 @@ def choose_device(name: str = "auto", local_rank: int = 0) -> torch.device:
             "--device cpu"
         )
     torch.set_float32_matmul_precision("highest")
+    torch.cuda.set_device(number)
     return torch.device("cuda", number)
+
+
+def sent(x: Tensor, device: str | torch.device) -> Tensor:
+    """A tensor of any shape, made on the CPU, on a device. On a GPU the CPU goes on: from pinned memory a copy waits for nobody,
+    while any other waits until all that was asked of the GPU is done.
+    """
+    if torch.device(device).type == "cuda" and x.device.type == "cpu":
+        return x.pin_memory().to(device, non_blocking=True)
+    return x.to(device)

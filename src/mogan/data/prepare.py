@@ -84,7 +84,7 @@ def prepare(
         height: instead of the model's, pixels.
         width: instead of the model's, pixels.
         frames: of a clip, 4 k + 1, instead of the model's.
-        extra_prompts: prompts to embed besides the captions and the empty prompt.
+        extra_prompts: prompts to embed besides the captions, the empty prompt and the model's negative one.
         controls: what a VACE is shown of each clip: nothing, inpaint (a box is to be made), extend (the first quarter is given),
             edges, flow; a folder of videos named as these are (and of masks, name.mask.mp4, white where something is to be made); or
             your own module:function from frames, uint8 (F, H, W, 3), to such frames, or to frames and a mask, bool (F, H, W).
@@ -118,6 +118,7 @@ def prepare(
     _check_controls(folder, model, source, controls, references)
     text = once(lambda: wan.load_text(folder, target))
     tokens = load_tokens(folder)
+    extra_prompts = (*extra_prompts, wan.defaults(folder).negative_prompt)
     text_facts = {"model": model} | {part: wan.fingerprint(folder, part) for part in ("text_encoder", "tokenizer")}
     if _is_list(source):
         _prepare_list(source, out, text_facts, lambda prompts: text()(prompts), extra_prompts, tokens)

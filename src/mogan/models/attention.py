@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
+from mogan.devices import sent
 from mogan.models.conditions import blocks_of
 from mogan.models.frame_levels import apart, whole
 
@@ -20,15 +21,18 @@ TEXT_LENGTH = 512  # WanPipeline pads every prompt to this many tokens and atten
 
 
 class RMSNorm(torch.nn.RMSNorm):
-    """Takes its weight to the dtype of what it norms, as autocast does a product's.
+    """Takes its weight to the dtype of what it norms, as autocast does a product's, and returns that dtype.
 
-    Of two dtypes torch makes a chain of passes over memory, each with its result kept in fp32, where one kernel does.
+    Of two dtypes torch makes a chain of passes over memory, each with its result kept in fp32, where one kernel does. On a GPU
+    autocast would make the result fp32: queries and keys of another dtype than values, which attention over several processes
+    refuses in its backward pass, and keys of twice the size in a causal student's cache. The kernel itself adds in fp32.
     """
 
     def forward(self, x: Tensor) -> Tensor:
         """Same contract as ``torch.nn.RMSNorm``: ``(..., D)`` to the same shape."""
         weight = None if self.weight is None else self.weight.to(x.dtype)
-        return F.rms_norm(x, self.normalized_shape, weight, self.eps)
+        with nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False):
+            return F.rms_norm(x, self.normalized_shape, weight, self.eps)
 
 
 class FoldedPadding:
@@ -164,4 +168,4 @@ def stack_text(embeddings: Iterable[Tensor], device: str | torch.device = "cpu")
     """Pad embeddings ``(L, D)`` to ``(B, L, D)`` with zero rows to the longest plus one (at most 512): the last row is padding."""
     embeddings = [e.float() for e in embeddings]
     length = min(max(len(e) for e in embeddings) + 1, TEXT_LENGTH)
-    return torch.stack([F.pad(e, (0, 0, 0, length - len(e))) for e in embeddings]).to(device)
+    return sent(torch.stack([F.pad(e, (0, 0, 0, length - len(e))) for e in embeddings]), device)

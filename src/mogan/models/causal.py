@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from mogan.devices import sent
 from mogan.errors import UserError
 from mogan.models.attention import FoldedPadding, SelfAttention, rotate
 from mogan.models.causal_cache import FULL, KV, Cache, Causal, Policy, Words
@@ -84,7 +85,7 @@ class CausalRope(nn.Module):
                 f"this model counts {stock.max_seq_len} places in time, and the clip is longer: make a shorter one, or take a "
                 "student with a window and relative positions"
             )
-        where = torch.tensor(positions, device=stock.freqs_cos.device)
+        where = sent(torch.tensor(positions), stock.freqs_cos.device)
         found = []
         for buffer in (stock.freqs_cos, stock.freqs_sin):
             t, h, w = buffer.split([stock.t_dim, stock.h_dim, stock.w_dim], 1)

@@ -6,6 +6,7 @@ Only where things lie changes, and what is computed twice: gradients are those o
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -20,42 +21,85 @@ LEAST = 2**20  # bytes: what is smaller stays, since moving it frees next to not
 
 # operations of their own, by which mogan.costs.trace tells the host's memory from the device's
 _library = torch.library.Library("mogan", "DEF")
-_library.define("to_host(Tensor x) -> Tensor")
-_library.define("from_host(Tensor x, Device device) -> Tensor")
+_library.define("to_host(Tensor x) -> Tensor[]")
+_library.define("from_host(Tensor[] pieces, SymInt[] size, SymInt[] stride, Device device) -> Tensor")
 
 
-def _room(x: Tensor) -> Tensor:
+@dataclass(frozen=True)
+class _OnHost:
+    """A tensor's numbers in the order of its memory, piece by piece, and what it takes to make it again."""
+
+    pieces: list[Tensor]
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    device: torch.device
+
+
+def powers_of_two(count: int) -> list[int]:
+    """Sizes of at most four pieces that hold so many numbers, a fourteenth to spare at most.
+
+    Pinned memory comes in powers of two: of one piece nearly half may be lost, and of Wan's activations at 480 x 832 it is.
+    """
+    found: list[int] = []
+    while count and len(found) < 3:
+        found.append(1 << (count.bit_length() - 1))
+        count -= found[-1]
+    return [*found, 1 << (count - 1).bit_length()] if count else found
+
+
+def _rooms(x: Tensor) -> list[Tensor]:
     """For ``x``, pinned where that is on a GPU."""
-    place: dict[str, Any] = {"device": "cpu", "pin_memory": True} if x.is_cuda else {}
-    return torch.empty_like(x, **place)
+    place: dict[str, Any] = {"device": "cpu", "pin_memory": True} if x.is_cuda else {"device": x.device}
+    return [torch.empty(count, dtype=x.dtype, **place) for count in powers_of_two(x.numel())]
 
 
-def _to_host(x: Tensor) -> Tensor:
+def _parts(x: Tensor, pieces: Sequence[Tensor]) -> Iterator[Tensor]:
+    """The stretches of a dense tensor's memory that go into each piece."""
+    flat, start = x.as_strided((x.numel(),), (1,)), 0
+    for piece in pieces:
+        yield flat[start : start + len(piece)]
+        start += len(piece)
+
+
+def _to_host(x: Tensor) -> list[Tensor]:
     # neither way waits: the copies stand in the stream before whatever uses or frees either side
-    return _room(x).copy_(x, non_blocking=True)
+    pieces = _rooms(x)
+    for piece, part in zip(pieces, _parts(x, pieces), strict=True):
+        piece[: len(part)].copy_(part, non_blocking=True)
+    return pieces
 
 
-def _from_host(x: Tensor, device: torch.device) -> Tensor:
-    return x.to(device, non_blocking=True, copy=True)
+def _from_host(pieces: list[Tensor], size: list[int], stride: list[int], device: torch.device) -> Tensor:
+    x = torch.empty_strided(size, stride, dtype=pieces[0].dtype, device=device)
+    for piece, part in zip(pieces, _parts(x, pieces), strict=True):
+        part.copy_(piece[: len(part)], non_blocking=True)
+    return x
 
 
 _library.impl("to_host", _to_host, "CompositeExplicitAutograd")
 _library.impl("from_host", _from_host, "CompositeExplicitAutograd")
-_library.impl("to_host", torch.empty_like, "Meta")
-_library.impl("from_host", lambda x, device: torch.empty_like(x), "Meta")
+_library.impl("to_host", _rooms, "Meta")
+_library.impl(
+    "from_host",
+    lambda pieces, size, stride, device: torch.empty_strided(size, stride, dtype=pieces[0].dtype, device="meta"),
+    "Meta",
+)
 
 
-def _pack(x: Tensor) -> tuple[Tensor, torch.device | None]:
+def _pack(x: Tensor) -> Tensor | _OnHost:
     size = x.numel() * x.element_size()
     weights = isinstance(x, nn.Parameter) or isinstance(x._base, nn.Parameter)
     if weights or size < LEAST or size > x.untyped_storage().nbytes():  # the last: a little that is spread out
-        return x.detach(), None
-    return torch.ops.mogan.to_host(x.detach()), x.device
+        return x.detach()
+    dense = torch.empty_like(x, device="meta").stride() == x.stride()
+    kept = x.detach() if dense else x.detach().contiguous()
+    return _OnHost(torch.ops.mogan.to_host(kept), tuple(kept.shape), kept.stride(), x.device)
 
 
-def _unpack(packed: tuple[Tensor, torch.device | None]) -> Tensor:
-    kept, device = packed
-    return kept if device is None else torch.ops.mogan.from_host(kept, device)
+def _unpack(packed: Tensor | _OnHost) -> Tensor:
+    if isinstance(packed, Tensor):
+        return packed
+    return torch.ops.mogan.from_host(packed.pieces, packed.size, packed.stride, packed.device)
 
 
 def kept_on_host(wanted: bool = True) -> AbstractContextManager[Any]:
@@ -71,7 +115,7 @@ def set_aside(optimizer: torch.optim.Optimizer) -> None:
     for moments in optimizer.state.values():
         for name, value in moments.items():
             if not isinstance(value, DTensor) and value.is_cuda and value.numel() > 1:
-                moments[name] = _room(value).copy_(value)
+                moments[name] = torch.empty_like(value, device="cpu", pin_memory=True).copy_(value)
 
 
 def resting(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:

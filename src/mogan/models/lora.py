@@ -76,11 +76,15 @@ def adapted(base: Any, rank: int, seed: int, told: bool = False) -> Any:
         UserError: the rank is larger than the transformer is wide.
     """
     from peft import LoraConfig
+    from peft.tuners.lora import LoraLayer
 
     check_rank(rank, base.config)
     tree = tell_steps(twin(base)) if told else twin(base)
     torch.manual_seed(seed)
     tree.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=TARGETS))
+    for module in tree.modules():
+        if isinstance(module, LoraLayer):  # peft would take every input to fp32, for autocast to take it back
+            module.cast_input_dtype_enabled = False
     for parameter in tree.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()

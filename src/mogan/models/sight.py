@@ -7,9 +7,12 @@ from itertools import accumulate
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mogan.models.causal_cache import FULL, Policy
+
+BLOCK = 128  # tokens, in which flex attention skips what is not seen
 
 
 @dataclass(frozen=True)
@@ -102,9 +105,31 @@ def flex_masked(flex: Any, query: Tensor, key: Tensor, value: Tensor, sight: Sig
 
 @once
 def _block_mask(sight: Sight, length: int, device: torch.device) -> Any:
-    from torch.nn.attention.flex_attention import create_block_mask
+    """What ``create_block_mask`` makes of the frames that are seen; that would need ten bytes for every pair of tokens."""
+    from torch.nn.attention.flex_attention import BlockMask
 
     seen, tokens = sight.mask().to(device), length // sight.frames
-    return create_block_mask(
-        lambda b, h, q, k: seen[q // tokens, k // tokens], None, None, length, length, device=device.type
-    )
+    some, all_of = (blocks.to(device) for blocks in _blocks(sight.mask(), length))
+    listed = [_listed(blocks) for blocks in (some & ~all_of, all_of)]
+    return BlockMask.from_kv_blocks(
+        *listed[0], *listed[1], BLOCK_SIZE=BLOCK, mask_mod=lambda b, h, q, k: seen[q // tokens, k // tokens],
+        seq_lengths=(length, length),
+    )  # fmt: skip
+
+
+def _blocks(seen_FF: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    """Of blocks of tokens ``(Q, K)``: is a pair in it seen, and are all. What lies beyond the last token is not."""
+    tokens, starts = length // len(seen_FF), torch.arange(0, length, BLOCK)
+    first, last = starts // tokens, (starts + BLOCK).clamp(max=length).sub(1) // tokens
+    sums = F.pad(seen_FF.long().cumsum(0).cumsum(1), (1, 0, 1, 0))  # of the pairs of frames above and to the left
+    upper, lower = first[:, None], last[:, None] + 1
+    left, right = first[None], last[None] + 1
+    count = sums[lower, right] - sums[upper, right] - sums[lower, left] + sums[upper, left]
+    whole = starts + BLOCK <= length
+    return count > 0, (count == (lower - upper) * (right - left)) & whole[:, None] & whole[None]
+
+
+def _listed(blocks_QK: Tensor) -> tuple[Tensor, Tensor]:
+    """How many blocks a row has, and which, before all others, as flex attention reads them: ``(1, 1, Q)`` and ``(1, 1, Q, K)``."""
+    order = torch.argsort(blocks_QK.int(), dim=1, descending=True, stable=True)
+    return blocks_QK.sum(1, dtype=torch.int32)[None, None], order.int()[None, None]

@@ -204,7 +204,7 @@ def fit_latents(vae: dict, transformer: dict, size: Geometry) -> tuple[int, int,
 def fast_dtype(device: str | torch.device = "cpu") -> torch.dtype:
     """bf16 where the hardware multiplies it faster than fp32, else fp32."""
     if torch.device(device).type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
     capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     return torch.bfloat16 if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else torch.float32
 

@@ -189,11 +189,12 @@ def refinements(raft: RAFT, frames_BFCHW: Tensor, iterations: int, *, every: boo
     read = raft.context_encoder(flat.unflatten(0, (b, f))[:, :-1].flatten(0, 1))
     size = raft.update_block.hidden_state_size
     hidden, context = torch.tanh(read[:, :size]), F.relu(read[:, size:])
-    start = make_coords_grid(len(read), *read.shape[-2:]).to(read)
+    start = make_coords_grid(len(read), *read.shape[-2:], device=read.device).to(read)
     there, flows = start, []
     for iteration in range(iterations):
         there = there.detach()
-        seen = raft.corr_block.index_pyramid(centroids_coords=there)
+        with torch.device(read.device):  # where torchvision would make a little grid on the CPU, and wait for the GPU
+            seen = raft.corr_block.index_pyramid(centroids_coords=there)
         hidden, step = raft.update_block(hidden, context, seen, there - start)
         there = there + step
         if every or iteration == iterations - 1:

@@ -19,6 +19,7 @@ from mogan.costs.calls import TEXT_TOKENS, Tracer, build_transformer
 from mogan.costs.shapes import Shapes
 from mogan.costs.trace import Call, fake, sizes, trace
 from mogan.data.batches import Batch
+from mogan.devices import sent
 from mogan.errors import UserError
 from mogan.models.attention import stack_text
 from mogan.models.denoiser import Denoiser, frozen
@@ -90,8 +91,8 @@ class Trajectory:
         """The loss on the batch's paths; ``rollout`` is not used."""
         assert batch.path_BKCFHW is not None, "the batch holds no paths"
         device = next(self.student.parameters()).device
-        path, clips = batch.path_BKCFHW.to(device), torch.arange(len(batch.ids), device=device)
-        step_B = (uniform(len(clips), generator) * (len(self.levels) - 1)).long().to(device)
+        path, clips = sent(batch.path_BKCFHW, device), torch.arange(len(batch.ids), device=device)
+        step_B = sent((uniform(len(clips), generator) * (len(self.levels) - 1)).long(), device)
         level, following = (torch.tensor(self.levels, device=device)[step_B + ahead] for ahead in (0, 1))
         here, there = path[clips, step_B], path[clips, step_B + 1]
         mean_velocity = (here - there) / (level - following).view(-1, 1, 1, 1, 1)

@@ -13,6 +13,7 @@ from mogan.config import Config
 from mogan.costs.calls import Tracer
 from mogan.costs.trace import Call, Work
 from mogan.data.batches import Batch
+from mogan.devices import sent
 from mogan.errors import UserError
 from mogan.models import wan
 from mogan.models.attention import stack_text
@@ -115,12 +116,12 @@ class BlockDistillation:
         """The loss on the batch's clips; ``rollout`` is not used."""
         assert batch.latent_BCFHW is not None, "distillation needs clips, not only prompts"
         device, shift = next(self.student.parameters()).device, self.settings.shift
-        x0 = batch.latent_BCFHW.to(device)
+        x0 = sent(batch.latent_BCFHW, device)
         if shift is None:
             step = (uniform(len(x0), generator) * len(self.sigmas)).long()
-            sigma, text = torch.tensor(self.sigmas)[step].to(device), stack_text(batch.text, device)
+            sigma, text = sent(torch.tensor(self.sigmas)[step], device), stack_text(batch.text, device)
         else:
-            sigma = draw_sigma(len(x0), generator, k=shift).to(device)
+            sigma = sent(draw_sigma(len(x0), generator, k=shift), device)
             text = stack_some(batch.text, self.null, self.settings.drop_text, generator, device)
         noise = normal(x0.shape, generator, device)
         x = add_noise(x0, noise, sigma)

@@ -19,6 +19,7 @@ from mogan.costs.calls import Tracer
 from mogan.costs.causal import forced
 from mogan.data.batches import Batch
 from mogan.data.cache import Cache
+from mogan.devices import sent
 from mogan.errors import UserError
 from mogan.models import wan
 from mogan.models.attention import stack_text
@@ -163,10 +164,10 @@ class Consistency:
         """The loss on the batch's clips, mean over frames; ``rollout`` is not used."""
         assert batch.latent_BCFHW is not None, "consistency distillation needs clips, not only prompts"
         device = self.null_1LD.device
-        x0, text = batch.latent_BCFHW.to(device), self._text(batch, generator).to(device)
+        x0, text = sent(batch.latent_BCFHW, device), sent(self._text(batch, generator), device)
         frames, how = x0.shape[2], replace(self.how, rest=batch.more.get("size", [self.how.rest])[0], sizes=None)
         drawn = uniform(len(x0), generator, len(how.chunks(frames))) * self.settings.steps
-        step = per_chunk(drawn.long(), how, frames).to(device)
+        step = sent(per_chunk(drawn.long(), how, frames), device)
         level, following = (torch.tensor(self.levels, device=device)[step + ahead] for ahead in (0, 1))
         noise = normal(x0.shape, generator, device)
         x, past = add_noise(x0, noise, level), past_of(x0, how, generator)
@@ -182,7 +183,7 @@ class Consistency:
         error = (found - meant).square()
         if not self.states:
             return error[:, :, self.given :].mean(), {}
-        asked = self._asked(batch, how, frames).to(device)
+        asked = sent(self._asked(batch, how, frames), device)
         return ((error.mean((1, 3, 4)) * asked).sum(1) / asked.sum(1).clamp(min=1)).mean(), {}
 
     def _text(self, batch: Batch, generator: Randomness) -> Tensor:

@@ -14,6 +14,7 @@ from mogan.config import Config
 from mogan.costs.calls import Tracer
 from mogan.costs.trace import Call, fake, trace
 from mogan.data.batches import Batch
+from mogan.devices import sent
 from mogan.errors import UserError
 from mogan.models.denoiser import Denoiser, guided_velocity
 from mogan.models.experts import experts
@@ -184,7 +185,7 @@ class DMD:
                 f"{self.settings.high}: take fewer steps, or a smaller shift of the levels"
             )
         drawn = draw(len(x), generator, low=least, high=most, k=self.settings.shift)
-        sigma, noise = drawn.to(x.device), normal(x.shape, generator, x.device)
+        sigma, noise = sent(drawn, x.device), normal(x.shape, generator, x.device)
         if rollout.level == 0.0:
             return add_noise(x, noise, sigma), noise, sigma
         return renoise(x, noise, torch.full_like(sigma, rollout.level), sigma), noise, sigma

@@ -10,6 +10,7 @@ from torch import Tensor
 from mogan.config import Config
 from mogan.costs.calls import Tracer
 from mogan.data.batches import Batch
+from mogan.devices import sent
 from mogan.models.attention import stack_text
 from mogan.models.denoiser import Denoiser
 from mogan.objectives import Bill, Loss, Objective, Price, Randomness
@@ -97,8 +98,8 @@ class FlowMatching:
         x0 = batch.latent_BCFHW
         assert x0 is not None, "flow matching needs clips, not only prompts"
         device = next(self.student.parameters()).device
-        x0 = x0.to(device)
-        sigma = draw_sigma(len(x0), generator, k=self.settings.shift).to(device)
+        x0 = sent(x0, device)
+        sigma = sent(draw_sigma(len(x0), generator, k=self.settings.shift), device)
         text = batch.told(device, stack_some(batch.text, self.null, self.settings.drop_text, generator, device))
         noise = normal(x0.shape, generator, device)
         return velocity_error(self.student, x0, noise, sigma, text, given=self.given).mean(), {}

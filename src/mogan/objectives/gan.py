@@ -14,6 +14,7 @@ from mogan.costs.calls import Tracer, judge_call
 from mogan.costs.trace import Call
 from mogan.data.batches import Batch
 from mogan.data.cache import Cache
+from mogan.devices import sent
 from mogan.errors import UserError
 from mogan.models import attention, wan
 from mogan.models.denoiser import frozen, recomputed
@@ -234,7 +235,7 @@ class GAN:
         """The observation as the discriminator gets it, and the level it is told where that is drawn."""
         if not self.settings.drawn_levels:
             return observation, None
-        sigma = uniform(len(observation), generator).to(observation.device)
+        sigma = sent(uniform(len(observation), generator), observation.device)
         return add_noise(observation, normal(observation.shape, generator, observation.device), sigma), sigma
 
     def student_loss(self, rollout: Rollout, batch: Batch, generator: Randomness) -> Loss:

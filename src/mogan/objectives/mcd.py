@@ -13,6 +13,7 @@ from torch import Tensor
 from mogan.config import EULER, Config
 from mogan.costs.calls import Tracer
 from mogan.data.batches import Batch
+from mogan.devices import sent
 from mogan.models.attention import stack_text
 from mogan.models.denoiser import Denoiser, guided_velocity
 from mogan.models.lora import learned_state
@@ -121,8 +122,8 @@ class MCD:
         """The loss on the batch's clips; ``rollout`` is not used."""
         assert batch.latent_BCFHW is not None, "consistency distillation needs clips, not only prompts"
         device = self.null_1LD.device
-        x0, text = batch.latent_BCFHW.to(device), stack_text(batch.text, device)
-        step = (uniform(len(x0), generator) * self.settings.steps).long().to(device)
+        x0, text = sent(batch.latent_BCFHW, device), stack_text(batch.text, device)
+        step = sent((uniform(len(x0), generator) * self.settings.steps).long(), device)
         level, following = (torch.tensor(self.levels, device=device)[step + ahead] for ahead in (0, 1))
         end = torch.tensor(self.ends, device=device)[step]
         x = add_noise(x0, normal(x0.shape, generator, device), level)

@@ -9,6 +9,7 @@ from torch import Tensor
 from mogan.config import Config
 from mogan.costs.calls import Tracer
 from mogan.data.batches import Batch
+from mogan.devices import sent
 from mogan.errors import UserError
 from mogan.models.denoiser import Denoiser
 from mogan.objectives import Loss, Objective, Price, Randomness
@@ -84,8 +85,8 @@ class MotionScore:
                 f"clips have {x0.shape[2]}: prepare longer clips or give the recipe smaller windows"
             )
         begin = (starts * (room + 1)).long().tolist()
-        x0 = torch.stack([x[:, b : b + first + 1 + ahead] for x, b in zip(x0, begin, strict=True)]).to(device)
-        sigma = draw_sigma(len(x0), generator, k=self.settings.shift).to(device)
+        x0 = sent(torch.stack([x[:, b : b + first + 1 + ahead] for x, b in zip(x0, begin, strict=True)]), device)
+        sigma = sent(draw_sigma(len(x0), generator, k=self.settings.shift), device)
         text = stack_some(batch.text, self.null, self.settings.drop_text, generator, device)
         noise = normal(x0.shape, generator, device)
         noisy = differences(add_noise(x0, noise, sigma)[:, :, first:])

@@ -49,9 +49,8 @@ def of_real_clips(gan: "GANConfig", base: Base, observe: MotionObservation) -> O
         "max_flow": gan.max_flow,
         "encoded": "fp32",
     } | ({} if gan.flow_resolution is None else {"flow_resolution": gan.flow_resolution})
-    return Observations(
-        base.cache, key, lambda latent, start: observe(latent.float().to(base.device), start).latent_BCFHW
-    )
+    cache, device = base.cache, base.device  # `base` itself would stay, and with it whatever it has loaded
+    return Observations(cache, key, lambda latent, start: observe(latent.float().to(device), start).latent_BCFHW)
 
 
 @dataclass(frozen=True)

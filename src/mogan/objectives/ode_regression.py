@@ -14,6 +14,7 @@ from mogan.config import Config
 from mogan.costs.calls import Tracer
 from mogan.costs.causal import diffusion_forced
 from mogan.data.batches import Batch
+from mogan.devices import sent
 from mogan.errors import UserError
 from mogan.models.attention import stack_text
 from mogan.models.causal import CausalDenoiser
@@ -78,10 +79,10 @@ class ODERegression:
         """The loss on the batch's paths, mean over frames; those at level 0 count as nothing. ``rollout`` is not used."""
         assert batch.path_BKCFHW is not None, "the batch holds no paths"
         device = next(self.student.parameters()).device
-        path = batch.path_BKCFHW.to(device)
+        path = sent(batch.path_BKCFHW, device)
         frames, chunks = path.shape[3], self.how.chunks(path.shape[3])
         drawn = (uniform(len(path), generator, len(chunks)) * len(self.levels)).long()
-        row = per_chunk(drawn, self.how, frames).to(device)
+        row = sent(per_chunk(drawn, self.how, frames), device)
         level = torch.tensor(self.levels, device=device)[row]
         clips, places = torch.arange(len(path), device=device)[:, None], torch.arange(frames, device=device)
         x = path[clips, row, :, places].transpose(1, 2)  # (B, F, C, H, W) before

@@ -16,6 +16,7 @@ from mogan.costs.calls import Tracer, build_transformer, judge_call
 from mogan.costs.shapes import Shapes
 from mogan.costs.trace import Call, fake, sizes, trace
 from mogan.data.batches import Batch
+from mogan.devices import sent
 from mogan.errors import UserError
 from mogan.models.denoiser import Denoiser, frozen, recomputed, taps
 from mogan.models.discriminator import Heads
@@ -132,7 +133,7 @@ class Relativistic:
     def noised(self, x_BCFHW: Tensor, generator: Randomness) -> tuple[Tensor, Tensor]:
         """Latents noised to random levels, and the levels ``(B,)``."""
         s = self.settings
-        sigma = draw_sigma(len(x_BCFHW), generator, low=s.low, high=s.high, k=s.shift).to(x_BCFHW.device)
+        sigma = sent(draw_sigma(len(x_BCFHW), generator, low=s.low, high=s.high, k=s.shift), x_BCFHW.device)
         return add_noise(x_BCFHW, normal(x_BCFHW.shape, generator, x_BCFHW.device), sigma), sigma
 
     def features(self, x_t: Tensor, sigma: Tensor, text_BLD: Tensor) -> list[Tensor]:

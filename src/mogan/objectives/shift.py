@@ -20,6 +20,7 @@ from mogan.costs.shapes import Shapes
 from mogan.costs.trace import Call, fake, sizes, trace
 from mogan.data.batches import Batch
 from mogan.data.cache import Cache
+from mogan.devices import sent
 from mogan.errors import UserError
 from mogan.models.attention import stack_text
 from mogan.models.denoiser import Denoiser
@@ -217,7 +218,7 @@ class Shift:
         """
         assert batch.latent_BCFHW is not None, "SHIFT needs clips, not only prompts"
         device = self.null_1LD.device
-        real_BCFHW, text_BLD = batch.latent_BCFHW.to(device), stack_text(batch.text, device)
+        real_BCFHW, text_BLD = sent(batch.latent_BCFHW, device), stack_text(batch.text, device)
         windows = [slice(at, at + most) for at in range(0, len(real_BCFHW), most)]
         own = [generator[w] if isinstance(generator, list) else generator for w in windows]
         made, maps, states, rewards, motion = zip(

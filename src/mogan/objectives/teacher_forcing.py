@@ -11,6 +11,7 @@ from mogan.config import Config
 from mogan.costs.calls import Tracer
 from mogan.costs.causal import forced
 from mogan.data.batches import Batch
+from mogan.devices import sent
 from mogan.errors import UserError
 from mogan.models.causal import CausalDenoiser
 from mogan.models.causal_cache import Causal
@@ -132,10 +133,10 @@ class TeacherForcing:
         """The loss on the batch's clips; ``rollout`` is not used."""
         assert batch.latent_BCFHW is not None, "teacher forcing needs clips, not only prompts"
         device = next(self.student.parameters()).device
-        x0 = batch.latent_BCFHW.to(device)
+        x0 = sent(batch.latent_BCFHW, device)
         frames = x0.shape[2]
         drawn = shift(uniform(len(x0), generator, len(self.how.chunks(frames))), self.settings.shift)
-        sigma = per_chunk(drawn, self.how, frames).to(device)
+        sigma = sent(per_chunk(drawn, self.how, frames), device)
         text = stack_some(batch.text, self.null, self.settings.drop_text, generator, device)
         noise = normal(x0.shape, generator, device)
         forced = Forced(self.student, past_of(x0, self.how, generator), self.how)

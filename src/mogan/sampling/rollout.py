@@ -17,6 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mogan.config import EULER, LCM
+from mogan.devices import sent
 from mogan.errors import UserError
 from mogan.models.conditions import conditioned
 from mogan.models.denoiser import Denoiser, guided_velocity
@@ -298,5 +299,6 @@ def animate(
 def normal(shape: torch.Size, generator: torch.Generator | list[torch.Generator], device) -> Tensor:
     """Standard normal noise of a shape ``(B, ...)``; with a list of generators, sample ``i`` of the batch comes from generator ``i``."""
     if isinstance(generator, list):
-        return torch.cat([torch.randn((1, *shape[1:]), generator=g, device=g.device) for g in generator]).to(device)
-    return torch.randn(shape, generator=generator, device=generator.device).to(device)
+        rows = [torch.randn((1, *shape[1:]), generator=g, device=g.device) for g in generator]
+        return sent(torch.cat(rows), device)
+    return sent(torch.randn(shape, generator=generator, device=generator.device), device)

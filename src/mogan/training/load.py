@@ -302,11 +302,11 @@ def check_processes(config: Config, world: World) -> None:
 def _text_encoder(cache: Cache, base: Path, world: World) -> wan.TextEncoder:
     """Encode through the cache, on the first process for all.
 
-    The text encoder, Wan's largest part, is loaded only for a prompt that is not in the cache.
+    The text encoder, Wan's largest part, is loaded only for a prompt that is not in the cache, and not kept.
     """
-    encoder = once(lambda: wan.load_text(base))
 
     def encode(prompts: list[str]) -> list[Tensor]:
+        encoder = once(lambda: wan.load_text(base))
         ensure_text(cache.path, prompts, lambda missing: encoder()(missing))
         return [cache.text(p) for p in prompts]
 
