@@ -183,6 +183,13 @@ def test_a_function_of_the_users_makes_controls_and_is_told_what_is_wrong_with_t
     sys.modules.pop("mine", None)
     assert prepare(videos, vace, tmp_path / "cache", "--controls", "mine:dark") == 0
     assert open_cache(tmp_path / "cache").facts["controls"] == "mine:dark"
+    before = stored(tmp_path / "cache")
+    (tmp_path / "mine.py").write_text((tmp_path / "mine.py").read_text().replace("frames // 2", "frames // 4"))
+    sys.modules.pop("mine", None)
+    assert prepare(videos, vace, tmp_path / "cache", "--controls", "mine:dark") == 0
+    after = stored(tmp_path / "cache")
+    assert after.keys() == before.keys()
+    assert all(after[name] != before[name] for name in after)  # the function has changed
     assert prepare(videos, vace, tmp_path / "other", "--controls", "mine:bad") == 2
     assert "mine:bad returns uint8 (12, 32, 48, 3) for frames uint8 (13, 32, 48, 3)" in capsys.readouterr().err
     assert prepare(videos, vace, tmp_path / "failed", "--controls", "mine:fails") == 2

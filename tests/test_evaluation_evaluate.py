@@ -347,6 +347,30 @@ def test_unknown_tools_are_refused(folders, tmp_path):
         evaluate(folders, out=tmp_path / "r.json", flow="/nowhere/raft.pth")
 
 
+@pytest.mark.parametrize("listed", [False, True])
+def test_a_clip_that_is_not_there_moves_no_other(listed, tmp_path):
+    """Captions stand beside the clips or in a list, whose numbers their names have."""
+    for system, numbers in {"a": (0, 1, 2, 10), "b": (0, 2, 10)}.items():
+        (tmp_path / system).mkdir()
+        names = [f"{prompt}-{n}" for prompt in ("cat", "dog") for n in numbers]
+        for name in names:
+            (tmp_path / system / f"{name}.mp4").touch()
+            if not listed:
+                (tmp_path / system / f"{name}.txt").write_text(f"A {name.partition('-')[0]}.")
+        if listed:
+            rows = [f"{name}.mp4,A {name.partition('-')[0]}." for name in names]
+            (tmp_path / system / "metadata.csv").write_text("\n".join(["file_name,caption", *rows]))
+        found = {(e.prompt, e.index): e.path.stem for e in read_folder(tmp_path / system, system).clips}
+        assert found == {(f"A {name.partition('-')[0]}.", int(name.partition("-")[2])): name for name in names}
+
+
+def test_names_that_do_not_go_with_prompts_are_counted(tmp_path):
+    for name, caption in {"shot-7": "a cat", "shot-9": "a dog", "shot-12": "a cat"}.items():
+        (tmp_path / f"{name}.mp4").touch()
+        (tmp_path / f"{name}.txt").write_text(caption)
+    assert {(e.prompt, e.index) for e in read_folder(tmp_path, "x").clips} == {("a cat", 0), ("a dog", 0), ("a cat", 1)}
+
+
 def test_names_prompts_and_numbers_are_read_from_lists_and_from_file_names(tmp_path):
     (tmp_path / "plain").mkdir()
     for name in ("a red fox-0.mp4", "a red fox-1.mp4", "well-known-12.mp4", "no number.mp4"):

@@ -405,8 +405,10 @@ def test_intervals_are_those_of_resampled_sets_written_out():
     )
     reference = rng.normal(0.5, 2, size=31)
     sets = [np.repeat(values[kept], draw) for draw in joint_draws(factors, RESAMPLES // 4).astype(int)]
+    drawn = np.array([wasserstein(x, reference) for x in sets if x.size])
+    moved = drawn + wasserstein(values[kept], reference) - np.median(drawn)
     assert wasserstein_interval(values, reference, prompts, runs).ci95 == pytest.approx(
-        np.quantile([wasserstein(x, reference) for x in sets if x.size], (0.025, 0.975))
+        np.maximum(np.quantile(moved, (0.025, 0.975)), 0)
     )
 
 
@@ -421,6 +423,18 @@ def test_wasserstein_is_a_distance_that_measures_shifts(one, two, shift):
     assert wasserstein(one, two) == pytest.approx(wasserstein(two, one), abs=1e-9)
     assert wasserstein(one, np.array(one) + shift) == pytest.approx(abs(shift), abs=1e-9)
     assert wasserstein(one, two) >= abs(np.mean(one) - np.mean(two)) - 1e-9
+
+
+def test_the_interval_of_a_distance_holds_it_also_where_it_is_small():
+    """Resamples hold fewer different values: of two sets of one distribution nearly all lie farther away than the set itself."""
+    rng, reference, inside = np.random.default_rng(1), np.random.default_rng(2).normal(size=256), 0
+    truth = wasserstein(rng.normal(size=100_000), reference)
+    for _ in range(20):
+        values = np.repeat(rng.normal(0, 0.5, 64), 5) + rng.normal(0, 0.75**0.5, 320)  # five of a prompt
+        found = wasserstein_interval(values, reference, [i // 5 for i in range(320)])
+        assert found.ci95[0] <= found.mean <= found.ci95[1]
+        inside += found.ci95[0] <= truth <= found.ci95[1]
+    assert inside >= 6  # of resamples as they are, none; some distance of so few values to any set is left in all
 
 
 def test_wasserstein_of_unequal_sizes_and_its_interval():

@@ -243,6 +243,13 @@ def test_motion_is_the_mean_of_the_fastest_twentieth():
     assert motion_of(np.zeros((4, 10, 20, 3), np.uint8), lambda video: flow) == pytest.approx(5.0)
 
 
+def test_flow_that_is_no_number_is_told():
+    """Counted as motion it would switch the choice by quantile off."""
+    flow = torch.full((1, 2, 3, 10, 20), torch.nan)
+    with pytest.raises(UserError, match="not finite"):
+        motion_of(np.zeros((4, 10, 20, 3), np.uint8), lambda video: flow)
+
+
 def test_motion_rich_keeps_what_moves_and_says_what_was_dropped(tmp_path):
     (tmp_path / "v").mkdir()
     for i, step in enumerate([0.0, 0.5, 1.0, 2.0]):

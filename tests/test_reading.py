@@ -1,6 +1,7 @@
 """Prepare and evaluate see the same pictures at the same times, whatever is wrong with a file. All files are made here."""
 
 import json
+import struct
 from fractions import Fraction
 from pathlib import Path
 
@@ -316,3 +317,17 @@ def test_a_name_like_an_address_is_a_file(tmp_path, monkeypatch):
 
 def test_yadif_is_part_of_the_ffmpeg_that_is_installed():
     Graph().add("yadif", "deint=interlaced")
+
+
+def test_a_codec_nobody_knows_and_pixels_nobody_has_are_one_sentence(tmp_path):
+    encode(tmp_path / "whole.mp4", moving(20), None, "libx264", "yuv420p", sample_aspect_ratio=Fraction(2, 1))
+    data = (tmp_path / "whole.mp4").read_bytes()
+    at = data.rindex(b"avc1")  # of the sample's description; as players mark what is encrypted
+    (tmp_path / "locked.mp4").write_bytes(data[:at] + b"encv" + data[at + 4 :])
+    at = data.index(b"pasp") + 4
+    for name, sides in {"wide.mp4": (1000, 1), "huge.mp4": (2**31 - 1, 1), "tall.mp4": (1, 65535)}.items():
+        (tmp_path / name).write_bytes(data[:at] + struct.pack(">II", *sides) + data[at + 8 :])
+    for name, says in {"locked": "cannot decode", "wide": "pixels", "huge": "pixels", "tall": "pixels"}.items():
+        for read in (probe, lambda path: list(read_frames(path, size=(32, 32)))):
+            with pytest.raises(UserError, match=says):
+                read(tmp_path / f"{name}.mp4")

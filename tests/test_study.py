@@ -3,6 +3,7 @@
 import gzip
 import json
 import math
+import shutil
 import signal
 import subprocess
 import sys
@@ -288,6 +289,11 @@ def test_jobs_run_once_and_a_failure_says_where_to_look(tmp_path):
     assert core_seconds(jobs, tmp_path / "logs") == spent > core_seconds(jobs[:1], tmp_path / "logs") > 0
     with pytest.raises(UserError, match="other options"):
         run_jobs([Job("render", (*videos, "1"))], tmp_path / "logs", 1)
+    moved = tmp_path / "moved"
+    shutil.copytree(tmp_path, moved)
+    videos = ("lab", "render", "--out", str(moved / "v"), "--clips", "1", "--motion", "rich", "--seed")
+    run_jobs([Job("render", (*videos, "0"))], moved / "logs", 1)
+    assert (moved / "logs" / "render.log").read_text() == first  # the same job in another folder, and done
     with pytest.raises(UserError, match=r"other failed: .*give another --out.*other\.log"):
         run_jobs([Job("other", (*videos, "1"))], tmp_path / "logs", 1)
 

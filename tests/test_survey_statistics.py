@@ -139,4 +139,5 @@ def test_sign_test_and_holm_by_hand():
     assert st.sign_test(9, 1) == pytest.approx(2 * 11 / 1024)
     assert st.sign_test(0, 0) == 1
     assert st.sign_test(5, 5) == 1
+    assert st.sign_test(60_000, 58_000) == pytest.approx(5.8e-9, rel=0.02)  # at once; by the normal law, 5.8 deviations
     assert st.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])

@@ -3,6 +3,7 @@ import subprocess
 import sys
 from fractions import Fraction
 from itertools import pairwise
+from pathlib import Path
 
 import av
 import numpy as np
@@ -251,6 +252,13 @@ def test_broken_files_end_in_one_sentence_with_their_name(tmp_path):
         with pytest.raises(UserError, match=name) as caught:
             read_video(tmp_path / name)
         assert "\n" not in str(caught.value)
+
+
+def test_a_name_with_a_colon_is_no_address(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("12:30").mkdir()
+    write_video(Path("12:30/a.mp4"), numbered(8), 16)
+    assert len(read_video(Path("12:30/a.mp4"))[0]) == 8
 
 
 def test_a_file_cut_off_yields_what_it_has_before_it_says_so(tmp_path):

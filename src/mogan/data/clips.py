@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mogan.data.video import Frame
+from mogan.errors import UserError
 from mogan.motion.flow import FlowEstimator
 
 # A cut is a pair of frames whose thumbnails (16 x 16, 0 to 255) differ on average by more than CUT_FLOOR, by more than
@@ -154,9 +155,16 @@ def motion_of(frames_FHWC: np.ndarray, estimate_flow: FlowEstimator) -> float:
 
     The top 5 % is VBench's measure (dynamic degree): a small thing that moves counts, a large background at rest does
     not dilute it.
+
+    Raises:
+        UserError: the flow is not finite.
     """
     with torch.no_grad():
         flow = estimate_flow(to_video(frames_FHWC))[0].float()
+    if not bool(flow.isfinite().all()):
+        raise UserError(
+            "the flow network gives numbers that are not finite: get its weights again, or use another --flow"
+        )
     length_FN = flow.square().sum(0).sqrt().flatten(1)
     top = max(1, int(0.05 * length_FN.shape[1]))
     return float(length_FN.topk(top, dim=1).values.mean())

@@ -32,7 +32,7 @@ from mogan.errors import UserError
 from mogan.models.conditions import pictures_of_references
 from mogan.models.defaults import Geometry
 from mogan.motion.flow import FlowEstimator
-from mogan.own import own_function, theirs
+from mogan.own import own_code, own_function, theirs
 
 GREY = 128
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp")
@@ -167,6 +167,13 @@ class Show:
             return first_frame
         return CLASSICAL[self.kind] if self.kind in CLASSICAL else own(self.kind)
 
+    @cached_property
+    def _code(self) -> tuple[str, ...]:
+        """What stands for a function of the user's: where it has changed, controls are made anew."""
+        if ":" not in self.kind or self.made is None:
+            return ()
+        return (own_code(self.kind),)
+
     def facts(self, sources: list[Source]) -> dict[str, Any]:
         """What a cache says of its controls, all of which have as many references.
 
@@ -220,7 +227,7 @@ class Show:
         """Changes with what a clip's control is made of."""
         files = [*(self.files_of(source) if self.folder is not None else ()), *self.pictures_of(source)]
         stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files if path is not None]
-        return json.dumps([self.kind, entry["sha"], stats])
+        return json.dumps([self.kind, entry["sha"], stats, *self._code])
 
 
 def _beside(folder: Path, source: Source) -> Path:

@@ -71,6 +71,7 @@ def measure(
 
 def _read_clips(source: Source, geometry: Geometry) -> Iterator[Any]:
     """In a worker: facts of the file, then its clips and short shots."""
+    yield {"sha": file_sha(source.path)}
     found = probe(source.path)
     yield {"source_fps": found.fps, "source_height": found.height, "source_width": found.width}
     yield {"remarks": list(found.remarks)}
@@ -116,14 +117,11 @@ def _record(out: Path, source: Source) -> dict:
     """
     try:
         stamp, old = _stamp(source), _stored(out, source)
-        if old is not None and stamp.items() <= old.items():
-            return old
-        sha = file_sha(source.path)
+        if old is not None and (stamp.items() <= old.items() or old["sha"] == file_sha(source.path)):
+            return old | stamp
     except OSError as error:
         return _unreadable(source, error)
-    if old is not None and old["sha"] == sha:
-        return old | stamp
-    return {"source": source.name, "sha": sha} | stamp | EMPTY
+    return {"source": source.name, "sha": ""} | stamp | EMPTY  # a worker reads all of it, when its turn comes
 
 
 def _record_path(out: Path, name: str) -> Path:

@@ -20,6 +20,7 @@ from mogan.errors import UserError
 
 # a picture is shown so long at most; a longer pause between time stamps is a gap, and the video is cut there
 HELD_S = 2.0
+MOST_OBLONG = 10  # sides of a pixel; beyond it the number is a mistake
 MOST_PIXELS = 2**26  # of one picture, 8192 x 8192: three bytes each, a few of them at a time
 STAMPS = 4096  # time stamps read to find the frame rate
 
@@ -79,7 +80,7 @@ def opened(path: Path) -> Iterator[tuple[Any, Any]]:
     """Container and video stream of a file.
 
     Raises:
-        UserError: nothing there that FFmpeg can open, no pictures in it, or pictures too large.
+        UserError: nothing there that FFmpeg can open, no pictures in it, pictures too large, or no decoder for them.
     """
     try:
         if not path.is_file():
@@ -95,6 +96,8 @@ def opened(path: Path) -> Iterator[tuple[Any, Any]]:
         if not streams:
             kind = "only sound" if container.streams.audio else "no video stream"
             raise UserError(f"{path} holds {kind}, no pictures")
+        if streams[0].codec_context is None:
+            raise UserError(f"{path} is in a codec that FFmpeg here cannot decode: write it again in another")
         width, height = streams[0].codec_context.width, streams[0].codec_context.height
         if width * height > MOST_PIXELS:
             raise UserError(f"{path} has pictures of {width} x {height}: scale it down")
@@ -168,10 +171,14 @@ def decode(path: Path) -> Iterator[Shown]:
         stream.thread_type = "AUTO"
         step = 1 / (tagged_rate(stream) or 25)
         aspect = float(stream.sample_aspect_ratio or 1)
+        if not 1 / MOST_OBLONG <= aspect <= MOST_OBLONG:
+            raise UserError(
+                f"{path} says that its pixels are {aspect:.3g} times as wide as high: correct its aspect ratio"
+            )
         origin, time_s, end = None, -step, 0.0
         try:
             for frame, turns, interlaced in _whole_frames(container.decode(stream), stream):
-                if frame.width * frame.height > MOST_PIXELS:
+                if frame.width * frame.height * max(aspect, 1) > MOST_PIXELS:
                     raise UserError(f"{path} has pictures of {frame.width} x {frame.height}: scale it down")
                 stamp = frame.time
                 if origin is None:

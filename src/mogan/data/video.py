@@ -139,7 +139,10 @@ def write_video(path: str | Path, frames_FHWC: Iterable[np.ndarray], fps: float,
     Raises ValueError if a frame is no uint8 ``(H, W, 3)`` of even sides.
     """
     rate = Fraction(fps).limit_denominator(1001)
-    with replacing(Path(path)) as temporary, av.open(str(temporary), "w", options={"movflags": "+faststart"}) as out:
+    with (
+        replacing(Path(path)) as temporary,
+        av.open(f"file:{temporary}", "w", options={"movflags": "+faststart"}) as out,
+    ):
         stream: Any = out.add_stream("libx264", rate=rate, options=_ENCODER | {"crf": str(crf)})
         stream.pix_fmt = "yuv420p"
         stream.thread_count = 1  # x264 gives other bytes for other numbers of threads

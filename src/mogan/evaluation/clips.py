@@ -1,8 +1,11 @@
 """Which clips a folder holds, and of which prompt each is."""
 
+import json
 import os
 import re
+from collections import defaultdict
 from dataclasses import dataclass, field, replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -141,7 +144,7 @@ def read_folder(folder: Path, name: str) -> System:
 def _ways(rows: list[Row]) -> tuple[dict[str, Any], ...]:
     """Guidance, steps and so on, once each."""
     ways = [{key: row.values[key] for key in HOW if key in row.values} for row in rows]
-    return tuple(way for number, way in enumerate(ways) if way and way not in ways[:number])
+    return tuple({json.dumps(way, sort_keys=True): way for way in ways if way}.values())
 
 
 def _left(here: Folder, files: list[File]) -> tuple[str, ...]:
@@ -153,15 +156,14 @@ def _left(here: Folder, files: list[File]) -> tuple[str, ...]:
 def _entries(here: Folder, found: list[tuple[File, Row]]) -> tuple[dict[str, Entry], tuple[str, ...]]:
     """By file name, where a file is listed twice the last line; and the names of those that are there without a caption."""
     entries: dict[str, Entry] = {}
-    counts: dict[str, int] = {}
     nameless: dict[str, None] = {}
-    for file, row in found:
-        caption, problem = here.words(file, row.caption)
-        named = _by_name(file)
-        prompt, index = caption or named.prompt, _number(row, "index")
+    words = [here.words(file, row.caption) for file, row in found]
+    prompts = [caption or _by_name(file).prompt for (file, _), (caption, _) in zip(found, words, strict=True)]
+    numbers = _numbers([file for file, _ in found], prompts)
+    for (file, row), (caption, problem), prompt, number in zip(found, words, prompts, numbers, strict=True):
+        index = _number(row, "index")
         if index is None:
-            index = counts.get(prompt, 0) if caption else named.index
-        counts[prompt] = counts.get(prompt, 0) + 1
+            index = number if caption else _by_name(file).index
         entries[file.name] = Entry(file.path, prompt, index, _number(row, "seed"), problem, read_task(row, here.path))
         if caption is None and file.there:
             nameless[file.name] = None
@@ -177,20 +179,34 @@ def _number(row: Row, column: str) -> int | None:
 
 
 def _by_texts_and_names(here: Folder, files: list[File]) -> tuple[tuple[Entry, ...], str]:
-    entries, counts = [], dict[str, int]()
-    for file in files:
-        caption, problem = here.words(file, None)
-        entry = _by_name(file)
-        if caption is not None:
-            entry = Entry(file.path, caption, counts.get(caption, 0))
-            counts[caption] = entry.index + 1
+    words = [here.words(file, None) for file in files]
+    told = [(file, caption) for file, (caption, _) in zip(files, words, strict=True) if caption is not None]
+    numbers = iter(_numbers([file for file, _ in told], [caption for _, caption in told]))
+    entries = []
+    for file, (caption, problem) in zip(files, words, strict=True):
+        entry = _by_name(file) if caption is None else Entry(file.path, caption, next(numbers))
         entries.append(replace(entry, problem=problem))
-    numbered = all(re.fullmatch(r".+-\d+", Path(file.name).stem, re.DOTALL) for file in files)
-    naming = "VBench ({prompt}-{k})" if numbered else "file names"
-    return tuple(entries), f"text files, else {naming}" if counts else naming
+    naming = "VBench ({prompt}-{k})" if all(map(_numbered, files)) else "file names"
+    return tuple(entries), f"text files, else {naming}" if told else naming
+
+
+def _numbers(files: list[File], prompts: list[str]) -> list[int]:
+    """The number of each file among those of its prompt: what its name ends in, ``-k``, so that a clip which is not there moves
+    no other; its place, where names do not go with prompts.
+    """
+    stems = [match[1] if (match := _numbered(file)) else None for file in files]
+    pairs = set(zip(stems, prompts, strict=True))
+    if None not in stems and len(pairs) == len(set(stems)) == len(set(prompts)) and len(set(files)) == len(files):
+        return [_by_name(file).index for file in files]
+    places: dict[str, count] = defaultdict(count)
+    return [next(places[prompt]) for prompt in prompts]
 
 
 def _by_name(file: File) -> Entry:
-    stem = printable(Path(file.name).stem)
-    match = re.fullmatch(r"(.+)-(\d+)", stem, re.DOTALL)
-    return Entry(file.path, match[1], int(match[2])) if match else Entry(file.path, stem)
+    match = _numbered(file)
+    return Entry(file.path, match[1], int(match[2])) if match else Entry(file.path, printable(Path(file.name).stem))
+
+
+def _numbered(file: File) -> re.Match | None:
+    """What stands before and after the last ``-`` of a name, if that is a number."""
+    return re.fullmatch(r"(.+)-(\d+)", printable(Path(file.name).stem), re.DOTALL)

@@ -49,7 +49,11 @@ def mean_interval(values: Sequence[float], *factors: Sequence[Hashable]) -> Inte
 
 
 def wasserstein_interval(values: Sequence[float], reference: Sequence[float], *factors: Sequence[Hashable]) -> Interval:
-    """:func:`wasserstein` of a set to a fixed reference, with the interval of a cluster bootstrap of the set."""
+    """:func:`wasserstein` of a set to a fixed reference, with the interval of a cluster bootstrap of the set.
+
+    A resample holds fewer different values and so lies farther away; the percentiles are shifted so that their median is the
+    distance itself, and none is below 0.
+    """
     kept = np.isfinite(np.asarray(values, float))
     numbers = np.asarray(values, float)[kept]
     if numbers.size == 0:
@@ -58,8 +62,10 @@ def wasserstein_interval(values: Sequence[float], reference: Sequence[float], *f
     draws = joint_draws([_where(factor, kept) for factor in factors], RESAMPLES // 4)
     if draws is None:
         return Interval(distance, None, numbers.size)
-    low, high = np.quantile(_wasserstein(numbers, draws[draws.any(1)], reference), (0.025, 0.975))
-    return Interval(distance, (float(low), float(high)), numbers.size)
+    drawn = _wasserstein(numbers, draws[draws.any(1)], reference)
+    low, middle, high = np.quantile(drawn, (0.025, 0.5, 0.975))
+    ends = max(0.0, distance + low - middle), float(distance + high - middle)
+    return Interval(distance, ends, numbers.size)
 
 
 def joint_draws(factors: Sequence[Sequence[Hashable]], resamples: int) -> np.ndarray | None:

@@ -48,6 +48,11 @@ class _Running:
     began: float = field(default_factory=time.perf_counter)
 
 
+def told(job: Job, out: Path) -> str:
+    """A job's command without the study's folder, which may be moved, or named otherwise."""
+    return shlex.join(word.replace(f"{out}/", "") for word in job.command)
+
+
 def run_jobs(jobs: list[Job], logs: Path, workers: int, on_done: Callable[[Job], None] = lambda job: None) -> None:
     """Run what is not done, ``workers`` at a time, the processor's cores shared between them: a job alone has them all.
 
@@ -87,7 +92,7 @@ def run_jobs(jobs: list[Job], logs: Path, workers: int, on_done: Callable[[Job],
                     _charge(one, logs)
                     if one.process.returncode:
                         raise UserError(_failure(one.job, logs))
-                    write_atomically(logs / f"{name}.done", shlex.join(one.job.command) + "\n")
+                    write_atomically(logs / f"{name}.done", told(one.job, logs.parent) + "\n")
                     done.add(name)
                     on_done(one.job)
                     bar.update()
@@ -155,7 +160,10 @@ def _is_done(job: Job, logs: Path) -> bool:
     mark = logs / f"{job.name}.done"
     if not mark.is_file():
         return job.makes is not None and job.makes.exists()
-    if mark.read_text().strip() != shlex.join(job.command):
+    if mark.read_text().strip() not in (
+        told(job, logs.parent),
+        shlex.join(job.command),
+    ):  # the latter: of older versions
         raise UserError(f"{job.name} was done with other options (see {mark}): give another --out, or the same options")
     return True
 

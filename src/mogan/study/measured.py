@@ -5,7 +5,6 @@ A file that is there, made here or copied, stands for its column and seed: nothi
 
 import gzip
 import json
-import shlex
 import zlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ from mogan.disk.files import from_json, replacing
 from mogan.errors import UserError
 from mogan.evaluation.clips import read_folder
 from mogan.study.cost import Training, read_training
-from mogan.study.jobs import Job, core_seconds
+from mogan.study.jobs import Job, core_seconds, told
 
 Record = dict[str, Any]
 KEPT = ("prompt", "index", "values", "features")
@@ -92,4 +91,4 @@ def records(folder: Path, results: Path) -> list[Record]:
 
 
 def _commands(jobs: list[Job], out: Path) -> list[str]:
-    return [shlex.join(word.replace(f"{out}/", "") for word in job.command) for job in jobs]
+    return [told(job, out) for job in jobs]

@@ -167,7 +167,8 @@ def known_pairs(prompts: dict[str, str], folder: Path) -> tuple[list[Clip], list
             if manner == "identical":
                 clip = copy_clip(folder / first.file, folder)
             else:
-                write_video(path, checks.spoil(frames, manner, fps), fps)
+                height, width = (side // 2 * 2 for side in frames.shape[1:3])  # of oblong pixels they may be odd
+                write_video(path, checks.spoil(frames[:, :height, :width], manner, fps), fps)
                 clip = copy_clip(path, folder)
                 path.unlink()
             clips.append(clip)
@@ -209,6 +210,8 @@ def copy_clip(source: Path, folder: Path) -> Clip:
                 raise Unplayable(f"{source} holds no video: remove it or write it again.")
             stream = given.streams.video[0]
             codec = stream.codec_context
+            if codec is None:
+                raise Unplayable(f"{source} is in a codec that FFmpeg here does not know: write it as H.264 yuv420p.")
             if codec.name != "h264" or codec.pix_fmt not in ("yuv420p", "yuvj420p"):
                 raise Unplayable(
                     f"{source} is {codec.name} {codec.pix_fmt}, which phones cannot play: write it as H.264 yuv420p, "
@@ -218,7 +221,7 @@ def copy_clip(source: Path, folder: Path) -> Clip:
             if not about.fps:
                 raise Unplayable(f"{source} does not say its frame rate: write it again with one.")
             frames = 0
-            with av.open(str(folder / name), "w", options={"movflags": "+faststart"}) as taken:
+            with av.open(f"file:{folder / name}", "w", options={"movflags": "+faststart"}) as taken:
                 out = taken.add_stream_from_template(stream)
                 out.metadata.clear()
                 strip = BitStreamFilterContext("filter_units=remove_types=6", stream, out)

@@ -62,7 +62,11 @@ def dirichlet_interval(outcomes: Int[np.ndarray, "N"], generator: np.random.Gene
 def sign_test(first: int, second: int) -> float:
     """Exact two-sided binomial test of ``first`` against ``second`` at 1/2; 1 when both are 0."""
     n, k = first + second, max(first, second)
-    return min(1.0, 2 * sum(comb(n, i) for i in range(k, n + 1)) / 2**n)
+    term = tail = comb(n, k)
+    for i in range(k, n):
+        term = term * (n - i) // (i + 1)
+        tail += term
+    return min(1.0, 2 * tail / 2**n)
 
 
 def holm(p_values: list[float]) -> list[float]:

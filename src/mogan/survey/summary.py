@@ -55,17 +55,8 @@ def _comparison(votes: list[Vote], names: tuple[str, str], question: str, seed: 
         "prompts": clusters,
         "raters": len(set(raters)),
     }
-    majority = [
-        np.sign(sum(CODE[vote.answers[question]] for vote in votes if vote.item.id == item))
-        for item in sorted({vote.item.id for vote in votes})
-    ]
-    first, second = majority.count(1), majority.count(-1)
-    result["sign_test"] = {
-        "first": first,
-        "tied": majority.count(0),
-        "second": second,
-        "p": st.sign_test(first, second),
-    }
+    first, tied, second = _majorities(prompts, outcomes)  # clips of one prompt are no independent pairs
+    result["sign_test"] = {"first": first, "tied": tied, "second": second, "p": st.sign_test(first, second)}
     if not votes:
         return {**result, "win": None, "tie": None, "lose": None, "net": None, "win_rate": None, "detectable": None}
     generator = np.random.default_rng([seed, 1])
@@ -80,6 +71,14 @@ def _comparison(votes: list[Vote], names: tuple[str, str], question: str, seed: 
     result["win_rate"] = _estimate(share[0] + share[1] / 2, drawn[:, 0] + drawn[:, 1] / 2 if enough else None)
     result["detectable"] = _power(outcomes, drawn, clusters) if enough and len(set(outcomes)) > 1 else None
     return result
+
+
+def _majorities(clusters: np.ndarray, outcomes: np.ndarray) -> tuple[int, int, int]:
+    """Of how many clusters of votes the majority is +1, none, -1."""
+    names, codes = np.unique(clusters, return_inverse=True)
+    sums = np.zeros(len(names), int)
+    np.add.at(sums, codes, outcomes)
+    return int((sums > 0).sum()), int((sums == 0).sum()), int((sums < 0).sum())
 
 
 def _estimate(value: float, drawn: np.ndarray | None) -> dict[str, Any]:
@@ -115,13 +114,15 @@ def _agreement(votes: list[Vote], question: str) -> dict[str, float | None]:
 
 
 def _position(votes: list[Vote], question: str) -> dict[str, float | None]:
-    left = sum(vote.shown[question] == "left" for vote in votes)
-    right = sum(vote.shown[question] == "right" for vote in votes)
+    """Which side was preferred; ``p``: an exact sign test of raters, each by the side that they preferred more often."""
+    sides = np.array([{"left": 1, "right": -1}.get(vote.shown[question], 0) for vote in votes], int)
+    left, right = int((sides > 0).sum()), int((sides < 0).sum())
+    mostly_left, _, mostly_right = _majorities(np.array([vote.rater for vote in votes]), sides)
     return {
         "left": left,
         "right": right,
         "share_left": left / (left + right) if left + right else None,
-        "p": st.sign_test(left, right),
+        "p": st.sign_test(mostly_left, mostly_right),
     }
 
 
