@@ -1,5 +1,6 @@
 """Tools that measure what other methods' papers claim: what they print where it is known."""
 
+import json
 import runpy
 from dataclasses import replace
 from pathlib import Path
@@ -108,3 +109,27 @@ def test_the_deviation_of_directions_drawn_at_random_is_that_of_the_docstring():
     assert np.degrees(here.deviation(list(angles), here.turned)) == pytest.approx(73.5, abs=1)
     numbers = np.random.default_rng(0).normal(size=(50, 1))
     assert here.deviation(list(numbers)) == pytest.approx(numbers.std(ddof=1))
+
+
+# ------------------------------------------------------------------------------------------------------------- curves
+
+
+def test_curves_show_columns_or_how_they_differ_from_others(tmp_path, monkeypatch, capsys):
+    value = lambda mean: {"lab_net": {"mean": mean, "ci95": [mean - 0.25, mean + 0.25], "n": 8}}  # noqa: E731
+    systems = {"base": {"metrics": value(1.0)}}
+    for name, mean in {"a": 1.5, "b": 2.0}.items():
+        systems[name] = {"metrics": value(mean), "minus_base": value(mean - 1)}
+    (tmp_path / "r.json").write_text(json.dumps({"systems": systems}))
+    given = ["curves.py", str(tmp_path / "r.json"), "--at", "1", "2", "--metrics", "lab_net"]
+    for more, rows in {
+        ("--line", "one=a,b", "--line", "other=base"): [
+            "| one | 1 | 1.500 [1.250, 1.750] |", "| one | 2 | 2.000 [1.750, 2.250] |", "| other |  | 1.000 [0.750, 1.250] |",
+        ],
+        ("--line", "one=a,b", "--minus", "base", "--figure", str(tmp_path / "f.png")): [
+            "| one | 1 | +0.500 [+0.250, +0.750] |", "| one | 2 | +1.000 [+0.750, +1.250] |",
+        ],
+    }.items():  # fmt: skip
+        monkeypatch.setattr("sys.argv", [*given, *more])
+        tool("curves").main()
+        assert capsys.readouterr().out.splitlines()[2:] == rows
+    assert (tmp_path / "f.png").stat().st_size > 1000
