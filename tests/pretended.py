@@ -135,6 +135,10 @@ class _Functions(TorchFunctionMode):
             return answer(self.places.on_gpu(args[0]))
         if name in ("numpy", "__array__") and self.places.on_gpu(args[0]):
             raise WrongDevice("can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() first")
+        if name == "pin_memory":
+            if self.places.on_gpu(args[0]):
+                raise WrongDevice("cannot pin 'cuda' tensor: only dense CPU tensors can be pinned")
+            return args[0].clone()
         if name in ("to", "cpu", "cuda", "type_as") and isinstance(args[0], Tensor):
             return self._move(func, name, args, kwargs)
         given = kwargs.get("device")
