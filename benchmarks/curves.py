@@ -3,11 +3,12 @@ r"""Metrics of a study's columns over a number that they differ by, such as step
     python benchmarks/curves.py RESULTS.json --over steps --at 1 2 4 --figure FILE.png \
         --line "told=tdm_in_1,tdm_in_2,tdm" --line "not told=tdm_untold_in_1,tdm_untold_in_2,tdm_untold"
 
-    python benchmarks/curves.py RESULTS.json --over "1 / beta" --at 1 2 5 --minus dmd_160 --line "Re-DMD=redmd_1,redmd_half,redmd_fifth"
+    python benchmarks/curves.py RESULTS.json --over "1 / beta" --at 1 2 5 --minus dmd_160 \
+        --line "Re-DMD=redmd_1,redmd_half,redmd_fifth"
 
-RESULTS.json is what `mogan study` writes. With --minus, what is shown is how columns differ from others, clip by clip: from one, or from one
-for each number (--minus a,b,c); a study has the differences that its columns' `against` names. A column left empty ("a,,b") is a number that the line does not have; a line of one
-column is drawn across.
+RESULTS.json is what `mogan study` writes. With --minus, what is shown is how columns differ from others, clip by clip: from one, or
+from one for each number (--minus a,b,c); a study has the differences that its columns' `against` names. A column left empty
+("a,,b") is a number that the line does not have; a line of one column is drawn across.
 """
 
 import argparse

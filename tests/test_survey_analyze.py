@@ -103,9 +103,7 @@ def test_position_bias_is_found(folder):
     motion, quality = (results["everybody"]["position"][q] for q in ("motion", "quality"))
     assert motion["share_left"] == 1
     assert motion["left"] == 18
-    assert motion["p"] == pytest.approx(
-        2 / 2**6
-    )  # six raters, whose three answers each are a habit and no evidence more
+    assert motion["p"] == pytest.approx(2 / 2**6)  # of six raters, not of their three answers each
     assert (quality["share_left"], quality["p"]) == (None, 1)
 
 

@@ -51,8 +51,8 @@ def own_function(name: str, kind: str, promise: str) -> Callable[..., Any]:
 
 def own_code(name: str) -> str:
     """Fingerprint of the file that an imported ``module:function`` stands in; empty for a module without one."""
-    path = getattr(sys.modules.get(name.rpartition(":")[0]), "__file__", None)
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16] if path and Path(path).is_file() else ""
+    path = Path(getattr(sys.modules.get(name.rpartition(":")[0]), "__file__", None) or "")
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16] if path.is_file() else ""
 
 
 @contextmanager

@@ -170,8 +170,9 @@ class Show:
     @cached_property
     def _code(self) -> tuple[str, ...]:
         """What stands for a function of the user's: where it has changed, controls are made anew."""
-        if ":" not in self.kind or self.made is None:
+        if ":" not in self.kind:
             return ()
+        own(self.kind)  # its module must be there to be read
         return (own_code(self.kind),)
 
     def facts(self, sources: list[Source]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import numpy as np
 
 from mogan.evaluation.cd_fvd import cd_fvd, noise_floor
 from mogan.evaluation.distribution import Moments, frechet
-from mogan.evaluation.statistics import RESAMPLES, Interval, joint_draws, wasserstein_interval
+from mogan.evaluation.statistics import RESAMPLES, Interval, joint_draws, moved_ends, wasserstein_interval
 
 Record = dict[str, Any]
 
@@ -63,10 +63,8 @@ def deviations(features_ND: np.ndarray) -> np.ndarray:
 
 
 def appearance_distance(features_ND: np.ndarray, reference_MD: np.ndarray, *factors: Sequence[Hashable]) -> Interval:
-    """Frechet distance (covariance over N) of features scaled by the reference's deviations, with an interval.
-
-    A resample holds fewer different clips and so lies farther away; the percentiles are shifted so that their median
-    is the distance itself.
+    """Frechet distance (covariance over N) of features scaled by the reference's deviations, with an interval, whose ends are
+    those of :func:`mogan.evaluation.statistics.moved_ends`.
     """
     scale = deviations(reference_MD)
     target = Moments().add(reference_MD / scale)
@@ -76,5 +74,4 @@ def appearance_distance(features_ND: np.ndarray, reference_MD: np.ndarray, *fact
     if draws is None:
         return Interval(distance, None, len(unit))
     found = [frechet(Moments().add(np.repeat(unit, draw, axis=0)), target) for draw in draws]
-    low, middle, high = np.quantile(found, (0.025, 0.5, 0.975))
-    return Interval(distance, (float(distance + low - middle), float(distance + high - middle)), len(unit))
+    return Interval(distance, moved_ends(distance, found), len(unit))

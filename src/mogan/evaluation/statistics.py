@@ -51,8 +51,7 @@ def mean_interval(values: Sequence[float], *factors: Sequence[Hashable]) -> Inte
 def wasserstein_interval(values: Sequence[float], reference: Sequence[float], *factors: Sequence[Hashable]) -> Interval:
     """:func:`wasserstein` of a set to a fixed reference, with the interval of a cluster bootstrap of the set.
 
-    A resample holds fewer different values and so lies farther away; the percentiles are shifted so that their median is the
-    distance itself, and none is below 0.
+    Its ends are those of :func:`moved_ends`, and none is below 0.
     """
     kept = np.isfinite(np.asarray(values, float))
     numbers = np.asarray(values, float)[kept]
@@ -63,9 +62,17 @@ def wasserstein_interval(values: Sequence[float], reference: Sequence[float], *f
     if draws is None:
         return Interval(distance, None, numbers.size)
     drawn = _wasserstein(numbers, draws[draws.any(1)], reference)
+    low, high = moved_ends(distance, drawn)
+    return Interval(distance, (max(0.0, low), high), numbers.size)
+
+
+def moved_ends(distance: float, drawn: Sequence[float] | np.ndarray) -> tuple[float, float]:
+    """Percentiles 2.5 and 97.5 of resampled distances, ``(R,)``, moved to where their median is the distance itself.
+
+    A resample holds fewer different values and so lies farther away.
+    """
     low, middle, high = np.quantile(drawn, (0.025, 0.5, 0.975))
-    ends = max(0.0, distance + low - middle), float(distance + high - middle)
-    return Interval(distance, ends, numbers.size)
+    return float(distance + low - middle), float(distance + high - middle)
 
 
 def joint_draws(factors: Sequence[Sequence[Hashable]], resamples: int) -> np.ndarray | None:

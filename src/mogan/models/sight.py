@@ -108,8 +108,8 @@ def _block_mask(sight: Sight, length: int, device: torch.device) -> Any:
     """What ``create_block_mask`` makes of the frames that are seen; that would need ten bytes for every pair of tokens."""
     from torch.nn.attention.flex_attention import BlockMask
 
-    seen, tokens = sight.mask().to(device), length // sight.frames
-    some, all_of = (blocks.to(device) for blocks in _blocks(sight.mask(), length))
+    mask, tokens = sight.mask(), length // sight.frames
+    seen, some, all_of = (x.to(device) for x in (mask, *_blocks(mask, length)))
     listed = [_listed(blocks) for blocks in (some & ~all_of, all_of)]
     return BlockMask.from_kv_blocks(
         *listed[0], *listed[1], BLOCK_SIZE=BLOCK, mask_mod=lambda b, h, q, k: seen[q // tokens, k // tokens],

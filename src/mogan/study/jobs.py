@@ -160,10 +160,8 @@ def _is_done(job: Job, logs: Path) -> bool:
     mark = logs / f"{job.name}.done"
     if not mark.is_file():
         return job.makes is not None and job.makes.exists()
-    if mark.read_text().strip() not in (
-        told(job, logs.parent),
-        shlex.join(job.command),
-    ):  # the latter: of older versions
+    older = shlex.join(job.command)  # as marks were written before
+    if mark.read_text().strip() not in (told(job, logs.parent), older):
         raise UserError(f"{job.name} was done with other options (see {mark}): give another --out, or the same options")
     return True
 
