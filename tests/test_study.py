@@ -3,6 +3,7 @@
 import gzip
 import json
 import math
+import shlex
 import shutil
 import signal
 import subprocess
@@ -514,7 +515,12 @@ def test_bars_hold_and_fail_where_they_should(tmp_path):
     bad["mogan"] |= {"from_teacher": {"updates": 560, "seconds": 90.0}, "first_frames": True}
     gaps = {"lab_net": {"mean": -0.1, "ci95": [-0.2, -0.05]}, "lab_shape": {"mean": 0.1, "ci95": [-0.2, 0.4]}}
     bad["dmd"] |= {"minus_mogan": gaps}
-    page = markdown("methods", {"systems": bad, "how": {"sentence": "s", "command": "c"}, "bars": []})
+    command = "mogan study methods --seeds 3 " + " ".join(f"--column column_{n}" for n in range(20))
+    page = markdown("methods", {"systems": bad, "how": {"sentence": "s", "command": command}, "bars": []})
+    lines = page.split("```")[1].strip().splitlines()
+    assert len(lines) > 3
+    assert all(len(line) < 120 and line.count("--column") == line.count("column_") for line in lines)
+    assert shlex.split("\n".join(lines).replace("\\\n", "")) == shlex.split(command)
     assert "| Student updates, from the teacher on | - | - | 560 |" in page
     assert "| Training, from the teacher on (core-minutes) | - | - | 1.5 |" in page
     assert "Minus `mogan`, clip by clip" in page

@@ -1,6 +1,7 @@
 """Measured clips of every column and training seed -> one table with intervals, its bars, and Markdown."""
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -242,11 +243,11 @@ def _over_seeds(system: dict[str, Any], name: str) -> float:
 # ---------------------------------------------------------------------------------------------- Markdown
 
 
-def markdown(study: str, results: dict[str, Any]) -> str:
+def markdown(title: str, results: dict[str, Any]) -> str:
     """The table, its bars and how it was made, as a page."""
     systems = results["systems"]
     names = [n for n in SHOWN if any(n in s["metrics"] for s in systems.values())]
-    lines = [f"# {study}", "", results["how"]["sentence"], "", "```", results["how"]["command"], "```", ""]
+    lines = [f"# {title}", "", results["how"]["sentence"], "", "```", *_wrapped(results["how"]["command"]), "```", ""]
     lines += ["| | " + " | ".join(systems) + " |", "|---" * (len(systems) + 1) + "|"]
     for name in names:
         cells = [cell(s["metrics"].get(name)) for s in systems.values()]
@@ -265,6 +266,18 @@ def markdown(study: str, results: dict[str, Any]) -> str:
             cells = [f"{means[n]:.3g}" if n in means else "-" for n in names]
             lines.append(f"| {name} | {seed} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
+
+
+def _wrapped(command: str, width: int = 116) -> list[str]:
+    """A command as a shell takes it back over several lines, an option never apart from its value."""
+    lines = [""]
+    for word in re.split(r" (?=--)", command):
+        if lines[-1] and len(lines[-1]) + 1 + len(word) > width:
+            lines[-1] += " \\"
+            lines.append(f"    {word}")
+        else:
+            lines[-1] += f" {word}" if lines[-1] else word
+    return lines
 
 
 def _differences(systems: dict[str, Any]) -> list[str]:

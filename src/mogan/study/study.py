@@ -31,7 +31,7 @@ TITLES = {  # of their reports
     "table1": "MoGAN's Table 1, in the laboratory",
     "table2": "MoGAN's Table 2: one part changed at a time",
     "methods": "Methods, at equal student updates",
-    "signatures": "What papers claim, each with what would show it",
+    "signatures": "What the methods claim",
 }
 TRAIN_PROMPTS, PATHS, FEW = 4000, 512, 8  # to train on, for the teacher's paths, for an analysis of attention
 
@@ -100,7 +100,7 @@ def study(
         "core_minutes": seconds / 60,
     }
     write_atomically(out / f"{name}.json", json.dumps(results, indent=1) + "\n")
-    page = markdown(name, results)
+    page = markdown(TITLES[name], results)
     write_atomically(out / f"{name}.md", page)
     draw(systems, out / f"{name}.png")
     print(page)
