@@ -26,7 +26,7 @@ ORDER = [  # a room may use those before it
         "runs",
     ),
     *("sampling", "objectives", "recipes", "estimate", "training", "world", "evaluation", "exchange", "report", "lab"),
-    *("survey", "stream", "study", "completion", "cli"),
+    *("survey", "stream", "study", "arguments", "completion", "cli"),
 ]
 
 

@@ -120,7 +120,7 @@ def test_a_misspelt_word_is_answered_with_the_word_that_was_meant(words, meant, 
     assert "dmd2_wan" not in said
 
 
-@pytest.mark.parametrize("word", ["--compile", "--no-compile", "--save_every=3", "--iterations=7"])
+@pytest.mark.parametrize("word", ["--compile", "--save_every=3", "--iterations=7"])
 def test_options_are_taken_in_every_spelling_there_is(word, capsys):
     assert main(["train", "mogan_lab", "--data", "x", "--out", "y", "--dry-run", word]) == 0
     assert json.loads(capsys.readouterr().out)["recipe"] == "mogan_lab"
@@ -520,3 +520,15 @@ def test_one_of_several_processes_leaves_with_its_code_but_does_not_take_the_int
     done = subprocess.run([sys.executable, "-c", LAST_WORDS, "train", ending], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (code, said)
     assert done.stdout == ("at exit torn " if processes == "1" else "at exit ")
+
+
+def test_help_says_what_options_take_and_no_none(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "200")
+    for name in COMMANDS:
+        with pytest.raises(SystemExit) as left:
+            main([*name.split(), "--help"])
+        assert left.value.code == 0
+        shown = capsys.readouterr().out
+        assert "{None}|" not in shown, name
+        assert not re.search(r"default: (None|False|True|)\)", shown), name
+    assert main(["train", "mogan_lab", "--data", "x", "--out", "y", "--dry-run", "--lr", "1e-6"]) == 0

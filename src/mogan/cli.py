@@ -32,7 +32,10 @@ COMMANDS = {
         "mogan.stream.command:stream",
         "stream a causal student's frames to a page or a file",
     ),
-    "trajectories": ("mogan.sampling.trajectories:trajectories", "prompts -> a teacher's paths from noise to clip"),
+    "trajectories": (
+        "mogan.sampling.trajectories:trajectories",
+        "prompts -> a teacher's sampling trajectories, to train on",
+    ),
     "attention": (
         "mogan.sampling.frame_attention:attention",
         "measure attention between frames, and the error of a sparse one",
@@ -105,12 +108,14 @@ def main(arguments: list[str] | None = None) -> int:
         with _on_ctrl_c(leave):
             import tyro
 
+            from mogan.arguments import SWITCHES, shown
+
             module, function = COMMANDS[name][0].split(":")
             command = getattr(importlib.import_module(module), function)
         options = words[len(name.split()) :]
         _check_options(command, options)
         with _on_ctrl_c(stop), none_left_empty():
-            tyro.cli(command, prog=f"mogan {name}", args=options)
+            tyro.cli(shown(command), prog=f"mogan {name}", args=options, config=SWITCHES)
     except (Exception, KeyboardInterrupt) as error:
         if asked or isinstance(error, KeyboardInterrupt):  # readers of files tell of it as an error of their own
             print(_interrupted(name), file=sys.stderr)

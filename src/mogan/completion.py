@@ -49,7 +49,7 @@ end
 
 
 def options_of(command: Callable[..., None]) -> dict[str, tuple[str, ...]]:
-    """``--option`` to the values it may take, none where these are free; a switch has its ``--no-`` form too."""
+    """``--option`` to the values it may take, none where these are free; a switch that is on is turned off by ``--no-``."""
     found: dict[str, tuple[str, ...]] = {}
     for name, parameter in signature(command).parameters.items():
         about = getattr(parameter.annotation, "__metadata__", ())
@@ -57,9 +57,7 @@ def options_of(command: Callable[..., None]) -> dict[str, tuple[str, ...]]:
             continue
         renamed = [m.name for m in about if getattr(m, "name", None)]
         option = (renamed or [name.replace("_", "-")])[0]
-        found[f"--{option}"] = values_of(parameter.annotation)
-        if bool in (parameter.annotation, *get_args(parameter.annotation)):
-            found[f"--no-{option}"] = ()
+        found[f"--{'no-' * (parameter.default is True)}{option}"] = values_of(parameter.annotation)
     return found
 
 

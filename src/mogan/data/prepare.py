@@ -73,8 +73,8 @@ def prepare(
         motion_rich: keep only clips that move; the next two options say how much.
         min_motion: mean of the fastest 5 % of pixels, pixels per frame at the model's size. Default: VBench's threshold
             for a moving pair of frames, brought to this size and rate (0.75 for the lab, 5.6 for 480 x 832 at 16 fps).
-        motion_quantile: keep only what moves more than this share of the clips, 0.7 for the liveliest 30 %. Beside
-            min-motion both must hold.
+        motion_quantile: keep only what moves more than this share of the clips, 0.7 for the liveliest 30 %. With
+            --min-motion both must hold.
         caption: for videos that have none.
         uncaptioned: keep videos without a caption too. They teach motion alone: `mogan train --prompts` says what about.
         flow: what measures motion: lab, farneback or dis (classical, no weights), a name from `mogan weights list`, or the
@@ -91,7 +91,7 @@ def prepare(
         references: for a VACE, a folder of pictures of what is to be seen, named as the videos are: name.png, or name.1.png,
             name.2.png; as many for each.
         shard: i/n takes every n-th video, starting with the i-th: for many GPUs, into the same folder. When all are done, the
-            command without a shard adds what is missing and lists the clips. With motion-quantile every shard runs twice: how
+            command without a shard adds what is missing and lists the clips. With --motion-quantile every shard runs twice: how
             much is enough is known when all are measured.
         workers: videos decoded at a time.
         device: auto, cpu or cuda: where the networks run.

@@ -60,7 +60,7 @@ def evaluate(
         vbench_info: VBench_full_info.json; measure exactly the clips VBench averages, and stop if one is missing.
         vbench_dimensions: whose clips; they must share their prompts.
         compare_vbench: a Python that has the package vbench; runs it on the same clips and writes down the differences.
-        lab: track the subjects of clips whose caption is the lab's.
+        lab: subjects of clips whose caption is the lab's are tracked; --no-lab leaves that out.
         quick: leave out what needs flow in both directions.
         shard: i/n measures every n-th clip, starting with the i-th, and writes no results: for many GPUs, with the same
             --out. When all are done, the command without a shard finds their values and writes the results.

@@ -53,7 +53,7 @@ class Defaults:
         counts: numbers of steps it was trained for, where there are several; of fewer than ``sigmas`` every so-maniest is taken.
         causal: how a student that sees the past alone makes clips; ``None``: it sees whole ones.
         steps, guidance, shift: of those.
-        negative_prompt: what guidance leads away from.
+        negative_prompt: negative prompt of guidance.
         first_frame_guidance: of a model that is given the first frame, at its own levels; 1 is none.
         flow: the estimator that measures its clips (:func:`mogan.motion.estimators.load_flow`); ``None``: see :func:`usual_flow`.
     """

@@ -72,7 +72,10 @@ RECIPES |= {
     for recipe in (mogan_lab, mogan_wan_1_3b)
     for ablation in ABLATIONS
 }
-__all__ = ["ABLATIONS", "RECIPES", "ablate", "find_recipe", *RECIPES]
+NAMES = "one of {}; at full size: {}; or your own module:function.".format(  # what help says of a recipe
+    *(", ".join(sorted(name for name in RECIPES if ("_wan_" in name) is full)) for full in (False, True))
+)
+__all__ = ["ABLATIONS", "NAMES", "RECIPES", "ablate", "find_recipe", *RECIPES]
 
 
 def find_recipe(name: str) -> Config:

@@ -48,7 +48,7 @@ def attention(
         out: folder for the two files.
         model: lab (its teacher), lab-student, a diffusers folder, a hub id or a training run.
         levels: of noise, above 0 and up to 1.
-        thresholds: errors that a block may make, a share of what it adds, such as 0.05; looks for the fewest references.
+        thresholds: largest error of a block, relative to what it adds, such as 0.05: finds the fewest reference frames.
             `mogan tiles` makes a model of what was found.
         precision: of the network; auto is bf16 where the hardware is fast at it.
         device: auto, cpu or cuda.

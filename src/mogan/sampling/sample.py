@@ -77,7 +77,7 @@ def sample(
         steps: steps of a teacher; of a student that was trained for several numbers of steps one of them, else the largest.
         guidance: guidance of a teacher, or of a model that is given the first frame.
         shift: level shift of a teacher.
-        negative_prompt: what guidance leads away from; "" for none.
+        negative_prompt: negative prompt of guidance; "" for none.
         solver: solver of a teacher.
         flowmo: FlowMo guidance (arXiv 2506.01144) in a teacher's first 12 steps.
         motion: run of a motion score recipe; its motion is mixed into a teacher's.
@@ -87,7 +87,7 @@ def sample(
             Euler steps at its own levels, a causal student chunk by chunk.
         controls: of a VACE, a cache made with `mogan prepare --controls`: every prompt is the caption of one of its clips and is made
             under that clip's control and reference pictures. Without it a VACE makes clips from text.
-        state: of a student that is told states (LLIA): what all clips are in; without it they are in none.
+        state: of a student that is conditioned on states (LLIA): the state of all clips; none if left out.
         batch: clips made at once; by default as many as fit into the pixels of one clip of 81 x 480 x 832, at most 16.
             They are decoded one after the other.
         limit: use only so many prompts.

@@ -48,7 +48,7 @@ def trajectories(
     precision: Literal["auto", "bf16", "fp32"] = "auto",
     device: str = "auto",
 ) -> None:
-    """Keep a teacher's paths from noise to clip, to train on; run it again to go on where it stopped.
+    """Keep a teacher's sampling trajectories, from noise to clip, to train on; run it again to go on where it stopped.
 
     Every path is made by guided Euler steps from noise of its own. What is not given follows the model, as in `mogan sample`.
     The folder is the --data of recipes whose students follow a teacher.
@@ -63,7 +63,7 @@ def trajectories(
         steps: Euler steps.
         guidance: of the teacher.
         shift: of the levels.
-        negative_prompt: what guidance leads away from; "" for none.
+        negative_prompt: negative prompt of guidance; "" for none.
         batch: paths made at once; by default as many as fit into the pixels of one clip of 81 x 480 x 832, at most 16.
         shard: i/n makes every n-th path, starting with the i-th: for many GPUs, into the same folder.
         precision: of the networks; auto is bf16 where the hardware is fast at it.

@@ -64,7 +64,7 @@ def stream(
         seconds: length of --out; 10, or that of --audio.
         steps: of a student that was trained for several numbers of steps one of them, else the largest.
         chunk: latents at a time of a student that was trained for several sizes: 1 comes soonest, more are made faster.
-        recache: run what is kept of the past again under another prompt or state.
+        recache: the KV cache is recomputed under another prompt or state; --no-recache keeps it as it is.
         port: of the page, 8766 if not given; 0 takes a free one.
         precision: of the networks; auto is fp32 on a CPU, else bf16; int8 is auto with products in 8 bits (torchao).
         device: auto, cpu or cuda.

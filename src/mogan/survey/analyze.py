@@ -25,7 +25,7 @@ def analyze(
     metrics: Path | None = None,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Say who won, by how much, and how far to believe it.
+    """Say who won, by how much, with confidence intervals.
 
     Writes into --out: `table.md` (the paper's table), `figure.png` (win / tie / lose bars), `results.json` (all of it),
     `votes.csv` (one row per answer) and `raters.csv` (participant numbers and completion codes; keep it to yourself).
