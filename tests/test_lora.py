@@ -1,4 +1,5 @@
 import gc
+import shutil
 import weakref
 from dataclasses import replace
 
@@ -6,18 +7,22 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from transformers import UMT5EncoderModel
 
 import tiny_recipes
+from mogan.cli import main
 from mogan.data.cache import open_cache
 from mogan.errors import UserError
+from mogan.exchange.export import export
+from mogan.models import wan
 from mogan.models.denoiser import Denoiser
 from mogan.models.lora import TARGETS, adapted, decompose, factors, hold_in, learned_state, load_learned, merge
 from mogan.models.wan import load_transformer
 from mogan.runs.checkpoint import latest_checkpoint, load_part
 from mogan.runs.generator import open_generator
 from mogan.training.assemble import assemble
-from mogan.training.loop import run_training
+from mogan.training.loop import resume, run_training
 from mogan.training.steps import Position, step
 from test_train import assert_same
 from tiny_recipes import asd, dmd, flow_matching, mogan, mogan_causal, redmd, reward_forcing, shift, vdot
@@ -266,3 +271,26 @@ def test_targets_name_every_matrix_of_every_block(family):
     transformer = load_transformer(family / "teacher")
     names = {n for n, m in transformer.blocks.named_modules() if isinstance(m, torch.nn.Linear)}
     assert all(any(n.endswith(f".{t}") for t in TARGETS) for n in names)
+
+
+@pytest.mark.parametrize("has_own", [False, True])
+def test_a_fake_score_is_exported_over_what_its_adapters_were_learnt_over(has_own, family, cache, tmp_path):
+    student, model = tmp_path / "student", family / "teacher"
+    shutil.copytree(family / "student", student)
+    if has_own:
+        shutil.copytree(student / "transformer", student / "fake_score")
+        (file,) = (student / "fake_score").glob("*.safetensors")
+        save_file({k: v * 1.1 for k, v in load_file(file).items()}, file, {"format": "pt"})
+    words = ["train", "tiny_recipes:mogan", "--model", str(model), "--student", str(student), "--data", str(cache)]
+    run = tmp_path / "run"
+    assert main([*words, "--out", str(run), "--lora", "2", "--iterations", "1", "--device", "cpu"]) == 0
+    export(run, out=tmp_path / "export", fake_score=True)
+    config = replace(tiny_recipes.mogan(), lora=2)
+    parts = assemble(config, open_cache(cache), model=str(model), student=str(student), run=run, device="cpu")
+    resume(parts, run)
+    clip = torch.randn(1, *parts.latent_shape, generator=torch.Generator().manual_seed(1))
+    seen = (clip, torch.tensor([0.6]), torch.randn(1, 8, 64, generator=torch.Generator().manual_seed(2)))
+    with torch.no_grad():
+        learnt = parts.networks["fake_score"].velocity(*seen)
+        exported = Denoiser(wan.load_transformer(tmp_path / "export", "fake_score")).velocity(*seen)
+    torch.testing.assert_close(exported, learnt, atol=1e-4, rtol=1e-4)

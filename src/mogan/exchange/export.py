@@ -33,11 +33,11 @@ from mogan.models.frame_sparse import mask_of, write_mask
 from mogan.models.lora import factors, merge
 from mogan.models.parts import config_of
 from mogan.models.states import detach_states, write_states
-from mogan.models.step_condition import is_told, to_stock
+from mogan.models.step_condition import is_told, tell_steps, to_stock
 from mogan.ranges import at_least
 from mogan.runs.checkpoint import load_part, student_checkpoint
 from mogan.runs.generator import Generator, open_generator
-from mogan.runs.identity import read_config
+from mogan.runs.identity import part_of_run, read_config
 from mogan.schedule import levels_of
 
 SUFFIXES = {"lora": ".safetensors", "self-forcing": ".pt", "comfyui": ".safetensors"}  # the others write folders
@@ -77,8 +77,8 @@ def export(
     Args:
         run: folder of a training run.
         out: where the export goes, a folder or a file (lora and comfyui .safetensors, self-forcing .pt); must not exist yet.
-        to: diffusers: a folder stock WanPipeline (AnyFlowPipeline, of a student that is told where its steps end) opens and
-            samples with num_inference_steps and guidance_scale=1.
+        to: diffusers: a folder stock WanPipeline (AnyFlowPipeline, of a student that is conditioned on its number of steps) opens;
+            sample with guidance_scale=1 and num_inference_steps.
             teacher: of a fine-tuned model (flow matching) a folder that is sampled as its base is, in many guided steps, and
             distilled from: name it as --model.
             lora: a file for pipe.load_lora_weights and for ComfyUI, with a card beside it; of two experts a file each,
@@ -259,12 +259,16 @@ def _fake_score(run: Path, source: Generator) -> Any:
     weights = load_part(student_checkpoint(run), "fake_score.transformer")
     if not weights:
         raise UserError(f"{run} trained no fake score: leave --fake-score out")
-    transformer = source.start()
-    if source.lora is not None:
-        merge(transformer, factors(weights))
-    else:
+    if source.lora is None:
+        transformer = source.start()
         detach_states(transformer)  # a fake score is told none
         transformer.load_state_dict(weights)
+        return transformer
+    has_own = (source.folder / "fake_score" / "config.json").is_file()  # what its adapters were learnt over
+    base = (source.folder, "fake_score") if has_own else (part_of_run(run, "model"), "transformer")
+    transformer = wan.load_transformer(*base)
+    transformer = tell_steps(transformer) if source.told else transformer
+    merge(transformer, factors(weights))
     return transformer
 
 
