@@ -194,3 +194,16 @@ def test_the_base_model_of_two_experts_is_compared_by_one_of_them_in_each_phase(
     assert high.low > 0.875 > low.high
     assert isinstance(high, DMDConfig)
     assert (high.follower, low.follower) == ("fake_score", "fake_score_low")
+
+
+@pytest.mark.parametrize(("name", "low", "high"), [("high", 0.9, 0.98), ("low", 0.02, 0.87)])
+def test_levels_of_a_part_are_drawn_within_it_and_not_moved_onto_its_ends(name, low, high):
+    settings = recipes.phased_wan_a14b().objectives[name]
+    matching = DMD(None, None, torch.zeros(1, 1, 1), settings)
+    made = Rollout(torch.zeros(4000, 1, 1, 1, 1), 1, torch.zeros(4000, 1, 1), 0.0, (0.0, 1.0))
+    levels = matching._noised(made, torch.Generator().manual_seed(0))[2]
+    assert ((levels >= low) & (levels <= high)).all()
+    assert levels.unique().numel() > 3900  # clamped, half of the low ones are 0.87
+    uniform = levels / (7 - 6 * levels)  # before the shift
+    ends = [x / (7 - 6 * x) for x in (low, high)]
+    assert float(uniform.mean()) == pytest.approx(sum(ends) / 2, abs=0.01)

@@ -45,7 +45,8 @@ class DMDConfig:
     Attributes:
         guidance: of the teacher.
         shift: of the levels at which samples are compared.
-        low, high: least and largest of these, clamped after shifting; a model of two experts has only those in memory that they take.
+        low, high: least and largest of these; margins of at most a tenth are clamped after shifting, as in CausVid and Self-Forcing,
+            and in a smaller part of all levels none is. A model of two experts has only those in memory that they take.
         fake_score: name of the network, by default ``fake_score``; objectives with one each may judge a student in turn.
         stable: weigh the fake score's errors by ``min(1, 10 b^2)``, ``b`` the noise between sample and level (Phased DMD,
             arXiv 2510.27684, eq. 13): its target has a deviation of about ``1 / b``.
@@ -73,6 +74,11 @@ class DMDConfig:
             raise ValueError("dmd: transport and motion_weight are directions of their own: leave one out")
         if self.weights is not None and self.huber is not None:
             raise ValueError("dmd: weights are of squared errors, and huber is another metric: leave one out")
+
+    @property
+    def whole(self) -> bool:
+        """Whether these are all levels but for margins."""
+        return self.low <= 0.1 and self.high >= 0.9
 
     @property
     def follower(self) -> str:
@@ -177,7 +183,7 @@ class DMD:
         """
         x, (low, high) = rollout.sample_BCFHW.detach(), rollout.interval
         draw, least, most = draw_between, max(low, self.settings.low), min(high, self.settings.high)
-        if (low, high) == (0.0, 1.0):
+        if (low, high) == (0.0, 1.0) and self.settings.whole:
             draw = draw_sigma
         elif least >= most:
             raise UserError(
