@@ -1,6 +1,7 @@
 """Students that are given the first frame at level 0: what networks see, what is learnt, sampled and exported."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -24,6 +25,7 @@ from mogan.runs.generator import open_generator
 from mogan.sampling.rollout import Euler, animate, normal
 from mogan.training.assemble import assemble
 from mogan.training.loop import run_training
+from mogan.training.sheet import sample_sheet
 from mogan.training.steps import Position, draw, rolled_out
 from test_vace_runs import sampled
 
@@ -192,3 +194,18 @@ def test_pictures_are_read_upright_at_all_depths_and_over_what_is_under_them(tmp
         (tmp_path / "broken.png").write_bytes(broken)
         with pytest.raises(UserError, match=r"broken.png is not a picture that can be read"):
             read_picture(tmp_path / "broken.png")
+
+
+def test_a_sheet_shows_the_prompts_whose_first_frames_are_given(family, cache, tmp_path):
+    bare = tmp_path / "bare"  # clips that teach motion alone
+    shutil.copytree(cache, bare)
+    rows = [json.loads(line) | {"caption": None} for line in (bare / "index.jsonl").read_text().splitlines()]
+    (bare / "index.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = replace(tiny_recipes.mogan_i2v(), sample_prompts=2)
+    words = open_cache(cache)
+    parts = assemble(
+        config, open_cache(bare), model=str(family / "teacher"), student=str(family / "student"), prompts=words,
+        run=tmp_path / "run", device="cpu",
+    )  # fmt: skip
+    sample_sheet(parts, tmp_path / "run", 7)
+    assert (tmp_path / "run" / "samples" / "000007" / "sheet.png").is_file()

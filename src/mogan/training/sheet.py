@@ -26,7 +26,7 @@ def sample_sheet(parts: Assembly, run: Path, iteration: int) -> None:
     flow, and one sheet of both.
     """
     config = parts.config
-    texts = parts.cache if config.given else parts.texts
+    texts = parts.texts
     first = {e["caption"]: e["id"] for e in reversed(texts.entries)}  # of each prompt, its first clip
     prompts = list(dict.fromkeys(e["caption"] for e in texts.entries))[: config.sample_prompts]
     latents: list[Tensor] = []
@@ -40,7 +40,7 @@ def sample_sheet(parts: Assembly, run: Path, iteration: int) -> None:
                 text = conditioned(text, *texts.shown([first[p] for p in part], parts.device))
             if config.given:
                 noise = normal(torch.Size((len(seeds), *parts.latent_shape)), seeded(seeds), parts.device)
-                real = torch.stack([parts.cache.latent(first[p]) for p in part]).to(noise)
+                real = torch.stack([texts.latent(first[p]) for p in part]).to(noise)
                 given = real[:, :, : config.given]
                 if isinstance(parts.student, CausalDenoiser):
                     stream = stream_causal(parts.student, text, parts.latent_shape, config.sigmas, seeds, given)
