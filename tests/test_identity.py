@@ -9,10 +9,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mogan.cli import main
+from mogan.data.cache import open_cache
 from mogan.disk.locks import alone_in
 from mogan.errors import UserError
 from mogan.runs.checkpoint import SUMS, checkpoints, latest_checkpoint, load_part
-from mogan.runs.identity import STRIDE, WHOLE, of_file, of_model, refuse_other_folders
+from mogan.runs.identity import STRIDE, WHOLE, of_cache, of_file, of_model, of_student, refuse_other_folders
 
 
 @pytest.fixture
@@ -294,3 +295,16 @@ def test_a_recipe_for_other_levels_names_the_student(family, own_cache, tmp_path
     said = capsys.readouterr().err
     assert "None" not in said
     assert "the student of the lab samples at levels" in said
+
+
+def test_states_of_clips_and_rows_of_states_count(own_cache, model):
+    before, rows = of_cache(open_cache(own_cache)), of_student(model)
+    entries = [json.loads(line) for line in (own_cache / "index.jsonl").read_text().splitlines()]
+    found = [before]
+    for since in (0, 0.5):
+        states = [entry | {"state": "idle", "state_from": since} for entry in entries]
+        (own_cache / "index.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in states))
+        found.append(of_cache(open_cache(own_cache)))
+    assert len(set(found)) == 3
+    save_file({"idle": torch.zeros(4)}, model / "states.safetensors")
+    assert of_student(model) != rows

@@ -18,6 +18,7 @@ from mogan.models import wan
 from mogan.models.causal_cache import Causal, Policy
 from mogan.models.defaults import is_levels
 from mogan.models.experts import LOW
+from mogan.models.states import FILE as STATES
 from mogan.runs.checkpoint import checkpoints, settings
 from mogan.runs.watch import read_records
 
@@ -76,15 +77,20 @@ def of_model(folder: Path, parts: Iterable[str] = ("transformer", "vae", "text_e
 
 
 def of_student(folder: Path) -> str:
-    """Of what a student starts with: its transformer, and its fake score if it has one."""
-    return of_model(folder, ("transformer", "fake_score"))
+    """Of what a student starts with: its transformer, its fake score and the rows of its states, if it has them."""
+    found, states = of_model(folder, ("transformer", "fake_score")), folder / STATES
+    return _short([found, of_file(states)]) if states.is_file() else found
 
 
 def of_cache(cache: Cache) -> str:
     """Of what batches depend on: how the cache was made, and its clips with their captions, in order."""
     facts = {key: cache.facts[key] for key in BATCHES if key in cache.facts}
-    rows = [[entry["id"], entry["caption"], *filter(None, [entry.get("control")])] for entry in cache.entries]
-    return _short([facts, rows])
+    return _short([facts, [_row(entry) for entry in cache.entries]])
+
+
+def _row(entry: dict[str, Any]) -> list[Any]:
+    state = [entry["state"], entry.get("state_from", 0)] if entry.get("state") else []
+    return [entry["id"], entry["caption"], *filter(None, [entry.get("control")]), *state]
 
 
 def of_run(run: Path) -> str:
