@@ -370,6 +370,12 @@ def test_the_full_size_recipe_trains_and_resumes_at_wans_shapes(tmp_path, monkey
         (lambda c: replace(c, plan=(*c.plan[:2], replace(c.plan[2], rollout=None))), "nothing to compare"),
         (lambda c: replace(c, rollout=FewStep()), "trained for them all"),
         (
+            lambda c: replace(
+                c, rollout=replace(c.rollout, causal=replace(c.causal, sizes=(c.causal.rest, c.causal.rest + 1)))
+            ),
+            "leave sizes out",
+        ),
+        (
             lambda c: c.changed("asd", critic=RelativisticConfig(taps=(1,), shift=3.0, of="other")),
             "no 'other' with one",
         ),

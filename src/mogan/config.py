@@ -278,6 +278,10 @@ class Config:
                     f"{update.label}: the optimiser {update.optimizer_name} is the {learner[update.optimizer_name]}'s; "
                     f"give the {update.learns} its own"
                 )
+            if update.again and update.learns == "student":
+                raise ValueError(
+                    f"{update.label}: what the student made before is kept without gradient: leave again out of its updates"
+                )
             if (
                 update.again
                 and _clips(update) not in [_clips(u) for u in self.plan[:place] if u.learns == "student"][-1:]

@@ -52,6 +52,11 @@ class ASDConfig:
                 "asd: n steps are compared with n + 1 of a causal student that is trained for them all: give the config "
                 f"rollout=Chunked(Causal(...), counts=(1, ..., {most}))"
             )
+        if kind.causal.sizes:
+            raise ValueError(
+                "asd: clips of n and of n + 1 steps are compared, and a student of several chunk sizes may make them in chunks "
+                "of different sizes: leave sizes out of the config's rollout"
+            )
         of_critic = (u.rollout or kind for u in config.plan if u.learns == "critic")
         if any(most in (getattr(each, "counts", None) or (most,)) for each in of_critic):
             raise ValueError(
