@@ -149,6 +149,8 @@ class _Functions(TorchFunctionMode):
                 raise WrongDevice(f"Expected a 'cuda' device type for generator but found 'cpu' ({name})")
         if name.startswith("new_") and wanted is None and self.places.on_gpu(args[0]):
             wanted = "cuda"
+        if wanted == "cuda" and name in ("tensor", "as_tensor", "new_tensor"):
+            self.places.wait()  # copied from the host's memory
         with patch.object(self.places, "default", False):
             out = func(*args, **kwargs)
         if wanted in ("cuda", "cpu") and name != "__init__":
@@ -178,9 +180,11 @@ class _Functions(TorchFunctionMode):
             if given is not None and torch.device(given).type == "cuda":
                 rest = [CPU if isinstance(x, str | torch.device) else x for x in rest]
                 kwargs |= {"device": CPU} if "device" in kwargs else {}
-        if (
-            self.places.on_gpu(tensor) and not wanted and OURS in sys._getframe(2).f_code.co_filename
-        ):  # torch's own stay there
+        pinned = kwargs.get("non_blocking") or (
+            len(rest) > 1 and rest[1] is True
+        )  # else a copy waits in either direction
+        ours = OURS in sys._getframe(2).f_code.co_filename  # torch's own stay where they are
+        if ours and self.places.on_gpu(tensor) != wanted and not (wanted and pinned):
             self.places.wait()
         out = func(tensor, *rest, **kwargs)
         return out if out.is_meta else self._put(out, wanted, [tensor])

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from mogan.data.cache import Cache
+from mogan.devices import sent
 from mogan.models.attention import stack_text
 from mogan.models.conditions import conditioned
 from mogan.terms import KINDS, LATENT, OBSERVATION, PATH
@@ -52,7 +53,9 @@ class Batch:
     def told(self, device: torch.device | str, text_BLD: Tensor | None = None) -> Any:
         """The clips' conditions: text ``(B, L, D)`` and controls (:mod:`mogan.models.conditions`); ``text_BLD`` replaces the text."""
         text = stack_text(self.text, device) if text_BLD is None else text_BLD
-        return conditioned(text, *(None if t is None else t.to(device) for t in (self.control_BKFHW, self.picture_BTD)))
+        return conditioned(
+            text, *(None if t is None else sent(t, device) for t in (self.control_BKFHW, self.picture_BTD))
+        )
 
 
 def draw_batch(

@@ -16,13 +16,17 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from mogan.devices import sent
 from mogan.models.host import once_more
 
 
 def _statistics(vae: AutoencoderKLWan, like: Tensor) -> tuple[Tensor, Tensor]:
     shape = (1, -1, 1, 1, 1)
-    mean = torch.tensor(vae.config.latents_mean, device=like.device).view(shape)
-    return mean, torch.tensor(vae.config.latents_std, device=like.device).view(shape)
+    mean, std = (
+        sent(torch.tensor(numbers).view(shape), like.device)
+        for numbers in (vae.config.latents_mean, vae.config.latents_std)
+    )
+    return mean, std
 
 
 def _recurrent(step: Callable, chunks: list[tuple[Tensor, bool]], cache: list, checkpointed: bool) -> Iterator[Tensor]:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from mogan.devices import sent
 from mogan.models.autoencoder import decode_window, encode_video
 from mogan.motion.flow import FlowEstimator, motion_picture
 
@@ -64,8 +65,10 @@ class MotionObservation:
         """Flow of the video made smaller, in pixels of the whole one."""
         frames, height, width = video_BCFHW.shape[2:]
         small = F.interpolate(video_BCFHW, (frames, round(height * part), round(width * part)), mode="trilinear")
-        scale = torch.tensor([width / small.shape[4], height / small.shape[3]]).to(video_BCFHW).view(1, 2, 1, 1, 1)
-        return scale * F.interpolate(self.flow(small), (frames - 1, height, width), mode="trilinear")
+        both = torch.tensor([width / small.shape[4], height / small.shape[3]]).view(1, 2, 1, 1, 1)
+        return sent(both, video_BCFHW.device).to(video_BCFHW) * F.interpolate(
+            self.flow(small), (frames - 1, height, width), mode="trilinear"
+        )
 
 
 def full_scale(motions: Sequence[float]) -> float:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from mogan.devices import sent
 from mogan.models.autoencoder import decode_video
 from mogan.motion.flow import FlowEstimator, warp
 
@@ -60,7 +61,7 @@ class PixelFlux:
         """Observe whole clips; ``queries`` are places in the first frame, relative to it (0 to 1)."""
         video = decode_video(self.vae, latent_BCFHW)
         flow, back = self.flow(video), self.flow(video.flip(2)).flip(2)
-        points = queries_BN2 * (queries_BN2.new_tensor([video.shape[-1], video.shape[-2]]) - 1)
+        points = queries_BN2 * (_extent(video, queries_BN2) - 1)
         tracks = chain_flow(flow, back, points) if self.tracker is None else self.tracker(video, points)
         return Flux(flux_maps(video, flow, back), track_states(video, tracks), flow)
 
@@ -92,7 +93,7 @@ def chain_flow(flow_BCFHW: Tensor, back_BCFHW: Tensor, queries_BN2: Float[Tensor
     those on the way, as errors of a chain add up.
     """
     known = torch.cat([flow_BCFHW, *mismatch(flow_BCFHW, back_BCFHW)], 1)
-    edge = queries_BN2.new_tensor([known.shape[-1] - 1, known.shape[-2] - 1])
+    edge = _extent(known, queries_BN2) - 1
     points, visible = [queries_BN2], [torch.ones_like(queries_BN2[..., 0])]
     confidence = [visible[0]]
     for frame in known.unbind(2):
@@ -114,7 +115,7 @@ def track_states(video_BCFHW: Tensor, tracks: Tracks) -> Float[Tensor, "b n d"]:
     points = tracks.points_BFN2
     drift = F.pad(points.diff(dim=1), (0, 0, 0, 0, 1, 0)) * 100 / (height**2 + width**2) ** 0.5
     state = torch.cat([drift, tracks.visible_BFN[..., None], tracks.confidence_BFN[..., None]], -1)
-    start = 2 * points[:, 0] / (points.new_tensor([width, height]) - 1) - 1
+    start = 2 * points[:, 0] / (_extent(video_BCFHW, points) - 1) - 1
     rows = [state.transpose(1, 2).flatten(2), correlation(video_BCFHW, points).transpose(1, 2).flatten(2), start]
     return torch.cat(rows, -1)
 
@@ -130,7 +131,7 @@ def correlation(video_BCFHW: Tensor, points_BFN2: Tensor) -> Float[Tensor, "b g 
     Cosine of patches less their mean (a patch without texture correlates with nothing). SHIFT's dense correlation maps
     use the tracker's features, which a chain of flow does not have.
     """
-    around = AROUND.to(points_BFN2)
+    around = sent(AROUND, points_BFN2.device).to(points_BFN2)
 
     def patches(frames: Tensor, places_BGK2: Tensor) -> Tensor:
         at = (places_BGK2[..., None, :] + around).flatten(0, 1).flatten(1, 2)
@@ -162,13 +163,23 @@ def net_motion(fields_BCFHW: Iterable[Float[Tensor, "b 2 g h w"]]) -> Float[Tens
 
 def _grid(field_BCHW: Tensor) -> Float[Tensor, "b n 2"]:
     height, width = field_BCHW.shape[-2:]
-    x, y = torch.meshgrid(torch.linspace(0, width - 1, POINTS), torch.linspace(0, height - 1, POINTS), indexing="xy")
-    return torch.stack([x, y], -1).flatten(0, 1).to(field_BCHW).expand(len(field_BCHW), -1, -1)
+    x, y = (torch.linspace(0, size - 1, POINTS, device=field_BCHW.device) for size in (width, height))
+    return (
+        torch.stack(torch.meshgrid(x, y, indexing="xy"), -1)
+        .flatten(0, 1)
+        .to(field_BCHW)
+        .expand(len(field_BCHW), -1, -1)
+    )
+
+
+def _extent(picture: Tensor, points: Tensor) -> Tensor:
+    """Width and height of ``(..., H, W)``, in the points' precision."""
+    return sent(torch.tensor([picture.shape[-1], picture.shape[-2]], dtype=points.dtype), points.device)
 
 
 def sample_at(map_BCHW: Tensor, points_BN2: Tensor) -> Float[Tensor, "b n c"]:
     """Values of a map at points in pixels, bilinear, border repeated."""
-    size = points_BN2.new_tensor([map_BCHW.shape[-1], map_BCHW.shape[-2]])
+    size = _extent(map_BCHW, points_BN2)
     grid = 2 * points_BN2 / (size - 1).clamp(min=1) - 1
     sampled = F.grid_sample(map_BCHW, grid[:, None].to(map_BCHW), padding_mode="border", align_corners=True)
     return sampled[:, :, 0].transpose(1, 2)

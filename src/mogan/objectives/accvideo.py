@@ -92,8 +92,9 @@ class Trajectory:
         assert batch.path_BKCFHW is not None, "the batch holds no paths"
         device = next(self.student.parameters()).device
         path, clips = sent(batch.path_BKCFHW, device), torch.arange(len(batch.ids), device=device)
-        step_B = sent((uniform(len(clips), generator) * (len(self.levels) - 1)).long(), device)
-        level, following = (torch.tensor(self.levels, device=device)[step_B + ahead] for ahead in (0, 1))
+        drawn = (uniform(len(clips), generator) * (len(self.levels) - 1)).long()
+        level, following = (sent(torch.tensor(self.levels)[drawn + ahead], device) for ahead in (0, 1))
+        step_B = sent(drawn, device)
         here, there = path[clips, step_B], path[clips, step_B + 1]
         mean_velocity = (here - there) / (level - following).view(-1, 1, 1, 1, 1)
         velocity = self.student.velocity(here, level, stack_text(batch.text, device))
@@ -248,7 +249,7 @@ class KeyLevelGAN:
         """``E softplus(-D_{k+1}(teacher's)) + E softplus(D_{k+1}(student's))``, of what the student has just put there."""
         assert batch.path_BKCFHW is not None, "the batch holds no paths"
         made, numbers = self.queues.take(self.step, batch.places)
-        passed = batch.path_BKCFHW[:, self.step + 1].to(made)
+        passed = sent(batch.path_BKCFHW[:, self.step + 1], made.device).to(made)
         with torch.no_grad():
             features = self.features(torch.cat([passed, made]), [*batch.text, *self.queues.text(numbers)])
         real, fake = self.heads(features, self.step).chunk(2)

@@ -167,8 +167,8 @@ class Consistency:
         x0, text = sent(batch.latent_BCFHW, device), sent(self._text(batch, generator), device)
         frames, how = x0.shape[2], replace(self.how, rest=batch.more.get("size", [self.how.rest])[0], sizes=None)
         drawn = uniform(len(x0), generator, len(how.chunks(frames))) * self.settings.steps
-        step = sent(per_chunk(drawn.long(), how, frames), device)
-        level, following = (torch.tensor(self.levels, device=device)[step + ahead] for ahead in (0, 1))
+        step = per_chunk(drawn.long(), how, frames)
+        level, following = (sent(torch.tensor(self.levels)[step + ahead], device) for ahead in (0, 1))
         noise = normal(x0.shape, generator, device)
         x, past = add_noise(x0, noise, level), past_of(x0, how, generator)
         with torch.no_grad():

@@ -256,7 +256,7 @@ class GAN:
             fake, logs = self._observe(rollout, batch.window_start or 0)
         real = batch.latent_BCFHW if self.observe is None else batch.observation_BCFHW
         assert real is not None, "the batch holds no real observations"
-        loss, more = self.tell_apart(real.to(fake), fake, generator, penalise)
+        loss, more = self.tell_apart(sent(real, fake.device).to(fake), fake, generator, penalise)
         return loss, logs | more
 
     def tell_apart(self, real: Tensor, fake: Tensor, generator: Randomness, penalise: bool = True) -> Loss:

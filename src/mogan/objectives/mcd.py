@@ -123,9 +123,9 @@ class MCD:
         assert batch.latent_BCFHW is not None, "consistency distillation needs clips, not only prompts"
         device = self.null_1LD.device
         x0, text = sent(batch.latent_BCFHW, device), stack_text(batch.text, device)
-        step = sent((uniform(len(x0), generator) * self.settings.steps).long(), device)
-        level, following = (torch.tensor(self.levels, device=device)[step + ahead] for ahead in (0, 1))
-        end = torch.tensor(self.ends, device=device)[step]
+        step = (uniform(len(x0), generator) * self.settings.steps).long()
+        level, following = (sent(torch.tensor(self.levels)[step + ahead], device) for ahead in (0, 1))
+        end = sent(torch.tensor(self.ends)[step], device)
         x = add_noise(x0, normal(x0.shape, generator, device), level)
         with torch.no_grad():
             velocity = guided_velocity(self.teacher, x, level, text, self.null_1LD, self.settings.guidance)

@@ -82,8 +82,8 @@ class ODERegression:
         path = sent(batch.path_BKCFHW, device)
         frames, chunks = path.shape[3], self.how.chunks(path.shape[3])
         drawn = (uniform(len(path), generator, len(chunks)) * len(self.levels)).long()
-        row = sent(per_chunk(drawn, self.how, frames), device)
-        level = torch.tensor(self.levels, device=device)[row]
+        rows = per_chunk(drawn, self.how, frames)
+        row, level = sent(rows, device), sent(torch.tensor(self.levels)[rows], device)
         clips, places = torch.arange(len(path), device=device)[:, None], torch.arange(frames, device=device)
         x = path[clips, row, :, places].transpose(1, 2)  # (B, F, C, H, W) before
         text = stack_text(batch.text, device)

@@ -149,7 +149,7 @@ class Relativistic:
         """Of the real clips and of the generated ones, at levels of their own."""
         assert batch.latent_BCFHW is not None, "the batch holds no real clips"
         fake = rollout.finished("a discriminator of clips")
-        real = self.noised(batch.latent_BCFHW.to(fake), generator)
+        real = self.noised(sent(batch.latent_BCFHW, fake.device).to(fake), generator)
         made = self.noised(fake, generator)
         of_real, of_made = self.logits([real, made], rollout.text_BLD, grad)
         return of_real, of_made

@@ -239,7 +239,7 @@ class Shift:
             self.student, noise, real[:, :, : self.given], text, self.null_1LD, self.sigmas, self.settings.guidance
         )
         # a pair has the same first frame, so both are followed from the same points
-        queries = uniform(len(real), generator, self.settings.points, 2).to(real)
+        queries = sent(uniform(len(real), generator, self.settings.points, 2), real.device).to(real)
         fluxes = [self.see(clips, queries) for clips in (made, real)]
         reward_B2 = torch.stack([self.rewards.reward(f.maps_BCFHW, f.states_BND) for f in fluxes], 1)
         maps, states = (torch.stack(x, 1) for x in zip(*((f.maps_BCFHW, f.states_BND) for f in fluxes), strict=True))
@@ -249,7 +249,7 @@ class Shift:
         """``mean_b [w(A~_b) ell(x~_b; t_b, e_b) + w(A_b) ell(x_b; t_b, e_b)]``: a pair shares level and noise."""
         pairs: Pairs = batch.more["pairs"]
         real = pairs.real_BCFHW
-        sigma = draw_sigma(len(real), generator, k=self.settings.level_shift).to(real)
+        sigma = sent(draw_sigma(len(real), generator, k=self.settings.level_shift), real.device).to(real)
         noise, text = normal(real.shape, generator, real.device), stack_text(batch.text, real.device)
         twice = [torch.cat([x, x]) for x in (noise, sigma, text)]
         error = velocity_error(self.student, torch.cat([pairs.generated_BCFHW, real]), *twice, given=self.given)

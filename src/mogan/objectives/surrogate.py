@@ -12,6 +12,7 @@ from mogan.costs.calls import Tracer
 from mogan.costs.shapes import Shapes
 from mogan.costs.trace import Call, fake, sizes, trace
 from mogan.data.batches import Batch
+from mogan.devices import sent
 from mogan.models.denoiser import frozen
 from mogan.objectives import Bill, Kept, Loss, LossFn, Objective, Price, Randomness
 from mogan.objectives.base import Base
@@ -71,7 +72,7 @@ class SurrogateConfig:
         ).to(base.device)
         assert gan.observe is not None
         gan.observe = Remembered(gan.observe, network, base.world.samples)
-        found = Surrogate(network, gan, self.limit, base.world.samples)
+        found = Surrogate(network, gan, self.limit, base.world.samples, base.world.any)
         losses: dict[str, LossFn] = {
             "student": found.student_loss,
             "discriminator": found.judge_loss,
@@ -109,16 +110,18 @@ class Surrogate:
         gan: the objective whose discriminator judges, and whose exact observations the surrogate remembers.
         limit: of :meth:`mogan.objectives.surrogate_network.MotionSurrogate.error`; above it every update is ``gan``'s. ``None``: no limit.
         rows: gives the samples of all processes.
+        anywhere: says whether something is so on any of them.
     """
 
     network: MotionSurrogate
     gan: GAN
     limit: float | None
     rows: Callable[[Tensor], Tensor] = lambda mine: mine
+    anywhere: Callable[[bool], bool] = lambda here: here
 
     def _trusted(self) -> bool:
-        # a host synchronisation: a path is chosen
-        return self.limit is None or bool(self.network.error() <= self.limit)
+        # a host synchronisation: a path is chosen, by all processes the same
+        return self.limit is None or not self.anywhere(not bool(self.network.error() <= self.limit))
 
     def student_loss(self, rollout: Rollout, batch: Batch, generator: Randomness) -> Loss:
         """:meth:`GAN.student_loss` on the prediction; gradient passes through the surrogate and not into it."""
@@ -138,7 +141,9 @@ class Surrogate:
         assert batch.latent_BCFHW is not None, "the batch holds no real latents"
         fake = rollout.finished("a surrogate")
         with torch.no_grad():
-            both = self.network.see(torch.cat([batch.latent_BCFHW.to(fake), fake]), batch.window_start or 0)
+            both = self.network.see(
+                torch.cat([sent(batch.latent_BCFHW, fake.device).to(fake), fake]), batch.window_start or 0
+            )
         loss, logs = self.gan.tell_apart(both[: len(fake)], both[len(fake) :], generator, penalise=False)
         return loss, logs | _predicted(loss, 1.0)
 
@@ -147,8 +152,10 @@ class Surrogate:
         assert batch.latent_BCFHW is not None
         assert batch.observation_BCFHW is not None
         like = self.network.observations
-        windows = window_of(batch.latent_BCFHW.to(like), batch.window_start or 0, self.network.window)
-        observations = batch.observation_BCFHW.to(like)
+        windows = window_of(
+            sent(batch.latent_BCFHW, like.device).to(like), batch.window_start or 0, self.network.window
+        )
+        observations = sent(batch.observation_BCFHW, like.device).to(like)
         remembered = int(self.network.count)  # a host synchronisation: what is learned from depends on it
         if remembered:
             recalled, seen = self.network.recall(len(windows), generator)
