@@ -20,6 +20,7 @@ from mogan.config import Optimizer, Update
 from mogan.costs import machines
 from mogan.costs.calls import Tracer, build_transformer, judge_call, network_parameters, transformer_calls
 from mogan.costs.codec import Codec
+from mogan.costs.machines import MACHINES
 from mogan.costs.shapes import PUBLISHED, Shapes, read_shapes, resized
 from mogan.costs.trace import Call, Work, fake, sizes, trace
 from mogan.data.cache import open_cache
@@ -29,6 +30,7 @@ from mogan.estimate.advice import advise
 from mogan.estimate.check import compare, small
 from mogan.estimate.fit import ADAPTERS, OFFLOADED, ONE_BY_ONE, fit, fit_run, price_on
 from mogan.estimate.predict import predict
+from mogan.estimate.pricing import pricing
 from mogan.models.autoencoder import stream_video
 from mogan.models.discriminator import LevelHeads
 from mogan.models.wan import Geometry
@@ -638,3 +640,20 @@ def test_a_network_without_a_bill_is_named():
 def test_adapters_wider_than_the_network_are_not_priced(capsys):
     assert main(["estimate", "dmd_lab", "--lora", "200"]) == 2
     assert "matrices of 128 rows: give --lora 128 or less" in capsys.readouterr().err
+
+
+def test_copies_of_the_networks_divide_nothing(family):
+    config, machine = tiny_recipes.dmd(), MACHINES["h100"]
+    eight, of_eight = (
+        pricing(config, str(family / "teacher"), machine, copies=copies)(config, gpus, None)
+        for gpus, copies in ((8, 1), (64, 8))
+    )
+    assert eight.networks == of_eight.networks
+    assert eight.checkpoint == of_eight.checkpoint
+
+
+def test_what_fits_is_estimated(capsys):
+    assert main(["estimate", "dmd2_wan_1_3b", "--gpu", "4090", "--fit", "--json"]) == 0
+    said = capsys.readouterr()
+    assert "to fit the RTX 4090: learn adapters" in said.err
+    assert json.loads(said.out)["fits"]

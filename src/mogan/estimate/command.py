@@ -1,7 +1,8 @@
 """``mogan estimate``: the question, and the answer as a table."""
 
 import json
-from dataclasses import asdict
+import sys
+from dataclasses import asdict, replace
 from typing import Annotated, Any
 
 import tyro
@@ -9,16 +10,17 @@ import tyro
 from mogan.costs.machines import CONTEXT, FRAGMENTS, MACHINES, REACHED_BANDWIDTH, REACHED_COMPUTE
 from mogan.errors import UserError, closest
 from mogan.estimate.advice import Change, advise
+from mogan.estimate.fit import fit as fitted
 from mogan.estimate.predict import Estimate
 from mogan.estimate.pricing import pricing
 from mogan.ranges import at_least, between
-from mogan.recipes import find_recipe
+from mogan.recipes import NAMES, find_recipe
 
 GB = 1e9
 
 
 def estimate(
-    recipe: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RECIPE")],
+    recipe: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RECIPE", help=NAMES)],
     *,
     gpu: str = "h200",
     gpus: int = 1,
@@ -29,6 +31,7 @@ def estimate(
     width: int | None = None,
     clips: int = 15000,
     references: tuple[int, ...] = (),
+    fit: bool = False,
     json_output: Annotated[bool, tyro.conf.arg(name="json")] = False,
 ) -> None:
     """Predict memory, time and cost of a recipe, before paying for them.
@@ -51,6 +54,7 @@ def estimate(
             way; 0 if the cache has it.
         references: of a frame-sparse student (`mogan tiles`) how many frames all others see: one number for every block, or one
             for each; a folder that `mogan tiles` made says so itself. Teachers are dense.
+        fit: with what `mogan train --fit` would choose for this GPU, which is said first.
         json_output: print JSON.
     """
     if gpu not in MACHINES:
@@ -63,8 +67,12 @@ def estimate(
     config = find_recipe(recipe)
     if gpus > 1 and config.alone:
         raise UserError(f"{config.alone}: leave out --gpus, or estimate another recipe")
-    size = {"frames": frames, "height": height, "width": width}
+    size: dict[str, Any] = {"frames": frames, "height": height, "width": width}
     price = pricing(config, model, MACHINES[gpu], **size, clips=clips, references=references, lora=lora)
+    if fit:
+        config, said = fitted(replace(config, lora=lora or config.lora), gpus, price)
+        lora = config.lora
+        print("\n".join(f"to fit the {MACHINES[gpu].name}: {line}" for line in said), file=sys.stderr)
     found = price(config, gpus, lora)
     changes = () if found.fits else advise(config, gpus, lora, price)
     if json_output:

@@ -70,9 +70,9 @@ def fit(config: Config, gpus: int, price: PriceOf) -> tuple[Config, tuple[str, .
 
 
 def fit_run(
-    config: Config, memory: float, model: Path, cache: Cache, run: Path, gpus: int
+    config: Config, memory: float, model: Path, cache: Cache, run: Path, gpus: int, copies: int = 1
 ) -> tuple[Config, tuple[str, ...]]:
-    """:func:`fit` for a run on GPUs of ``memory`` GB; a run that has begun keeps what was chosen then.
+    """:func:`fit` for a run on GPUs of ``memory`` GB, with ``copies`` of its sharded networks; a run that has begun keeps what was chosen then.
 
     Raises:
         UserError: nothing fits.
@@ -85,21 +85,21 @@ def fit_run(
         kept = {"checkpointing": known["checkpointing"], "offload": known.get("offload"), "lora": lora}
         return replace(config, plan=plan, **kept), (f"{run} goes on with what was chosen when it began",)
     except (OSError, ValueError, KeyError, TypeError):  # there is none yet, or it is refused in its place
-        return fit(config, gpus, price_on(config, memory, model, cache))
+        return fit(config, gpus, price_on(config, memory, model, cache, copies))
 
 
-def price_on(config: Config, memory: float, model: Path, cache: Cache) -> PriceOf:
+def price_on(config: Config, memory: float, model: Path, cache: Cache, copies: int = 1) -> PriceOf:
     """Prices of a run's variants on GPUs of ``memory`` GB."""
     machine: Machine = replace(MACHINES["h200"], name=f"{memory:g} GB", memory=memory * GB)
     size: dict[str, Any] = {k: cache.facts[k] for k in ("frames", "height", "width") if k in cache.facts}
-    price = pricing(config, str(model), machine, clips=len(cache), **size)
+    price = pricing(config, str(model), machine, clips=len(cache), copies=copies, **size)
     return lambda changed, gpus, lora: price(changed, gpus, lora)
 
 
-def would_fit(config: Config, memory: float, model: Path, cache: Cache, gpus: int) -> str:
+def would_fit(config: Config, memory: float, model: Path, cache: Cache, gpus: int, copies: int = 1) -> str:
     """After a GPU of ``memory`` GB ran out of it: what to give."""
     try:
-        chosen, said = fit(config, gpus, price_on(config, memory, model, cache))
+        chosen, said = fit(config, gpus, price_on(config, memory, model, cache, copies))
     except UserError as error:
         return str(error)
     if chosen == config:

@@ -88,6 +88,7 @@ class Estimate:
     main_memory: float
     checkpoints: int
     note: str = ""
+    copies: int = 1
 
     @property
     def peak(self) -> float:
@@ -102,7 +103,7 @@ class Estimate:
     @property
     def checkpoint(self) -> float:
         """Bytes of one checkpoint: what learns, its moments and the average, of all GPUs together."""
-        whole = 1 if self.lora else self.gpus  # adapters lie on every GPU
+        whole = 1 if self.lora else self.gpus // self.copies  # adapters lie on every GPU
         return whole * sum(n.gradients + n.moments + n.waiting + n.average for n in self.networks)
 
     @property
@@ -122,7 +123,7 @@ class Estimate:
 
 
 def predict(
-    config: Config, tracer: Tracer, machine: Machine, gpus: int, *, clips: int, lora: int | None = None
+    config: Config, tracer: Tracer, machine: Machine, gpus: int, *, clips: int, lora: int | None = None, copies: int = 1
 ) -> Estimate:
     """Price a recipe.
 
@@ -137,9 +138,10 @@ def predict(
         gpus: how many.
         clips: real clips, none of which anybody has observed yet; 0 if all are.
         lora: rank of adapters in place of full weights of student and fake score.
+        copies: of the sharded networks (HSDP): each is divided by ``gpus / copies``.
     """
     shapes, prices = tracer.shapes, {name: block.price(config, tracer) for name, block in config.objectives.items()}
-    networks = _networks(config, prices, tracer, gpus, lora)
+    networks = _networks(config, prices, tracer, gpus, lora, gpus // copies)
     stays = sum(n.weights + n.moments + n.average for n in networks)
     # of who learns: gradients, and what its optimiser fetches for a step
     gradients = {n.name: (n.gradients, 2 * n.gradients if n.waiting else 0.0) for n in networks}
@@ -174,6 +176,7 @@ def predict(
         text_encoder_bytes(tracer),
         config.keep,
         f"a batch of {odd[0]} does not split over {gpus} GPUs: train with --batch, a multiple of {gpus}" if odd else "",
+        copies,
     )
 
 
@@ -246,7 +249,7 @@ def _share(config: Config, updates: Sequence[Update]) -> float:
 
 
 def _networks(
-    config: Config, prices: Mapping[str, Price], tracer: Tracer, gpus: int, lora: int | None
+    config: Config, prices: Mapping[str, Price], tracer: Tracer, gpus: int, lora: int | None, shards: int
 ) -> tuple[Network, ...]:
     one, rank, told = tracer.parameters["transformer"], lora or 0, int(config.told)
     of_student = 1 if config.boundary is None and tracer.shapes.boundary is None else 2  # experts
@@ -266,7 +269,7 @@ def _networks(
             trunk = tracer.parameters["rest"] + kept.trunk * tracer.parameters["block"]
             parameters += rank * tracer.parameters["adapters"] * kept.trunk // layers - trunk
             adapts = True
-        mine = FP32 * parameters / (1 if adapts else gpus)
+        mine = FP32 * parameters / (1 if adapts else shards)
         # two experts that start as the one transformer of a model share it
         held = held_once * (max(1, kept.parameters // one) if tracer.shapes.boundary else 1)
         weights = mine + kept.beside + (held if adapts and own_base else 0.0)
@@ -288,7 +291,7 @@ def _networks(
         elif kept.sharded:
             frozen = held_once * (kept.parameters / one) if kept.transformer else FP32 * kept.parameters
             whole = lora is not None and kept.transformer
-            found.append(Network(kept.name, kept.parameters, frozen if whole else frozen / gpus))
+            found.append(Network(kept.name, kept.parameters, frozen if whole else frozen / shards))
     vae = tracer.parameters["vae"]
     found.append(Network("autoencoder", vae, (FP32 if config.precision == "fp32" else BF16) * vae))
     found += [Network(k.name, k.parameters, FP32 * k.parameters) for k in every if not k.learns and not k.sharded]

@@ -25,11 +25,14 @@ def pricing(
     clips: int = 15000,
     references: tuple[int, ...] = (),
     lora: int | None = None,
+    copies: int = 1,
 ):
     """A function ``(config, gpus, lora) -> Estimate`` that traces each variant of the networks once.
 
     Raises:
         UserError: the model cannot be had so: of ``lora``, the rank that is asked for, too.
+
+    ``copies`` are those of :func:`mogan.estimate.predict.predict`.
     """
     shapes = read_shapes(model or ("lab" if "_lab" in config.recipe else _own_model(config.recipe)))
     shapes = resized(shapes, frames=frames, height=height, width=width)
@@ -50,7 +53,7 @@ def pricing(
 
     def price(changed: Config, gpus: int, lora: int | None, on: Machine = machine) -> Estimate:
         tracer = tracer_of(changed.checkpointing, changed.precision, bool(changed.offload))
-        return predict(changed, tracer, on, gpus, clips=clips, lora=lora)
+        return predict(changed, tracer, on, gpus, clips=clips, lora=lora, copies=copies)
 
     return price
 
