@@ -12,6 +12,7 @@ from dataclasses import replace
 from datetime import timedelta
 from multiprocessing import get_context
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -29,6 +30,7 @@ from mogan.models.wan import load_text
 from mogan.runs.checkpoint import held_out_motions, latest_checkpoint, load_checkpoint, save_checkpoint, stored
 from mogan.sharding import whole
 from mogan.training.assemble import assemble
+from mogan.training.load import _check_tokens
 from mogan.training.loop import _graceful_stop, run_training
 from mogan.training.steps import Position, draw, parts_of, step
 from tiny_recipes import dmd, flow_matching, mogan
@@ -238,7 +240,7 @@ def test_processes_whose_samples_meet_other_experts_do_not_wait_for_each_other(r
 def test_two_processes_judge_held_out_motion_together_and_stop_together(family, cache, tmp_path):
     prompts = tmp_path / "prompts"
     shutil.copytree(cache, prompts)
-    moons = ["a moon at rest", "two moons", "three moons", "a moon falling"]
+    moons = ["a moon at rest", "two moons", "three moons"]
     (prompts / "index.jsonl").write_text("".join(json.dumps({"id": m, "caption": m}) + "\n" for m in moons))
     facts = json.loads((prompts / "cache.json").read_text())
     (prompts / "cache.json").write_text(json.dumps(facts | {"contents": "prompts"}))
@@ -248,7 +250,7 @@ def test_two_processes_judge_held_out_motion_together_and_stop_together(family, 
         train_together(ranks, "mogan", family, cache, tmp_path / str(ranks), *more)
     one, two = (held_out_motions(tmp_path / ranks) for ranks in "12")
     assert list(one) == list(two) == [1, 2]
-    assert two[1] == pytest.approx(one[1], rel=1e-3)  # each process judges a half
+    assert two[1] == pytest.approx(one[1], rel=1e-3)  # one of them judges two, the other one and again the first
 
 
 @pytest.mark.slow
@@ -486,6 +488,19 @@ def test_processes_that_do_not_come_are_named(monkeypatch):
         monkeypatch.setenv(name, str(value))
     with pytest.raises(UserError, match="the 2 processes did not find each other"), join("cpu"):
         pass
+
+
+def test_one_gpu_is_no_place_for_several_processes(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="give --device cuda"), join("cuda:0"):
+        pass
+
+
+def test_tokens_that_processes_cannot_share_are_refused(family):
+    world = SimpleNamespace(sequence=SimpleNamespace(size=lambda: 3))
+    with pytest.raises(UserError, match="--context-parallel 3 does not divide the 16 tokens"):
+        _check_tokens(world, family / "teacher", (4, 4, 4, 4))
+    _check_tokens(world, family / "teacher", (4, 3, 4, 4))
 
 
 def test_srun_without_a_meeting_place_is_told_how(monkeypatch):

@@ -9,6 +9,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,13 +18,16 @@ import tiny_recipes
 from mogan import recipes
 from mogan.config import Optimizer, Update
 from mogan.data.cache import open_cache
+from mogan.distributed import ONE
 from mogan.errors import UserError
 from mogan.recipes import ABLATIONS, ablate
 from mogan.runs.checkpoint import check_same_run, checkpoints, latest_checkpoint, load_checkpoint, stored
 from mogan.study.jobs import _stopped_by_sigterm
+from mogan.training import loop
 from mogan.training.assemble import assemble, filled
 from mogan.training.loop import run_training
 from mogan.training.steps import Position, complete, draw, learn, read, split, step
+from mogan.training.train import _fitted, _require_shared
 from tiny_recipes import dmd, flow_matching, mogan, motion_score, msm, redmd, sft_i2v, shift, surrogate
 
 RECIPES = {
@@ -403,3 +407,51 @@ def test_an_option_that_is_newer_than_a_run_does_not_stop_it(tmp_path):
 def test_a_setting_of_ones_own_recipe_that_means_nothing_is_refused_where_it_is_set(settings, said):
     with pytest.raises(ValueError, match=re.escape(said)):
         replace(flow_matching(), **settings)
+
+
+def test_the_student_cannot_learn_again_from_clips_without_gradient():
+    first, *rest = mogan().plan
+    with pytest.raises(ValueError, match="kept without gradient"):
+        replace(mogan(), plan=(first, replace(first, again=True), *rest))
+
+
+def test_a_long_iteration_is_saved_though_the_recipe_saves_after_many(family, cache, tmp_path, monkeypatch):
+    config = replace(dmd(), iterations=3, save_every=100)
+    parts = build(config, family, cache, tmp_path)
+    saved = []
+    monkeypatch.setattr(loop, "save_checkpoint", lambda run, done, *more: saved.append(done))
+    clock = iter(range(0, 10**6, 1200))  # 20 minutes between any two looks at it
+    monkeypatch.setattr(loop.time, "monotonic", lambda: float(next(clock)))
+    run_training(parts, tmp_path)
+    assert saved == [3]
+    monkeypatch.setattr(loop, "SAVE_WITHIN", 2000.0)
+    saved.clear()
+    run_training(parts, tmp_path)
+    assert saved == [2, 3]
+
+
+def test_a_folder_that_only_one_machine_sees_is_refused(tmp_path):
+    here, there = tmp_path / "here", tmp_path / "there"
+    here.mkdir()
+    name = []
+    first = SimpleNamespace(
+        mesh=1, main=True, any=lambda flag: flag, from_main=lambda make: name.append(make()) or name[-1]
+    )
+    _require_shared(here, first)
+    assert not list(here.iterdir())
+    first.any = lambda flag: True  # another machine's word
+    with pytest.raises(UserError, match="not one folder for all processes"):
+        _require_shared(here, first)
+    second = SimpleNamespace(mesh=1, main=False, any=lambda flag: flag, from_main=lambda make: name[0])
+    with pytest.raises(UserError, match="not one folder for all processes"):
+        _require_shared(there, second)
+
+
+def test_made_to_fit_a_run_with_adapters_gives_their_rank(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("mogan.training.train.open_generator", lambda student: SimpleNamespace(lora=3))
+    monkeypatch.setattr("mogan.training.train.find_models", lambda *names: (tmp_path,))
+    monkeypatch.setattr("mogan.training.train.open_cache", lambda data: None)
+    monkeypatch.setattr("mogan.training.train.fit_run", lambda config, *rest: (config, ("it fits",)))
+    assert _fitted(mogan(), 24.0, tmp_path, "m", "runs/dmd", tmp_path, ONE, 1).lora == 3
+    assert "adapters of rank 3, which is what runs/dmd has" in capsys.readouterr().err
+    assert _fitted(replace(mogan(), lora=5), 24.0, tmp_path, "m", "runs/dmd", tmp_path, ONE, 1).lora == 5

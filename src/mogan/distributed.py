@@ -153,6 +153,10 @@ def join(device: str = "auto", replicas: int = 1, context: int = 1) -> Iterator[
     for option, count in (("--hsdp", replicas), ("--context-parallel", context)):
         if count < 1 or ranks % count:
             raise UserError(f"{option} {count} does not divide the {ranks} processes")
+    if ":" in device:
+        raise UserError(
+            f"--device {device} names one GPU for {ranks} processes: give --device cuda, and each takes its own"
+        )
     where = choose_device(device, _number("LOCAL_RANK", 0))
     if where.type == "cuda":
         torch.cuda.set_device(where)

@@ -27,7 +27,7 @@ def split_tokens(transformer: Any, world: World) -> None:
     The processes' gradients of the weights then add up to the gradient: see :func:`shard`.
 
     Raises:
-        UserError: the processes do not divide heads or tokens.
+        UserError: the processes do not divide the heads.
     """
     if world.sequence is None:
         return

@@ -60,7 +60,11 @@ def save_checkpoint(run: Path, iteration: int, state: dict[str, Tensor], config:
             f"could not save {final} ({_reason(error)}); free some disk space and run the same command again"
             + (f": it resumes from {kept}" if kept else "")
         ) from error
-    sums = world.gather(_sums(sorted(temporary.glob("*.safetensors"))[world.rank :: world.ranks]))
+    seen = world.gather(
+        [file.name for file in temporary.glob("*.safetensors")]
+    )  # each knows of its own, and may not of others'
+    files_there = [temporary / name for name in sorted(set().union(*seen))]
+    sums = world.gather(_sums(files_there[world.rank :: world.ranks]))
     if world.main:
         whole = {name: value for part in sums for name, value in part.items()}
         write_atomically(temporary / SUMS, json.dumps(whole, indent=2) + "\n")

@@ -151,7 +151,7 @@ def assemble(
         _check_built(name, set(config.terms(name).lessons), made, networks)
         networks |= made.networks
     if base.adapters_of is not None:
-        _continue_adapters(networks, base.adapters_of)
+        _continue_adapters(networks, base.adapters_of, world)
     if config.compile:
         own = [
             t for n in networks.values() for t in (getattr(n, "transformer", None), getattr(n, "transformer_2", None))
@@ -196,9 +196,9 @@ def _optimizers(config: Config, networks: dict[str, nn.Module]) -> dict[str, tor
     return made
 
 
-def _continue_adapters(networks: dict[str, nn.Module], run: Path) -> None:
+def _continue_adapters(networks: dict[str, nn.Module], run: Path, world: World) -> None:
     """Start the student with a run's averaged adapters, and what else has adapters there and here with its live ones."""
-    start = student_checkpoint(run)
+    start = world.from_main(lambda: student_checkpoint(run))  # that run may save another one meanwhile
     load_learned(cast(Denoiser, networks["student"]).learner, load_part(start, "ema"))
     for name, network in networks.items():
         if name != "student" and isinstance(network, Denoiser) and (there := load_part(start, name)):

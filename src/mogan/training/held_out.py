@@ -60,9 +60,10 @@ class Gain:
 
     def measure(self, parts: Assembly) -> float:
         """Mean of :func:`net_motion` over the held-out prompts, px/frame; all processes call it."""
-        numbers, world = list(range(len(self.prompts))), parts.world
-        if len(numbers) >= world.shares:  # each its own, and as many as the others: a forward pass takes all processes
-            numbers = numbers[: len(numbers) // world.shares * world.shares][world.share :: world.shares]
+        count, world = len(self.prompts), parts.world
+        # each share as many as the others, since a forward pass takes all processes; what is then made twice counts once
+        places = range(world.share, math.ceil(count / world.shares) * world.shares, world.shares)
+        numbers = [place % count for place in places]
         found, together = [], clips_at_once(parts.geometry, HELD_OUT_AT_ONCE)
         with torch.no_grad(), parts.average.in_place():
             for first in range(0, len(numbers), together):
@@ -74,7 +75,9 @@ class Gain:
                 assert parts.flow is not None
                 for latent in latents.split(1):
                     found.append(net_motion(flow_of_pieces(stream_video(parts.vae, latent), parts.flow)))
-        return world.mean([torch.cat(found).mean()])[0]
+        counts = torch.tensor([place < count for place in places], device=parts.device)
+        total, judged = world.mean([(torch.cat(found) * counts).sum(), counts.sum()])
+        return total / judged
 
     def check(self, parts: Assembly, iteration: int) -> float:
         """Measure after so many iterations, and note it. Raises UserError if the student has diverged."""

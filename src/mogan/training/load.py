@@ -2,7 +2,8 @@
 config, cache, model and processes go together.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache as once
 from pathlib import Path
@@ -20,6 +21,7 @@ from mogan.models import wan
 from mogan.models.causal_cache import Causal, Policy
 from mogan.models.host import in_pieces
 from mogan.models.lora import hold_in, twin
+from mogan.models.parts import config_of
 from mogan.objectives.base import Base, spread
 from mogan.runs.generator import open_generator
 from mogan.runs.identity import TEACHER, of_model
@@ -65,6 +67,7 @@ def load(
     if wan.has_controls(folder) or wan.has_controls(start):
         _check_controls(config, cache, prompts, world, folder, start)
         shape = (shape[0], shape[1] + (prompts or cache).references, *shape[2:])
+    _check_tokens(world, folder, shape)
     _check_window(config, shape[1])
     _check_clips(config, cache, folder)
     _check_given(config, cache, prompts)
@@ -274,6 +277,18 @@ def _check_captions(config: Config, cache: Cache, prompts: Cache | None) -> None
                 f"{len(bare)} clips of {texts.path} have no caption (first {bare[0]}), and {update.label} reads it: prepare "
                 f"them with captions{instead}"
             )
+
+
+def _check_tokens(world: World, folder: Path, shape: Sequence[int]) -> None:
+    """Processes that share a sample take equal parts of its tokens."""
+    if world.sequence is None:
+        return
+    patch, count = (config_of(folder, "transformer") or {}).get("patch_size", (1, 2, 2)), world.sequence.size()
+    tokens = math.prod(size // p for size, p in zip(shape[1:], patch, strict=True))
+    if tokens % count:
+        raise UserError(
+            f"--context-parallel {count} does not divide the {tokens} tokens of a clip: take another number"
+        )
 
 
 def check_processes(config: Config, world: World) -> None:

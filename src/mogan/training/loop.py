@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from mogan.config import Config
 from mogan.data.batches import Batch, one_ahead
 from mogan.data.observations import drawn
 from mogan.errors import UserError
@@ -33,6 +34,7 @@ from mogan.training.sheet import sample_sheet
 from mogan.training.steps import Position, complete, draw, learn, positions, read
 
 Begun = Callable[[], None]
+SAVE_WITHIN = 3600.0  # seconds: an iteration at full size on one card takes hours, and a recipe saves after 50
 
 
 def run_training(parts: Assembly, run: Path, gain: Gain | None = None, begin: Begun = lambda: None) -> None:
@@ -52,7 +54,7 @@ def run_training(parts: Assembly, run: Path, gain: Gain | None = None, begin: Be
     if world.main and todo:
         _tell_of_observations(parts, start)
     walk = one_ahead(lambda where: (where, draw(parts, where)), positions(config, start))
-    records = _Records(parts, run, start, begin)
+    records, saved = _Records(parts, run, start, begin), time.monotonic()
     with _graceful_stop() as stop, closing(walk), closing(records):
         bar = tqdm(todo, initial=start, total=config.iterations, desc=config.recipe, disable=not world.main)
         for iteration, steps in zip(bar, _by_iteration(walk, start), strict=False):
@@ -66,9 +68,12 @@ def run_training(parts: Assembly, run: Path, gain: Gain | None = None, begin: Be
                 learnt.append((where, done.numbers))
                 made = done.rollouts if update.learns == "student" else made
             bar.set_postfix(records.write(learnt), refresh=False)
-            leaving = world.any(bool(stop))
-            over = _keep(parts, run, iteration + 1, gain, records, leaving)
+            leaving, late = world.any(bool(stop)), world.any(world.main and time.monotonic() > saved + SAVE_WITHIN)
+            over = _keep(parts, run, iteration + 1, gain, records, leaving or late)
+            if leaving or late or _due(config, iteration + 1):
+                saved = time.monotonic()
             if leaving:
+                world.barrier()  # who ends first may end the others, of whom one may still be making a sheet
                 if world.main:
                     said = f"stopped after iteration {iteration + 1} and saved; the same command goes on from there"
                     print(f"\n{said}", file=sys.stderr)
@@ -98,15 +103,21 @@ def _by_iteration(walk: Iterator[Step], start: int) -> Iterator[Iterator[Step]]:
         yield of(iteration)
 
 
-def _keep(parts: Assembly, run: Path, done: int, gain: Gain | None, records: "_Records", leaving: bool) -> bool:
-    """What is due after so many iterations: held-out motion, a checkpoint, a sheet. Returns whether motion no longer rises."""
+def _due(config: Config, done: int) -> bool:
+    """Whether the recipe saves after so many iterations."""
+    return done == config.iterations or done % config.save_every == 0
+
+
+def _keep(parts: Assembly, run: Path, done: int, gain: Gain | None, records: "_Records", save: bool) -> bool:
+    """What is due after so many iterations: held-out motion, a checkpoint (or if asked to ``save``), a sheet. Returns whether
+    motion no longer rises.
+    """
     config, over = parts.config, False
-    last = done == config.iterations
-    due = last or done % config.save_every == 0
+    last, due = done == config.iterations, _due(config, done)
     if due and gain is not None:
         records.held_out(gain.check(parts, done), done)
         over = parts.world.any(parts.world.main and gain.over)
-    if due or leaving:
+    if due or save:
         save_checkpoint(run, done, parts.state(), config, parts.world)
     if config.sample_prompts and (last or done % config.sample_every == 0):
         sample_sheet(parts, run, done)
@@ -190,7 +201,7 @@ def resume(parts: Assembly, run: Path) -> int:
     Raises:
         UserError: no checkpoint can be read, or it belongs to another run.
     """
-    newest, broken = latest_checkpoint(run), broken_checkpoints(run)
+    newest, broken = parts.world.from_main(lambda: (latest_checkpoint(run), broken_checkpoints(run)))  # all the same
     if newest is None:
         if broken:
             raise UserError(

@@ -7,6 +7,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from uuid import uuid4
 
 import torch
 import tyro
@@ -19,8 +20,9 @@ from mogan.distributed import ONE, World, join
 from mogan.errors import UserError, goes_with
 from mogan.estimate.fit import fit_run, would_fit
 from mogan.ranges import above, at_least, between, is_seed
-from mogan.recipes import find_recipe
+from mogan.recipes import NAMES, find_recipe
 from mogan.runs.checkpoint import check_same_run
+from mogan.runs.generator import open_generator
 from mogan.runs.identity import check_same_parts, made_of, note_parts, refuse_other_folders
 from mogan.training.assemble import assemble
 from mogan.training.held_out import Gain
@@ -37,7 +39,7 @@ def _slower(config: Config, lr: float) -> dict[str, Optimizer]:
 
 
 def train(
-    recipe: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RECIPE")],
+    recipe: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RECIPE", help=NAMES)],
     *,
     data: Path,
     out: Path,
@@ -64,27 +66,27 @@ def train(
     """Train a recipe on a cache; the same command again resumes where it stopped.
 
     Args:
-        recipe: a name such as mogan_lab, dmd_lab, flow_matching_lab, shift_lab, mogan_wan_1_3b, mogan_lab_no_dmd (an ablation), or
-            your own module:function.
+        recipe: a name such as mogan_lab or mogan_wan_1_3b, or your own module:function.
         data: a cache made by `mogan prepare`.
         prompts: a second cache (`mogan prepare prompts.txt`), whose prompts the student makes clips of in place of the captions
             of data: clips then teach motion alone and need no captions.
         out: folder of the run: checkpoints, metrics.jsonl, tensorboard, samples.
         model: base model (teacher, autoencoder, text): lab, a diffusers folder or a hub id.
         student: few-step student to start from, a model or (with lora) a run with adapters; the lab's own for the lab.
-        iterations: how long to train in all.
-        seed: of everything random.
+        iterations: how many in all, in place of the recipe's.
+        seed: of everything random, in place of the recipe's.
         batch: clips per update, in place of the recipe's.
         lr: learning rate of the student, in place of the recipe's; where updates have their own, the others keep their ratio.
         lora: learn adapters of this rank over one frozen base, instead of all weights of student, fake score and MoGAN's discriminator.
-        precision: auto, bf16 or fp32.
-        save_every: iterations between checkpoints.
-        sample_every: iterations between sheets of sample clips.
+        precision: auto is bf16 where the hardware is fast at it; in place of the recipe's.
+        save_every: iterations between checkpoints, in place of the recipe's; one is saved after every hour, too.
+        sample_every: iterations between grids of sample clips, in place of the recipe's.
         held_out: a cache with prompts that are not trained on. At every checkpoint the student's motion on them is measured;
             training stops when it no longer rises, and sample and export take the checkpoint at which it was highest.
         patience: checkpoints without a new highest motion after which a run with held-out prompts stops.
         fit: gigabytes of a GPU's memory, such as 24: choose and say what makes the run fit, from what `mogan estimate` predicts:
             activations recomputed, one clip at a time, what waits kept in the host's memory, adapters (a minute of tracing).
+            A student that is a run with adapters gives their rank.
         compile: compile the transformers' blocks with torch.compile: slow to start; a run may go on with or without it.
         device: auto, cpu or cuda.
         hsdp: with many processes, copies of the sharded networks: 1 shards over all of them.
@@ -113,14 +115,15 @@ def train(
     if lr is not None:
         config = replace(config, optimizers=_slower(config, lr))
     if dry_run:
-        print(_as_text(_fitted(config, fit, data, model, student, out, ONE)))
+        print(_as_text(_fitted(config, fit, data, model, student, out, ONE, 1)))
         return
     with join(device, hsdp, context_parallel) as world:
         cache, words = open_cache(data), open_cache(prompts) if prompts else None
-        config = _fitted(config, fit, data, model, student, out, world)
+        config = _fitted(config, fit, data, model, student, out, world, hsdp)
         if world.main:
             writable_folder(out)
         with alone_in(out) if world.main else nullcontext():
+            _require_shared(out, world)
             refuse_other_folders(out)
             of = made_of(*find_models(config, model, student), cache, words) if world.main else {}
             resolved = filled(config, cache)
@@ -132,33 +135,59 @@ def train(
                 write_atomically(out / "config.json", _as_text(resolved) + "\n")
                 note_parts(out, of)
 
-            with _memory_told(resolved, cache, model, student, world):
+            with _memory_told(resolved, cache, model, student, world, hsdp):
                 parts = assemble(resolved, cache, model=model, student=student, prompts=words, run=out, world=world)
                 run_training(parts, out, Gain(out, held_out, parts, patience) if held_out else None, begin)
 
 
+def _require_shared(out: Path, world: World) -> None:
+    """Raises UserError where a process sees another folder of that name: each would save its part of a checkpoint there."""
+    if world.mesh is None:
+        return
+
+    def leave_mark() -> str:
+        name = f".seen-{uuid4().hex}"
+        (out / name).touch()
+        return name
+
+    mark = out / world.from_main(leave_mark)
+    unseen = world.any(not mark.is_file())
+    if world.main:
+        mark.unlink()
+    if unseen:
+        raise UserError(
+            f"{out} is not one folder for all processes: give a folder that every machine sees, at the same path"
+        )
+
+
 def _fitted(
-    config: Config, fit: float | None, data: Path, model: str, student: str | None, out: Path, world: World
+    config: Config, fit: float | None, data: Path, model: str, student: str | None, out: Path, world: World, copies: int
 ) -> Config:
     """With what makes it fit, said once."""
     if fit is None:
         return config
+    if config.lora is None and student is not None and (rank := open_generator(student).lora) is not None:
+        config = replace(config, lora=rank)
+        if world.main:
+            print(f"to fit {fit:g} GB: learn adapters of rank {rank}, which is what {student} has", file=sys.stderr)
     folder = find_models(config, model, student)[0]
-    chosen, said = world.from_main(lambda: fit_run(config, fit, folder, open_cache(data), out, world.ranks))
+    chosen, said = world.from_main(lambda: fit_run(config, fit, folder, open_cache(data), out, world.ranks, copies))
     if world.main:
         print("\n".join(f"to fit {fit:g} GB: {line}" for line in said), file=sys.stderr)
     return chosen
 
 
 @contextmanager
-def _memory_told(config: Config, cache: Cache, model: str, student: str | None, world: World) -> Iterator[None]:
+def _memory_told(
+    config: Config, cache: Cache, model: str, student: str | None, world: World, copies: int
+) -> Iterator[None]:
     """Where a GPU's memory does not suffice, what would have."""
     try:
         yield
     except torch.OutOfMemoryError as error:
         memory = torch.cuda.get_device_properties(world.device).total_memory / 1e9
         print("out of memory; looking for settings that fit ...", file=sys.stderr, flush=True)
-        said = would_fit(config, memory, find_models(config, model, student)[0], cache, world.ranks)
+        said = would_fit(config, memory, find_models(config, model, student)[0], cache, world.ranks, copies)
         raise UserError(f"the GPU's {memory:.0f} GB do not suffice: {said}") from error
 
 
