@@ -32,6 +32,8 @@ COMPARED = (
     "lab_physics",
     "lab_identity",
     "lab_shape",
+    "lab_travels",
+    "saturation",
 )
 OWN = {
     "variety": "Variety: distance between the looks of a prompt's clips",
