@@ -532,3 +532,8 @@ def test_help_says_what_options_take_and_no_none(monkeypatch, capsys):
         assert "{None}|" not in shown, name
         assert not re.search(r"default: (None|False|True|)\)", shown), name
     assert main(["train", "mogan_lab", "--data", "x", "--out", "y", "--dry-run", "--lr", "1e-6"]) == 0
+
+
+def test_a_switch_that_is_off_needs_no_word_for_it(capsys):
+    assert main(["train", "mogan_lab", "--data", "x", "--out", "y", "--no-compile"]) == 2
+    assert "leave out --compile instead" in capsys.readouterr().err

@@ -652,6 +652,7 @@ def test_copies_of_the_networks_divide_nothing(family):
     assert eight.checkpoint == of_eight.checkpoint
 
 
+@pytest.mark.slow
 def test_what_fits_is_estimated(capsys):
     assert main(["estimate", "dmd2_wan_1_3b", "--gpu", "4090", "--fit", "--json"]) == 0
     said = capsys.readouterr()

@@ -3,17 +3,29 @@
 import json
 import os
 import shutil
+from contextlib import nullcontext
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import tiny_recipes
 from mogan.cli import main
 from mogan.data.cache import open_cache
 from mogan.disk.locks import alone_in
 from mogan.errors import UserError
 from mogan.runs.checkpoint import SUMS, checkpoints, latest_checkpoint, load_part
-from mogan.runs.identity import STRIDE, WHOLE, of_cache, of_file, of_model, of_student, refuse_other_folders
+from mogan.runs.identity import (
+    STRIDE,
+    WHOLE,
+    _agree,
+    begins_again,
+    of_cache,
+    of_file,
+    of_model,
+    of_student,
+    refuse_other_folders,
+)
 
 
 @pytest.fixture
@@ -308,3 +320,20 @@ def test_states_of_clips_and_rows_of_states_count(own_cache, model):
     assert len(set(found)) == 3
     save_file({"idle": torch.zeros(4)}, model / "states.safetensors")
     assert of_student(model) != rows
+
+
+def test_hours_without_a_checkpoint_are_missed_though_iterations_are_few(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(tiny_recipes.dmd().as_json() | {"save_every": 50}))
+    rows = [{"iteration": i, "update": "student<dmd", "repeat": 0, "seconds": 2000.0} for i in range(3)]
+    for count, missed in ((2, False), (3, True)):
+        (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:count]))
+        with pytest.raises(UserError, match="are gone") if missed else nullcontext():
+            assert begins_again(tmp_path) == count
+
+
+def test_a_run_older_than_states_goes_on_and_another_state_does_not(model):
+    save_file({"idle": torch.zeros(4)}, model / "states.safetensors")
+    now = of_student(model)
+    assert _agree(of_model(model, ("transformer", "fake_score")), now)
+    save_file({"idle": torch.ones(4)}, model / "states.safetensors")
+    assert not _agree(now, of_student(model))

@@ -21,7 +21,14 @@ from mogan.data.cache import open_cache
 from mogan.distributed import ONE
 from mogan.errors import UserError
 from mogan.recipes import ABLATIONS, ablate
-from mogan.runs.checkpoint import check_same_run, checkpoints, latest_checkpoint, load_checkpoint, stored
+from mogan.runs.checkpoint import (
+    check_same_run,
+    checkpoints,
+    latest_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+    stored,
+)
 from mogan.study.jobs import _stopped_by_sigterm
 from mogan.training import loop
 from mogan.training.assemble import assemble, filled
@@ -421,7 +428,7 @@ def test_a_long_iteration_is_saved_though_the_recipe_saves_after_many(family, ca
     saved = []
     monkeypatch.setattr(loop, "save_checkpoint", lambda run, done, *more: saved.append(done))
     clock = iter(range(0, 10**6, 1200))  # 20 minutes between any two looks at it
-    monkeypatch.setattr(loop.time, "monotonic", lambda: float(next(clock)))
+    monkeypatch.setattr(loop, "time", SimpleNamespace(**vars(time) | {"monotonic": lambda: float(next(clock))}))
     run_training(parts, tmp_path)
     assert saved == [3]
     monkeypatch.setattr(loop, "SAVE_WITHIN", 2000.0)
@@ -430,7 +437,7 @@ def test_a_long_iteration_is_saved_though_the_recipe_saves_after_many(family, ca
     assert saved == [2, 3]
 
 
-def test_a_folder_that_only_one_machine_sees_is_refused(tmp_path):
+def test_a_folder_that_only_one_machine_sees_is_refused(tmp_path, monkeypatch):
     here, there = tmp_path / "here", tmp_path / "there"
     here.mkdir()
     name = []
@@ -439,6 +446,7 @@ def test_a_folder_that_only_one_machine_sees_is_refused(tmp_path):
     )
     _require_shared(here, first)
     assert not list(here.iterdir())
+    monkeypatch.setattr("mogan.training.train.time.sleep", lambda seconds: None)
     first.any = lambda flag: True  # another machine's word
     with pytest.raises(UserError, match="not one folder for all processes"):
         _require_shared(here, first)
@@ -455,3 +463,11 @@ def test_made_to_fit_a_run_with_adapters_gives_their_rank(tmp_path, monkeypatch,
     assert _fitted(mogan(), 24.0, tmp_path, "m", "runs/dmd", tmp_path, ONE, 1).lora == 3
     assert "adapters of rank 3, which is what runs/dmd has" in capsys.readouterr().err
     assert _fitted(replace(mogan(), lora=5), 24.0, tmp_path, "m", "runs/dmd", tmp_path, ONE, 1).lora == 5
+
+
+def test_the_recipes_own_checkpoints_outlast_those_of_the_clock(tmp_path):
+    config = replace(dmd(), save_every=10, keep=2)
+    for number in (8, 9, 10, 11, 12, 20, 21):
+        save_checkpoint(tmp_path, number, {"student.x": torch.zeros(2)}, config)
+        left = [int(path.name) for path in checkpoints(tmp_path)]
+        assert left == {8: [8], 9: [8, 9], 10: [9, 10], 11: [10, 11], 12: [10, 12], 20: [10, 20], 21: [20, 21]}[number]

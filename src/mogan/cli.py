@@ -190,6 +190,8 @@ def _check_options(command: Callable[..., None], words: list[str]) -> None:
             )
         _check_pasted(word, value, text)
         option = word.partition("=")[0].replace("_", "-")
+        if option.startswith("--no-") and (switch := option.replace("--no-", "--", 1)) in known and option not in known:
+            raise UserError(f"no option {option}: leave out {switch} instead")
         if option.startswith("--") and option not in known and (hint := closest(option, sorted(known))):
             raise UserError(f"no option {option}{hint}")
         if f"-{option}" in known:

@@ -28,11 +28,12 @@ from mogan.distributed import ONE, World
 from mogan.errors import UserError
 
 SUMS = "checksums.json"  # beside the files: CRC-32 of each
+SAVE_WITHIN = 3600.0  # seconds: an iteration at full size on one card takes hours, and a recipe saves after 50
 
 
 def save_checkpoint(run: Path, iteration: int, state: dict[str, Tensor], config: Config, world: World = ONE) -> Path:
-    """Write ``checkpoints/<iteration>`` whole or not at all, then drop all but the newest ``config.keep`` and the one
-    that :func:`student_checkpoint` names.
+    """Write ``checkpoints/<iteration>`` whole or not at all, then drop all but ``config.keep`` and the one that
+    :func:`student_checkpoint` names.
 
     All processes call this; the folder must be one that all of them see. ``state`` names tensors ``part.name...``; each
     part goes into a file of its own, which bounds the memory that writing takes.
@@ -60,9 +61,8 @@ def save_checkpoint(run: Path, iteration: int, state: dict[str, Tensor], config:
             f"could not save {final} ({_reason(error)}); free some disk space and run the same command again"
             + (f": it resumes from {kept}" if kept else "")
         ) from error
-    seen = world.gather(
-        [file.name for file in temporary.glob("*.safetensors")]
-    )  # each knows of its own, and may not of others'
+    # each process knows of its own files, and may not yet of others'
+    seen = world.gather([file.name for file in temporary.glob("*.safetensors")])
     files_there = [temporary / name for name in sorted(set().union(*seen))]
     sums = world.gather(_sums(files_there[world.rank :: world.ranks]))
     if world.main:
@@ -72,12 +72,17 @@ def save_checkpoint(run: Path, iteration: int, state: dict[str, Tensor], config:
         if final.exists():
             shutil.rmtree(final)
         temporary.rename(final)
-        best = student_checkpoint(run)
-        for old in checkpoints(run)[: -config.keep]:
-            if old != best:
-                shutil.rmtree(old)
+        for old in set(checkpoints(run)) - _kept(run, config):
+            shutil.rmtree(old)
     world.barrier()  # nobody leaves, and so ends the others, before the checkpoint is in its place
     return final
+
+
+def _kept(run: Path, config: Config) -> set[Path]:
+    """The newest checkpoint, before it those that the recipe's ``save_every`` made, sooner than others, and the best student's."""
+    *before, newest = checkpoints(run)
+    before.sort(key=lambda path: (int(path.name) % config.save_every == 0, int(path.name)))
+    return {newest, student_checkpoint(run), *before[len(before) + 1 - config.keep :]}
 
 
 def _reason(error: CheckpointException) -> BaseException:

@@ -19,7 +19,7 @@ from mogan.models.causal_cache import Causal, Policy
 from mogan.models.defaults import is_levels
 from mogan.models.experts import LOW
 from mogan.models.states import FILE as STATES
-from mogan.runs.checkpoint import checkpoints, settings
+from mogan.runs.checkpoint import SAVE_WITHIN, checkpoints, settings
 from mogan.runs.watch import read_records
 
 COPY = "put back a copy of it"  # what helps where a file of a run is damaged
@@ -79,18 +79,20 @@ def of_model(folder: Path, parts: Iterable[str] = ("transformer", "vae", "text_e
 def of_student(folder: Path) -> str:
     """Of what a student starts with: its transformer, its fake score and the rows of its states, if it has them."""
     found, states = of_model(folder, ("transformer", "fake_score")), folder / STATES
-    return _short([found, of_file(states)]) if states.is_file() else found
+    return f"{found}-{of_file(states)}" if states.is_file() else found
 
 
 def of_cache(cache: Cache) -> str:
     """Of what batches depend on: how the cache was made, and its clips with their captions, in order."""
     facts = {key: cache.facts[key] for key in BATCHES if key in cache.facts}
-    return _short([facts, [_row(entry) for entry in cache.entries]])
+    rows = [[entry["id"], entry["caption"], *filter(None, [entry.get("control")])] for entry in cache.entries]
+    states = [[entry.get("state"), entry.get("state_from", 0)] for entry in cache.entries]
+    return _short([facts, rows]) + (f"-{_short(states)}" if any(state for state, _ in states) else "")
 
 
-def _row(entry: dict[str, Any]) -> list[Any]:
-    state = [entry["state"], entry.get("state_from", 0)] if entry.get("state") else []
-    return [entry["id"], entry["caption"], *filter(None, [entry.get("control")]), *state]
+def _agree(known: str, found: str) -> bool:
+    """Whether two fingerprints are of the same; those of older runs do not know of states."""
+    return known in (found, found.partition("-")[0])
 
 
 def of_run(run: Path) -> str:
@@ -171,9 +173,11 @@ def begins_again(run: Path) -> int:
     """
     if not (run / "metrics.jsonl").is_file():
         return 0
-    noted = 1 + max((record["iteration"] for record in read_records(run / "metrics.jsonl")), default=-1)
+    records = read_records(run / "metrics.jsonl")
+    noted = 1 + max((record["iteration"] for record in records), default=-1)
     every = read_config(run).get("save_every") if (run / "config.json").is_file() else None
-    if isinstance(every, int) and noted > every:
+    before = sum(record.get("seconds", 0.0) for record in records if record["iteration"] < noted - 1)
+    if (isinstance(every, int) and noted > every) or before > SAVE_WITHIN:
         raise UserError(
             f"{run} notes {noted} iterations and its checkpoints are gone: copy them there, remove metrics.jsonl to begin again, or "
             "give another --out"
@@ -242,7 +246,7 @@ def check_same_parts(run: Path, now: dict[str, Any]) -> None:
         )
     for name, fingerprint in now["fingerprints"].items() if then else ():
         old = then.get("fingerprints", {}).get(name) or _of_place(name, then)
-        if old is not None and old != fingerprint:
+        if old is not None and not _agree(old, fingerprint):
             places = f"{then.get(name)} then, {now.get(name)} now"
             same = " whose contents have changed since" if then.get(name) == now.get(name) else ""
             raise UserError(
@@ -290,7 +294,7 @@ def part_of_run(run: Path, name: str) -> Path:
             "place to `mogan train` once more, which notes it"
         ) from error
     known = facts.get("fingerprints", {}).get(name)
-    if known not in (None, _of_folder(name, folder)):
+    if known is not None and not _agree(known, _of_folder(name, folder)):
         raise UserError(f"{folder} is no longer the {WHAT[name]} that {run} was begun with: put that one back")
     return folder
 

@@ -18,6 +18,7 @@ from mogan.data.batches import Batch, one_ahead
 from mogan.data.observations import drawn
 from mogan.errors import UserError
 from mogan.runs.checkpoint import (
+    SAVE_WITHIN,
     broken_checkpoints,
     held_out_motions,
     latest_checkpoint,
@@ -34,7 +35,6 @@ from mogan.training.sheet import sample_sheet
 from mogan.training.steps import Position, complete, draw, learn, positions, read
 
 Begun = Callable[[], None]
-SAVE_WITHIN = 3600.0  # seconds: an iteration at full size on one card takes hours, and a recipe saves after 50
 
 
 def run_training(parts: Assembly, run: Path, gain: Gain | None = None, begin: Begun = lambda: None) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -81,16 +82,17 @@ def train(
         precision: auto is bf16 where the hardware is fast at it; in place of the recipe's.
         save_every: iterations between checkpoints, in place of the recipe's; one is saved after every hour, too.
         sample_every: iterations between grids of sample clips, in place of the recipe's.
-        held_out: a cache with prompts that are not trained on. At every checkpoint the student's motion on them is measured;
-            training stops when it no longer rises, and sample and export take the checkpoint at which it was highest.
-        patience: checkpoints without a new highest motion after which a run with held-out prompts stops.
+        held_out: a cache with prompts that are not trained on. Every --save-every iterations the student's motion on them is
+            measured; training stops when it no longer rises, and sample and export take the checkpoint at which it was highest.
+        patience: measurements without a new highest motion after which a run with held-out prompts stops.
         fit: gigabytes of a GPU's memory, such as 24: choose and say what makes the run fit, from what `mogan estimate` predicts:
             activations recomputed, one clip at a time, what waits kept in the host's memory, adapters (a minute of tracing).
             A student that is a run with adapters gives their rank.
         compile: compile the transformers' blocks with torch.compile: slow to start; a run may go on with or without it.
         device: auto, cpu or cuda.
         hsdp: with many processes, copies of the sharded networks: 1 shards over all of them.
-        context_parallel: with many processes, how many share the tokens of one sample; it must divide the model's heads.
+        context_parallel: with many processes, how many share the tokens of one sample; it must divide the model's heads and a clip's
+            tokens.
         dry_run: print the resolved config and stop.
     """
     at_least(1, iterations=iterations, batch=batch, save_every=save_every, sample_every=sample_every)
@@ -151,6 +153,10 @@ def _require_shared(out: Path, world: World) -> None:
         return name
 
     mark = out / world.from_main(leave_mark)
+    for wait in (0.0, 1.0, 4.0, 15.0):  # NFS may remember for a while that the folder was not there
+        time.sleep(wait)
+        if mark.is_file():
+            break
     unseen = world.any(not mark.is_file())
     if world.main:
         mark.unlink()
