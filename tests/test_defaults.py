@@ -3,11 +3,14 @@
 import hashlib
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torchvision.models.optical_flow import raft_large
 
 import tiny_recipes
@@ -22,7 +25,15 @@ from mogan.evaluation.clips import read_folder
 from mogan.evaluation.evaluate import evaluate
 from mogan.exchange.export import save_student
 from mogan.models import wan
-from mogan.models.defaults import WAN_NEGATIVE_PROMPT, Geometry
+from mogan.models.defaults import (
+    ANIMATING,
+    ANIMATING_22,
+    TWO_EXPERTS,
+    WAN_NEGATIVE_PROMPT,
+    Defaults,
+    Geometry,
+    read_defaults,
+)
 from mogan.models.weights import MANIFEST
 from mogan.motion import estimators
 from mogan.motion.classical_flow import dis, farneback
@@ -391,3 +402,20 @@ def test_dis_is_nearer_to_fast_motion_than_farneback():
     truth = torch.tensor([20.0, 0.0]).view(1, 2, 1, 1, 1)
     error = {f.__name__: float((f(video) - truth).norm(dim=1)[..., 32:-32, 32:-32].mean()) for f in (dis, farneback)}
     assert error["dis"] < 0.5 * error["farneback"]
+
+
+@pytest.mark.parametrize("stock", [{}, ANIMATING, ANIMATING_22, TWO_EXPERTS])
+@given(
+    steps=st.integers(1, 100), guidance=st.sampled_from([1.0, 3.5, 4.0, 5.0]), shift=st.sampled_from([3.0, 5.0, 12.0])
+)
+def test_a_folder_says_its_steps_guidance_and_shift_whatever_stock_models_have(stock, steps, guidance, shift):
+    own = Defaults(steps=steps, guidance=guidance, shift=shift)
+    assert read_defaults(stock | own.facts(), Geometry(), Path("mogan.json")) == own
+
+
+def test_a_text_to_video_model_of_two_experts_has_its_own(two):
+    facts = json.loads((two / "mogan.json").read_text())
+    (two / "mogan.json").write_text(json.dumps({k: facts[k] for k in ("fps", "height", "width", "frames")}))
+    found = wan.defaults(two)
+    (two / "mogan.json").write_text(json.dumps(facts))
+    assert (found.steps, found.guidance, found.shift) == (40, 4.0, 12.0)

@@ -658,3 +658,10 @@ def test_what_fits_is_estimated(capsys):
     said = capsys.readouterr()
     assert "to fit the RTX 4090: learn adapters" in said.err
     assert json.loads(said.out)["fits"]
+
+
+def test_a_recipe_with_adapters_is_priced_so(family, monkeypatch, capsys):
+    config = replace(tiny_recipes.dmd(), lora=3)
+    monkeypatch.setattr("mogan.estimate.command.find_recipe", lambda name: config)
+    assert main(["estimate", "dmd_lab", "--model", str(family / "teacher"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["lora"] == 3

@@ -219,3 +219,8 @@ def test_a_fake_score_of_two_experts_is_not_exported(two, cache, tmp_path):
     trained(replace(tiny_recipes.dmd(), iterations=1), two, cache, tmp_path / "run")
     with pytest.raises(UserError, match="leave --fake-score out"):
         export(tmp_path / "run", out=tmp_path / "out", fake_score=True)
+
+
+def test_a_student_conditioned_on_its_steps_is_not_of_two_experts(two, cache):
+    with pytest.raises(UserError, match="no pipeline of two experts"):
+        assemble(tiny_recipes.tdm(), open_cache(cache), model=str(two), run=None, device="cpu")

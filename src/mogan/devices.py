@@ -36,6 +36,13 @@ def choose_device(name: str = "auto", local_rank: int = 0) -> torch.device:
     return torch.device("cuda", number)
 
 
+def settled(x: Tensor) -> Tensor:
+    """A tensor of any shape once a GPU has computed it, or received it: another stream may then read it."""
+    if x.is_cuda:
+        torch.cuda.synchronize(x.device)
+    return x
+
+
 def sent(x: Tensor, device: str | torch.device) -> Tensor:
     """A tensor of any shape, made on the CPU, on a device. On a GPU the CPU goes on: from pinned memory a copy waits for nobody,
     while any other waits until all that was asked of the GPU is done.

@@ -65,12 +65,13 @@ def estimate(
     between(1, 4096, gpus=gpus)
     between(0, 10**7, clips=clips)  # their order is drawn
     config = find_recipe(recipe)
+    lora = lora or config.lora
     if gpus > 1 and config.alone:
         raise UserError(f"{config.alone}: leave out --gpus, or estimate another recipe")
     size: dict[str, Any] = {"frames": frames, "height": height, "width": width}
     price = pricing(config, model, MACHINES[gpu], **size, clips=clips, references=references, lora=lora)
     if fit:
-        config, said = fitted(replace(config, lora=lora or config.lora), gpus, price)
+        config, said = fitted(replace(config, lora=lora), gpus, price)
         lora = config.lora
         print("\n".join(f"to fit the {MACHINES[gpu].name}: {line}" for line in said), file=sys.stderr)
     found = price(config, gpus, lora)

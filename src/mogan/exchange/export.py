@@ -153,6 +153,8 @@ def _require_lora(source: Generator, run: Path) -> None:
         )
     if wan.has_controls(source.folder) and not wan.is_image_to_video(source.folder):
         raise UserError(f"{run} trained a VACE, of which no LoRA file is written here: leave out --to lora")
+    if source.states:
+        raise UserError(f"{run} trained states, of which a LoRA file has no room: leave out --to lora")
     if source.causal:
         raise UserError(
             f"{run} trained a causal student, which a stock Wan with a LoRA would sample wrongly: leave out --to lora"

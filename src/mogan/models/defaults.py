@@ -40,6 +40,8 @@ WAN_22 = Geometry(fps=24, height=704, width=1280, frames=121)  # TI2V-5B, whose 
 # Wan's image-to-video models: generate.py of Wan2.1 at 480 lines (5 at 720), wan_i2v_A14B.py of Wan2.2
 ANIMATING = {"steps": 40, "shift": 3.0}
 ANIMATING_22 = {"steps": 40, "guidance": 3.5}
+# its text-to-video model, wan_t2v_A14B.py, whose guidance is 4 above the boundary and 3 below: one number is for both here
+TWO_EXPERTS = {"steps": 40, "guidance": 4.0, "shift": 12.0}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,10 +73,13 @@ class Defaults:
     flow: str | None = None
 
     def facts(self) -> dict[str, Any]:
-        """As ``mogan.json`` holds it: sizes in full, of the others what is not stock Wan's."""
+        """As ``mogan.json`` holds it: sizes, steps, guidance and shift in full, since stock models differ in them; of the
+        others what is not stock Wan's.
+        """
         own = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "size"}
         own["causal"] = self.causal and self.causal.facts()
-        return vars(self.size) | {k: v for k, v in own.items() if v != getattr(Defaults, k)}
+        whole = ("steps", "guidance", "shift")
+        return vars(self.size) | {k: v for k, v in own.items() if k in whole or v != getattr(Defaults, k)}
 
 
 # of the lab's family, whose text encoder never read a negative prompt

@@ -21,7 +21,7 @@ from mogan.disk.files import openable, read_json
 from mogan.errors import UserError, too_little_memory
 from mogan.models.attention import TEXT_LENGTH, set_attention
 from mogan.models.conditions import animates, reads_controls
-from mogan.models.defaults import ANIMATING, ANIMATING_22, WAN_22, Defaults, Geometry, read_defaults
+from mogan.models.defaults import ANIMATING, ANIMATING_22, TWO_EXPERTS, WAN_22, Defaults, Geometry, read_defaults
 from mogan.models.parts import check_class, check_first_frame, check_parts, class_of, config_of, sees_pictures_by
 from mogan.models.states import attach_states, read_states
 from mogan.models.step_condition import from_stock
@@ -135,13 +135,14 @@ def model_facts(model: Path) -> dict:
 
 
 def defaults(model: Path) -> Defaults:
-    """What a model is sampled and measured with; where its folder does not say, as Wan 2.1 or 2.2's TI2V-5B, or as Wan's
-    image-to-video models.
+    """What a model is sampled and measured with; where its folder does not say, as Wan 2.1, 2.2's TI2V-5B or A14B, or as
+    Wan's image-to-video models.
     """
     vae = config_of(model, "vae") or {}
     usual = WAN_22 if vae.get("z_dim") == 48 else Geometry()
-    animating = (ANIMATING_22 if (model / "transformer_2").is_dir() else ANIMATING) if is_image_to_video(model) else {}
-    return read_defaults(animating | model_facts(model), usual, model / "mogan.json")
+    two, animates = (model / "transformer_2").is_dir(), is_image_to_video(model)
+    own: dict = (ANIMATING_22 if two else ANIMATING) if animates else TWO_EXPERTS if two else {}
+    return read_defaults(own | model_facts(model), usual, model / "mogan.json")
 
 
 def geometry(model: Path) -> Geometry:

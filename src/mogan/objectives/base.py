@@ -94,6 +94,11 @@ class Base:
                     "the model that it was made of"
                 )
             return CausalDenoiser(self._learner(self.start, "transformer"), self.dtype, self.config.causal)
+        if boundary is not None and self.config.told:
+            raise UserError(
+                f"the student of {self.config.recipe} is conditioned on its number of steps, which no pipeline of two experts is: start "
+                "from a model of one transformer"
+            )
         parts = ["transformer", *([] if boundary is None else [low_noise(self.start)])]
         return self._together([self._masked(self._learner(self.start, part), part) for part in parts], boundary)
 

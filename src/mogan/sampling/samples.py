@@ -12,7 +12,7 @@ from mogan.errors import UserError
 NAME = "samples.jsonl"
 Record = dict[str, Any]
 ALIKE = (  # in all clips of a folder
-    "fps", "sigmas", "steps", "guidance", "shift", "negative_prompt", "solver", "flowmo", "motion", "motion_ratio",
+    "fps", "sigmas", "steps", "guidance", "shift", "negative_prompt", "solver", "flowmo", "motion", "motion_ratio", "causal",
 )  # fmt: skip
 HOW = ("first_frames", "controls", "state", *ALIKE[1:])
 WAY = ("prompt", "index", "seed", "task", "kind", "control", "mask", "clip", "references", "fps", *HOW)

@@ -22,6 +22,7 @@ from mogan.data.batches import one_ahead
 from mogan.data.clips import to_video
 from mogan.data.lists import whole
 from mogan.data.tokens import load_tokens
+from mogan.devices import settled
 from mogan.errors import UserError
 from mogan.models import wan
 from mogan.models.attention import TEXT_LENGTH, stack_text
@@ -65,7 +66,8 @@ class Studio:
 
     def text(self, prompt: str, state: str | None = None) -> Tensor:
         """A prompt as the student reads it, and the state it is told, ``(1, L, D)``."""
-        return stack_text([told(text, state, self.source.states) for text in self.encode([prompt])], self.device)
+        texts = [told(text, state, self.source.states) for text in self.encode([prompt])]
+        return settled(stack_text(texts, self.device))
 
     @property
     def policy(self) -> Policy:
@@ -75,9 +77,8 @@ class Studio:
     @torch.no_grad()
     def picture(self, path: Path) -> Tensor:
         """A picture, or the first frame of a video, as the first latent ``(1, C, 1, h, w)`` of a clip."""
-        return encode_video(
-            self.vae, to_video(first_pictures([path], self.source.geometry)[0][None]).to(self.device), False
-        )
+        frames = to_video(first_pictures([path], self.source.geometry)[0][None]).to(self.device)
+        return settled(encode_video(self.vae, frames, False))
 
     def another_picture(self, path: Path, where: str) -> Tensor:
         """The same, ``(1, C, 1, h, w)``, to take the first one's place on the way.
