@@ -15,6 +15,7 @@ from mogan.data.cache import open_cache
 from mogan.models import wan
 from mogan.models.conditions import conditioned
 from mogan.models.denoiser import Denoiser
+from mogan.runs.generator import open_generator
 from mogan.training.assemble import assemble
 from mogan.training.load import find_models
 from mogan.training.loop import run_training
@@ -120,5 +121,9 @@ def test_it_learns_to_look_and_what_was_fine_tuned_is_a_teacher_again(made, tmp_
     assert "a teacher comes of fine-tuning by flow matching alone: leave out --to teacher" in capsys.readouterr().err
     assert run("export", tmp_path / "run", "--out", tmp_path / "not", "--to", "teacher", "--fake-score") == 2
     assert "leave out --fake-score" in capsys.readouterr().err
-    assert run("export", tmp_path / "run", "--out", tmp_path / "student") == 0  # negative control: a student is none
-    assert wan.defaults(tmp_path / "student").sigmas == tiny_recipes.vace().sigmas
+    assert run("export", tmp_path / "run", "--out", tmp_path / "usual") == 0  # without --to it is one, too
+    assert wan.defaults(tmp_path / "usual") == wan.defaults(made)
+    assert run("export", tmp_path / "few", "--out", tmp_path / "student") == 0  # negative control: a student is none
+    assert wan.defaults(tmp_path / "student").sigmas == config.sigmas
+    assert open_generator(str(tmp_path / "run")).fine_tuned
+    assert not open_generator(str(tmp_path / "few")).fine_tuned

@@ -126,6 +126,9 @@ def export(
     if to in PROGRAMS:
         _to_program(source, run, out, to, precision, notes)
         return
+    if to == "diffusers" and source.fine_tuned and not fake_score:
+        to = "teacher"
+        print("fine-tuned on clips: exported to be sampled as its base is, in many guided steps (--to teacher)")
     if to == "teacher":
         _refuse_as_teacher(run, source, fake_score)
         source = replace(source, sigmas=None)

@@ -29,7 +29,8 @@ class Generator:
 
     ``told``: the run's student reads where its steps end. ``counts``: numbers of steps it was trained for, if several.
     ``causal``: how it makes clips, if it sees the past alone. ``states``: that it can be told (:mod:`mogan.models.states`).
-    ``animates``: the run's student was distilled to go on from a first frame that it is given at level 0.
+    ``animates``: the run's student was distilled to go on from a first frame that it is given at level 0. ``fine_tuned``: the
+    run trained a model on clips, which is sampled in many guided steps as its base is.
     """
 
     folder: Path
@@ -44,6 +45,7 @@ class Generator:
     causal: Causal | None = None
     states: tuple[str, ...] = ()
     animates: bool = False
+    fine_tuned: bool = False
 
     def in_steps(self, count: int) -> "Generator":
         """The same generator, sampled in so many steps.
@@ -151,6 +153,7 @@ def open_generator(name: str) -> Generator:
             boundary_of(folder) if own_boundary is None else own_boundary, causal_of_config(kind.get("causal")),
             tuple(sorted(config.get("states") or read_states(folder))),
             bool(config.get("given")) and config.get("solver", LCM) == EULER,
+            set(config.get("objectives") or ()) == {"flow_matching"} and not (kind or config.get("given")),
         )  # fmt: skip
     folder = wan.resolve_model(name)
     own = wan.defaults(folder)

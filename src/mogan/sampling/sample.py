@@ -111,7 +111,7 @@ def sample(
     jobs = jobs_of(lines[:limit], seeds, first_seed, tasks[:limit])
     source = open_generator(model)
     _tell_of_tokens(source, share_of(jobs, shard), negative_prompt)
-    few_steps = source.sigmas is not None if mode == "auto" else mode == "student"
+    few_steps = source.sigmas is not None and not source.fine_tuned if mode == "auto" else mode == "student"
     goes_with("a teacher as --model", not few_steps, solver=solver != "unipc")
     _refuse_what_does_not_go_together(model, source, few_steps, flowmo, motion, first_frames)
     if few_steps and source.counts and steps is not None:
