@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from mogan.devices import sent
 from mogan.motion.observation import Observed
 from mogan.schedule import uniform
 
@@ -71,7 +72,7 @@ class MotionSurrogate(nn.Module):
     def recall(self, size: int, generator: torch.Generator | list[torch.Generator]) -> tuple[Tensor, Tensor]:
         """Windows and observations ``(B, C, F, H, W)`` of stored pairs, drawn with replacement; there must be one."""
         there = self.count.clamp(max=len(self.errors))
-        chosen = (uniform(size, generator).to(there) * there).long()
+        chosen = (sent(uniform(size, generator), there.device).to(there) * there).long()
         return self.windows[chosen], self.observations[chosen]
 
     def error(self) -> Tensor:
