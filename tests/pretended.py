@@ -180,9 +180,8 @@ class _Functions(TorchFunctionMode):
             if given is not None and torch.device(given).type == "cuda":
                 rest = [CPU if isinstance(x, str | torch.device) else x for x in rest]
                 kwargs |= {"device": CPU} if "device" in kwargs else {}
-        pinned = kwargs.get("non_blocking") or (
-            len(rest) > 1 and rest[1] is True
-        )  # else a copy waits in either direction
+        # any other copy waits, in either direction
+        pinned = kwargs.get("non_blocking") or (len(rest) > 1 and rest[1] is True)
         ours = OURS in sys._getframe(2).f_code.co_filename  # torch's own stay where they are
         if ours and self.places.on_gpu(tensor) != wanted and not (wanted and pinned):
             self.places.wait()

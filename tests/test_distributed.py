@@ -490,6 +490,12 @@ def test_processes_that_do_not_come_are_named(monkeypatch):
         pass
 
 
+def test_a_mesh_of_two_axes_has_copies():
+    of_eight = SimpleNamespace(ndim=2, size=lambda axis: (8, 4)[axis])
+    assert World(torch.device("cpu"), 0, 32, of_eight).copies == 8
+    assert World(torch.device("cpu"), 0, 32, SimpleNamespace(ndim=1)).copies == World(torch.device("cpu")).copies == 1
+
+
 def test_one_gpu_is_no_place_for_several_processes(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match="give --device cuda"), join("cuda:0"):

@@ -460,9 +460,9 @@ def test_made_to_fit_a_run_with_adapters_gives_their_rank(tmp_path, monkeypatch,
     monkeypatch.setattr("mogan.training.train.find_models", lambda *names: (tmp_path,))
     monkeypatch.setattr("mogan.training.train.open_cache", lambda data: None)
     monkeypatch.setattr("mogan.training.train.fit_run", lambda config, *rest: (config, ("it fits",)))
-    assert _fitted(mogan(), 24.0, tmp_path, "m", "runs/dmd", tmp_path, ONE, 1).lora == 3
+    assert _fitted(mogan(), 24.0, tmp_path, "m", "runs/dmd", tmp_path, ONE).lora == 3
     assert "adapters of rank 3, which is what runs/dmd has" in capsys.readouterr().err
-    assert _fitted(replace(mogan(), lora=5), 24.0, tmp_path, "m", "runs/dmd", tmp_path, ONE, 1).lora == 5
+    assert _fitted(replace(mogan(), lora=5), 24.0, tmp_path, "m", "runs/dmd", tmp_path, ONE).lora == 5
 
 
 def test_the_recipes_own_checkpoints_outlast_those_of_the_clock(tmp_path):

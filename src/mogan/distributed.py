@@ -54,6 +54,11 @@ class World:
         return self.rank == 0
 
     @property
+    def copies(self) -> int:
+        """How many copies there are of every sharded network (HSDP)."""
+        return self.mesh.size(0) if self.mesh is not None and self.mesh.ndim == 2 else 1
+
+    @property
     def shares(self) -> int:
         """How many shares a batch is cut into."""
         return self.ranks // (self.sequence.size() if self.sequence else 1)

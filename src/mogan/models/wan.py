@@ -135,9 +135,7 @@ def model_facts(model: Path) -> dict:
 
 
 def defaults(model: Path) -> Defaults:
-    """What a model is sampled and measured with; where its folder does not say, as Wan 2.1, 2.2's TI2V-5B or A14B, or as
-    Wan's image-to-video models.
-    """
+    """What a model is sampled and measured with; where its folder does not say, as Wan's own model of that kind."""
     vae = config_of(model, "vae") or {}
     usual = WAN_22 if vae.get("z_dim") == 48 else Geometry()
     two, animates = (model / "transformer_2").is_dir(), is_image_to_video(model)

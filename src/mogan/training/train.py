@@ -117,11 +117,11 @@ def train(
     if lr is not None:
         config = replace(config, optimizers=_slower(config, lr))
     if dry_run:
-        print(_as_text(_fitted(config, fit, data, model, student, out, ONE, 1)))
+        print(_as_text(_fitted(config, fit, data, model, student, out, ONE)))
         return
     with join(device, hsdp, context_parallel) as world:
         cache, words = open_cache(data), open_cache(prompts) if prompts else None
-        config = _fitted(config, fit, data, model, student, out, world, hsdp)
+        config = _fitted(config, fit, data, model, student, out, world)
         if world.main:
             writable_folder(out)
         with alone_in(out) if world.main else nullcontext():
@@ -137,7 +137,7 @@ def train(
                 write_atomically(out / "config.json", _as_text(resolved) + "\n")
                 note_parts(out, of)
 
-            with _memory_told(resolved, cache, model, student, world, hsdp):
+            with _memory_told(resolved, cache, model, student, world):
                 parts = assemble(resolved, cache, model=model, student=student, prompts=words, run=out, world=world)
                 run_training(parts, out, Gain(out, held_out, parts, patience) if held_out else None, begin)
 
@@ -167,7 +167,7 @@ def _require_shared(out: Path, world: World) -> None:
 
 
 def _fitted(
-    config: Config, fit: float | None, data: Path, model: str, student: str | None, out: Path, world: World, copies: int
+    config: Config, fit: float | None, data: Path, model: str, student: str | None, out: Path, world: World
 ) -> Config:
     """With what makes it fit, said once."""
     if fit is None:
@@ -177,23 +177,23 @@ def _fitted(
         if world.main:
             print(f"to fit {fit:g} GB: learn adapters of rank {rank}, which is what {student} has", file=sys.stderr)
     folder = find_models(config, model, student)[0]
-    chosen, said = world.from_main(lambda: fit_run(config, fit, folder, open_cache(data), out, world.ranks, copies))
+    chosen, said = world.from_main(
+        lambda: fit_run(config, fit, folder, open_cache(data), out, world.ranks, world.copies)
+    )
     if world.main:
         print("\n".join(f"to fit {fit:g} GB: {line}" for line in said), file=sys.stderr)
     return chosen
 
 
 @contextmanager
-def _memory_told(
-    config: Config, cache: Cache, model: str, student: str | None, world: World, copies: int
-) -> Iterator[None]:
+def _memory_told(config: Config, cache: Cache, model: str, student: str | None, world: World) -> Iterator[None]:
     """Where a GPU's memory does not suffice, what would have."""
     try:
         yield
     except torch.OutOfMemoryError as error:
         memory = torch.cuda.get_device_properties(world.device).total_memory / 1e9
         print("out of memory; looking for settings that fit ...", file=sys.stderr, flush=True)
-        said = would_fit(config, memory, find_models(config, model, student)[0], cache, world.ranks, copies)
+        said = would_fit(config, memory, find_models(config, model, student)[0], cache, world.ranks, world.copies)
         raise UserError(f"the GPU's {memory:.0f} GB do not suffice: {said}") from error
 
 
