@@ -10,17 +10,19 @@ from diffusers import WanPipeline, WanTransformer3DModel
 
 import tiny_recipes
 from conftest import BOUNDARY, CAPTIONS
-from mogan.config import EULER
+from mogan.config import EULER, LCM
 from mogan.data.cache import open_cache
 from mogan.errors import UserError
 from mogan.exchange.export import export
+from mogan.exchange.schedulers import scheduler_for
 from mogan.models import attention, wan
 from mogan.models.denoiser import Denoiser
-from mogan.models.experts import LOW, boundary_of, experts
+from mogan.models.experts import LOW, boundary_of, experts, stock_boundary
 from mogan.runs.checkpoint import latest_checkpoint
 from mogan.runs.generator import open_generator
 from mogan.runs.identity import of_model
 from mogan.sampling.samplers import sample_student
+from mogan.schedule import shifted_levels
 from mogan.training.assemble import assemble
 from mogan.training.loop import run_training
 from mogan.training.steps import Position, step
@@ -180,6 +182,18 @@ def test_the_stock_pipeline_samples_the_export_with_the_same_experts_and_latents
         text = attention.stack_text(wan.load_text(source.folder)([CAPTIONS[0]]))
         ours = sample_student(source.load().eval(), text, (4, 4, 4, 4), config.sigmas, [3], config.solver)
         torch.testing.assert_close(ours, stock, atol=1e-3, rtol=0)
+
+
+def test_a_level_on_the_boundary_has_the_same_expert_in_a_stock_pipeline():
+    """In single precision the fourth level, 0.75, comes out as timestep 749.99994."""
+    sigmas = shifted_levels(6, 3.0)
+    scheduler = scheduler_for(sigmas, LCM)
+    scheduler.set_timesteps(len(sigmas))
+    for boundary in sigmas[1:]:
+        ratio = stock_boundary(boundary, sigmas)
+        assert [bool(t >= 1000 * ratio) for t in scheduler.timesteps] == [s >= boundary for s in sigmas]
+    assert [bool(t >= 1000 * 0.75) for t in scheduler.timesteps] != [s >= 0.75 for s in sigmas]
+    assert stock_boundary(0.825, sigmas) == 0.825
 
 
 def test_two_experts_are_exported_as_two_lora_files_that_stock_diffusers_loads(family, cache, tmp_path):

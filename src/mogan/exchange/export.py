@@ -28,7 +28,7 @@ from mogan.exchange.schedulers import flow_map_scheduler, scheduler_for
 from mogan.exchange.stock_sampler import stock_sampler
 from mogan.models import wan
 from mogan.models.causal_cache import Causal
-from mogan.models.experts import LOW
+from mogan.models.experts import LOW, stock_boundary
 from mogan.models.frame_sparse import mask_of, write_mask
 from mogan.models.lora import factors, merge
 from mogan.models.parts import config_of
@@ -323,8 +323,8 @@ def save_student(
         if scheduler is not None:
             scheduler.save_pretrained(temporary / "scheduler")
             index["scheduler"] = ["diffusers", type(scheduler).__name__]
-        if low is not None:
-            index |= {LOW: index["transformer"], "boundary_ratio": boundary}
+        if low is not None and boundary is not None:
+            index |= {LOW: index["transformer"], "boundary_ratio": stock_boundary(boundary, sigmas)}
         if told:
             others = ("_diffusers_version", "vae", "text_encoder", "tokenizer", "scheduler")
             index = {k: v for k, v in index.items() if k in others} | TOLD_INDEX

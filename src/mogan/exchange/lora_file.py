@@ -17,7 +17,7 @@ from mogan.exchange.card import model_card, model_name
 from mogan.exchange.layouts import original_module, split_leaf
 from mogan.exchange.schedulers import SCHEDULERS, scheduler_for
 from mogan.models import wan
-from mogan.models.experts import LOW, boundary_of, low_noise
+from mogan.models.experts import LOW, boundary_of, low_noise, stock_boundary
 from mogan.models.lora import decompose, factors
 from mogan.runs.generator import Generator
 from mogan.runs.identity import part_of_run
@@ -84,11 +84,12 @@ def lora_usage(base: Path, source: Generator, files: list[str]) -> list[str]:
     more = ", expand_timesteps=True" if source.animates else ""  # the first frame is given at level 0
     pipeline = "WanImageToVideoPipeline" if source.animates or wan.is_image_to_video(base) else "WanPipeline"
     lines = [f"from diffusers import {name}, {pipeline}{several}\n"]
+    boundary = "" if source.boundary is None else f"boundary_ratio={stock_boundary(source.boundary, source.sigmas)}"
     if len(files) > 1 and boundary_of(base) is None:
         lines.append(f'low = WanTransformer3DModel.from_pretrained("{own}", subfolder="transformer")')
-        more += f", transformer_2=low, boundary_ratio={source.boundary}"
+        more += f", transformer_2=low, {boundary}"
     elif len(files) > 1:
-        more += f", boundary_ratio={source.boundary}"
+        more += f", {boundary}"
     lines += [
         f'pipe = {pipeline}.from_pretrained("{own}"{more})',
         f"pipe.scheduler = {name}(shift={config.shift}, shift_terminal={config.shift_terminal})",

@@ -49,3 +49,12 @@ def experts(boundary: float | None, low: float, high: float) -> tuple[str, ...]:
 def low_noise(model: Path) -> str:
     """The part that computes at low levels."""
     return "transformer" if boundary_of(model) is None else LOW
+
+
+def stock_boundary(boundary: float, sigmas: tuple[float, ...] | None) -> float:
+    """The ``boundary_ratio`` with which a stock pipeline gives every level to the expert that has it here.
+
+    Its timesteps are levels times 1000 in single precision, so one that lies on the boundary may be rounded to below it.
+    """
+    margin = 1e-3  # far above what is rounded, far below the distance of two levels
+    return boundary - margin if any(0 <= sigma - boundary < margin for sigma in sigmas or ()) else boundary
