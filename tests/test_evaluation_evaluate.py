@@ -2,6 +2,7 @@
 
 import json
 import math
+import platform
 import shutil
 import subprocess
 import sys
@@ -83,6 +84,7 @@ def test_results_say_how_they_were_made(results, folders):
     assert how["interpolator"] == "flow-warp"
     assert {"torch", "numpy", "av", "python", "opencv-python-headless"} <= set(how["packages"])
     assert "PyAV" in how["decoder"]
+    assert (how["device"], how["packages"]["torch"]) == (f"cpu ({platform.machine()})", torch.__version__)
     assert any("only 2 prompts" in warning for warning in how["warnings"])
 
 
@@ -115,10 +117,14 @@ def test_a_stopped_evaluation_goes_on_where_it_was(results, folders, tmp_path, m
         raise AssertionError("measured again")
 
     monkeypatch.setattr("mogan.evaluation.records.measure", forbidden)
+    monkeypatch.setattr(torch, "__version__", "99.0")
     again = evaluate(folders, out=out, flow="farneback", reference=folders[0])
     before = json.loads(results.read_text())
     for name, system in before["systems"].items():
         assert again["systems"][name]["metrics"] == system["metrics"]
+        assert (
+            again["systems"][name]["how"]["packages"] == system["how"]["packages"]
+        )  # of what measured, not of what wrote
     with pytest.raises(AssertionError, match="measured again"):
         evaluate(folders, out=out, flow="dis")
 
@@ -432,3 +438,19 @@ def test_distance_of_looks_is_small_for_equal_worlds_and_large_for_another():
     far = appearance_distance(one + 1.0, same, prompts)
     assert near.ci95[0] <= near.mean <= near.ci95[1]
     assert far.mean > near.mean + 5
+
+
+def test_distance_of_several_models_looks_is_the_mean_of_theirs():
+    """Pooled, three sets of 100 would seem nearer than each is: the distance is biased by the number of clips."""
+    rng = np.random.default_rng(0)
+    looks, real = rng.normal(size=(300, 10)), rng.normal(size=(200, 10))
+    looks[200:] += 0.5
+    prompts, models = [i % 25 for i in range(300)], [i // 100 for i in range(300)]
+    found = appearance_distance(looks, real, prompts, models)
+    alone = [appearance_distance(looks[k : k + 100], real, prompts[k : k + 100]) for k in (0, 100, 200)]
+    assert found.mean == pytest.approx(np.mean([one.mean for one in alone]), rel=1e-12)
+    assert appearance_distance(looks, real).mean < found.mean  # as one set
+    assert appearance_distance(looks, real).ci95 is None
+    low, high = found.ci95
+    assert low <= found.mean <= high
+    assert high - low > max(one.ci95[1] - one.ci95[0] for one in alone)  # the third model lies apart

@@ -119,6 +119,21 @@ def test_a_pan_is_the_camera_and_a_small_thing_is_not():
     assert (still.camera, still.rest) == (pytest.approx(0, abs=1e-4), pytest.approx(0, abs=1e-4))
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_flow_that_nothing_follows_has_no_camera(seed):
+    """A homography through four of its points sends others anywhere."""
+    field = np.random.default_rng(seed).normal(scale=10, size=(2, 64, 64)).astype(np.float32)
+    found, whole = camera_split(field), summarise(field)
+    assert (found.camera, found.rest, found.rest_top5) == (0, whole.mean, whole.top5)
+
+
+def test_a_zoom_is_the_camera():
+    y, x = np.mgrid[:64, :96].astype(np.float32)
+    found = camera_split(0.1 * np.stack([x - 48, y - 32]))
+    assert found.camera == pytest.approx(0.1 * np.hypot(x - 48, y - 32).mean(), rel=0.01)
+    assert found.rest_top5 < 0.05
+
+
 def test_points_ride_on_constant_flow_without_acceleration_and_jitter_is_seen():
     tracks = Tracks((64, 96))
     for _ in range(8):
@@ -281,6 +296,13 @@ def test_constant_speed_fills_one_bin_of_velocity_and_none_of_acceleration(speed
     assert np.allclose(velocity[0].sum(-1), 0.75 * held)
 
 
+def test_a_motion_straight_up_is_in_the_last_bin():
+    """Its angle is exactly pi, past the last edge."""
+    velocity, _ = fvmd_histograms(drifting(-2))[0]
+    assert velocity[..., 7].all()
+    assert not velocity[..., :7].any()
+
+
 def test_fvmd_of_equal_sets_is_zero_and_slightly_negative_in_the_reference():
     tracks = np.cumsum(np.random.default_rng(0).normal(size=(6, 16, 400, 2)), axis=1)
     features = fvmd_histograms(tracks)[:, :, :1, :2]
@@ -307,6 +329,16 @@ def test_tap_vid_of_known_errors():
     found = tap_vid(true, some, true, hidden)
     assert found.average_jaccard == 0
     assert found.occlusion_accuracy == pytest.approx(some.mean())
+
+
+def test_tap_vid_leaves_out_the_frames_that_do_not_count():
+    true, shown = np.zeros((1, 2, 2)), np.zeros((1, 2), bool)
+    off, scored = np.array([[[0.0, 0], [100, 0]]]), np.array([[False, True]])
+    assert tap_vid(true, shown, off, shown).position_accuracy == 0.5
+    found = tap_vid(true, shown, off, shown, scored_NF=scored)
+    assert (found.average_jaccard, found.position_accuracy, found.occlusion_accuracy) == (0, 0, 1)
+    found = tap_vid(true, shown, off, scored, scored_NF=~scored)
+    assert found.occlusion_accuracy == 1
 
 
 def test_trajans_notebook_is_stricter_on_larger_videos_and_skips_frame_0():

@@ -76,6 +76,16 @@ def test_path_length_and_wobble_of_true_motion(measured):
     assert np.nanmedian(errors(measured, ("linear", "falling", "bouncing"), lambda s: 0, "wobble")) < 0.02
 
 
+def test_a_jump_or_a_stop_is_no_credit_against_wobble():
+    """The line nearest to a path that jumps is longer than the path."""
+    scene = next(s for s in (make_scene(7, index, motion="rich") for index in range(40)) if s.kind == "linear")
+    clip = render(scene)
+    jumping = np.concatenate(
+        [np.repeat(clip[:1], len(clip) // 2, 0), np.repeat(clip[-1:], len(clip) - len(clip) // 2, 0)]
+    )
+    assert read_instruments(jumping, scene.caption)["wobble"] == 0
+
+
 def test_spin_and_pan_are_found(measured):
     def spin(scene):
         angles = scene.sprites[0].angles_F

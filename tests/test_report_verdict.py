@@ -4,6 +4,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
 
 from mogan.evaluation.motion import dynamic_degree
 from mogan.evaluation.sets import paired
@@ -52,6 +54,23 @@ def test_the_fewest_prompts_that_carry_a_difference_are_what_they_say(sign, mean
 
 def test_a_difference_that_every_prompt_has_outlives_leaving_any_out():
     assert prompts_to_lose([0.2] * 10, [f"p{k}" for k in range(10)]) == (None, "p0")
+
+
+@given(st.lists(st.sampled_from([-1.0, -0.5, 0.0, 0.5, 1.0, 3.0]), min_size=3, max_size=24))
+def test_leaving_prompts_out_ends_where_the_difference_is_lost_and_not_where_it_is_clear_the_other_way(gaps):
+    prompts = [str(k) for k in range(len(gaps))]
+
+    def low(left_out):
+        out = sorted(range(len(gaps)), key=lambda k: -gaps[k])[:left_out]
+        kept = [k for k in range(len(gaps)) if k not in out]
+        return mean_interval([gaps[k] for k in kept], [prompts[k] for k in kept]).ci95[0]
+
+    assume(low(0) > 0)
+    count, _ = prompts_to_lose(gaps, prompts)
+    if count is None:
+        assert low(len(gaps) - 2) > 0
+    else:
+        assert low(count - 1) > 0 >= low(count)
 
 
 def test_prompts_needed_follow_the_square_of_spread_over_difference():

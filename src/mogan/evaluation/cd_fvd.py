@@ -96,7 +96,10 @@ def cd_fvd(one_ND: np.ndarray, two_ND: np.ndarray) -> float:
 
 
 def noise_floor(features_ND: np.ndarray, seed: int = 0) -> float:
-    """Distance of one half of a set, ``(N, D)``, to its other half: a distance near it says nothing."""
+    """Distance of one half of a set, ``(N, D)``, to its other half.
+
+    A distance of two sets of half as many clips that is near it says nothing. Of more clips the bias is smaller.
+    """
     order = np.random.default_rng(seed).permutation(len(features_ND))
     half = len(order) // 2
     return cd_fvd(features_ND[order[:half]], features_ND[order[half : 2 * half]])

@@ -109,7 +109,7 @@ def _angle_histogram(vectors: np.ndarray) -> np.ndarray:
     size = np.minimum(np.hypot(vectors[..., 0], vectors[..., 1]), 255)
     weight = np.ceil(np.minimum(np.log2(size + 1), 8)) / 8
     angle = np.arctan2(vectors[..., 0], vectors[..., 1])
-    bins = np.floor((angle + np.pi) / (2 * np.pi) * 8).astype(int) % 8
+    bins = np.floor((angle + np.pi) / (2 * np.pi) * 8).astype(int).clip(0, 7)  # an angle of pi is in the last
     return np.stack([(weight * (bins == k)).sum(axis=(2, 4, 6)) for k in range(8)], -1)
 
 
@@ -141,6 +141,7 @@ def tap_vid(
     tracks_NF2: np.ndarray,
     occluded_NF: np.ndarray,
     *,
+    scored_NF: np.ndarray | None = None,
     notebook: tuple[int, int] | None = None,
 ) -> TapVid:
     """TAP-Vid's scores of tracks (x, y) in pixels of a 256 x 256 picture; thresholds 1, 2, 4, 8, 16, strict.
@@ -150,6 +151,8 @@ def tap_vid(
         true_occluded_NF: where they cannot be seen.
         tracks_NF2: where they are said to be.
         occluded_NF: where they are said to be hidden.
+        scored_NF: which frames of a track count; all, if None. TAP-Vid leaves out the frame that the track is asked for in, and of
+            its "first" mode those before, too.
         notebook: height and width of the source video: score as TRAJAN's notebook does, for comparison with numbers made
             by it. It takes distances in pixels of the source under the thresholds of 256, which judges a video of 480
             lines two to three times as strictly, and leaves frame 0 out instead of each track's query frame.
@@ -159,6 +162,9 @@ def tap_vid(
     if notebook is not None:
         scale = np.array([notebook[1], notebook[0]]) / 256
         true, tracks, visible, shown = true[:, 1:] * scale, tracks[:, 1:] * scale, visible[:, 1:], shown[:, 1:]
+    scored = np.ones_like(visible) if scored_NF is None else np.asarray(scored_NF, bool)[:, -visible.shape[1] :]
+    agree = float((visible == shown)[scored].mean())
+    visible, shown = visible & scored, shown & scored
     gap = np.linalg.norm(true - tracks, axis=-1)
     jaccards, within = [], []
     for threshold in (1, 2, 4, 8, 16):
@@ -167,7 +173,7 @@ def tap_vid(
         false = (shown & ~(visible & close)).sum()
         jaccards.append(hit / max(visible.sum() + false, 1))
         within.append((close & visible).sum() / max(visible.sum(), 1))
-    return TapVid(float(np.mean(jaccards)), float(np.mean(within)), float((visible == shown).mean()))
+    return TapVid(float(np.mean(jaccards)), float(np.mean(within)), agree)
 
 
 def trajan_occluded(visible_NF: np.ndarray, certain_NF: np.ndarray, *, notebook: bool = False) -> np.ndarray:

@@ -15,7 +15,6 @@ from mogan.evaluation import official
 from mogan.evaluation.clips import System, find_systems, read_folder, unshared_prompts
 from mogan.evaluation.kept import Kept, Record
 from mogan.evaluation.names import METRICS
-from mogan.evaluation.pairs import device_of
 from mogan.evaluation.provenance import how_measured, relative
 from mogan.evaluation.records import measure_share, measure_systems
 from mogan.evaluation.sets import column_of, set_metrics
@@ -99,7 +98,7 @@ def evaluate(
     results: dict[str, Any] = {"systems": {}}
     for system, clips in zip(systems, records, strict=True):
         metrics = _metrics(system, clips, target)
-        how = how_measured(system, clips, tools.how | about, device_of(tools.flow), out, real)
+        how = how_measured(system, clips, tools.how | about, out, real)
         how["warnings"] += about_reference(clips, target) if target is not None else []
         results["systems"][system.name] = {"metrics": metrics, "how": how, "clips": _told(system, clips, out)}
         if by_task := _by_task(system, clips):
@@ -164,7 +163,7 @@ def _by_task(system: System, clips: list[Record]) -> dict[str, dict[str, Any]]:
 def _told(system: System, clips: list[Record], out: Path) -> list[Record]:
     """Records as results have them: without features, with their files."""
     return [
-        {key: value for key, value in clip.items() if key not in ("features", "video_features")}
+        {key: value for key, value in clip.items() if key not in ("features", "video_features", "device", "torch")}
         | {"file": relative(entry.path, out)}
         for clip, entry in zip(clips, system.clips, strict=True)
     ]

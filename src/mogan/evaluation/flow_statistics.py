@@ -54,7 +54,8 @@ class CameraSplit:
 def camera_split(flow_2HW: np.ndarray, step: int = 8) -> CameraSplit:
     """Motion of the camera as the homography most of the picture follows (RANSAC), and the motion that is left.
 
-    A subject that fills the picture is taken for the camera.
+    A subject that fills the picture is taken for the camera. Where less than a third follows, or what follows would move a
+    pixel more than twice as far as any moves, there is no camera to be seen and its motion is 0.
     """
     _, h, w = flow_2HW.shape
     step = max(1, min(step, min(h, w) // 8))
@@ -63,12 +64,15 @@ def camera_split(flow_2HW: np.ndarray, step: int = 8) -> CameraSplit:
     there = here + flow_2HW[:, y, x].reshape(2, -1).T
     cv2.setRNGSeed(0)
     tolerance = max(0.25, min(h, w) / 480)
-    matrix, _ = cv2.findHomography(here, there, cv2.RANSAC, tolerance)
-    if matrix is None:
-        return CameraSplit(0.0, summarise(flow_2HW).mean, summarise(flow_2HW).top5)
+    matrix, follows = cv2.findHomography(here, there, cv2.RANSAC, tolerance)
+    nothing = CameraSplit(0.0, summarise(flow_2HW).mean, summarise(flow_2HW).top5)
+    if matrix is None or follows.mean() < 1 / 3:
+        return nothing
     ys, xs = np.mgrid[:h, :w].astype(np.float32)
     grid = np.stack([xs.ravel(), ys.ravel()], 1)[None]
     moved = cv2.perspectiveTransform(grid, matrix)[0].T.reshape(2, h, w) - np.stack([xs, ys])
+    if not np.hypot(*moved).max() <= 2 * np.hypot(*flow_2HW).max():
+        return nothing
     rest = summarise(flow_2HW - moved)
     return CameraSplit(float(np.hypot(*moved).mean()), rest.mean, rest.top5)
 

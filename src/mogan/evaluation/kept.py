@@ -9,7 +9,19 @@ from mogan.disk.files import from_json, writing
 from mogan.disk.locks import locked
 
 Record = dict[str, Any]
-NEEDED = {"sha256", "frames", "height", "width", "fps", "values", "pair_scores", "threshold", "features"}
+NEEDED = {
+    "sha256",
+    "frames",
+    "height",
+    "width",
+    "fps",
+    "values",
+    "pair_scores",
+    "threshold",
+    "features",
+    "device",
+    "torch",
+}
 
 MEASURED = ("values", "pair_scores", "features", "video_features")
 LARGEST = 1e30  # of a measured number: sums of such overflow, and none is near it
@@ -25,8 +37,9 @@ class Kept:
             for line in path.read_bytes().split(b"\n"):
                 try:
                     row = from_json(line)
-                    if NEEDED <= row["record"].keys() and all(map(_are_numbers, map(row["record"].get, MEASURED))):
-                        self._found[row["key"]] = row["record"]
+                    record = row["record"]
+                    if NEEDED <= record.keys() and all(map(_are_numbers, map(record.get, MEASURED))):
+                        self._found[row["key"]] = record
                 except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
                     continue
 

@@ -22,7 +22,7 @@ from mogan.evaluation.frames import Clip
 from mogan.evaluation.pairs import flow_of_pairs, neighbours
 from mogan.motion.flow import FlowEstimator
 
-VERSION = 2  # raise it when a number changes its meaning: cached values of another version are not used
+VERSION = 3  # raise it when a number changes its meaning: cached values of another version are not used
 
 FRAMES_AT_ONCE = 8
 

@@ -55,7 +55,9 @@ METRICS: dict[str, Metric] = {
         "Appearance distance", "", "lower", "Frechet distance of frame features to the reference"
     ),
     "cd_fvd": Metric("CD-FVD", "", "lower", "Frechet distance of VideoMAE features to the reference; falls with n"),
-    "cd_fvd_floor": Metric("CD-FVD, noise", "", None, "of one half of the reference to the other"),
+    "cd_fvd_floor": Metric(
+        "CD-FVD, noise", "", None, "of one half of the reference to the other: the bias of half as many clips"
+    ),
     "lab_speed": Metric("True speed", "px/frame", None, "tracked without flow: chord over a quarter second"),
     "lab_net": Metric("Net displacement", "px/frame", None, "of the tracked subject, last frame against first"),
     "lab_path": Metric("Path length", "px/frame", None, "of the tracked subject, frame by frame"),

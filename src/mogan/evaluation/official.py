@@ -75,7 +75,9 @@ def compare(python: str, system: System, result: dict[str, Any], out: Path) -> s
     dimensions = [name for name in QUALITY if any(name in clip["values"] for _, clip in pairs)]
     if not pairs or not dimensions:
         raise UserError(f"VBench reads .mp4 only and {system.name} has none: leave --compare-vbench out")
-    theirs = _run(python, [path for path, _ in pairs], dimensions, out.with_suffix(f".{system.name}.vbench.log"))
+    theirs = _run(
+        python, [path for path, _ in pairs], dimensions, out.with_suffix(f".{system.name.replace('/', '-')}.vbench.log")
+    )
     about: dict[str, Any] = {}
     for name in dimensions:
         rows = []

@@ -19,7 +19,6 @@ def how_measured(
     system: System,
     clips: list[dict[str, Any]],
     settings: dict[str, Any],
-    device: torch.device,
     out: Path,
     reference: System | None,
 ) -> dict[str, Any]:
@@ -37,15 +36,14 @@ def how_measured(
         "sampling": system.sampling[0] if len(system.sampling) == 1 else list(system.sampling),
         "seeds": sorted({clip["seed"] for clip in clips if clip["seed"] is not None}),
         "reference": {"folder": relative(reference.folder, out), "clips": len(reference.clips)} if reference else None,
-        "interval": f"95 % percentile cluster bootstrap over prompts, {RESAMPLES} resamples, seed {SEED}",
-        "device": torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else f"{device.type} ({platform.machine()})",
+        "interval": f"95 % percentile cluster bootstrap over prompts, {RESAMPLES} resamples, seed {SEED}; of distances to the reference "
+        f"{RESAMPLES // 4} (speeds) and {RESAMPLES // 20} (appearance), moved to where their median is the distance",
+        "device": _all_of(good, "device"),
         "packages": {
             name: importlib.metadata.version(name)
-            for name in ("mogan", "torch", "torchvision", "transformers", "numpy", "opencv-python-headless", "av")
+            for name in ("mogan", "torchvision", "transformers", "numpy", "opencv-python-headless", "av")
         }
-        | {"python": platform.python_version()},
+        | {"torch": _all_of(good, "torch"), "python": platform.python_version()},
         "failed": [
             {"file": printable(entry.path.name), "reason": clip["error"]}
             for entry, clip in zip(system.clips, clips, strict=True)
@@ -54,6 +52,16 @@ def how_measured(
         "missing": [printable(name) for name in system.missing],
     }
     return how | {"warnings": warnings_about(system, clips, how)}
+
+
+def device_name(device: torch.device) -> str:
+    """As results have it: the GPU's name, or the kind of processor."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} ({platform.machine()})"
+
+
+def _all_of(clips: list[dict[str, Any]], fact: str) -> str:
+    """What measured the clips: values that an earlier call or another machine kept are that one's."""
+    return ", ".join(sorted({str(clip[fact]) for clip in clips}))
 
 
 def relative(path: Path, out: Path) -> str:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
 from mogan.disk.locks import alone_at
@@ -17,6 +18,8 @@ from mogan.evaluation.following import follow_values
 from mogan.evaluation.frames import KEPT_BYTES, Clip
 from mogan.evaluation.kept import Kept, Record
 from mogan.evaluation.measure import measure
+from mogan.evaluation.pairs import device_of
+from mogan.evaluation.provenance import device_name
 from mogan.evaluation.tools import Tools, choose_flow, gather_tools
 from mogan.world.captions import parse_caption
 from mogan.world.instruments import read_instruments
@@ -91,6 +94,8 @@ def _measure_clip(entry: Entry, tools: Tools, kept: Kept) -> Record:
             "pair_scores": [_rounded(score) for score in found.pair_scores],
             "threshold": found.threshold,
             "features": list(found.features),
+            "device": device_name(device_of(tools.flow)),
+            "torch": torch.__version__,
         }
         if tools.video is not None and found.frames >= cd_fvd.FRAMES:
             seen = cd_fvd.clip_features(clip, found.frames, tools.video)

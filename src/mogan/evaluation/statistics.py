@@ -29,7 +29,8 @@ def mean_interval(values: Sequence[float], *factors: Sequence[Hashable]) -> Inte
     Args:
         values: one per clip; NaN ones are left out and not counted.
         factors: for every value, what it is clustered by: the prompt; with a second factor, such as the training seed,
-            both are resampled independently and their weights multiply (the pigeonhole bootstrap, Owen 2007).
+            both are resampled independently and their weights multiply (the pigeonhole bootstrap, Owen 2007). Without any
+            there is no interval.
 
     Returns:
         The mean, the 2.5 and 97.5 percentiles of 2000 resamples drawn with seed 0, and the count. No values give NaN.
@@ -80,11 +81,17 @@ def joint_draws(factors: Sequence[Sequence[Hashable]], resamples: int) -> np.nda
 
     None if a factor has a single level: nothing can be said of how its others would differ.
     """
+    draws = cluster_draws(factors, resamples)
+    return None if draws is None else reduce(np.multiply, draws)
+
+
+def cluster_draws(factors: Sequence[Sequence[Hashable]], resamples: int) -> list[np.ndarray] | None:
+    """The factors of :func:`joint_draws`, ``(resamples, N)`` each."""
     codes = [_codes(factor) for factor in factors]
     draws = _draws(codes, resamples)
     if draws is None:
         return None
-    return reduce(np.multiply, (draw[:, code].astype(int) for draw, code in zip(draws, codes, strict=True)))
+    return [draw[:, code].astype(int) for draw, code in zip(draws, codes, strict=True)]
 
 
 def wasserstein(one: Sequence[float] | np.ndarray, two: Sequence[float] | np.ndarray) -> float:
@@ -108,9 +115,13 @@ def _wasserstein(
 
 
 def _draws(codes: Sequence[np.ndarray], resamples: int) -> list[np.ndarray] | None:
-    """How often each cluster of each factor is drawn, ``(resamples, clusters)``; None if a factor has only one."""
+    """How often each cluster of each factor is drawn, ``(resamples, clusters)``; None if a factor has only one, or there is none."""
     counts = [int(code.max()) + 1 for code in codes]
-    return None if min(counts) < 2 else [_drawn(count, resamples, stream) for stream, count in enumerate(counts)]
+    return (
+        None
+        if min(counts, default=0) < 2
+        else [_drawn(count, resamples, stream) for stream, count in enumerate(counts)]
+    )
 
 
 @lru_cache(maxsize=128)

@@ -116,8 +116,7 @@ def _about_numbers(clips: list[dict[str, Any]], good: list[dict[str, Any]]) -> l
     seen = [clip["video_features"] for clip in good if "video_features" in clip]
     if seen and len(seen) < 2 * len(seen[0]):
         found.append(
-            f"CD-FVD of {len(seen)} clips on {len(seen[0])} features is mostly bias: compare it only with values of as many "
-            "clips, and with the noise beside it"
+            f"CD-FVD of {len(seen)} clips on {len(seen[0])} features is mostly bias: compare it only with values of as many clips"
         )
     lengths = {clip["frames"] for clip in good}
     if len(lengths) > 1 and any("subject_consistency" in clip["values"] for clip in good):

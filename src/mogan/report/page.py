@@ -231,13 +231,17 @@ def _prompts(results: list[Result]) -> dict[str, Any]:
     if not measured:
         return {}
     names = [n for n in SPEEDS if n in measured] + [n for n in measured if n not in SPEEDS]
+    by_prompt: dict[str, list[list[dict[str, Any]]]] = {}
+    for number, result in enumerate(results):
+        for clip in result.good:
+            by_prompt.setdefault(clip["prompt"], [[] for _ in results])[number].append(clip["values"])
     rows = []
-    for prompt in sorted({c["prompt"] for r in results for c in r.good}):
+    for prompt, of_results in sorted(by_prompt.items()):
         row: dict[str, list[float | None]] = {}
         for name in names:
             row[name] = []
-            for result in results:
-                values = [v for c in result.good if c["prompt"] == prompt and (v := c["values"].get(name)) is not None]
+            for found in of_results:
+                values = [v for all_of in found if (v := all_of.get(name)) is not None]
                 row[name].append(float(f"{sum(values) / len(values):.4g}") if values else None)
         rows.append({"prompt": prompt, "values": row})
     return {"rows": rows, "metrics": {n: METRICS[n].title for n in names}, "systems": [r.name for r in results]}

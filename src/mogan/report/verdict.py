@@ -166,12 +166,21 @@ def prompts_to_lose(gaps: Sequence[float], prompts: Sequence[str]) -> tuple[int 
     for gap, prompt in zip(gaps, prompts, strict=True):
         totals[prompt] = totals.get(prompt, 0.0) + sign * gap
     order = sorted(totals, key=lambda prompt: -totals[prompt])
-    for count in range(1, len(order) - 1):
+
+    def clear_without(count: int) -> bool:
         out = set(order[:count])
-        kept = [(gap, prompt) for gap, prompt in zip(gaps, prompts, strict=True) if prompt not in out]
-        if not _clear(mean_interval([gap for gap, _ in kept], [prompt for _, prompt in kept])):
-            return count, order[0]
-    return None, order[0]
+        kept = [(sign * gap, prompt) for gap, prompt in zip(gaps, prompts, strict=True) if prompt not in out]
+        ends = mean_interval([gap for gap, _ in kept], [prompt for _, prompt in kept]).ci95
+        return ends is not None and ends[0] > 0  # clear the other way is lost, too
+
+    clear, lost = (
+        0,
+        len(order) - 1,
+    )  # each prompt that is left out brings it nearer to zero: halving finds where it ends
+    while lost - clear > 1:
+        middle = (clear + lost) // 2
+        clear, lost = (middle, lost) if clear_without(middle) else (clear, middle)
+    return (lost, order[0]) if lost < len(order) - 1 else (None, order[0])
 
 
 def prompts_to_win(gaps: Sequence[float], prompts: Sequence[str]) -> int | None:

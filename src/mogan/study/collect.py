@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from mogan.evaluation.names import METRICS
-from mogan.evaluation.sets import column_of, deviations, paired, set_metrics
+from mogan.evaluation.sets import column_of, deviations, look_distance, paired, speed_distance
 from mogan.evaluation.statistics import Interval, mean_interval
 from mogan.evaluation.table import cell
 from mogan.study.columns import Column
@@ -55,7 +55,7 @@ def combine(
     per_seed = {}
     for seed in clips_of_seed:
         own = [clip for clip, of in zip(clips, seeds, strict=True) if of == seed]
-        found = _metrics(own, [seed] * len(own), rich, world)
+        found = _metrics(own, [seed] * len(own), rich, world, intervals=False)
         per_seed[seed] = {name: interval.mean for name, interval in found.items()}
     return {
         "about": column.about,
@@ -87,26 +87,27 @@ def _factors(prompts: Sequence[str], seeds: Sequence[str]) -> tuple[Sequence[str
     return (prompts, seeds) if len(set(seeds)) > 1 else (prompts,)
 
 
-def _metrics(clips: list[Record], seeds: Sequence[str], rich: list[Record], world: list[Record]) -> dict[str, Interval]:
-    factors = _factors([clip["prompt"] for clip in clips], seeds)
+def _metrics(
+    clips: list[Record], seeds: Sequence[str], rich: list[Record], world: list[Record], *, intervals: bool = True
+) -> dict[str, Interval]:
+    factors = _factors([clip["prompt"] for clip in clips], seeds) if intervals else ()
     found: dict[str, Interval] = {}
     for name in METRICS:
         values = column_of(clips, name)
         if any(map(math.isfinite, values)):
             found[name] = mean_interval(values, *factors)
-    to_rich = set_metrics(clips, rich, *factors)
-    to_world = set_metrics(clips, world, *factors)
-    if "appearance_distance" in to_world:
-        found["appearance_distance"] = to_world["appearance_distance"]  # the look is to stay the teacher's world's
-    if world and (variety := variety_of(clips, seeds, world)) is not None:
-        found["variety"] = variety
-    for name, distances in (("speed_to_rich", to_rich), ("speed_to_world", to_world)):
-        if "lab_speed_wasserstein" in distances:
-            found[name] = distances["lab_speed_wasserstein"]
-    return found
+    distances = {
+        "appearance_distance": look_distance(clips, world, *factors),  # the look is to stay the teacher's world's
+        "variety": variety_of(clips, seeds, world, intervals=intervals) if world else None,
+        "speed_to_rich": speed_distance(clips, rich, *factors),
+        "speed_to_world": speed_distance(clips, world, *factors),
+    }
+    return found | {name: distance for name, distance in distances.items() if distance}
 
 
-def variety_of(clips: list[Record], seeds: Sequence[str], world: list[Record]) -> Interval | None:
+def variety_of(
+    clips: list[Record], seeds: Sequence[str], world: list[Record], *, intervals: bool = True
+) -> Interval | None:
     """Mean distance between the looks of clips of one prompt and training seed, in the deviations of real ones; None of single clips.
 
     Looks are the 40 numbers of :func:`mogan.evaluation.appearance.frame_features`, per root of their number: real clips of
@@ -124,7 +125,7 @@ def variety_of(clips: list[Record], seeds: Sequence[str], world: list[Record]) -
     if not rows:
         return None
     values, prompts, of = zip(*rows, strict=True)
-    return mean_interval(values, *_factors(prompts, of))
+    return mean_interval(values, *(_factors(prompts, of) if intervals else ()))
 
 
 # ---------------------------------------------------------------------------------------------- bars
@@ -249,7 +250,8 @@ def markdown(title: str, results: dict[str, Any]) -> str:
     """The table, its bars and how it was made, as a page."""
     systems = results["systems"]
     names = [n for n in SHOWN if any(n in s["metrics"] for s in systems.values())]
-    lines = [f"# {title}", "", results["how"]["sentence"], "", "```", *_wrapped(results["how"]["command"]), "```", ""]
+    sentence = results["how"]["sentence"] + _about_seeds(systems)
+    lines = [f"# {title}", "", sentence, "", "```", *_wrapped(results["how"]["command"]), "```", ""]
     lines += ["| | " + " | ".join(systems) + " |", "|---" * (len(systems) + 1) + "|"]
     for name in names:
         cells = [cell(s["metrics"].get(name)) for s in systems.values()]
@@ -268,6 +270,17 @@ def markdown(title: str, results: dict[str, Any]) -> str:
             cells = [f"{means[n]:.3g}" if n in means else "-" for n in names]
             lines.append(f"| {name} | {seed} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
+
+
+def _about_seeds(systems: dict[str, Any]) -> str:
+    """What few training seeds mean for the intervals; "" where there are many, or one."""
+    seeds = max(len(system["per_seed"]) for system in systems.values())
+    if not 1 < seeds < 6:
+        return ""
+    return (
+        f" Intervals over {seeds} seeds reach no farther than the seeds: where seeds differ more than prompts do, they cover less "
+        "than 95 %."
+    )
 
 
 def _wrapped(command: str, width: int = 116) -> list[str]:

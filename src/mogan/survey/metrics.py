@@ -55,7 +55,8 @@ def agreement(votes: list[Vote], values: Values, question: str, seed: int) -> li
         for vote in votes
         if vote.kind == "pair" and vote.answers[question] != "tie" and (found := _values_of(vote, values))
     ]
-    rows = []
+    rows: list[dict[str, Any]] = []
+    drawn_for: tuple[list[Vote], np.ndarray] | None = None  # most metrics know all clips: votes, and their weights
     for name, metric in METRICS.items():
         kept = [
             (vote, a - b)
@@ -67,8 +68,11 @@ def agreement(votes: list[Vote], values: Values, question: str, seed: int) -> li
         way = -1 if metric.better == "lower" else 1
         sides = np.array([CODE[vote.answers[question]] for vote, _ in kept])
         hits = (1 + sides * np.sign([way * gap for _, gap in kept])) / 2
-        prompts, raters = (np.array(names) for names in zip(*((v.item.prompt, v.rater) for v, _ in kept), strict=True))
-        weights = st.bootstrap_weights(prompts, raters, DRAWS, np.random.default_rng([seed, 3]))
+        of = [vote for vote, _ in kept]
+        prompts, raters = np.array([v.item.prompt for v in of]), np.array([v.rater for v in of])
+        if drawn_for is None or drawn_for[0] != of:
+            drawn_for = of, st.bootstrap_weights(prompts, raters, DRAWS, np.random.default_rng([seed, 3]))
+        weights = drawn_for[1]
         total = weights.sum(1)
         drawn = (weights @ hits)[total > 0] / total[total > 0]
         rows.append(
