@@ -85,6 +85,29 @@ def test_controls_of_files_are_encoded_beside_their_clips_and_only_once(videos, 
     assert "was made with controls files, not edges" in capsys.readouterr().err
 
 
+def test_controls_left_out_of_a_later_call_are_refused(videos, vace, tmp_path, capsys):
+    assert prepare(videos, vace, tmp_path / "cache", "--controls", "edges") == 0
+    marks = [entry["control"] for entry in open_cache(tmp_path / "cache").entries]
+    assert prepare(videos, vace, tmp_path / "cache") == 2
+    assert "was made with controls edges, not None" in capsys.readouterr().err
+    assert [entry["control"] for entry in open_cache(tmp_path / "cache").entries] == marks
+
+
+def test_controls_and_pictures_may_be_called_in_capitals(videos, vace, tmp_path):
+    for folder, suffix in (("shown", ".mp4"), ("pictures", ".png")):
+        for path in (tmp_path / folder / "sub").glob(f"*{suffix}"):
+            path.rename(path.with_suffix(suffix.upper()))
+    more = ["--controls", tmp_path / "shown", "--references", tmp_path / "pictures"]
+    assert prepare(videos, vace, tmp_path / "cache", *more) == 0
+    assert open_cache(tmp_path / "cache").references == 2
+
+
+def test_two_videos_do_not_share_a_control(videos, vace, tmp_path, capsys):
+    shutil.copy(videos / "sub" / "0.mp4", videos / "sub" / "0.mov")
+    assert prepare(videos, vace, tmp_path / "cache", "--controls", tmp_path / "shown") == 2
+    assert "two videos are called sub/0, and would have one control" in capsys.readouterr().err
+
+
 def test_a_mask_alone_keeps_the_clip_but_for_what_is_to_be_made(videos, vace, tmp_path):
     assert prepare(videos, vace, tmp_path / "cache", "--controls", tmp_path / "masks") == 0
     cache = open_cache(tmp_path / "cache")

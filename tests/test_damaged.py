@@ -4,12 +4,14 @@ traceback, and never taken for something else."""
 import json
 import os
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 
+import tiny_recipes
 from mogan.cli import main
 from mogan.data.cache import open_cache, save_latent
 from mogan.data.video import write_video
@@ -21,7 +23,7 @@ from mogan.models.wan import Geometry, fit_latents
 from mogan.motion.estimators import load_flow
 from mogan.motion.flow import read_raft_config
 from mogan.report.sources import distinct_names
-from mogan.runs.checkpoint import SUMS, broken_checkpoints, checkpoints, student_checkpoint
+from mogan.runs.checkpoint import SUMS, _kept, broken_checkpoints, checkpoints, student_checkpoint
 from mogan.runs.identity import check_same_parts, read_config
 from mogan.runs.watch import read_records
 from mogan.sampling.samplers import clips_of
@@ -271,6 +273,18 @@ def test_a_users_copy_of_a_checkpoint_is_neither_used_nor_removed(tmp_path):
     assert [path.name for path in checkpoints(tmp_path)] == ["000002", "999999", "1000000"]
     assert student_checkpoint(tmp_path).name == "1000000"
     assert [path.name for path in broken_checkpoints(tmp_path)] == ["1000001"]
+
+
+@pytest.mark.parametrize("keep", [1, 2, 3, 4, 8])
+def test_as_many_checkpoints_are_kept_as_the_recipe_says(keep, tmp_path):
+    config = replace(tiny_recipes.dmd(), keep=keep, save_every=1)
+    for iteration in range(1, 13):
+        made = tmp_path / "checkpoints" / f"{iteration:06d}"
+        made.mkdir(parents=True)
+        (made / "config.json").write_text("{}")
+        for old in set(checkpoints(tmp_path)) - _kept(tmp_path, config):
+            shutil.rmtree(old)
+        assert [int(path.name) for path in checkpoints(tmp_path)] == list(range(1, iteration + 1))[-keep:]
 
 
 # ---------------------------------------------------------------------------------------------- what was measured

@@ -27,7 +27,7 @@ from mogan.data.clips import clips_of, motion_of, shots
 from mogan.data.listing import Source, scan
 from mogan.data.prepare_clips import prepare_clips
 from mogan.data.prepare_prompts import prepare_prompts
-from mogan.data.video import Frame, write_video
+from mogan.data.video import Frame, read_frames, write_video
 from mogan.errors import UserError
 from mogan.models.discriminator import PROMPT
 from mogan.world import scenes as world
@@ -209,6 +209,17 @@ def test_a_burst_of_quick_motion_is_no_cut():
     assert starts(frames_of(clip)) == [0]
 
 
+@pytest.mark.parametrize("times", [2, 3, 4])
+def test_frames_that_a_slow_video_repeats_make_no_cuts(times):
+    """Differences of nothing between them would make every other seem large."""
+    offsets = np.cumsum([0] + [3, 5, 8, 5, 3, 6, 9, 7] * 4)
+    picture = textured(4, 2, width=320)[0]
+    moving, other = [picture[:, o : o + 64] for o in offsets], list(textured(5, 12))
+    assert starts([Frame(i, i / 16, image) for i, image in enumerate(moving)]) == [0]
+    shown = [image for image in (*moving, *other) for _ in range(times)]
+    assert starts([Frame(i, i / 16, image) for i, image in enumerate(shown)]) == [0, times * len(moving)]
+
+
 def test_clips_never_cross_a_cut_and_short_shots_are_reported():
     parts = clips_of(frames_of(textured(0, 20), textured(1, 5), textured(2, 9)), 9)
     found = [(type(p).__name__, p.start) for p in parts]
@@ -336,6 +347,7 @@ def test_clips_of_another_reader_are_encoded_anew():
     ids = [entries_of([source], [{"sha": "1", "reader": reader, "clips": [clip]}])[0]["id"] for reader in (1, 2, 3, 4)]
     assert ids[0] == ids[1]  # these wrote what is out there, where ids say nothing of a reader
     assert len(set(ids)) == 3
+    assert [len(clip_id.split("-")[-2]) for clip_id in ids] == [8, 8, 16, 16]
 
 
 def test_a_changed_video_is_measured_and_encoded_again(tmp_path):
@@ -349,6 +361,28 @@ def test_a_changed_video_is_measured_and_encoded_again(tmp_path):
     assert before["id"] != after["id"]
     os.utime(tmp_path / "v/a.mp4")  # touched, not changed
     assert run(tmp_path / "v", tmp_path / "c").encoded == 0
+
+
+def test_touched_videos_are_measured_as_they_were_by_shards_too(tmp_path, capsys):
+    for name in ("a", "b"):
+        write_video(tmp_path / "v" / f"{name}.mp4", textured(ord(name), 9), 16)
+    words = {"motion_quantile": 0.5, "shard": "0/1"}
+    run(tmp_path / "v", tmp_path / "c", **words)
+    for name in ("a", "b"):
+        os.utime(tmp_path / "v" / f"{name}.mp4")
+    capsys.readouterr()
+    run(tmp_path / "v", tmp_path / "c", **words)
+    assert "not yet" not in capsys.readouterr().out
+
+
+def test_a_video_too_oblong_to_be_scaled_does_not_stop_the_others(tmp_path):
+    (tmp_path / "v").mkdir()
+    write_video(tmp_path / "v/a.mp4", textured(0, 9), 16)
+    shape = {"height": 480, "width": 832, "frames": 9, "fps": 16}
+    tall = np.zeros((9, 16384, 16, 3), np.uint8)
+    write_video(tmp_path / "v/b.mkv", tall, 16)
+    with pytest.raises(UserError, match="16 x 16384 cannot be scaled"):
+        next(read_frames(tmp_path / "v/b.mkv", size=(shape["height"], shape["width"])))
 
 
 def test_files_of_one_name_in_two_folders_and_unicode_names_stay_apart(tmp_path):

@@ -46,6 +46,7 @@ def test_prompts_are_read_from_every_kind_of_file(tmp_path, name, content, found
         ("p.json", b"7", r"p\.json is not a list"),
         ("p.json", b'[{"other": "x"}]', "holds no prompts"),
         ("p.txt", b"\xff\xfe\x00", "line 1 is not UTF-16 text"),
+        ("metadata.csv", b"caption\nfoo\rbar\n", r"metadata\.csv line 2 holds a carriage return"),
         (None, b"", r"is not there: give a \.txt file"),
     ],
 )
@@ -136,6 +137,10 @@ def test_one_folder_holds_one_way_of_sampling(tmp_path):
         refuse_others(tmp_path, {"a-0.mp4": there}, [there | {"seed": 5}])
     with pytest.raises(UserError, match=r"with sigmas \[1.0, 0.5\], not None"):
         refuse_others(tmp_path, {"a-0.mp4": there}, [{k: v for k, v in there.items() if k != "sigmas"}])
+    told = there | {"precision": "float32"}
+    refuse_others(tmp_path, {"a-0.mp4": there}, [told])  # an older list does not say
+    with pytest.raises(UserError, match="with precision 'float32', not 'bfloat16'"):
+        refuse_others(tmp_path, {"a-0.mp4": told}, [there | {"precision": "bfloat16"}])
     for more in ({"flowmo": True}, {"solver": "euler"}, {"motion": "m", "motion_ratio": 0.5}):
         with pytest.raises(UserError, match=f"with {next(iter(more))} "):
             refuse_others(tmp_path, {"a-0.mp4": there}, [there | more])

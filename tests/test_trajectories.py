@@ -20,8 +20,9 @@ from mogan.training.assemble import assemble
 from mogan.training.loop import run_training
 
 RECORDED = Path(__file__).parent / "trajectories.json"
-# vector widths alone change these numbers by up to 4e-3: the second step divides by the first gradient
-TOLERANCE = 1e-2
+# vector widths alone change these numbers by up to 4e-3: the second step divides by the first gradient. With adapters, one of whose
+# factors starts at zero, by up to 2e-2
+TOLERANCE, OF_ADAPTERS = 1e-2, 4e-2
 
 
 def together() -> Config:
@@ -91,8 +92,9 @@ def test_a_recipe_trains_as_it_did_when_it_was_recorded(recipe, family, cache, p
         RECORDED.write_text("{\n" + ",\n".join(lines) + "\n}\n")
     recorded = recorded[recipe]
     assert [s[0] for s in steps] == [s[0] for s in recorded]
+    allowed = OF_ADAPTERS if config.lora else TOLERANCE
     for number, (step, was) in enumerate(zip(steps, recorded, strict=True)):
-        assert step[1:] == pytest.approx(was[1:], rel=TOLERANCE, abs=1e-7), f"step {number}, {step[0]}"
+        assert step[1:] == pytest.approx(was[1:], rel=allowed, abs=1e-7), f"step {number}, {step[0]}"
 
 
 def test_every_lab_recipe_is_recorded():

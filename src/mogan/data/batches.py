@@ -93,7 +93,7 @@ def draw_batch(
         want: any of "latent" and "observation", or "path"; text always comes.
         observation: reads that of a clip and a start, where it is there; if one is not, the batch has none.
         starts: where a window may start, latent frames; one is drawn, the same for all ranks.
-        prompts: where the text comes from, if not from the clips' captions: in a random order of its own.
+        prompts: where the text comes from, if not from the clips' captions: in a random order, that of clips if they are as many.
         levels: at which trajectories are read.
         controls: those of the clips whose captions are the text come too.
         given: or so many of their first latent frames.

@@ -90,26 +90,34 @@ def make_clip(frames: list[Frame]) -> Clip:
 
 
 def shots(frames: Iterable[Frame]) -> Iterator[tuple[Frame, bool]]:
-    """Every frame, and whether a shot starts with it; at most ``CUT_RADIUS + 3`` frames are held at a time."""
-    waiting: deque[Frame] = deque()
+    """Every frame, and whether a shot starts with it; at most ``CUT_RADIUS + 3`` pictures are held at a time.
+
+    A frame that repeats the one before starts none, and its difference of nothing does not make others seem large.
+    """
+    waiting: deque[tuple[Frame, int | None]] = deque()  # with the pair that it ends; None: it repeats
+    last: np.ndarray | None = None
     thumbs: deque[np.ndarray] = deque(maxlen=3)
     scores: list[float] = []  # scores[i] belongs to the pair (i, i + 1)
-    decided = 0
     for frame in frames:
-        thumbs.append(_thumbnail(frame.image_HWC))
+        if frame.image_HWC is last:
+            waiting.append((frame, None))
+            continue
+        last = frame.image_HWC
+        thumbs.append(_thumbnail(last))
         if len(thumbs) == 1:
             yield frame, True
             continue
-        waiting.append(frame)
+        waiting.append((frame, len(scores)))
         scores.append(_difference(thumbs[-2], thumbs[-1]))
         if len(thumbs) == 3:
             _settle(scores, *thumbs)
-        while decided + CUT_RADIUS + 1 < len(scores):  # the newest score may still change
-            yield waiting.popleft(), _is_cut(scores, decided)
-            decided += 1
-    while waiting:
-        yield waiting.popleft(), _is_cut(scores, decided)
-        decided += 1
+        while waiting[0][1] is None or waiting[0][1] + CUT_RADIUS + 1 < len(
+            scores
+        ):  # the newest score may still change
+            first, pair = waiting.popleft()
+            yield first, pair is not None and _is_cut(scores, pair)
+    for frame, pair in waiting:
+        yield frame, pair is not None and _is_cut(scores, pair)
 
 
 def _settle(scores: list[float], before: np.ndarray, middle: np.ndarray, after: np.ndarray) -> None:

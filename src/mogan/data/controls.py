@@ -7,7 +7,8 @@ way. However they come, a control is frames and a mask of what is to be made; se
 import hashlib
 import json
 import zlib
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import count
@@ -185,6 +186,9 @@ class Show:
         if len(numbers) > 1:
             told = " and ".join(f"{printable(source.name)} has {n}" for n, source in sorted(numbers.items()))
             raise UserError(f"{self.references}: every video takes the same number of reference pictures; {told}")
+        stems = Counter(_beside(Path(), source) for source in sources if self.folder is not None)
+        if twice := next((stem for stem, number in stems.items() if number > 1), None):
+            raise UserError(f"two videos are called {printable(str(twice))}, and would have one control: rename one")
         for source in sources:
             if self.folder is not None and not any(self.files_of(source)):
                 raise UserError(
@@ -203,23 +207,16 @@ class Show:
         """The control video of a source, and its mask."""
         assert self.folder is not None
         stem = _beside(self.folder, source)
-        return tuple(  # type: ignore[return-value]
-            next((p for suffix in SUFFIXES if (p := Path(f"{stem}{part}{suffix}")).is_file()), None)
-            for part in ("", ".mask")
-        )
+        return _called(stem, "", SUFFIXES), _called(stem, ".mask", SUFFIXES)
 
     def pictures_of(self, source: Source) -> list[Path]:
         """The reference pictures of a source, in order."""
         if self.references is None:
             return []
         stem = _beside(self.references, source)
-
-        def named(part: str) -> Path | None:
-            return next((p for suffix in PICTURES if (p := Path(f"{stem}{part}{suffix}")).is_file()), None)
-
-        found = [named("")]
+        found = [_called(stem, "", PICTURES)]
         for number in count(1):
-            found.append(named(f".{number}"))
+            found.append(_called(stem, f".{number}", PICTURES))
             if found[-1] is None:
                 return [path for path in found if path is not None]
         raise AssertionError
@@ -234,6 +231,12 @@ class Show:
 def _beside(folder: Path, source: Source) -> Path:
     """Where a file of the same name lies, without its suffix."""
     return (folder / (source.path.name if source.outside else source.name)).with_suffix("")
+
+
+def _called(stem: Path, part: str, suffixes: Sequence[str]) -> Path | None:
+    """The file of that stem and part whose suffix is one of these, in small letters or capitals."""
+    names = (f"{stem}{part}{case}" for suffix in suffixes for case in (suffix, suffix.upper()))
+    return next((path for name in names if (path := Path(name)).is_file()), None)
 
 
 def encode_controls(

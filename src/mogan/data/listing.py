@@ -87,7 +87,9 @@ def _source(here: "Folder", file: File, caption: str | None, default: str | None
     caption = caption or (default and default.strip())
     if caption is None and problem is None and not uncaptioned:
         problem = (
-            "no caption: add a row to metadata.jsonl, a .txt file, or give --caption, or --uncaptioned for motion alone"
+            "no caption: add "
+            + ("" if here.only else "a row to metadata.jsonl, ")
+            + "a .txt file, or give --caption, or --uncaptioned for motion alone"
         )
     return Source(file.path, file.name, caption, problem, file.outside)
 
@@ -102,8 +104,9 @@ class Folder:
     """
 
     def __init__(self, path: Path, only: str | None = None):
-        self.path = Path(os.path.abspath(path))
+        self.path, self.only = Path(os.path.abspath(path)), only
         self.lists: list[Path] = []
+        self._lists_in: dict[Path, list[Path]] = defaultdict(list)
         self.videos: dict[str, File] = {}
         self._texts: dict[str, Path] = {}  # by name without suffix, in one Unicode form
         self._files: dict[Identity, File] = {}
@@ -149,6 +152,7 @@ class Folder:
             self._texts.setdefault(_form(name[: -len(suffix)]), path)
         elif path.name.lower() in METADATA:
             self.lists.append(path)
+            self._lists_in[path.parent].append(path)
         elif suffix in SUFFIXES:
             problem, identity = _look(path)
             file = File(path, name, problem)
@@ -197,7 +201,7 @@ class Folder:
         Raises:
             UserError: there are two.
         """
-        lists = [path for path in self.lists if path.parent == folder]
+        lists = self._lists_in.get(folder, [])
         if len(lists) > 1:
             raise UserError(f"{folder} holds both {lists[0].name} and {lists[1].name}: keep one")
         return lists[0] if lists else None

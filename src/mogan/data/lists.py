@@ -262,7 +262,7 @@ def _table(path: Path, text: str, needed: Sequence[str]) -> Iterator[tuple[str, 
 
 def _cells(path: Path, text: str, delimiter: str) -> Iterator[tuple[int, list[str]]]:
     """Lines of a table with the number of the line where each begins; empty ones are left out."""
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    reader = csv.reader(io.StringIO(text, newline="\n"), delimiter=delimiter, strict=True)
     while True:
         line = reader.line_num + 1
         try:
@@ -270,6 +270,10 @@ def _cells(path: Path, text: str, delimiter: str) -> Iterator[tuple[int, list[st
         except StopIteration:
             return
         except csv.Error as error:
+            if "new-line" in str(error):
+                raise UserError(
+                    f"{path} line {line} holds a carriage return: end lines with line feeds, and put it into quotes"
+                ) from error
             raise UserError(
                 f'{path} line {line} is no row of a table ({error}): put "double quotes" around whole fields, and two for '
                 "one inside them"

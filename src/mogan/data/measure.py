@@ -23,7 +23,7 @@ from mogan.motion.flow import FlowEstimator
 
 RENEW = 16  # clips of one file after which its unfinished record is written
 
-READER = 2  # raise it when the same file gives other clips: records of another reader are not used
+READER = 3  # raise it when the same file gives other clips: records of another reader are not used
 EMPTY: dict[str, Any] = {"reader": READER, "done": False, "error": None, "clips": [], "short": [], "held": []}
 
 
@@ -117,7 +117,10 @@ def _record(out: Path, source: Source) -> dict:
     """
     try:
         stamp, old = _stamp(source), _stored(out, source)
-        if old is not None and (stamp.items() <= old.items() or old["sha"] == file_sha(source.path)):
+        if old is not None and stamp.items() <= old.items():
+            return old
+        if old is not None and old["sha"] == file_sha(source.path):  # copied, or touched
+            _write_record(out, old | stamp)
             return old | stamp
     except OSError as error:
         return _unreadable(source, error)

@@ -135,11 +135,12 @@ def timing(path: Path) -> Timing:
     with opened(path) as (container, stream):
         tag = tagged_rate(stream)
         try:
-            packets = [p for p in islice(container.demux(stream), STAMPS) if p.pts is not None and not p.is_discard]
+            packets = islice(container.demux(stream), STAMPS)  # as numbers: of raw video each holds a picture
+            times = [float(p.pts * p.time_base) for p in packets if p.pts is not None and not p.is_discard]
         except (av.FFmpegError, OSError, ValueError):  # decoding will say what is wrong
-            packets = []
-        stamps = sorted({float(p.pts * p.time_base) for p in packets})
-    if len(packets) > STAMPS // 2:
+            times = []
+        stamps = sorted(set(times))
+    if len(times) > STAMPS // 2:
         stamps = stamps[:-32]  # pictures shown before these may come later
     steps = np.array([after - before for before, after in pairwise(stamps)])
     near = steps[steps <= HELD_S]
@@ -258,7 +259,20 @@ def picture(reformatter: VideoReformatter, shown: Shown, size: tuple[int, int] |
     """uint8 ``(H, W, 3)``, upright, with square pixels; with ``size`` scaled by area to cover it, its centre cut out.
 
     Without ``size`` a picture of square pixels is only converted, with FFmpeg's default rounding, which is OpenCV's.
+
+    Raises:
+        UserError: FFmpeg refuses: what is scaled to cover the size would be too large.
     """
+    try:
+        return _picture(reformatter, shown, size)
+    except (av.FFmpegError, ValueError) as error:
+        wide, tall = shown.frame.width, shown.frame.height
+        raise UserError(
+            f"a picture of {wide} x {tall} cannot be scaled ({_reason(error)}): leave the video out"
+        ) from error
+
+
+def _picture(reformatter: VideoReformatter, shown: Shown, size: tuple[int, int] | None) -> np.ndarray:
     frame, aspect = _opaque(shown.frame), shown.aspect
     colours: dict[str, Any] = {"format": "rgb24", "threads": 1}
     if frame.color_trc in _HDR_CURVES:

@@ -82,7 +82,7 @@ def _kept(run: Path, config: Config) -> set[Path]:
     """The newest checkpoint, before it those that the recipe's ``save_every`` made, sooner than others, and the best student's."""
     *before, newest = checkpoints(run)
     before.sort(key=lambda path: (int(path.name) % config.save_every == 0, int(path.name)))
-    return {newest, student_checkpoint(run), *before[len(before) + 1 - config.keep :]}
+    return {newest, student_checkpoint(run), *before[max(0, len(before) + 1 - config.keep) :]}
 
 
 def _reason(error: CheckpointException) -> BaseException:

@@ -128,12 +128,13 @@ def sample(
     how |= {"controls": str(controls)} if controls else {"controls": "of its task"} if under_tasks else {}
     how |= {} if states.known(state, source.states, "--state") is None else {"state": state}
     starts = clip_of_prompts(first_frames, lines[:limit]) if first_frames else None
+    dtype = wan.dtype_of(precision, target, few_steps=few_steps)
     about_all = {"system": out.resolve().name, "fps": source.geometry.fps, **how, "weights": source.mark()}
-    about_all["prompts_sha256"] = list_sha
+    about_all |= {"prompts_sha256": list_sha, "precision": str(dtype).removeprefix("torch.")}
     size = batch or clips_at_once(source.geometry)
 
     def maker(todo: list[str]) -> Callable[[list[Job]], list[Iterator[np.ndarray]]]:
-        return _maker(source, as_teacher, guided, starts, todo, target, precision, shown, state)
+        return _maker(source, as_teacher, guided, starts, todo, target, dtype, shown, state)
 
     writable_folder(out)
     with alone_in(out, shard):
@@ -252,7 +253,7 @@ def _maker(
     starts: dict[str, Path] | None,
     prompts: list[str],
     device: torch.device,
-    precision: str,
+    dtype: torch.dtype,
     shown: Cache | None,
     state: str | None,
 ) -> Callable[[list[Job]], list[Iterator[np.ndarray]]]:
@@ -266,7 +267,6 @@ def _maker(
     def stacked(*prompts: str, told_state: str | None = None) -> Tensor:
         return attention.stack_text([states.told(text_of[prompt], told_state, names) for prompt in prompts], device)
 
-    dtype = wan.dtype_of(precision, device, few_steps=teacher is None)
     vae = wan.load_vae(source.folder, dtype).to(device)
     denoiser = source.load(dtype).to(device).eval()
     shape, levels = wan.latent_shape(source.folder, source.geometry), source.sigmas or ()

@@ -12,11 +12,12 @@ from mogan.errors import UserError
 NAME = "samples.jsonl"
 Record = dict[str, Any]
 ALIKE = (  # in all clips of a folder
-    "fps", "sigmas", "steps", "guidance", "shift", "negative_prompt", "solver", "flowmo", "motion", "motion_ratio", "causal",
+    "fps", "precision", "sigmas", "steps", "guidance", "shift", "negative_prompt", "solver", "flowmo", "motion", "motion_ratio", "causal",
 )  # fmt: skip
 HOW = ("first_frames", "controls", "state", *ALIKE[1:])
 WAY = ("prompt", "index", "seed", "task", "kind", "control", "mask", "clip", "references", "fps", *HOW)
 UNSAID = {"negative_prompt": ""}  # what lists mean that were written before it was noted
+UNKNOWN = ("precision",)  # what they may have been, for all that they say
 
 
 def append_samples(folder: Path, records: Iterable[Record]) -> None:
@@ -69,7 +70,7 @@ def refuse_others(folder: Path, listed: dict[str, Record], wanted: Sequence[Reco
         record = own.get(file, wanted[0])
         for key in WAY if file in own else ALIKE:
             before, now = (one.get(key, UNSAID.get(key)) for one in (there, record))
-            if before != now:
+            if before != now and not (key in UNKNOWN and before is None):
                 raise UserError(f"{folder} lists {file[:60]} with {key} {before!r}, not {now!r}: {change}")
         if there.get("weights", record.get("weights")) != record.get("weights"):
             raise UserError(f"{folder} lists {file[:60]}, made by a model with other weights: {change}")

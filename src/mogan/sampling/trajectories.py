@@ -86,7 +86,9 @@ def trajectories(
     wan.refuse_controls(source.folder, "a store of paths keeps none")
     own: dict[str, Any] = {"steps": steps, "guidance": guidance, "shift": shift, "negative_prompt": negative_prompt}
     how = replace(wan.defaults(source.folder), **{name: value for name, value in own.items() if value is not None})
+    dtype = wan.dtype_of(precision, target)
     facts = {"model": model, **_facts(source, how, kept_of(keep, how.steps)), "prompts_sha256": fingerprint(lines)}
+    facts["precision"] = str(dtype).removeprefix("torch.")
     # in the order of their text: equal lists in another order are the same store
     words = [prompt for prompt in sorted(lines) for _ in range(seeds)]
     entries: list[dict] = [
@@ -98,7 +100,6 @@ def trajectories(
     with alone_in(out, shard), claimed_by_work_alone(out, shard):
         claim(out, facts)
         _encode(out, source.folder, [entry["caption"] for entry in mine] + ["", how.negative_prompt], target)
-        dtype = wan.dtype_of(precision, target)
         _fill(data.Cache(out, facts, mine), source, dtype, target, batch or clips_at_once(source.geometry))
         lacking = sum(not path_file(out, entry["id"]).is_file() for entry in entries)
         if not lacking:

@@ -250,8 +250,17 @@ def markdown(title: str, results: dict[str, Any]) -> str:
     """The table, its bars and how it was made, as a page."""
     systems = results["systems"]
     names = [n for n in SHOWN if any(n in s["metrics"] for s in systems.values())]
-    sentence = results["how"]["sentence"] + _about_seeds(systems)
-    lines = [f"# {title}", "", sentence, "", "```", *_wrapped(results["how"]["command"]), "```", ""]
+    lines = [
+        f"# {title}",
+        "",
+        results["how"]["sentence"],
+        *_about_seeds(systems),
+        "",
+        "```",
+        *_wrapped(results["how"]["command"]),
+        "```",
+        "",
+    ]
     lines += ["| | " + " | ".join(systems) + " |", "|---" * (len(systems) + 1) + "|"]
     for name in names:
         cells = [cell(s["metrics"].get(name)) for s in systems.values()]
@@ -272,15 +281,15 @@ def markdown(title: str, results: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _about_seeds(systems: dict[str, Any]) -> str:
-    """What few training seeds mean for the intervals; "" where there are many, or one."""
+def _about_seeds(systems: dict[str, Any]) -> list[str]:
+    """What few training seeds mean for the intervals, as a paragraph; none where there are many, or one."""
     seeds = max(len(system["per_seed"]) for system in systems.values())
     if not 1 < seeds < 6:
-        return ""
-    return (
-        f" Intervals over {seeds} seeds reach no farther than the seeds: where seeds differ more than prompts do, they cover less "
-        "than 95 %."
-    )
+        return []
+    return [
+        "",
+        f"Intervals over {seeds} seeds reach no farther than the seeds: where seeds differ more than prompts do, they cover less than 95 %.",
+    ]
 
 
 def _wrapped(command: str, width: int = 116) -> list[str]:
