@@ -81,7 +81,20 @@ def _points(axis: Any, systems: dict[str, Any], looks: list[dict[str, Any]]) -> 
         title="one point per training seed" + "; hollow: first frame given" * hollow,
     )
     axis.margins(x=0.16, y=0.08)  # room for the name of the last point
+    heights = [height for line in axis.lines for height in line.get_ydata()]
+    if heights and max(heights) > 4 * min(heights) > 0:  # one system far off would squeeze all others together
+        _in_ratios(axis)
     return named
+
+
+def _in_ratios(axis: Any) -> None:
+    """A logarithmic axis with plain numbers."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    axis.set_yscale("log")
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 1.4, 2, 3, 4, 5, 7)))
+    axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.yaxis.set_minor_locator(NullLocator())
 
 
 def _intervals(panel: Any, metric: str, systems: list[dict[str, Any]], looks: list[dict[str, Any]]) -> None:
