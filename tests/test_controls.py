@@ -89,7 +89,7 @@ def test_controls_left_out_of_a_later_call_are_refused(videos, vace, tmp_path, c
     assert prepare(videos, vace, tmp_path / "cache", "--controls", "edges") == 0
     marks = [entry["control"] for entry in open_cache(tmp_path / "cache").entries]
     assert prepare(videos, vace, tmp_path / "cache") == 2
-    assert "was made with controls edges, not None" in capsys.readouterr().err
+    assert "was made with controls edges, not none" in capsys.readouterr().err
     assert [entry["control"] for entry in open_cache(tmp_path / "cache").entries] == marks
 
 

@@ -3,6 +3,7 @@
 import runpy
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -125,6 +126,15 @@ def test_flow_that_nothing_follows_has_no_camera(seed):
     field = np.random.default_rng(seed).normal(scale=10, size=(2, 64, 64)).astype(np.float32)
     found, whole = camera_split(field), summarise(field)
     assert (found.camera, found.rest, found.rest_top5) == (0, whole.mean, whole.top5)
+
+
+@pytest.mark.parametrize("error", [0.25, 0.6, 1.5])
+def test_a_pan_is_the_camera_with_errors_of_flow_too(error):
+    """RANSAC's own tolerance, under a pixel, would find too few that follow."""
+    rng = np.random.default_rng(0)
+    smooth = np.stack([cv2.GaussianBlur(rng.normal(size=(256, 448)), (0, 0), 8) for _ in range(2)])
+    field = constant(11.0, -5.7, 256, 448) + (error * smooth / smooth.std()).astype(np.float32)
+    assert camera_split(field).camera == pytest.approx(12.4, rel=0.25)
 
 
 def test_a_zoom_is_the_camera():

@@ -186,14 +186,19 @@ def test_the_stock_pipeline_samples_the_export_with_the_same_experts_and_latents
 
 def test_a_level_on_the_boundary_has_the_same_expert_in_a_stock_pipeline():
     """In single precision the fourth level, 0.75, comes out as timestep 749.99994."""
-    sigmas = shifted_levels(6, 3.0)
-    scheduler = scheduler_for(sigmas, LCM)
-    scheduler.set_timesteps(len(sigmas))
-    for boundary in sigmas[1:]:
-        ratio = stock_boundary(boundary, sigmas)
-        assert [bool(t >= 1000 * ratio) for t in scheduler.timesteps] == [s >= boundary for s in sigmas]
-    assert [bool(t >= 1000 * 0.75) for t in scheduler.timesteps] != [s >= 0.75 for s in sigmas]
-    assert stock_boundary(0.825, sigmas) == 0.825
+    for steps in range(2, 13):
+        for shift in (3.0, 5.0, 7.0, 12.0):
+            sigmas = shifted_levels(steps, shift)
+            scheduler = scheduler_for(sigmas, LCM)
+            scheduler.set_timesteps(steps)
+            levels = torch.tensor(sigmas)
+            for boundary in (*sigmas[1:], 0.875, 0.75):
+                ratio = stock_boundary(boundary, sigmas)
+                assert [bool(t >= 1000 * ratio) for t in scheduler.timesteps] == (levels >= boundary).tolist()
+    scheduler = scheduler_for(shifted_levels(6, 3.0), LCM)
+    scheduler.set_timesteps(6)
+    assert [bool(t >= 1000 * 0.75) for t in scheduler.timesteps] == [True] * 3 + [False] * 3
+    assert stock_boundary(0.825, shifted_levels(6, 3.0)) == 0.825
 
 
 def test_two_experts_are_exported_as_two_lora_files_that_stock_diffusers_loads(family, cache, tmp_path):

@@ -27,6 +27,7 @@ from mogan.data.clips import clips_of, motion_of, shots
 from mogan.data.listing import Source, scan
 from mogan.data.prepare_clips import prepare_clips
 from mogan.data.prepare_prompts import prepare_prompts
+from mogan.data.stream import picture
 from mogan.data.video import Frame, read_frames, write_video
 from mogan.errors import UserError
 from mogan.models.discriminator import PROMPT
@@ -374,14 +375,22 @@ def test_touched_videos_are_measured_as_they_were_by_shards_too(tmp_path):
     assert "1 clips of shard 0/1" in note
 
 
-def test_a_video_too_oblong_to_be_scaled_does_not_stop_the_others(tmp_path):
+def test_a_video_too_oblong_to_be_scaled_does_not_stop_the_others(tmp_path, monkeypatch):
     (tmp_path / "v").mkdir()
     write_video(tmp_path / "v/a.mp4", textured(0, 9), 16)
-    shape = {"height": 480, "width": 832, "frames": 9, "fps": 16}
-    tall = np.zeros((9, 16384, 16, 3), np.uint8)
-    write_video(tmp_path / "v/b.mkv", tall, 16)
+    write_video(tmp_path / "v/b.mkv", np.zeros((9, 16384, 16, 3), np.uint8), 16)
     with pytest.raises(UserError, match="16 x 16384 cannot be scaled"):
-        next(read_frames(tmp_path / "v/b.mkv", size=(shape["height"], shape["width"])))
+        next(read_frames(tmp_path / "v/b.mkv", size=(480, 832)))
+
+    def twice_as_large(reformatter, shown, size):
+        if shown.frame.height > 1000:
+            raise UserError("a picture of 16 x 16384 cannot be scaled")
+        return picture(reformatter, shown, size)
+
+    monkeypatch.setattr("mogan.data.video.picture", twice_as_large)  # at 32 x 32 it can
+    assert run(tmp_path / "v", tmp_path / "c").kept == 1
+    (skipped,) = lines(tmp_path / "c/skipped.jsonl")
+    assert skipped == {"source": "b.mkv", "reason": "a picture of 16 x 16384 cannot be scaled"}
 
 
 def test_files_of_one_name_in_two_folders_and_unicode_names_stay_apart(tmp_path):

@@ -25,6 +25,7 @@ from mogan.sampling.samples import append_samples, listed_samples, refuse_others
     [
         ("p.txt", "one\r\n\n two \none\n", ["one", "two"]),
         ("metadata.csv", 'file_name,caption\na.mp4,one\nb.mp4,"a, b"\n', ["one", "a, b"]),
+        ("metadata.csv", "caption\rone\rtwo\r", ["one", "two"]),
         ("P.JSONL", '{"file_name": "a.mp4", "caption": "one"}\n"two"\n', ["one", "two"]),
         ("p.txt", "\ufeffone\na line\u2028that goes on\n", ["one", "a line\u2028that goes on"]),
         ("p.jsonl", '{"caption": "three"}\n{"prompt": "four"}\n', ["three", "four"]),

@@ -24,7 +24,7 @@ def claim(out: Path, facts: dict[str, Any]) -> None:
     there = data.read_facts(out)
     if there is not None:
         unsaid = {"model", "flow_name", *({"precision"} - there.keys())}  # older stores do not say how precise they are
-        wanted = {"controls": None} | facts if "controls" in there else facts
+        wanted = {"controls": "none"} | facts if "controls" in there else facts
         different = data.unlike(there, {k: v for k, v in wanted.items() if k not in unsaid})
         if different:
             raise UserError(f"the cache in {out} {different}: use the same options, or another --out")

@@ -262,6 +262,8 @@ def _table(path: Path, text: str, needed: Sequence[str]) -> Iterator[tuple[str, 
 
 def _cells(path: Path, text: str, delimiter: str) -> Iterator[tuple[int, list[str]]]:
     """Lines of a table with the number of the line where each begins; empty ones are left out."""
+    if "\n" not in text:  # as old Macs wrote
+        text = text.replace("\r", "\n")
     reader = csv.reader(io.StringIO(text, newline="\n"), delimiter=delimiter, strict=True)
     while True:
         line = reader.line_num + 1

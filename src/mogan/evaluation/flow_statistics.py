@@ -54,8 +54,8 @@ class CameraSplit:
 def camera_split(flow_2HW: np.ndarray, step: int = 8) -> CameraSplit:
     """Motion of the camera as the homography most of the picture follows (RANSAC), and the motion that is left.
 
-    A subject that fills the picture is taken for the camera. Where less than a third follows, or what follows would move a
-    pixel more than twice as far as any moves, there is no camera to be seen and its motion is 0.
+    A subject that fills the picture is taken for the camera. Where less than a third follows, to half of its own motion, or where
+    a pixel would move more than twice as far as any does, there is no camera to be seen and its motion is 0.
     """
     _, h, w = flow_2HW.shape
     step = max(1, min(step, min(h, w) // 8))
@@ -64,14 +64,16 @@ def camera_split(flow_2HW: np.ndarray, step: int = 8) -> CameraSplit:
     there = here + flow_2HW[:, y, x].reshape(2, -1).T
     cv2.setRNGSeed(0)
     tolerance = max(0.25, min(h, w) / 480)
-    matrix, follows = cv2.findHomography(here, there, cv2.RANSAC, tolerance)
+    matrix, _ = cv2.findHomography(here, there, cv2.RANSAC, tolerance)
     nothing = CameraSplit(0.0, summarise(flow_2HW).mean, summarise(flow_2HW).top5)
-    if matrix is None or follows.mean() < 1 / 3:
+    if matrix is None:
         return nothing
     ys, xs = np.mgrid[:h, :w].astype(np.float32)
     grid = np.stack([xs.ravel(), ys.ravel()], 1)[None]
     moved = cv2.perspectiveTransform(grid, matrix)[0].T.reshape(2, h, w) - np.stack([xs, ys])
-    if not np.hypot(*moved).max() <= 2 * np.hypot(*flow_2HW).max():
+    size, gap = np.hypot(*flow_2HW), np.hypot(*(flow_2HW - moved))
+    follows = gap <= np.maximum(tolerance, 0.5 * size)  # with errors of flow, and with depth, few follow to a pixel
+    if not (np.hypot(*moved).max() <= 2 * size.max() and follows.mean() >= 1 / 3):
         return nothing
     rest = summarise(flow_2HW - moved)
     return CameraSplit(float(np.hypot(*moved).mean()), rest.mean, rest.top5)

@@ -57,4 +57,4 @@ def stock_boundary(boundary: float, sigmas: tuple[float, ...] | None) -> float:
     Its timesteps are levels times 1000 in single precision, so one that lies on the boundary may be rounded to below it.
     """
     margin = 1e-3  # far above what is rounded, far below the distance of two levels
-    return boundary - margin if any(0 <= sigma - boundary < margin for sigma in sigmas or ()) else boundary
+    return boundary - margin if any(-1e-6 <= sigma - boundary < margin for sigma in sigmas or ()) else boundary

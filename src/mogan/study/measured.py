@@ -13,6 +13,7 @@ from typing import Any
 from mogan.disk.files import from_json, replacing
 from mogan.errors import UserError
 from mogan.evaluation.clips import read_folder
+from mogan.evaluation.measure import VERSION
 from mogan.study.cost import Training, read_training
 from mogan.study.jobs import Job, core_seconds, told
 
@@ -30,6 +31,7 @@ class Measured:
         training: None for what is not trained.
         core_seconds: that the commands took.
         sampling: core-seconds of sampling and decoding, loading included; None where it was not kept.
+        version: of the metrics, :data:`mogan.evaluation.measure.VERSION`.
     """
 
     commands: list[str]
@@ -37,6 +39,7 @@ class Measured:
     training: Training | None
     core_seconds: float
     sampling: float | None = None
+    version: int = 0
 
 
 def path_of(out: Path, column: str, seed: int) -> Path:
@@ -48,7 +51,7 @@ def read_measured(path: Path, out: Path, jobs: list[Job], prompts: set[str]) -> 
     """What the file holds; None without one.
 
     Raises:
-        UserError: it is torn, or of other options or prompts than these jobs'.
+        UserError: it is torn, or of other options, prompts or metrics than these jobs'.
     """
     if not path.is_file():
         return None
@@ -61,6 +64,8 @@ def read_measured(path: Path, out: Path, jobs: list[Job], prompts: set[str]) -> 
         raise UserError(f"{path} cannot be read ({error}): copy it again, or remove it to measure anew") from error
     if not same:
         raise UserError(f"{path} was measured with other options: give another --out, or the same options")
+    if measured.version != VERSION:
+        raise UserError(f"{path} holds numbers of another version of the metrics: remove it to measure anew")
     return measured
 
 
@@ -70,7 +75,9 @@ def keep_measured(path: Path, home: Path, out: Path, jobs: list[Job]) -> Measure
     log = home / "run" / "metrics.jsonl"
     training = read_training(log) if log.is_file() else None
     logs, sampled = out / "logs", [job for job in jobs if job.command[0] == "sample"]
-    measured = Measured(_commands(jobs, out), clips, training, core_seconds(jobs, logs), core_seconds(sampled, logs))
+    measured = Measured(
+        _commands(jobs, out), clips, training, core_seconds(jobs, logs), core_seconds(sampled, logs), VERSION
+    )
     with replacing(path) as temporary:
         temporary.write_bytes(gzip.compress(json.dumps(asdict(measured)).encode(), mtime=0))
     return measured
