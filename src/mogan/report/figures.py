@@ -34,6 +34,7 @@ POINTS = 300
 INK = "#1c2733"
 
 STYLE = {
+    "text.parse_math": False,  # a name with two dollar signs is a name
     "svg.fonttype": "none", "svg.hashsalt": "mogan", "font.family": "sans-serif", "font.size": 9,
     "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": "#8795a1", "axes.labelcolor": INK,
     "xtick.color": INK, "ytick.color": INK, "text.color": INK, "axes.titlesize": 9.5, "axes.titlelocation": "left",

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from mogan.report.figures import characters_told
@@ -11,6 +12,7 @@ from mogan.survey.folder import Survey
 COLOURS = {"win": "#2a6f97", "tie": "#c9ccd1", "lose": "#b9603a"}
 
 
+@rc_context({"text.parse_math": False})  # a name with two dollar signs is a name
 def draw(survey: Survey, comparisons: list[dict[str, Any]], path: Path) -> None:
     """Write a PNG. A bar's whisker at the edge of "win" is that share's 95 % interval."""
     groups = [(a, b) for a, b in {(c["first"], c["second"]): None for c in comparisons}]

@@ -184,6 +184,7 @@ def connect(path: Path) -> sqlite3.Connection:
     """Open for writing: WAL, every commit synced, foreign keys held."""
     db = None
     try:
+        path.touch(0o600)  # raters' numbers are private; the files beside it get the same mode
         db = sqlite3.connect(path, isolation_level=None, timeout=5.0)
         db.execute("PRAGMA journal_mode=WAL")
         db.execute("PRAGMA synchronous=FULL")
