@@ -122,9 +122,8 @@ def test_a_stopped_evaluation_goes_on_where_it_was(results, folders, tmp_path, m
     before = json.loads(results.read_text())
     for name, system in before["systems"].items():
         assert again["systems"][name]["metrics"] == system["metrics"]
-        assert (
-            again["systems"][name]["how"]["packages"] == system["how"]["packages"]
-        )  # of what measured, not of what wrote
+        # of what measured, not of what wrote
+        assert again["systems"][name]["how"]["packages"] == system["how"]["packages"]
     with pytest.raises(AssertionError, match="measured again"):
         evaluate(folders, out=out, flow="dis")
 

@@ -22,7 +22,8 @@ from mogan.evaluation.statistics import mean_interval
 from mogan.recipes import find_recipe, mogan_lab
 from mogan.sampling.flowmo import FlowMo, temporal_variance
 from mogan.study import columns
-from mogan.study.collect import bars, combine, markdown, minus, variety_of
+from mogan.study.bars import bars
+from mogan.study.collect import combine, markdown, minus, variety_of
 from mogan.study.commands import PROMPT_SEED, jobs_of, shared_jobs
 from mogan.study.cost import Training, from_teacher, iterations_that_fit, read_training, training
 from mogan.study.figure import PANELS, draw, figure_of

@@ -293,8 +293,7 @@ def text_path(cache: Path, prompt: str) -> Path:
 def ensure_text(cache: str | Path, prompts: Iterable[str], encode: Callable[[list[str]], list[Tensor]]) -> int:
     """Cache the embeddings that are missing, each prompt once; returns how many were.
 
-    ``encode`` maps prompts to embeddings ``(L, D)``.     Prompts are encoded one at a time, so an embedding does not depend on
-    its company or on where a run was interrupted.
+    ``encode`` maps prompts to embeddings ``(L, D)``, one at a time: none depends on its company or on where a run was interrupted.
     """
     missing = [p for p in dict.fromkeys(prompts) if not text_path(Path(cache), p).exists()]
     for prompt in tqdm(missing, desc="text", unit="prompt", disable=not missing):

@@ -21,9 +21,7 @@ def _entries(source: Source, record: dict) -> list[dict]:
     stem = "".join(c if c.isascii() and c.isalnum() else "-" for c in source.path.stem).strip("-")[:40] or "clip"
     reader = f"\0{record['reader']}" if record["reader"] > 2 else ""  # ids that are out there say nothing of it
     mark = hashlib.sha256(os.fsencode(f"{source.name}\0{record['sha']}{reader}")).hexdigest()
-    mark = (
-        mark[:16] if reader else mark[:8]
-    )  # 32 bits are too few for 100,000 videos of one name in folders of their own
+    mark = mark[:16] if reader else mark[:8]  # 32 bits are too few for 100,000 videos of one name, a folder each
     return [
         {"id": f"{stem}-{mark}-{clip['start']:06d}", "source": source.name, "caption": source.caption}
         | {"start": clip["start"], "start_s": clip["start_s"], "motion": clip["motion"], "repeats": clip["repeats"]}

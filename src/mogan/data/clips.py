@@ -111,9 +111,8 @@ def shots(frames: Iterable[Frame]) -> Iterator[tuple[Frame, bool]]:
         scores.append(_difference(thumbs[-2], thumbs[-1]))
         if len(thumbs) == 3:
             _settle(scores, *thumbs)
-        while waiting[0][1] is None or waiting[0][1] + CUT_RADIUS + 1 < len(
-            scores
-        ):  # the newest score may still change
+        settled = len(scores) - CUT_RADIUS - 1  # the newest score may still change
+        while waiting[0][1] is None or waiting[0][1] < settled:
             first, pair = waiting.popleft()
             yield first, pair is not None and _is_cut(scores, pair)
     for frame, pair in waiting:

@@ -100,13 +100,12 @@ class Folder:
     Attributes:
         path: of the folder, absolute.
         videos: by name; of several names of one file the others carry a problem that says so.
-        lists: metadata files, those further up first.
+        lists: metadata files by folder, those further up first.
     """
 
     def __init__(self, path: Path, only: str | None = None):
         self.path, self.only = Path(os.path.abspath(path)), only
-        self.lists: list[Path] = []
-        self._lists_in: dict[Path, list[Path]] = defaultdict(list)
+        self.lists: dict[Path, list[Path]] = defaultdict(list)
         self.videos: dict[str, File] = {}
         self._texts: dict[str, Path] = {}  # by name without suffix, in one Unicode form
         self._files: dict[Identity, File] = {}
@@ -151,8 +150,7 @@ class Folder:
         if suffix == ".txt":
             self._texts.setdefault(_form(name[: -len(suffix)]), path)
         elif path.name.lower() in METADATA:
-            self.lists.append(path)
-            self._lists_in[path.parent].append(path)
+            self.lists[path.parent].append(path)
         elif suffix in SUFFIXES:
             problem, identity = _look(path)
             file = File(path, name, problem)
@@ -201,7 +199,7 @@ class Folder:
         Raises:
             UserError: there are two.
         """
-        lists = self._lists_in.get(folder, [])
+        lists = self.lists.get(folder, [])
         if len(lists) > 1:
             raise UserError(f"{folder} holds both {lists[0].name} and {lists[1].name}: keep one")
         return lists[0] if lists else None
@@ -212,8 +210,7 @@ class Folder:
         Raises:
             UserError: two lists lie side by side, or two rows are about one file.
         """
-        folders = dict.fromkeys(path.parent for path in self.lists)
-        lists = [path for folder in folders if (path := self.list_in(folder))]
+        lists = [path for folder in self.lists if (path := self.list_in(folder))]
         found = [(self.find(row, path.parent), row) for path in lists for row in read_rows(path)]
         refuse_twice(found)
         return found

@@ -65,18 +65,22 @@ def camera_split(flow_2HW: np.ndarray, step: int = 8) -> CameraSplit:
     cv2.setRNGSeed(0)
     tolerance = max(0.25, min(h, w) / 480)
     matrix, _ = cv2.findHomography(here, there, cv2.RANSAC, tolerance)
-    nothing = CameraSplit(0.0, summarise(flow_2HW).mean, summarise(flow_2HW).top5)
     if matrix is None:
-        return nothing
+        return _no_camera(flow_2HW)
     ys, xs = np.mgrid[:h, :w].astype(np.float32)
     grid = np.stack([xs.ravel(), ys.ravel()], 1)[None]
     moved = cv2.perspectiveTransform(grid, matrix)[0].T.reshape(2, h, w) - np.stack([xs, ys])
     size, gap = np.hypot(*flow_2HW), np.hypot(*(flow_2HW - moved))
     follows = gap <= np.maximum(tolerance, 0.5 * size)  # with errors of flow, and with depth, few follow to a pixel
     if not (np.hypot(*moved).max() <= 2 * size.max() and follows.mean() >= 1 / 3):
-        return nothing
+        return _no_camera(flow_2HW)
     rest = summarise(flow_2HW - moved)
     return CameraSplit(float(np.hypot(*moved).mean()), rest.mean, rest.top5)
+
+
+def _no_camera(flow_2HW: np.ndarray) -> CameraSplit:
+    whole = summarise(flow_2HW)
+    return CameraSplit(0.0, whole.mean, whole.top5)
 
 
 def pull_back(image_HWC: np.ndarray, flow_2HW: np.ndarray) -> np.ndarray:

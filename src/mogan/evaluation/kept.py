@@ -10,18 +10,8 @@ from mogan.disk.locks import locked
 
 Record = dict[str, Any]
 NEEDED = {
-    "sha256",
-    "frames",
-    "height",
-    "width",
-    "fps",
-    "values",
-    "pair_scores",
-    "threshold",
-    "features",
-    "device",
-    "torch",
-}
+    "sha256", "frames", "height", "width", "fps", "values", "pair_scores", "threshold", "features", "device", "torch",
+}  # fmt: skip
 
 MEASURED = ("values", "pair_scores", "features", "video_features")
 LARGEST = 1e30  # of a measured number: sums of such overflow, and none is near it

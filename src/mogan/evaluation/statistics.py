@@ -117,11 +117,9 @@ def _wasserstein(
 def _draws(codes: Sequence[np.ndarray], resamples: int) -> list[np.ndarray] | None:
     """How often each cluster of each factor is drawn, ``(resamples, clusters)``; None if a factor has only one, or there is none."""
     counts = [int(code.max()) + 1 for code in codes]
-    return (
-        None
-        if min(counts, default=0) < 2
-        else [_drawn(count, resamples, stream) for stream, count in enumerate(counts)]
-    )
+    if min(counts, default=0) < 2:
+        return None
+    return [_drawn(count, resamples, stream) for stream, count in enumerate(counts)]
 
 
 @lru_cache(maxsize=128)

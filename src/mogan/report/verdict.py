@@ -173,10 +173,8 @@ def prompts_to_lose(gaps: Sequence[float], prompts: Sequence[str]) -> tuple[int 
         ends = mean_interval([gap for gap, _ in kept], [prompt for _, prompt in kept]).ci95
         return ends is not None and ends[0] > 0  # clear the other way is lost, too
 
-    clear, lost = (
-        0,
-        len(order) - 1,
-    )  # each prompt that is left out brings it nearer to zero: halving finds where it ends
+    # each prompt that is left out brings it nearer to zero, so halving finds where it ends
+    clear, lost = 0, len(order) - 1
     while lost - clear > 1:
         middle = (clear + lost) // 2
         clear, lost = (middle, lost) if clear_without(middle) else (clear, middle)

@@ -1,9 +1,8 @@
-"""Measured clips of every column and training seed -> one table with intervals, its bars, and Markdown."""
+"""Measured clips of every column and training seed -> one table with intervals, and Markdown."""
 
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
 
@@ -98,16 +97,14 @@ def _metrics(
             found[name] = mean_interval(values, *factors)
     distances = {
         "appearance_distance": look_distance(clips, world, *factors),  # the look is to stay the teacher's world's
-        "variety": variety_of(clips, seeds, world, intervals=intervals) if world else None,
+        "variety": variety_of(clips, seeds, world) if world else None,
         "speed_to_rich": speed_distance(clips, rich, *factors),
         "speed_to_world": speed_distance(clips, world, *factors),
     }
     return found | {name: distance for name, distance in distances.items() if distance}
 
 
-def variety_of(
-    clips: list[Record], seeds: Sequence[str], world: list[Record], *, intervals: bool = True
-) -> Interval | None:
+def variety_of(clips: list[Record], seeds: Sequence[str], world: list[Record]) -> Interval | None:
     """Mean distance between the looks of clips of one prompt and training seed, in the deviations of real ones; None of single clips.
 
     Looks are the 40 numbers of :func:`mogan.evaluation.appearance.frame_features`, per root of their number: real clips of
@@ -125,122 +122,7 @@ def variety_of(
     if not rows:
         return None
     values, prompts, of = zip(*rows, strict=True)
-    return mean_interval(values, *(_factors(prompts, of) if intervals else ()))
-
-
-# ---------------------------------------------------------------------------------------------- bars
-
-
-@dataclass(frozen=True)
-class Bar:
-    """What a table is expected to show, and whether it does."""
-
-    says: str
-    found: str
-    holds: bool
-
-
-def bars(systems: dict[str, Any]) -> list[Bar]:
-    """The expectations about teacher, DMD, MoGAN and its parts, held against the means (and intervals where that is said)."""
-    if not {"teacher", "dmd", "mogan"} <= set(systems):
-        return []
-    return _motion_bars(systems) + _price_bars(systems) + _part_bars(systems)
-
-
-def _motion_bars(systems: dict[str, Any]) -> list[Bar]:
-    """Distillation takes motion away, MoGAN brings it back."""
-    degree, net = (
-        {name: _mean(systems[name], metric) for name in ("teacher", "dmd", "mogan")}
-        for metric in ("dynamic_degree", "lab_net")
-    )
-    ends = {name: _ends(systems[name], "dynamic_degree") for name in ("teacher", "dmd", "mogan")}
-    lost, gained = degree["teacher"] - degree["dmd"], degree["mogan"] - degree["dmd"]
-    net_lost, net_gained = net["teacher"] - net["dmd"], net["mogan"] - net["dmd"]
-    return [
-        Bar("DMD's dynamic degree is at least 0.10 below the teacher's", f"{lost:+.3f}", lost >= 0.10),
-        Bar(
-            "the intervals of dynamic degree of teacher and DMD do not overlap",
-            f"{ends['dmd'][1]:.3f} < {ends['teacher'][0]:.3f}",
-            ends["dmd"][1] < ends["teacher"][0],
-        ),
-        Bar("MoGAN's dynamic degree is at least 0.15 above DMD's", f"{gained:+.3f}", gained >= 0.15),
-        Bar(
-            "the intervals of dynamic degree of DMD and MoGAN do not overlap",
-            f"{ends['dmd'][1]:.3f} < {ends['mogan'][0]:.3f}",
-            ends["dmd"][1] < ends["mogan"][0],
-        ),
-        Bar(
-            "MoGAN's dynamic degree is not below the teacher's",
-            f"{degree['mogan'] - degree['teacher']:+.3f}",
-            degree["mogan"] >= degree["teacher"],
-        ),
-        Bar("true net displacement: DMD at least 0.05 below the teacher", f"{net_lost:+.3f}", net_lost >= 0.05),
-        Bar("true net displacement: MoGAN at least 0.075 above DMD", f"{net_gained:+.3f}", net_gained >= 0.075),
-    ]
-
-
-def _price_bars(systems: dict[str, Any]) -> list[Bar]:
-    """What the motion must not cost."""
-    teacher, dmd, mogan = systems["teacher"], systems["dmd"], systems["mogan"]
-    found = []
-    for metric, label in (("lab_wobble", "wobble"), ("lab_pulsing", "pulsing of area")):
-        gap = _mean(mogan, metric) - _mean(teacher, metric)
-        found.append(Bar(f"MoGAN's {label} is not above the teacher's", f"{gap:+.3f}", gap <= 0))
-    smooth = _mean(mogan, "motion_smoothness") - _mean(teacher, "motion_smoothness")
-    look = _mean(mogan, "appearance_distance") / _mean(dmd, "appearance_distance")
-    speed = _mean(mogan, "speed_to_rich") / _mean(dmd, "speed_to_rich")
-    return [
-        *found,
-        Bar("MoGAN's smoothness is within 0.005 of the teacher's or better", f"{smooth:+.4f}", smooth >= -5e-3),
-        Bar("MoGAN's appearance distance is at most 1.15 times DMD's", f"{look:.2f}", look <= 1.15),
-        Bar(
-            "MoGAN at least halves the speed histogram's distance to the motion-rich set", f"{speed:.2f}", speed <= 0.5
-        ),
-    ]
-
-
-def _part_bars(systems: dict[str, Any]) -> list[Bar]:
-    """What each part is there for: its own column, where there is one, against MoGAN's."""
-    dmd, mogan, found = systems["dmd"], systems["mogan"], []
-    if "no_dmd" in systems:
-        look = _mean(systems["no_dmd"], "appearance_distance") / _mean(mogan, "appearance_distance")
-        found.append(Bar("without DMD the appearance distance at least doubles", f"{look:.2f}", look >= 2))
-    if "latent_gan" in systems:
-        share = _share_of_gain(systems["latent_gan"], dmd, mogan, "lab_net")
-        found.append(Bar("the latent GAN brings back less than half of the motion", f"{share:.2f}", share < 0.5))
-    if "no_r1r2" in systems:
-        for name, label in (("final_gap", "gap of logits"), ("largest_motion_gradient", "largest motion gradient")):
-            times = _over_seeds(systems["no_r1r2"], name) / _over_seeds(mogan, name)
-            found.append(
-                Bar(f"without R1 and R2 the {label} is at least 1.5 times as large", f"{times:.2f}", times >= 1.5)
-            )
-    if "surrogate" in systems:
-        share = _share_of_gain(systems["surrogate"], dmd, mogan, "dynamic_degree")
-        look = _mean(systems["surrogate"], "appearance_distance") / _mean(mogan, "appearance_distance")
-        says = "the surrogate brings at least 90 % of MoGAN's gain in dynamic degree"
-        found.append(Bar(says, f"{share:.2f}", share >= 0.9))
-        found.append(Bar("its appearance distance is at most 1.05 times MoGAN's", f"{look:.2f}", look <= 1.05))
-    return found
-
-
-def _share_of_gain(system: dict[str, Any], dmd: dict[str, Any], mogan: dict[str, Any], metric: str) -> float:
-    gain = _mean(mogan, metric) - _mean(dmd, metric)
-    return (_mean(system, metric) - _mean(dmd, metric)) / gain if gain else math.nan
-
-
-def _mean(system: dict[str, Any], metric: str) -> float:
-    found = system["metrics"].get(metric)
-    return math.nan if found is None else found["mean"]
-
-
-def _ends(system: dict[str, Any], metric: str) -> tuple[float, float]:
-    low, high = (system["metrics"].get(metric) or {}).get("ci95") or (math.nan, math.nan)
-    return low, high
-
-
-def _over_seeds(system: dict[str, Any], name: str) -> float:
-    found = system.get(name) or {}
-    return sum(found.values()) / len(found) if found else math.nan
+    return mean_interval(values, *_factors(prompts, of))
 
 
 # ---------------------------------------------------------------------------------------------- Markdown
@@ -250,17 +132,8 @@ def markdown(title: str, results: dict[str, Any]) -> str:
     """The table, its bars and how it was made, as a page."""
     systems = results["systems"]
     names = [n for n in SHOWN if any(n in s["metrics"] for s in systems.values())]
-    lines = [
-        f"# {title}",
-        "",
-        results["how"]["sentence"],
-        *_about_seeds(systems),
-        "",
-        "```",
-        *_wrapped(results["how"]["command"]),
-        "```",
-        "",
-    ]
+    lines = [f"# {title}", "", results["how"]["sentence"], *_about_seeds(systems), ""]
+    lines += ["```", *_wrapped(results["how"]["command"]), "```", ""]
     lines += ["| | " + " | ".join(systems) + " |", "|---" * (len(systems) + 1) + "|"]
     for name in names:
         cells = [cell(s["metrics"].get(name)) for s in systems.values()]

@@ -15,7 +15,8 @@ from mogan.disk.files import from_json, writable_folder, write_atomically
 from mogan.errors import UserError, closest
 from mogan.ranges import SEEDS, at_least, between
 from mogan.report.page import Background, write_page
-from mogan.study.collect import bars, combine, markdown, minus
+from mogan.study.bars import bars
+from mogan.study.collect import combine, markdown, minus
 from mogan.study.columns import MOGAN, Column, table1, table2
 from mogan.study.commands import PROMPT_SEED, TRAIN_SEED, jobs_of, reference_jobs, shared_jobs
 from mogan.study.cost import Cell, Trained, iterations_that_fit, training

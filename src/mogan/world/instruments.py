@@ -68,8 +68,8 @@ def _follow(subject: Track, run: slice, said: Caption, scale: float) -> dict[str
     values["net"] = float(np.linalg.norm(centres[-1] - centres[0]) / steps)
     values["path"] = path_length(centres) / steps
     law = "linear" if said.kind in ("still", "rotating") else said.kind  # a drift is no wobble
-    # no lawful path is as long as one that jumps or stops: that is no progress either, and no credit
-    values["wobble"] = max(0.0, values["path"] - path_length(lawful_path(centres, law)) / steps)
+    # the lawful path nearest to one that jumps or stops is longer than it, which is no credit
+    values["wobble"] = max(values["path"] - path_length(lawful_path(centres, law)) / steps, 0.0)
     values["speed"] = chord_speed(centres)
     values["physics"] = physics_residual(centres, said.kind)
     if said.kind in ("linear", "falling") and values["path"] > STILL * scale:
