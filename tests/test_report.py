@@ -16,7 +16,7 @@ from mogan.evaluation.evaluate import evaluate
 from mogan.report import report
 from mogan.report.figures import characters_told, curve_figure, to_svg
 from mogan.report.footage import by_difference, choose, gather
-from mogan.report.page import Background, write_page
+from mogan.report.page import Background, _digits, _how, _warnings, write_page
 from mogan.report.sources import Curves, Result, distinct_names, read_sources
 from mogan.world.scenes import make_scene, render
 
@@ -154,6 +154,38 @@ def test_text_from_outside_cannot_become_markup(tmp_path):
     text = (tmp_path / "r.html").read_text()
     assert "<script>alert" not in text
     assert "is not there any more" in text
+
+
+@pytest.mark.parametrize(
+    ("mean", "ends", "digits"),
+    [
+        (0.99543, (0.9951, 0.99571), 5),
+        (0.787, (0.64, 0.93), 3),
+        (52.0, (50.0, 53.0), 3),
+        (0.0, (-0.1, 0.1), 3),
+        (1.0, (1.0, 1.0), 3),
+        (0.5, None, 3),
+    ],
+)
+def test_a_number_has_the_digits_that_its_interval_is_wide(mean, ends, digits):
+    assert _digits(mean, ends) == digits
+
+
+def test_a_warning_is_written_once_with_all_whom_it_is_true_of():
+    systems = [
+        Result(name, Path(), {}, {"warnings": ["few clips", *own]}, []) for name, own in (("a", ()), ("b", ("cut",)))
+    ]
+    assert _warnings(systems, []) == [("a, b", "few clips"), ("b", "cut")]
+
+
+def test_what_was_not_given_is_left_out_of_how_it_was_measured():
+    facts = {
+        "quick": True,
+        "missing": [],
+        "reference": None,
+        "flow": {"name": "lab", "weights_sha256": None, "crop": [2, 3]},
+    }
+    assert _how(Result("a", Path(), {}, facts, [])) == [("quick", "yes"), ("flow", "name lab, crop 2 x 3")]
 
 
 def test_a_run_alone_makes_a_page(inputs, tmp_path):

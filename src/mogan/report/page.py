@@ -1,6 +1,7 @@
 """``mogan report``: results and runs to one HTML file that opens anywhere."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +15,7 @@ from mogan.data.lists import whole
 from mogan.data.video import contact_sheet, moving_sheet
 from mogan.disk.files import replacing, writable_file, writable_folder
 from mogan.errors import UserError
-from mogan.evaluation.names import METRICS
+from mogan.evaluation.names import METRICS, Metric
 from mogan.evaluation.sets import paired
 from mogan.evaluation.statistics import mean_interval
 from mogan.ranges import at_least
@@ -37,6 +38,7 @@ GROUPS = {
     ),
     "Pixels and look": ("pixel_jerk", "frozen", "cuts", "saturation", "contrast", "appearance_distance", "cd_fvd", "cd_fvd_floor"),
 }  # fmt: skip
+ARROWS = {"higher": "↑", "lower": "↓", None: ""}
 COMPARED = (
     "dynamic_degree",
     "motion_smoothness",
@@ -195,16 +197,24 @@ def _line(name: str, results: list[Result]) -> Line:
         if value is None:
             cells.append(("–", "", ""))
             continue
-        interval = f"{value['ci95'][0]:.3g} to {value['ci95'][1]:.3g}" if value.get("ci95") else "no interval"
-        cells.append((f"{value['mean']:.3g}", interval, str(value["n"])))
+        ends = value.get("ci95")
+        digits = _digits(value["mean"], ends)
+        interval = f"{ends[0]:.{digits}g} to {ends[1]:.{digits}g}" if ends else "no interval"
+        cells.append((f"{value['mean']:.{digits}g}", interval, str(value["n"])))
     if metric is None:
         return Line(name, "", "", "", tuple(cells))
-    arrow = {"higher": "↑", "lower": "↓", None: ""}[metric.better]
-    return Line(metric.label, metric.unit, arrow, metric.about, tuple(cells))
+    return Line(metric.label, metric.unit, ARROWS[metric.better], metric.about, tuple(cells))
 
 
-def _differences(pairs: Sequence[tuple[Result, Result]]) -> list[tuple[str, str, list[tuple[str, str, bool]]]]:
-    """Every system minus its base, clip by clip on the same prompt and number, with an interval."""
+def _digits(mean: float, ends: Sequence[float] | None) -> int:
+    """Three significant digits, or as many as show the width of the interval to two: smoothness is 0.9954."""
+    if not ends or not mean or ends[0] == ends[1]:
+        return 3
+    return max(3, 2 + math.floor(math.log10(abs(mean))) - math.floor(math.log10(abs(ends[1] - ends[0]))))
+
+
+def _differences(pairs: Sequence[tuple[Result, Result]]) -> list[tuple[Metric, str, list[tuple[str, str, bool]]]]:
+    """Every system minus its base, clip by clip on the same prompt and number, with an interval; which way is better."""
     table = []
     for name in COMPARED:
         cells = []
@@ -219,7 +229,7 @@ def _differences(pairs: Sequence[tuple[Result, Result]]) -> list[tuple[str, str,
                 interval = f"{signed(low)} to {signed(high)} · n {found.n}"
                 cells.append((signed(found.mean), interval, low > 0 or high < 0))
         if any(mean != "–" for mean, _, _ in cells):
-            table.append((METRICS[name].label, METRICS[name].unit, cells))
+            table.append((METRICS[name], ARROWS[METRICS[name].better], cells))
     return table
 
 
@@ -248,41 +258,52 @@ def _prompts(results: list[Result]) -> dict[str, Any]:
 
 
 def _warnings(results: list[Result], curves: list[Curves]) -> list[tuple[str, str]]:
+    """What would mislead, once each: the systems and runs it is true of, and what it is."""
     found = [(r.name, text) for r in results for text in r.how.get("warnings", [])]
     found += [(run.name, text) for run in curves for text in run.warnings[-3:]]
+    of_whom: dict[str, list[str]] = {}
+    for name, text in found:
+        of_whom.setdefault(text, []).append(name)
+    told = [(", ".join(dict.fromkeys(names)), text) for text, names in of_whom.items()]
     flows = {json.dumps(r.how.get("flow"), sort_keys=True) for r in results if r.how}
     if len(flows) > 1:
-        found.append(("all", "systems were measured with different flow estimators: their motion cannot be compared"))
+        told.append(("all", "systems were measured with different flow estimators: their motion cannot be compared"))
     prompts = {r.how["prompts"]["sha256"] for r in results if "prompts" in r.how}
     if len(prompts) > 1:
-        found.append(
+        told.append(
             ("all", "systems were measured on different sets of prompts: compare the differences on those they share")
         )
-    return found
+    return told
 
 
 def _how(result: Result) -> list[tuple[str, str]]:
     rows = []
     for name, value in result.how.items():
-        if name in ("warnings", "failed"):
+        if name in ("warnings", "failed") or value is None or value in ({}, []):
             continue
+        label = name.replace("_", " ")
         if isinstance(value, dict):
-            rows.append((name, _listed(value)))
+            rows.append((label, _listed(value)))
         elif isinstance(value, list):
-            rows.append((name, ", ".join(_said(v) for v in value)))
+            rows.append((label, ", ".join(_said(v) for v in value)))
         else:
-            rows.append((name, str(value)))
+            rows.append((label, _said(value)))
     return rows
 
 
 def _listed(facts: dict[str, Any]) -> str:
-    return ", ".join(f"{name} {'(empty)' if value == '' else value}" for name, value in facts.items())
+    told = {name: value for name, value in facts.items() if value is not None and value not in ({}, [])}
+    return ", ".join(f"{name.replace('_', ' ')} {_said(value)}" for name, value in told.items())
 
 
 def _said(value: Any) -> str:
     if isinstance(value, dict):
         return _listed(value)
-    return " x ".join(map(str, value)) if isinstance(value, list) else str(value)
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, list):
+        return " x ".join(map(str, value))
+    return "(empty)" if value == "" else str(value)
 
 
 def _write_pictures(folder: Path, pictures: dict[str, Any], results: list[Result], footage: Footage) -> None:
