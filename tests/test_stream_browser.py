@@ -143,6 +143,10 @@ def test_keys_play_and_see_and_begin_anew(browse, server):  # noqa: F811
     page.until("stream && stream.seed === 4 && playing && firstFrame !== null")
     page["prompt"].send_keys(" n")
     assert page.js("stream.seed") == 4
+    page["see"].click()  # and has the focus now
+    page.until("!flowing")
+    page["see"].send_keys("f")
+    page.until("flowing")
 
 
 def test_a_tab_that_is_closed_stops_the_work(browse, server):  # noqa: F811
@@ -177,8 +181,10 @@ def test_one_page_plays_at_a_time(browse, server):  # noqa: F811
     second = opened(browse, server, "phone")
     first.until("document.querySelector('#notice').textContent.startsWith('This stream has ended: another tab plays')")
     first.look("taken")
+    assert first.js("document.querySelector('#save').disabled")
     first.driver.find_element(By.CSS_SELECTOR, "#notice button").click()
     first.until("stream && firstFrame !== null && document.querySelector('#notice').hidden")
+    assert not first.js("document.querySelector('#save').disabled")
     second.until("!document.querySelector('#notice').hidden")
 
 

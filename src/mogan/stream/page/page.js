@@ -79,6 +79,7 @@ async function fill() {
       take(JSON.parse(reply.headers.get("x-piece")), new Uint8ClampedArray(await reply.arrayBuffer()), mine);
     } else {
       stream = null;
+      $("save").disabled = true;  // it went with the stream
       const why = await sentence(reply), again = () => begin(mine.texts[mine.texts.length - 1], mine.seed);
       if (reply.lost) return again();  // the server was started anew
       tell(why, again, "Play again");
@@ -179,7 +180,7 @@ async function save() {
     setTimeout(() => URL.revokeObjectURL(link.href), 10000);
   } else { note(await sentence(reply)); }
   $("save").textContent = "Save mp4";
-  $("save").disabled = false;
+  $("save").disabled = !stream || firstFrame === null;  // another may have begun meanwhile, or none be left
 }
 
 // ---- the lab's world -------------------------------------------------------------------------------------------
@@ -268,7 +269,8 @@ for (const one of document.querySelectorAll("[data-speed]")) one.onclick = () =>
   for (const other of document.querySelectorAll("[data-speed]")) other.setAttribute("aria-pressed", other === one);
 };
 document.onkeydown = (event) => {
-  if (event.target.matches("input, button") || event.ctrlKey || event.metaKey || event.altKey) return;
+  const own = event.key === " " ? "input, button" : "input";  // a button that was clicked keeps the focus, and takes only the space bar
+  if (event.target.matches(own) || event.ctrlKey || event.metaKey || event.altKey) return;
   const action = { " ": () => pause(playing), f: see, n: another }[event.key.toLowerCase()];
   if (action) { event.preventDefault(); action(); }
 };
