@@ -11,6 +11,7 @@ import torch
 from diffusers import WanPipeline
 
 from mogan.data.video import read_video
+from mogan.lab.demo import _forget_older_student
 
 
 @pytest.fixture(scope="module")
@@ -22,6 +23,17 @@ def demo(tmp_path_factory):
     done = subprocess.run(command, capture_output=True, text=True, env=one_thread)
     assert done.returncode == 0, done.stderr[-2000:]
     return out, done.stdout
+
+
+@pytest.mark.parametrize(("of_run", "kept"), [(50, True), (150, False)])
+def test_an_export_that_is_older_than_its_run_is_made_again(tmp_path, monkeypatch, of_run, kept):
+    for folder, when in (("run", of_run), ("export", 100), ("samples/mogan", 100), ("samples/dmd", 100)):
+        (tmp_path / folder).mkdir(parents=True)
+        os.utime(tmp_path / folder, (when, when))
+    monkeypatch.setattr("mogan.lab.demo.student_checkpoint", lambda run: run)
+    _forget_older_student(tmp_path)
+    assert (tmp_path / "export").exists() == (tmp_path / "samples" / "mogan").exists() == kept
+    assert (tmp_path / "samples" / "dmd").exists()
 
 
 @pytest.mark.slow

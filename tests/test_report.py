@@ -1,11 +1,14 @@
 """``mogan report``: one page that holds everything and asks nothing of the network."""
 
+import base64
+import io
 import json
 import re
 import warnings
 from html.parser import HTMLParser
 from pathlib import Path
 
+import av
 import pytest
 from matplotlib.figure import Figure
 from PIL import Image
@@ -164,6 +167,7 @@ def test_text_from_outside_cannot_become_markup(tmp_path):
         (52.0, (50.0, 53.0), 3),
         (0.0, (-0.1, 0.1), 3),
         (1.0, (1.0, 1.0), 3),
+        (16 / 17, (16 / 17 - 1.2e-16, 16 / 17), 3),
         (0.5, None, 3),
     ],
 )
@@ -236,6 +240,25 @@ def six(inputs):
     systems = {f"system {number}": (one, two)[number % 2] for number in range(6)}
     (inputs / "six.json").write_text(json.dumps({"systems": systems}))
     return inputs / "six.json"
+
+
+def test_clips_that_browsers_do_not_play_are_encoded_anew(inputs, tmp_path):
+    system = json.loads((inputs / "results.json").read_text())["systems"]["dmd"]
+    (tmp_path / "dmd").mkdir()
+    for clip in system["clips"]:
+        with av.open(str(inputs / clip["file"])) as read, av.open(str(tmp_path / clip["file"]), "w") as out:
+            stream = out.add_stream("mpeg4", 16)  # MPEG-4 part 2, as OpenCV's mp4v writes it
+            stream.width = stream.height = 64
+            for frame in read.decode(video=0):
+                out.mux(stream.encode(av.VideoFrame.from_ndarray(frame.to_ndarray(format="rgb24"), format="rgb24")))
+            out.mux(stream.encode(None))
+    (tmp_path / "results.json").write_text(json.dumps({"systems": {"dmd": system}}))
+    report((tmp_path / "results.json",), out=tmp_path / "r.html")
+    videos = re.findall(r'src="data:video/mp4;base64,([^"]+)"', (tmp_path / "r.html").read_text())
+    assert videos
+    for video in videos:
+        with av.open(io.BytesIO(base64.b64decode(video))) as shown:
+            assert shown.streams.video[0].codec_context.name == "h264"
 
 
 def test_four_systems_are_shown_at_first_and_the_others_wait(six, tmp_path):
@@ -361,10 +384,23 @@ def test_an_old_results_file_is_refused_in_one_sentence(tmp_path, content, words
         (["s/dmd/seed0/run", "s/dmd/seed1/run", "other"], ["s/dmd/seed0/run", "s/dmd/seed1/run", "other"]),
         (["one/run", "two/three/run"], ["one", "two/three"]),
         (["same/run", "same/run"], ["run", "run"]),
+        (["a/b", "a/b/b"], ["a/b", "a/b/b"]),
     ],
 )
 def test_runs_in_folders_of_one_name_are_told_apart(folders, names):
     assert distinct_names([Path(folder) for folder in folders]) == names
+
+
+def test_systems_of_one_name_are_told_apart_by_their_files(tmp_path):
+    files = [tmp_path / of / "seed0" / "results.json" for of in ("dmd", "redmd", "mogan")]
+    files.append(tmp_path / "dmd" / "seed0" / "other.json")
+    for file in files:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(changed({})))
+    named = [result.name for result in read_sources((*files[:3], files[0]))[0]]
+    assert named == ["dmd/a", "redmd/a", "mogan/a"]
+    named = [result.name for result in read_sources((files[0], files[3]))[0]]
+    assert named == ["results/a", "other/a"]
 
 
 def test_the_repeats_of_an_update_are_one_point_of_its_curve(tmp_path):

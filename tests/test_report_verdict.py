@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import assume, given
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from mogan.evaluation.motion import dynamic_degree
@@ -56,7 +56,8 @@ def test_a_difference_that_every_prompt_has_outlives_leaving_any_out():
     assert prompts_to_lose([0.2] * 10, [f"p{k}" for k in range(10)]) == (None, "p0")
 
 
-@given(st.lists(st.sampled_from([-1.0, -0.5, 0.0, 0.5, 1.0, 3.0]), min_size=3, max_size=24))
+@settings(suppress_health_check=[HealthCheck.filter_too_much])  # half of them are clear
+@given(st.lists(st.sampled_from([-1.0, -0.5, 0.0, 0.5, 1.0, 1.5, 2.0, 3.0]), min_size=3, max_size=24))
 def test_leaving_prompts_out_ends_where_the_difference_is_lost_and_not_where_it_is_clear_the_other_way(gaps):
     prompts = [str(k) for k in range(len(gaps))]
 

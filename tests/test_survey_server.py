@@ -446,3 +446,10 @@ def test_kill_9_loses_no_acknowledged_vote(folder):
         for rater, done in kept.items():
             client.headers["authorization"] = f"Bearer {link_token(survey, rater)}"
             assert client.get("/api/visit").json()["done"] in (done, done + 1)  # one may be kept unacknowledged
+
+
+def test_who_comes_to_a_full_study_is_told_so_and_not_to_try_again(client, monkeypatch):
+    enter(client)
+    monkeypatch.setattr("mogan.survey.store.MAX_RATERS", 1)
+    reply = client.post("/api/visit", json={"consent": True, "platform": {}, "device": DEVICE})
+    assert (reply.status_code, reply.json()) == (403, {"error": "The study is full. Thank you for coming."})

@@ -104,6 +104,11 @@ def opened(path: Path) -> Iterator[tuple[Any, Any]]:
         yield container, streams[0]
 
 
+def plays_everywhere(codec: Any) -> bool:
+    """Whether browsers and phones play it: H.264 with 8-bit 4:2:0, and little else."""
+    return codec is not None and codec.name == "h264" and codec.pix_fmt in ("yuv420p", "yuvj420p")
+
+
 def declared_duration(container, stream) -> float | None:
     """Seconds of picture the file says it has. Matroska times streams in a tag, or not at all when cut off.
 

@@ -1,5 +1,6 @@
 """The main job at lab scale: videos in, a better-moving 3-step student and a report out."""
 
+import shutil
 import time
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from mogan.evaluation.evaluate import evaluate
 from mogan.exchange.export import export
 from mogan.ranges import at_least, is_seed
 from mogan.report.page import Background, write_page
+from mogan.runs.checkpoint import student_checkpoint
 from mogan.sampling.sample import sample
 from mogan.training.train import train
 from mogan.world.render import render
@@ -48,6 +50,7 @@ def demo(
     render(out=out / "videos", clips=clips, motion="rich", seed=VIDEO_SEED)
     prepare(out / "videos", out=out / "cache", motion_rich=True, min_motion=0.5)
     train("mogan_lab", data=out / "cache", out=out / "run", iterations=iterations, seed=seed)
+    _forget_older_student(out)
     if not (out / "export").exists():
         export(out / "run", out=out / "export")
     held_out, _ = captions(PROMPT_SEED, prompts, motion="rich")
@@ -61,3 +64,12 @@ def demo(
     write_page((out / "results.json", out / "run"), out / "report.html", background=before)
     print(f"\nreport: {out / 'report.html'}\nexport: {out / 'export'} (opens in stock WanPipeline)")
     print(f"this call took {(time.perf_counter() - began) / 60:.1f} minutes")
+
+
+def _forget_older_student(out: Path) -> None:
+    """Remove the export, and its clips, that an earlier call made before the run went on with more iterations."""
+    export_of_run, clips = out / "export", out / "samples" / "mogan"
+    if export_of_run.exists() and export_of_run.stat().st_mtime < student_checkpoint(out / "run").stat().st_mtime:
+        print(f"the run went on since {export_of_run} was made: exporting and sampling again")
+        for old in (export_of_run, clips):
+            shutil.rmtree(old, ignore_errors=True)

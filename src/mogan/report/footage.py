@@ -12,6 +12,7 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
+from mogan.data.stream import opened, plays_everywhere
 from mogan.data.video import flow_picture, write_video
 from mogan.devices import choose_device
 from mogan.errors import UserError
@@ -237,7 +238,9 @@ class _Camera:
         fields = self._fields[str(path)]
         shown = [*fields, *fields[-1:]]  # as many pictures as frames
         flow = _encode((flow_picture(field, self.scale) for field in shown), fps, 20) if shown else ""
-        video = _uri(path.read_bytes()) if path.suffix.lower() == ".mp4" else _encode(Clip(path), fps, 16)
+        with opened(path) as (_, stream):
+            as_it_is = path.suffix.lower() == ".mp4" and plays_everywhere(stream.codec_context)
+        video = _uri(path.read_bytes()) if as_it_is else _encode(Clip(path), fps, 16)
         return video, flow, _picture(self._middles[str(path)])
 
 

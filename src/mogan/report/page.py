@@ -208,7 +208,7 @@ def _line(name: str, results: list[Result]) -> Line:
 
 def _digits(mean: float, ends: Sequence[float] | None) -> int:
     """Three significant digits, or as many as show the width of the interval to two: smoothness is 0.9954."""
-    if not ends or not mean or ends[0] == ends[1]:
+    if not ends or not mean or ends[1] - ends[0] < 1e-6 * abs(mean):
         return 3
     return max(3, 2 + math.floor(math.log10(abs(mean))) - math.floor(math.log10(abs(ends[1] - ends[0]))))
 

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import takewhile
 from pathlib import Path
 from statistics import mean
@@ -45,7 +45,7 @@ def read_sources(inputs: tuple[Path, ...]) -> tuple[list[Result], list[Curves]]:
     Raises:
         UserError: an input is neither, or is of another format.
     """
-    results: list[Result] = []
+    files: list[Path] = []
     logs: list[Path] = []
     for path in inputs:
         inside = [path / "results.json", path / "metrics.jsonl"]
@@ -53,10 +53,9 @@ def read_sources(inputs: tuple[Path, ...]) -> tuple[list[Result], list[Curves]]:
         if not found:
             raise UserError(f"{path} is neither a results.json nor a folder with results.json or metrics.jsonl")
         for file in found:
-            if file.suffix == ".jsonl":
-                logs.append(file)
-            else:
-                results += _read_results(file, {r.name for r in results})
+            (logs if file.suffix == ".jsonl" else files).append(file)
+    files = list({file.resolve(): file for file in files}.values())  # one that is named twice is one
+    results = _distinctly_named([_read_results(file) for file in files], files)
     names = distinct_names([log.resolve().parent for log in logs])
     return results, [_read_curves(log, name) for log, name in zip(logs, names, strict=True)]
 
@@ -68,7 +67,8 @@ def distinct_names(folders: Sequence[Path]) -> list[str]:
         return names
     paths = [folder.parts for folder in folders]
     head, tail = _shared(paths), _shared([path[::-1] for path in paths])
-    return [printable("/".join(path[head : len(path) - tail]) or path[-1]) for path in paths]
+    names = [printable("/".join(path[head : len(path) - tail]) or path[-1]) for path in paths]
+    return names if len(set(names)) == len(set(paths)) else [printable("/".join(path)) for path in paths]
 
 
 def _shared(paths: Sequence[tuple[str, ...]]) -> int:
@@ -76,17 +76,26 @@ def _shared(paths: Sequence[tuple[str, ...]]) -> int:
     return sum(1 for _ in takewhile(lambda parts: len(set(parts)) == 1, zip(*paths, strict=False)))
 
 
-def _read_results(path: Path, taken: set[str]) -> list[Result]:
+def _read_results(path: Path) -> list[Result]:
     return [
-        Result(
-            printable(f"{path.resolve().parent.name}/{name}" if name in taken else name),
-            path.parent,
-            system["metrics"],
-            system["how"],
-            system["clips"],
-        )
+        Result(printable(name), path.parent, system["metrics"], system["how"], system["clips"])
         for name, system in read_results(path, clips_have=("file", "width", "fps")).items()
     ]
+
+
+def _distinctly_named(read: Sequence[Sequence[Result]], files: Sequence[Path]) -> list[Result]:
+    """All results; before a name that several files have, what tells these files apart. Clips are found by these names."""
+    by_name: dict[str, list[int]] = {}
+    for number, results in enumerate(read):
+        for result in results:
+            by_name.setdefault(result.name, []).append(number)
+    found: list[Result] = []
+    for number, results in enumerate(read):
+        for result in results:
+            alike = by_name[result.name]
+            of = distinct_names([files[one].resolve().with_suffix("") for one in alike])[alike.index(number)]
+            found.append(replace(result, name=f"{of}/{result.name}") if len(alike) > 1 else result)
+    return found
 
 
 def _read_curves(path: Path, name: str) -> Curves:

@@ -37,7 +37,7 @@ from mogan.errors import UserError
 from mogan.ranges import SEEDS
 from mogan.stream.engine import COLOURS, MANNERS, SHAPES, Studio, checked
 from mogan.stream.script import Following, When
-from mogan.stream.watched import KEPT_SECONDS, Text, Watched, flow_over
+from mogan.stream.watched import Text, Watched, flow_over, kept_frames
 from mogan.survey import guard
 
 AUTO = "auto"  # the state that a script or a recording says
@@ -90,7 +90,7 @@ async def _model(request: Request) -> Response:
     studio: Studio = request.app.state.studio
     size, source = studio.source.geometry, studio.source
     told: dict[str, Any] = {"name": studio.name, "fps": size.fps, "width": size.width, "height": size.height}
-    told |= {"steps": len(source.sigmas or ()), "kept": KEPT_SECONDS, **request.app.state.begins_with}
+    told |= {"steps": len(source.sigmas or ()), "kept": kept_frames(size) // size.fps, **request.app.state.begins_with}
     manners = {"": "{}"} if source.states else MANNERS  # who is told states does not read what things do
     lab = {"colours": {c: list(rgb) for c, rgb in COLOURS.items()}, "shapes": SHAPES, "manners": manners}
     told |= {"states": [*([AUTO] if request.app.state.when else []), *source.states]}

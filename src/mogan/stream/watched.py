@@ -9,6 +9,7 @@ from torch import Tensor
 
 from mogan.data.video import flow_picture
 from mogan.errors import UserError, too_little_memory
+from mogan.models.defaults import Geometry
 from mogan.motion.classical_flow import dis
 from mogan.stream.engine import Studio, Times, pieces
 from mogan.stream.script import Following
@@ -16,6 +17,11 @@ from mogan.stream.script import Following
 KEPT_SECONDS, KEPT_BYTES = 60, 2**29  # of pieces that were made, to be saved or asked for again
 
 Text = Tensor | Following  # of a chunk, by its first latent
+
+
+def kept_frames(size: Geometry) -> int:
+    """How many frames of that size are kept: a minute of them, if they are small enough."""
+    return min(KEPT_SECONDS * size.fps, KEPT_BYTES // (3 * size.height * size.width))
 
 
 @dataclass
@@ -82,9 +88,8 @@ class Watched:
         self.failed = UserError("This stream has ended.")
 
     def _forget(self) -> None:
-        size = self.studio.source.geometry
-        most = min(KEPT_SECONDS * size.fps, KEPT_BYTES // (3 * size.height * size.width))
-        while sum(map(len, self.kept.values())) > max(most, 2 * self.studio.frames_per_latent):
+        most = max(kept_frames(self.studio.source.geometry), 2 * self.studio.frames_per_latent)
+        while sum(map(len, self.kept.values())) > most:
             del self.kept[min(self.kept)]
 
 

@@ -156,7 +156,7 @@ async def _visit(request: Request) -> Response:
         state.wrong_tokens.spend(address)
         raise HTTPException(409, "You have begun before: open the page in the browser you began in.") from None
     except Full:
-        raise HTTPException(503, "The study is full. Thank you for coming.") from None
+        raise HTTPException(403, "The study is full. Thank you for coming.") from None
     return _answer(visit_for_browser(state.survey, state.items, visit))
 
 

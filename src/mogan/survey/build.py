@@ -15,7 +15,7 @@ import tyro
 from av.bitstream import BitStreamFilterContext
 
 from mogan.data.lists import whole
-from mogan.data.stream import open_file
+from mogan.data.stream import open_file, plays_everywhere
 from mogan.data.video import Probe, probe, read_video, write_video
 from mogan.disk.files import new_folder, refusal, writable_folder
 from mogan.errors import UserError
@@ -212,7 +212,7 @@ def copy_clip(source: Path, folder: Path) -> Clip:
             codec = stream.codec_context
             if codec is None:
                 raise Unplayable(f"{source} is in a codec that FFmpeg here does not know: write it as H.264 yuv420p.")
-            if codec.name != "h264" or codec.pix_fmt not in ("yuv420p", "yuvj420p"):
+            if not plays_everywhere(codec):
                 raise Unplayable(
                     f"{source} is {codec.name} {codec.pix_fmt}, which phones cannot play: write it as H.264 yuv420p, "
                     "as mogan.data.video.write_video does."

@@ -108,7 +108,7 @@ def agreement_markdown(tables: dict[str, list[dict[str, Any]]], titles: dict[str
         first = next(rows[name] for rows in found.values() if name in rows)
         cells = " | ".join(_cell(rows.get(name)) for rows in found.values())
         arrow = "↓" if first["prefers"] == "lower" else "↑"
-        lines.append(f"| {METRICS[name].label} {arrow} | {cells} | {100 * first['undecided']:.0f} |")
+        lines.append(f"| {METRICS[name].title} {arrow} | {cells} | {100 * first['undecided']:.0f} |")
     lines += [
         "",
         "Share of decided votes on the side of the metric, in %, with 95 % intervals over prompts and raters. 50 is a "

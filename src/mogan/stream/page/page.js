@@ -9,6 +9,7 @@ let stream = null;    // {id, seed, texts: by number, states, next: number of th
 let frames = [];      // to be shown: {pixels, flow, change, state, piece}
 let shown = [];       // times of the latest ones
 let playing = true, speed = 1, flowing = false;
+let begins = 0;       // how often one was begun: only the latest counts
 let asking = false, due = 0, could = Infinity, firstFrame = null, now = -1, nowState = null;
 
 // ---- talking to the server -------------------------------------------------------------------------------------
@@ -40,21 +41,22 @@ function tell(text, action, label) {
 // ---- streams ---------------------------------------------------------------------------------------------------
 
 async function begin(prompt, seed) {
-  const begun = performance.now();
-  stream = null; frames = []; shown = []; now = -1; could = Infinity; firstFrame = null;
+  const begun = performance.now(), mine = ++begins;
+  stream = null; frames = []; shown = []; now = -1; due = 0; could = Infinity; firstFrame = null;
+  tell("");
   say("Making the first frame …");
   $("save").disabled = true;
   const reply = await call("/api/stream", { prompt, state, seed });
+  if (mine !== begins) return;
   if (!reply.ok) { note(await sentence(reply)); say(""); return; }
   const told = await reply.json();
+  if (mine !== begins) return;
   stream = { id: told.stream, seed, texts: [prompt], states: [state], next: 0, begun };
   note(told.notes.join(" "));
   pause(false);
 }
 
 async function change(prompt) {
-  $("prompt").value = prompt;
-  press();
   if (!stream) return begin(prompt, model.seed);
   const mine = stream, reply = await call("/api/prompt", { stream: mine.id, prompt, state });
   if (!reply.ok) return reply.status === 409 ? begin(prompt, mine.seed) : note(await sentence(reply));
@@ -76,7 +78,8 @@ async function fill() {
     if (reply.status === 204) {
       if (!frames.length) say("Making frames … " + Math.round((performance.now() - (due || mine.begun)) / 1000) + " s");
     } else if (reply.ok) {
-      take(JSON.parse(reply.headers.get("x-piece")), new Uint8ClampedArray(await reply.arrayBuffer()), mine);
+      const pixels = new Uint8ClampedArray(await reply.arrayBuffer());
+      if (mine === stream) take(JSON.parse(reply.headers.get("x-piece")), pixels, mine);
     } else {
       stream = null;
       $("save").disabled = true;  // it went with the stream
@@ -153,6 +156,7 @@ function button(text, action, colour) {
 
 function pause(yes) {
   playing = !yes;
+  due = performance.now();
   $("play").setAttribute("aria-pressed", yes);
   $("play").firstElementChild.textContent = yes ? "Play" : "Pause";
   numbers();
@@ -206,7 +210,11 @@ function compose({ colour, shape, manner }) { return model.lab.manners[manner].r
 function furnish(place, kind, names) {
   for (const name of names) {
     const rgb = kind === "colour" && "rgb(" + model.lab.colours[name].join(",") + ")";
-    const made = button(name, () => change(compose({ ...press.chosen, [kind]: name })), rgb);
+    const made = button(name, () => {
+      $("prompt").value = compose({ ...press.chosen, [kind]: name });
+      press();
+      change($("prompt").value);
+    }, rgb);
     made.dataset.kind = kind; made.dataset.name = name;
     $(place).append(made);
   }

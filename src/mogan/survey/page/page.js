@@ -176,6 +176,7 @@ async function restart() {
 }
 
 async function play() {
+  if (document.hidden || $("link").open) return paint();  // nobody sees them; whoever comes back plays them
   ended = 0;
   for (const video of videos) {
     video.playbackRate = halfSpeed ? 0.5 : 1;
@@ -295,7 +296,7 @@ function answer(side) {
     question++;
     return paint();
   }
-  watch.total_ms = Math.min(86400000, Math.round(performance.now() - opened));
+  watch.total_ms = Math.round(performance.now() - opened);
   if (visit.screens[visit.done].practice) return teach();
   send();
 }
@@ -328,6 +329,8 @@ async function send() {
   if (busy) return;
   busy = true;
   paint();
+  // A page may lie open for days: the server takes counts up to a limit (guard.WATCH).
+  for (const name of Object.keys(watch)) watch[name] = Math.min(watch[name], name.endsWith("_ms") ? 86400000 : 10000);
   const vote = { slot: visit.done, answers, watch };
   memory.set("unsent", JSON.stringify({ token, vote }));
   await deliver(vote);
@@ -371,13 +374,13 @@ function finish() {
 
 // ---- hands -----------------------------------------------------------------------------------------------------
 
-function copy(text, button) {
+function copy(from, button) {
   const done = () => { button.textContent = "Copied"; };
-  if (navigator.clipboard) return navigator.clipboard.writeText(text).then(done, () => {});
-  const range = document.createRange();
-  range.selectNodeContents($("code"));
-  getSelection().removeAllRanges();
-  getSelection().addRange(range);
+  if (navigator.clipboard) return navigator.clipboard.writeText(from.value ?? from.textContent).then(done, () => {});
+  // Plain http, within a network of one's own: the page may copy only what is selected.
+  if (from.select) from.select();
+  else getSelection().selectAllChildren(from);
+  if (document.execCommand("copy")) done();
 }
 
 for (const [id, act] of Object.entries(controls)) $(id).addEventListener("click", act);
@@ -389,9 +392,10 @@ $("previous").addEventListener("click", previous);
 $("continue").addEventListener("click", send);
 $("start").addEventListener("click", start);
 $("consent").addEventListener("change", () => { $("start").disabled = !$("consent").checked; });
-$("copy").addEventListener("click", () => copy($("code").textContent, $("copy")));
-$("copy-link").addEventListener("click", () => { $("address").select(); copy($("address").value, $("copy-link")); });
+$("copy").addEventListener("click", () => copy($("code"), $("copy")));
+$("copy-link").addEventListener("click", () => { $("address").select(); copy($("address"), $("copy-link")); });
 $("close").addEventListener("click", () => $("link").close());
+$("link").addEventListener("close", () => { if (!$("trial").hidden) play(); });
 $("later").addEventListener("click", () => {
   pause();
   $("address").value = location.href;
@@ -424,7 +428,8 @@ document.addEventListener("keydown", (event) => {
   if (!$("lesson").hidden && event.key === "Enter" && !onButton) { event.preventDefault(); return send(); }
   if (event.key === " " && !onButton) { event.preventDefault(); return event.repeat || controls.play(); }
   const act = keys[event.key.length === 1 ? event.key.toLowerCase() : event.key];
-  if (!act) return;
+  const scrolls = event.key.startsWith("Arrow") && event.target.closest("#prompt");  // a long prompt, to be read to its end
+  if (!act || scrolls) return;
   const stepping = event.key === "," || event.key === ".";
   if (event.repeat && !stepping) return;
   if (!(narrow.matches && event.key.startsWith("Arrow"))) event.preventDefault();
