@@ -62,13 +62,13 @@ def test_loss_is_flow_matching_of_differences_given_clean_frames(window):
     given, ahead = window
     model, x0 = Stub(0.4, 0.3, 0.2), clips(1)
     objective = MotionScore(
-        Denoiser(model), torch.zeros(2, 8), MotionScoreConfig(windows=(window,), shift=3.0, drop_text=0.0)
+        Denoiser(model), torch.zeros(2, 8), MotionScoreConfig(windows=(window,), shift=3.0, drop_text=0.0), 0
     )
-    batch = Batch([], [], [torch.ones(2, 8)] * 2, latent_BCFHW=x0)
+    batch = Batch(["a", "b"], [], [torch.ones(2, 8)] * 2, latent_BCFHW=x0)
+    batch = objective.prepare(batch, iteration=1, generator=torch.Generator(), most=2)
     loss, _ = objective.student_loss(None, batch, torch.Generator().manual_seed(7))
 
     g = torch.Generator().manual_seed(7)  # numpy transcription
-    torch.rand(2, generator=g)  # which window, of the only one
     span = max(given, 1) + ahead
     starts = (torch.rand(2, generator=g) * (5 - span + 1)).long().numpy()
     x = np.stack([row[:, s : s + span] for row, s in zip(x0.numpy(), starts, strict=True)])
@@ -93,10 +93,27 @@ def test_loss_is_flow_matching_of_differences_given_clean_frames(window):
 
 def test_windows_that_do_not_fit_are_refused():
     objective = MotionScore(
-        Denoiser(Stub()), torch.zeros(2, 8), MotionScoreConfig(windows=((2, 4),), shift=3.0, drop_text=0.0)
+        Denoiser(Stub()), torch.zeros(2, 8), MotionScoreConfig(windows=((2, 4),), shift=3.0, drop_text=0.0), 0
     )
     with pytest.raises(UserError, match="needs 6 latent frames, the clips have 5"):
-        objective.student_loss(None, Batch([], [], [], latent_BCFHW=clips()), torch.Generator())
+        objective.student_loss(None, Batch([], [], [], latent_BCFHW=clips(), more={"window": [0]}), torch.Generator())
+
+
+def test_the_window_of_an_update_is_that_of_all_its_parts_and_processes():
+    windows = ((0, 4), (1, 4), (3, 2))
+    settings = MotionScoreConfig(windows=windows, shift=3.0)
+    drawn = {}
+    for of, size in ((0, 4), (0, 1), (1, 4)):  # the seed of another process's clips is in its generator
+        objective = MotionScore(Denoiser(Stub()), torch.zeros(2, 8), settings, 0)
+        batch = Batch([str(k) for k in range(size)], [], [])
+        found = [
+            objective.prepare(batch, iteration=i, generator=torch.Generator().manual_seed(of), most=1).more["window"]
+            for i in range(30)
+        ]
+        assert all(len(one) == size and len(set(one)) == 1 for one in found)
+        drawn[of, size] = [one[0] for one in found]
+    assert drawn[0, 4] == drawn[0, 1] == drawn[1, 4]
+    assert set(drawn[0, 4]) == {0, 1, 2}
 
 
 # ------------------------------------------------------------------------------------------- steering

@@ -162,6 +162,10 @@ def a_scalar(device):
     return lambda video, prompts: video.mean()
 
 
+def a_number(device):
+    return lambda video, prompts: float(video.mean())
+
+
 def none(device):
     return lambda video, prompts: torch.full((len(video),), math.nan)
 
@@ -344,7 +348,8 @@ def test_the_student_goes_on_with_a_run_of_adapters_whose_unit_is_measured_anew(
     [
         (lambda: own(fails), r"test_redmd:fails failed\n.*in judge(.|\n)*KeyError: 'a score'"),
         (lambda: own(no_function), "returns a int: let it return a function of clips"),
-        (lambda: own(a_scalar), r"of shape \(\) for one clip: a reward is \(B,\)"),
+        (lambda: own(a_scalar), r"of shape \(\) for one clip: a reward is a tensor \(B,\)"),
+        (lambda: own(a_number), r"returns a float for one clip: a reward is a tensor \(B,\)"),
         (lambda: weighted(reward="test_redmd:brightnes"), "has no function 'brightnes': did you mean 'brightness'"),
         (lambda: weighted(reward="no_such_module:f"), "no module 'no_such_module'"),
         (lambda: own(constant, standard=None), "the same for all 2 clips of the teacher, which gives it no unit"),

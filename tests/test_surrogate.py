@@ -26,7 +26,7 @@ from mogan.sampling.rollout import Rollout
 from mogan.study import columns
 from mogan.training.assemble import assemble
 from mogan.training.loop import run_training
-from mogan.training.steps import Position, complete, draw, learn, step
+from mogan.training.steps import Position, complete, draw, learn, split, step
 from tiny_recipes import shrink, surrogate
 
 TEXT = torch.zeros(2, 3, 8)
@@ -50,7 +50,7 @@ def judged(family):
     )
     vae, flow = wan.load_vae(family / "teacher", torch.float32), estimators.load_flow(str(family / "raft"), 2)
     observe = MotionObservation(vae, flow, window=2, max_flow=4.0)
-    real = Batch([], [], [], seeded(3, 2, 4, 4, 4, 4), seeded(4, 2, 4, 2, 4, 4), window_start=1)
+    real = Batch(["a", "b"], ["", ""], [], seeded(3, 2, 4, 4, 4, 4), seeded(4, 2, 4, 2, 4, 4), window_start=1)
     return discriminator, observe, real
 
 
@@ -87,9 +87,11 @@ def test_the_error_is_relative_to_what_the_mean_of_a_channel_is_off_by():
     p, s = predicted.double().numpy(), seen.double().numpy()
     variance = np.mean([s[:, c].var() for c in range(4)])
     np.testing.assert_allclose(spread(seen), variance, rtol=1e-5)
-    np.testing.assert_allclose(relative_error(predicted, seen), ((p - s) ** 2).mean() / variance, rtol=1e-5)
+    np.testing.assert_allclose(
+        relative_error(predicted, seen, spread(seen)), ((p - s) ** 2).mean() / variance, rtol=1e-5
+    )
     means = seen.mean((0, 2, 3, 4), keepdim=True).expand_as(seen)
-    torch.testing.assert_close(relative_error(means, seen), torch.tensor(1.0))
+    torch.testing.assert_close(relative_error(means, seen, spread(seen)), torch.tensor(1.0))
 
 
 def test_it_remembers_the_newest_pairs_and_how_far_off_it_was_on_them():
@@ -164,18 +166,29 @@ def test_the_discriminator_compares_predictions_with_predictions(judged):
 def test_the_surrogate_learns_from_real_and_remembered_pairs_alone(judged):
     ours, (discriminator, _, real) = objective(judged, 0.5, pairs=2), judged
     discriminator.zero_grad()
-    loss, logs = ours.surrogate_loss(None, real, torch.Generator().manual_seed(0))
-    torch.testing.assert_close(loss, relative_error(ours.network.see(real.latent_BCFHW, 1), real.observation_BCFHW))
+
+    def learnt(most=2):
+        """The loss on the batch in parts of so many clips."""
+        batch = ours.prepare(real, iteration=1, generator=torch.Generator().manual_seed(0), most=most)
+        found = [ours.surrogate_loss(None, part, torch.Generator()) for part in split(batch, 2 // most)]
+        return torch.stack([loss for loss, _ in found]).mean(), found[0][1]
+
+    loss, logs = learnt()
+    seen_real = real.observation_BCFHW
+    torch.testing.assert_close(
+        loss, relative_error(ours.network.see(real.latent_BCFHW, 1), seen_real, spread(seen_real))
+    )
     assert not logs
+    torch.testing.assert_close(learnt(most=1)[0], loss)
     x, seen = seeded(6, 2, 4, 4, 4, 4), seeded(7, 2, 4, 2, 4, 4)
     ours.network.remember(x, 0, seen)
-    loss, logs = ours.surrogate_loss(None, real, torch.Generator().manual_seed(0))
+    loss, logs = learnt()
+    torch.testing.assert_close(learnt(most=1)[0], loss)
     chosen = (torch.rand(2, generator=torch.Generator().manual_seed(0)) * 2).long()
     with torch.no_grad():
         predicted = torch.cat([ours.network.see(real.latent_BCFHW, 1), ours.network.see(x, 0)[chosen]])
-    torch.testing.assert_close(
-        loss.detach(), relative_error(predicted, torch.cat([real.observation_BCFHW, seen[chosen]]))
-    )
+    compared = torch.cat([seen_real, seen[chosen]])
+    torch.testing.assert_close(loss.detach(), relative_error(predicted, compared, spread(compared)))
     torch.testing.assert_close(logs["surrogate_error"], ours.network.error())
     loss.backward()
     assert all(p.grad is not None for p in ours.network.parameters())
@@ -208,7 +221,7 @@ def test_it_learns_what_the_exact_observation_is(judged):
     s = MotionSurrogate((4, 4, 4), 2, width=16, blocks=1, pairs=2)
     optimizer, errors = torch.optim.Adam(s.parameters(), 1e-2), []
     for _ in range(40):
-        error = relative_error(s.see(x, 1), seen)
+        error = relative_error(s.see(x, 1), seen, spread(seen))
         optimizer.zero_grad()
         error.backward()
         optimizer.step()

@@ -422,6 +422,30 @@ def test_the_student_cannot_learn_again_from_clips_without_gradient():
         replace(mogan(), plan=(first, replace(first, again=True), *rest))
 
 
+def test_only_clips_that_the_student_made_are_judged_again():
+    learnt, judge = (next(u for u in mogan().plan if u.learns == learns) for learns in ("student", "discriminator"))
+    judge = replace(judge, again=True, batch=learnt.batch, accumulate=learnt.accumulate, every=1)
+    from_clips = replace(learnt, by="flow_matching")  # rolls nothing out
+    config = replace(mogan(), objectives=mogan().objectives | flow_matching().objectives, plan=(learnt, judge))
+    replace(config, plan=(from_clips, learnt, judge))
+    with pytest.raises(ValueError, match="does not make the clips to judge again"):
+        replace(config, plan=(from_clips, judge))
+
+
+@pytest.mark.parametrize(
+    ("recipe", "block", "settings", "said"),
+    [
+        (mogan, "gan", {"space": "Motion"}, "space is motion or latent, not 'Motion'"),
+        (mogan, "gan", {"taps": (1, 9)}, "taps are of blocks 0 to"),
+        (mogan, "gan", {"starts": ()}, "a window has a start"),
+        (shift, "shift", {"weight": "expo"}, "weight is exp or linear, not 'expo'"),
+    ],
+)
+def test_a_choice_that_an_objective_does_not_have_is_refused(recipe, block, settings, said):
+    with pytest.raises(ValueError, match=said):
+        recipe().changed(block, **settings)
+
+
 def test_a_long_iteration_is_saved_though_the_recipe_saves_after_many(family, cache, tmp_path, monkeypatch):
     config = replace(dmd(), iterations=3, save_every=100)
     parts = build(config, family, cache, tmp_path)

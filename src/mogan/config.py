@@ -237,6 +237,8 @@ class Config:
 
     def __post_init__(self):
         several("sigmas", self.sigmas, float, int)
+        # whole numbers would make tensors of whole numbers, into which no level between 0 and 1 goes
+        object.__setattr__(self, "sigmas", tuple(float(sigma) for sigma in self.sigmas))
         several("plan", self.plan, Update)
         levels = (*self.sigmas, 0.0)
         if any(a <= b for a, b in pairwise(levels)) or self.sigmas[0] != 1.0:
@@ -284,7 +286,8 @@ class Config:
                 )
             if (
                 update.again
-                and _clips(update) not in [_clips(u) for u in self.plan[:place] if u.learns == "student"][-1:]
+                and _clips(update)
+                not in [_clips(u) for u in self.plan[:place] if u.learns == "student" and self.lesson(u).rollout][-1:]
             ):
                 raise ValueError(
                     f"{update.label}: the student's update before it does not make the clips to judge again"

@@ -51,7 +51,7 @@ class Objective:
         compare: by the network that learns, if an update compares the student's clips with each other before any part of
             them is judged. They are then generated twice, from the same random numbers.
         state: tensors other than the networks' that a resumed run needs, by name: checkpoints hold them, and fill them in
-            place. They are equal in all processes.
+            place. They are equal in all processes, but for the shares of sharded weights.
         observations: its inputs for real clips, for lessons with ``observation``; ``observation_bytes``: size of each.
         flow: its flow estimator; ``scale``: the speed in pixels per frame that its flow picture draws as 1.
     """

@@ -28,7 +28,7 @@ from mogan.objectives.motion_view import observation_of, of_real_clips, price_ob
 from mogan.sampling.rollout import Rollout, normal
 from mogan.schedule import add_noise, uniform
 from mogan.sharding import shard
-from mogan.terms import LATENT, OBSERVATION, Alarm, Lesson, Terms
+from mogan.terms import LATENT, OBSERVATION, Alarm, Lesson, Terms, several
 
 MOTION = (
     Alarm(
@@ -86,6 +86,16 @@ class GANConfig:
     max_flow: float | None = None
     drawn_levels: bool = False
     train_trunk: bool = True
+
+    def __post_init__(self):
+        if self.space not in ("motion", "latent"):
+            raise ValueError(f"gan: space is motion or latent, not {self.space!r}")
+        several("gan: taps", self.taps, int)
+        several("gan: starts", self.starts, int)
+        if not self.starts or not self.taps or not all(0 <= tap < self.blocks for tap in self.taps):
+            raise ValueError(
+                f"gan: taps are of blocks 0 to {self.blocks - 1}, and a window has a start, not {self.taps} and {self.starts}"
+            )
 
     @property
     def in_motion(self) -> bool:

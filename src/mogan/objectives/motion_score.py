@@ -1,8 +1,9 @@
 """Flow matching on differences of latent frames: a dedicated motion score model (Motion Score Matching, section 6.3)."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,14 +21,16 @@ from mogan.sampling.rollout import Rollout, normal
 from mogan.schedule import add_noise, draw_sigma, uniform
 from mogan.terms import Terms
 
+WINDOW = 3  # purpose of a draw, beside those of data.batches and objectives.consistency
+
 
 @dataclass(frozen=True, kw_only=True)
 class MotionScoreConfig:
     """A motion model; see :class:`MotionScore`.
 
     Attributes:
-        windows: pairs of given clean frames and differences to predict; one pair is drawn per batch, or part of it. ``(0, F - 1)`` is
-            eq. 15, ``(1, F - 1)`` eq. 16, ``(k, l)`` eq. 17.
+        windows: pairs of given clean frames and differences to predict; one pair is drawn per update. ``(0, F - 1)`` is eq. 15,
+            ``(1, F - 1)`` eq. 16, ``(k, l)`` eq. 17.
         shift: of the drawn levels.
         drop_text: probability with which a clip is trained without its prompt.
     """
@@ -43,8 +46,8 @@ class MotionScoreConfig:
     def build(self, base: Base, others: Mapping[str, Objective]) -> Objective:
         """On the student."""
         (null,) = base.encode([""])
-        found = MotionScore(base.student, null, self)
-        return Objective(found, {"student": found.student_loss})
+        found = MotionScore(base.student, null, self, base.config.seed)
+        return Objective(found, {"student": found.student_loss}, prepare=found.prepare)
 
     def price(self, config: Config, tracer: Tracer) -> Price:
         """The student, trained; its longest window is as long as a clip."""
@@ -59,11 +62,18 @@ class MotionScore:
         student: the network being trained; see :mod:`mogan.sampling.motion_score` for what it reads.
         null: embedding ``(L, D)`` of the empty prompt.
         settings: windows, levels, and how often the prompt is dropped.
+        seed: of the windows.
     """
 
     student: Denoiser
     null: Tensor
     settings: MotionScoreConfig
+    seed: int
+
+    def prepare(self, batch: Batch, *, iteration: int, generator: Randomness, most: int) -> Batch:
+        """The window of this update, the same for all processes and parts of the batch."""
+        window = int(np.random.default_rng([self.seed, WINDOW, iteration]).integers(len(self.settings.windows)))
+        return replace(batch, more=batch.more | {"window": [window] * len(batch.ids)})
 
     def student_loss(self, rollout: Rollout | None, batch: Batch, generator: Randomness) -> Loss:
         """The loss on one window per clip, its start drawn; ``rollout`` is not used.
@@ -74,9 +84,8 @@ class MotionScore:
         x0 = batch.latent_BCFHW
         assert x0 is not None, "a motion score is learnt from clips, not from prompts"
         device = next(self.student.parameters()).device
-        which, starts = uniform(len(x0), generator)[0], uniform(len(x0), generator)
-        windows = self.settings.windows
-        given, ahead = windows[int(which * len(windows))]
+        starts = uniform(len(x0), generator)
+        given, ahead = self.settings.windows[batch.more["window"][0]]
         first = max(given, 1) - 1  # the frame the first difference subtracts
         room = x0.shape[2] - (first + 1 + ahead)
         if room < 0:

@@ -42,7 +42,7 @@ class ODERegressionConfig:
         return Terms(lessons={"student": OF_PATHS}, forces=True)
 
     def build(self, base: Base, others: Mapping[str, Objective]) -> Objective:
-        """On the student. Raises UserError if the store of paths lacks the levels."""
+        """On the student. Raises UserError if one pass cannot follow what its chunks see."""
         config = base.config
         assert isinstance(base.student, CausalDenoiser)
         assert config.causal is not None

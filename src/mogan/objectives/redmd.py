@@ -18,6 +18,7 @@ from mogan.costs.calls import Tracer, one_after_the_other
 from mogan.costs.causal import roll_out_calls
 from mogan.costs.trace import Call, Work
 from mogan.data.batches import Batch
+from mogan.devices import sent
 from mogan.distributed import World
 from mogan.errors import UserError
 from mogan.models import wan
@@ -219,17 +220,17 @@ class Weights:
         """Raw rewards of clips, decoded and judged one at a time.
 
         Raises:
-            UserError: the reward returns another shape.
+            UserError: the reward returns no tensor, or another shape.
         """
         found = [
             self.reward(decode_video(self.vae, latent), [prompt])
             for latent, prompt in zip(latent_BCFHW.split(1), prompts, strict=True)
         ]
-        if any(one.shape != (1,) for one in found):
-            raise UserError(
-                f"{self.settings.reward} returns a tensor of shape {tuple(found[0].shape)} for one clip: a reward is (B,)"
-            )
-        return torch.cat(found).float()
+        for one in found:
+            if not isinstance(one, Tensor) or one.shape != (1,):
+                what = f"a tensor of shape {tuple(one.shape)}" if isinstance(one, Tensor) else f"a {type(one).__name__}"
+                raise UserError(f"{self.settings.reward} returns {what} for one clip: a reward is a tensor (B,)")
+        return sent(torch.cat(found), latent_BCFHW.device).float()
 
     def _measure(self) -> None:
         """The unit of rewards, unless the recipe or a checkpoint knows it; all processes call it at once.

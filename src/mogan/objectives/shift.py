@@ -73,6 +73,10 @@ class ShiftConfig:
     flow: str
     flow_iterations: int = 12
 
+    def __post_init__(self):
+        if self.weight not in ("exp", "linear"):
+            raise ValueError(f"shift: weight is exp or linear, not {self.weight!r}")
+
     def terms(self, config: Config) -> Terms:
         """Pairs are made of clips and their captions; the baseline is the mean over the generated ones of a batch."""
         lesson = replace(OF_CLIPS, least=2)

@@ -1,7 +1,7 @@
 """MoGAN's adversarial objective through a motion surrogate: no decoding, no optical flow, no encoding."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -17,7 +17,7 @@ from mogan.models.denoiser import frozen
 from mogan.objectives import Bill, Kept, Loss, LossFn, Objective, Price, Randomness
 from mogan.objectives.base import Base
 from mogan.objectives.gan import GAN, GANConfig
-from mogan.objectives.surrogate_network import MotionSurrogate, Remembered, relative_error, window_of
+from mogan.objectives.surrogate_network import MotionSurrogate, Remembered, relative_error, spread, window_of
 from mogan.sampling.rollout import Rollout
 from mogan.terms import LATENT, OBSERVATION, Alarm, Lesson, Terms
 
@@ -55,9 +55,10 @@ class SurrogateConfig:
     def terms(self, config: Config) -> Terms:
         """As for ``gan``, on latents of real clips; the surrogate learns from their latents and observations."""
         starts, both = self._gan(config).starts, (LATENT, OBSERVATION)
+        judges = both if self.limit is not None else (LATENT,)  # without a limit it sees predictions alone
         lessons = {
             "student": Lesson(starts=starts),
-            "discriminator": Lesson(clips=both, starts=starts),
+            "discriminator": Lesson(clips=judges, starts=starts),
             "surrogate": Lesson(rollout=False, clips=both, starts=starts),
         }
         return Terms(lessons=lessons, alarms=(ALARM,))
@@ -78,7 +79,7 @@ class SurrogateConfig:
             "discriminator": found.judge_loss,
             "surrogate": found.surrogate_loss,
         }
-        return Objective(found, losses, {"surrogate": network})
+        return Objective(found, losses, {"surrogate": network}, prepare=found.prepare)
 
     def price(self, config: Config, tracer: Tracer) -> Price:
         """Predictions in the place of observations, real clips' and the student's in one pass; a judge without penalties."""
@@ -147,6 +148,22 @@ class Surrogate:
         loss, logs = self.gan.tell_apart(both[: len(fake)], both[len(fake) :], generator, penalise=False)
         return loss, logs | _predicted(loss, 1.0)
 
+    def prepare(self, batch: Batch, *, iteration: int, generator: Randomness, most: int) -> Batch:
+        """As many of the student's pairs that are remembered as there are real clips, and the spread of all, over all processes.
+
+        The parts of a batch that is judged in parts then have one unit of error.
+        """
+        if batch.observation_BCFHW is None:
+            return batch
+        like = self.network.observations
+        observations, more = sent(batch.observation_BCFHW, like.device).to(like), batch.more
+        if int(self.network.count):  # a host synchronisation: what is learned from depends on it
+            windows, seen = self.network.recall(len(observations), generator)
+            observations, more = torch.cat([observations, seen]), more | {"windows": windows, "seen": seen}
+        return replace(
+            batch, more=more | {"unit": spread(self.rows(observations)).expand(len(batch.observation_BCFHW))}
+        )
+
     def surrogate_loss(self, rollout: None, batch: Batch, generator: Randomness) -> Loss:
         """Relative error on real clips and on as many of the student's that are remembered."""
         assert batch.latent_BCFHW is not None
@@ -156,13 +173,12 @@ class Surrogate:
             sent(batch.latent_BCFHW, like.device).to(like), batch.window_start or 0, self.network.window
         )
         observations = sent(batch.observation_BCFHW, like.device).to(like)
-        remembered = int(self.network.count)  # a host synchronisation: what is learned from depends on it
-        if remembered:
-            recalled, seen = self.network.recall(len(windows), generator)
-            windows, observations = torch.cat([windows, recalled]), torch.cat([observations, seen])
-        known = remembered >= len(self.network.errors)  # else infinite
+        if "seen" in batch.more:
+            windows = torch.cat([windows, batch.more["windows"]])
+            observations = torch.cat([observations, batch.more["seen"]])
+        known = int(self.network.count) >= len(self.network.errors)  # else infinite
         logs = {"surrogate_error": self.network.error()} if known else {}
-        return relative_error(self.network(windows), observations, self.rows), logs
+        return relative_error(self.network(windows), observations, batch.more["unit"][0]), logs
 
 
 def _predicted(loss: Tensor, share: float) -> dict[str, Tensor]:

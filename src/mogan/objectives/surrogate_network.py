@@ -110,13 +110,9 @@ def spread(observation_BCFHW: Float[Tensor, "b c f h w"]) -> Tensor:
     return observation_BCFHW.var((0, 2, 3, 4), unbiased=False).mean()
 
 
-def relative_error(
-    predicted_BCFHW: Tensor, observation_BCFHW: Tensor, rows: Callable[[Tensor], Tensor] = lambda mine: mine
-) -> Tensor:
-    """Mean squared error over :func:`spread`, a scalar: 1 is the error of every channel's mean. ``rows`` gives those of all
-    processes, whose spread it is.
-    """
-    return (predicted_BCFHW - observation_BCFHW).square().mean() / spread(rows(observation_BCFHW))
+def relative_error(predicted_BCFHW: Tensor, observation_BCFHW: Tensor, unit: Tensor) -> Tensor:
+    """Mean squared error over ``unit``, the :func:`spread` of all observations compared: 1 is the error of every channel's mean."""
+    return (predicted_BCFHW - observation_BCFHW).square().mean() / unit
 
 
 @dataclass(frozen=True)

@@ -67,6 +67,14 @@ RECIPES: dict[str, Callable[[], Config]] = {
         efficient_vdit_kd_wan_1_3b, efficient_vdit_mcd_lab, efficient_vdit_mcd_wan_1_3b,
     )
 }  # fmt: skip
+__all__ = [
+    "ABLATIONS",
+    "NAMES",
+    "RECIPES",
+    "ablate",
+    "find_recipe",
+    *RECIPES,
+]  # functions; what follows has a name alone
 RECIPES |= {
     f"{recipe.__name__}_{ablation.replace('-', '_')}": partial(ablate, recipe, ablation)
     for recipe in (mogan_lab, mogan_wan_1_3b)
@@ -75,7 +83,6 @@ RECIPES |= {
 NAMES = "one of {}; at full size: {}; or your own module:function.".format(  # what help says of a recipe
     *(", ".join(sorted(name for name in RECIPES if ("_wan_" in name) is full)) for full in (False, True))
 )
-__all__ = ["ABLATIONS", "NAMES", "RECIPES", "ablate", "find_recipe", *RECIPES]
 
 
 def find_recipe(name: str) -> Config:
