@@ -215,6 +215,8 @@ def test_levels_are_named_in_a_grid_of_a_thousand():
         ("fastvideo", {"causal": Causal(2, 2, Policy(3))}, "window of 3 latents in chunks of 2"),
         ("self-forcing", {"causal": Causal(1, 1, Policy(3, 1, relative=True))}, "numbers what it sees anew"),
         ("fastvideo", {"causal": Causal(4, 4)}, "more than 3 latents"),
+        ("fastvideo", {"causal": Causal(3, 3)}, "makes 4 latents in chunks of 3, the last shorter"),
+        ("self-forcing", {"causal": Causal(3, 3)}, "makes 4 latents in chunks of 3, the last shorter"),
         ("comfyui", {"causal": HOW}, "sees a window"),
         ("comfyui", {"solver": "euler"}, "takes Euler's steps"),
         ("comfyui", {"states": ("idle",)}, "is told states"),

@@ -23,7 +23,7 @@ from mogan.models.wan import load_transformer
 from mogan.runs.generator import open_generator
 from mogan.training.assemble import assemble
 from mogan.training.loop import run_training
-from tiny_recipes import dmd, flow_matching
+from tiny_recipes import dmd, flow_matching, sft_i2v
 
 
 def made(config, family, cache, run):
@@ -147,17 +147,17 @@ def test_both_programs_read_a_full_students_file_alike(full, family, tmp_path):
     close({k: read[k] for k in carried}, {k: expected[k] for k in carried})
 
 
-def test_the_header_and_the_card_say_what_the_file_is(full, tmp_path, capsys):
+def test_the_header_and_the_card_say_what_the_file_is(adapters, tmp_path, capsys):
     file = tmp_path / "x.safetensors"
     results = tmp_path / "results.json"
     metric = {"smoothness": {"mean": 0.98765, "ci95": [0.98, 0.99], "n": 9}, "odd": {"mean": None, "n": 0}}
     results.write_text(json.dumps({"systems": {"mine": {"metrics": metric}, "base": {"metrics": {}}}}))
-    export(full, out=file, to="lora", rank=2, dtype="bf16", results=results)
+    export(adapters, out=file, to="lora", rank=2, dtype="bf16", results=results)
     said = capsys.readouterr().out
     assert "rank 2" in said
     with safe_open(file, "pt") as opened:
         about = json.loads(opened.metadata()["mogan"])
-    assert tuple(about["sigmas"]) == tuple(json.loads((full / "config.json").read_text())["sigmas"])
+    assert tuple(about["sigmas"]) == tuple(json.loads((adapters / "config.json").read_text())["sigmas"])
     assert {t.dtype for t in load_file(file).values()} == {torch.bfloat16}
     card = (tmp_path / "x.md").read_text()
     assert "| smoothness | 0.988 [0.98, 0.99] | - |" in card
@@ -167,7 +167,41 @@ def test_the_header_and_the_card_say_what_the_file_is(full, tmp_path, capsys):
     torch.testing.assert_close(scheduler.sigmas[:-1].tolist(), about["sigmas"], atol=1e-4, rtol=0)
     assert "load_lora_weights" in card
     assert "rank 2" in card
-    assert "flow_matching_lab" in card
+    assert "dmd_lab" in card
+
+
+@pytest.mark.parametrize("config", [flow_matching(), sft_i2v()], ids=["captions", "first frames"])
+def test_a_model_of_many_guided_steps_is_not_called_a_few_step_student(config, family, cache, tmp_path):
+    run = made(config, family, cache, tmp_path / "run")
+    file = tmp_path / "x.safetensors"
+    export(run, out=file, to="lora", rank=2)
+    with safe_open(file, "pt") as opened:
+        assert "sigmas" not in json.loads(opened.metadata()["mogan"])
+    card = (tmp_path / "x.md").read_text()
+    assert "# Fine-tuned Wan LoRA" in card
+    assert "FlowMatchLCMScheduler" not in card
+    assert "in many guided steps" in card
+    assert "guidance_scale=1.0" not in card
+    export(run, out=tmp_path / "folder")
+    card = (tmp_path / "folder" / "README.md").read_text()
+    assert "# Fine-tuned Wan" in card
+    assert "guidance_scale=1.0" not in card
+    assert ("mogan sample --model PATH --first-frames CLIPS" in card) == bool(config.given)
+
+
+def test_a_teachers_card_says_how_it_is_sampled_here(family, tmp_path):
+    base = tmp_path / "base"
+    shutil.copytree(family / "teacher", base)
+    (base / "mogan.json").write_text(json.dumps({"negative_prompt": 'a "still" picture', "shift": 5.0}))
+    scheduler = json.loads((base / "scheduler" / "scheduler_config.json").read_text()) | {"flow_shift": 3.0}
+    (base / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler))
+    card = model_card("T", base, None, [], ["pipe = 1"])
+    assert r'negative = "a \"still\" picture"' in card
+    assert "negative_prompt=negative" in card
+    assert "from_config(pipe.scheduler.config, flow_shift=5)" in card
+    few = model_card("T", base, SIGMAS, [], ["pipe = 1"])
+    assert "negative" not in few
+    assert "flow_shift" not in few
 
 
 def test_a_students_mistakes_at_export(full, tmp_path):

@@ -155,6 +155,8 @@ def test_a_run_resumes_and_the_stock_pipeline_animates_its_export_as_we_do(famil
 def test_what_does_not_go_together_is_refused_in_a_sentence(family, cache, tmp_path):
     with pytest.raises(ValueError, match="sampled by Euler steps"):
         replace(recipes.dmd_i2v_lab(), rollout=None)
+    with pytest.raises(ValueError, match="told where its steps end is given no first frames"):
+        replace(recipes.tdm_lab(), given=1)
     weighted = tiny_recipes.redmd()
     weighted = replace(weighted, given=1, rollout=Euler(stop=3, since=0))
     with pytest.raises(UserError, match="asks networks under text alone, and the student is given its first frame"):

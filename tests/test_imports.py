@@ -588,6 +588,18 @@ def test_of_a_critic_what_is_no_tensor_is_left_out(student, family, tmp_path):
     assert (tmp_path / "in" / "fake_score").is_dir()
 
 
+def test_a_critic_that_is_no_fake_score_of_the_base_is_left_out_and_the_student_is_imported(
+    student, family, tmp_path, capsys
+):
+    state = named(student, original)
+    critic = state | {"heads.0.weight": state[Q0]}
+    brought_in(pickled({"generator": state, "critic": critic}, tmp_path / "x.pt"), family, tmp_path)
+    assert not (tmp_path / "in" / "fake_score").exists()
+    said = capsys.readouterr().out
+    assert "its critic is left out" in said
+    assert "as the fake score" not in said
+
+
 def test_a_base_of_two_experts_is_refused_before_anything_is_read(student, family, tmp_path):
     base = tmp_path / "two"
     shutil.copytree(family / "teacher", base)

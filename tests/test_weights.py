@@ -1,12 +1,14 @@
 """Weights of others: what the manifest says, and a download that resumes, checks and refuses."""
 
 import hashlib
+import shutil
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torchvision.models.optical_flow import Raft_Large_Weights, raft_large
 
 from mogan.cli import main
@@ -219,8 +221,24 @@ def test_a_flow_network_by_name_is_the_file_in_the_weights_folder(tmp_path):
     for name, content in {"other": None, "torn": b"PK\x03\x04", "page": b"<html>"}.items():
         if content:
             (tmp_path / f"{name}.pth").write_bytes(content)
-        with pytest.raises(UserError, match="does not hold the weights of a large RAFT"):
+        with pytest.raises(UserError, match="are no large RAFT's, torchvision's or the original's, or are damaged"):
             load_flow(str(tmp_path / f"{name}.pth"))
+
+
+@pytest.mark.parametrize("damage", ["cut", "gone", "other"])
+def test_a_folder_of_a_flow_network_that_is_damaged_is_named(damage, family, tmp_path):
+    shutil.copytree(family / "raft", tmp_path / "raft")
+    file = tmp_path / "raft" / "model.safetensors"
+    whole = file.read_bytes()
+    file.unlink()
+    if damage == "cut":
+        file.write_bytes(whole[: len(whole) // 2])
+    elif damage == "other":
+        save_file({"no": torch.zeros(1)}, file)
+    with pytest.raises(
+        UserError, match=r"raft are not those that its config.json describes, or are damaged or missing"
+    ):
+        load_flow(str(tmp_path / "raft"))
 
 
 def test_the_folder_is_the_users_choice(monkeypatch):

@@ -265,6 +265,10 @@ class Config:
                 "rollout: a causal student is one transformer and is given nothing or its first chunk: leave out boundary, and make "
                 f"given {self.causal.first} or 0"
             )
+        if self.told and self.given:
+            raise ValueError(
+                "given: a student that is told where its steps end is given no first frames: leave one out"
+            )
         if self.boundary is not None and not self.sigmas[-1] < self.boundary <= 1:
             raise ValueError(
                 f"boundary must lie among the levels {self.sigmas} for both experts to have one, not {self.boundary}"

@@ -1,11 +1,13 @@
 """What a stranger must know to use an export: how to call it, where it came from, how it was measured, whose licence holds."""
 
+import json
 import re
 from pathlib import Path
 
 from mogan import __version__
 from mogan.config import LCM
 from mogan.data.cache import open_cache
+from mogan.disk.files import read_json
 from mogan.errors import UserError
 from mogan.evaluation.results import read_results
 from mogan.evaluation.table import cell
@@ -66,7 +68,7 @@ def model_card(
             + (f"; the first always at noise levels {_said(causal.first_sigmas)}" if causal.first_sigmas else "")
         )
     facts = "\n".join(sorted(entries, key=lambda line: line.startswith("\n")))  # tables after the list
-    use = use or _use(load, usual, sigmas, solver, causal)
+    use = use or _use(load if sigmas else [*load, *_shifted(base, usual)], usual, sigmas, solver, causal)
     return f"---\n{head}\n---\n\n# {title}\n\n{use}\n\n{facts}\n"
 
 
@@ -75,6 +77,12 @@ def _use(load: list[str], usual: Defaults, sigmas: tuple[float, ...] | None, sol
     code, size, steps = "\n".join(load), usual.size, len(sigmas or ()) or usual.steps
     levels = _said(sigmas or ())
     guidance = "1.0" if sigmas else f"{usual.guidance:g}"
+    negative = (
+        f"negative = {json.dumps(usual.negative_prompt, ensure_ascii=False)}\n"
+        if usual.negative_prompt and not sigmas
+        else ""
+    )
+    more = "negative_prompt=negative, " if negative else ""
     if causal is not None:
         return f"""```bash
 {code}
@@ -91,14 +99,23 @@ Programs round differently in bf16, and the difference grows from chunk to chunk
     return f"""```python
 import torch
 {code}{picture if animates else ""}
-torch.manual_seed(0)  # the clip's seed
+{negative}torch.manual_seed(0)  # the clip's seed
 video = pipe({"picture, " if animates else ""}"a prompt", height={size.height}, width={size.width}, num_frames={size.frames},
-             num_inference_steps={steps}, guidance_scale={guidance}).frames[0]
+             {more}num_inference_steps={steps}, guidance_scale={guidance}).frames[0]
 ```
 
 {_visited(levels, steps) if sigmas else "It is sampled as its base model is, in many guided steps."}
 
 {AGAIN if sigmas and solver == LCM else "Its steps draw no noise: the first noise, so `pipe(generator=...)`, gives a clip again."}"""
+
+
+def _shifted(base: Path, usual: Defaults) -> list[str]:
+    """The line that gives a pipeline the shift of levels that a teacher is sampled with here, where its folder has another."""
+    path = base / "scheduler" / "scheduler_config.json"
+    own = read_json(path) if path.is_file() else {}
+    if own.get("flow_shift", usual.shift) == usual.shift:
+        return []
+    return [f"pipe.scheduler = pipe.scheduler.from_config(pipe.scheduler.config, flow_shift={usual.shift:g})"]
 
 
 def _visited(levels: str, steps: int) -> str:

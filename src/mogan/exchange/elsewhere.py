@@ -50,6 +50,7 @@ def _misfits(source: Generator, to: str) -> Iterator[str]:
     assert source.sigmas is not None
     assert network is not None
     policy = how.policy
+    latents = wan.latent_shape(source.folder, source.geometry)[1]
     alone = 0 if policy.window is None or policy.sink else policy.window  # whole chunks leave such a window
     common = {
         "is told where its steps end": source.told,
@@ -62,9 +63,11 @@ def _misfits(source: Generator, to: str) -> Iterator[str]:
         "averages its sink": policy.decay is not None,
         f"sees a window of {policy.window} latents in chunks of {how.rest}": bool(alone % how.rest),
     }
+    over = {f"makes {latents} latents in chunks of {how.rest}, the last shorter": bool(latents % how.rest)}
     own = {
-        "self-forcing": {"numbers what it sees anew": bool(policy.sink) and policy.relative},
-        "fastvideo": {
+        "self-forcing": over | {"numbers what it sees anew": bool(policy.sink) and policy.relative},
+        "fastvideo": over
+        | {
             "makes chunks of more than 3 latents": how.rest > 3,
             f"has levels far from a grid of 1000 steps, {list(source.sigmas)}": thousandths(source.sigmas)[2] > CLOSE,
         },

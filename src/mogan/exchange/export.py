@@ -59,6 +59,16 @@ CAUSAL_USAGE = [
     "# chunk by chunk, which WanPipeline does not: it would sample whole clips, and wrongly\n",
     "mogan sample --model PATH --prompts prompts.txt --out clips",
 ]
+CONTINUING_USAGE = [
+    "# from the first frames of captioned clips, which pipelines do not give to a text-to-video model\n",
+    "mogan sample --model PATH --first-frames CLIPS --prompts captions.txt --out clips",
+]
+CONTINUING = f"""```bash
+{CONTINUING_USAGE[0]}{CONTINUING_USAGE[1]}
+```
+
+It goes on from a first frame that it is given at level 0, in guided steps of Euler. `WanPipeline` gives it none: its clips would look
+plausible and be wrong."""
 TOLD_USAGE = [line.replace("WanPipeline", "AnyFlowPipeline") for line in FOLDER_USAGE]
 
 
@@ -114,8 +124,9 @@ def export(
     notes = run_notes(run) + mask_notes(source.mask) + metrics_table(results)
     if to == "lora":
         _require_lora(source, run)
+        guided = source.fine_tuned or source.continues
         with alone_at(out):
-            files = save_lora(run, source, out, rank, precision, notes)
+            files = save_lora(run, replace(source, sigmas=None) if guided else source, out, rank, precision, notes)
         use = (
             f"use it with: pipe.load_lora_weights({str(out)!r})"
             if files == [out]
@@ -135,7 +146,7 @@ def export(
     usage = _usage(source)
     notes = counts_notes(source) + states_notes(source.states) + notes + stock_sampler(source)
     card = model_card(
-        "Few-step Wan student" if source.sigmas else "Fine-tuned Wan",
+        "Few-step Wan student" if source.sigmas and not source.continues else "Fine-tuned Wan",
         source.folder,
         source.sigmas,
         notes,
@@ -143,6 +154,7 @@ def export(
         source.solver,
         source.causal,
         origin_of(run),
+        CONTINUING if source.continues else None,
     )
     _save_folder(source, out, precision, card, _fake_score(run, source) if fake_score else None)
     print(f"exported to {out}; use it with: {usage[1].removeprefix('pipe = ').replace('PATH', str(out))}")
@@ -234,6 +246,8 @@ def _usage(source: Generator) -> list[str]:
         return CAUSAL_USAGE
     if source.told:
         return TOLD_USAGE
+    if source.continues:
+        return CONTINUING_USAGE
     if source.animates or wan.is_image_to_video(source.folder):
         return ANIMATING_USAGE
     if not wan.has_controls(source.folder):

@@ -94,12 +94,17 @@ def import_student(
     fake_score = None
     if critic is not None:
         fake_score = wan.load_transformer(folder)
-        set_weights(fake_score, critic, file)
+        own = {name: value.shape for name, value in fake_score.state_dict().items()}
+        if {diffusers_name(name): value.shape for name, value in critic.items()} == own:
+            set_weights(fake_score, critic, file)
+        else:  # with heads of a discriminator, or of another size: the student is as good without
+            fake_score = None
+            print("its critic is left out: its tensors are not those of a transformer of this base")
     note = f"- made from `{file.resolve().name}` ({what}) by `mogan import`; the licence of that file holds too"
     usage = CAUSAL_USAGE if causal else ANIMATING_USAGE if animates else FOLDER_USAGE
     card = model_card("Few-step Wan student", folder, sigmas, [note], usage, causal=causal)
     save_student(transformer, folder, out, sigmas, DTYPES[dtype], card, fake_score=fake_score, causal=causal)
-    also = " and its critic as the fake score" if critic is not None else ""
+    also = " and its critic as the fake score" if fake_score is not None else ""
     more = " --first-frames VIDEOS" if animates else ""
     print(
         f"imported {what}{also} to {out}; try: mogan sample --model {quote(str(out))} --prompts prompts.txt{more} --out clips"

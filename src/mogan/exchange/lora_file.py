@@ -36,9 +36,8 @@ def save_lora(
     """Write a student as one LoRA file that diffusers and ComfyUI both read, and its card beside it; two experts as two. Returns the files.
 
     Names are the original Wan code's under ``diffusion_model.``, which ComfyUI takes as they are and diffusers converts;
-    there is no alpha, which both read as a scale of 1.
+    there is no alpha, which both read as a scale of 1. Without ``source.sigmas`` it is of a model of many guided steps.
     """
-    assert source.sigmas is not None
     exactly = source.lora is not None and rank is None
     base = source.folder if exactly else part_of_run(run, "model")
     student = None if exactly else source.load()
@@ -58,11 +57,11 @@ def save_lora(
             )
             notes = [*notes, f"- {summary}"]
             print(summary)
-        _write_lora(file, tensors, dtype, {"base": model_name(base), "sigmas": source.sigmas, "notes": notes})
+        levels = {"sigmas": source.sigmas} if source.sigmas else {}
+        _write_lora(file, tensors, dtype, {"base": model_name(base), **levels, "notes": notes})
     lines = lora_usage(base, source, [file.name for file in files])
-    write_atomically(
-        out.with_suffix(".md"), model_card("Few-step Wan LoRA", base, source.sigmas, notes, lines, source.solver)
-    )
+    title = "Few-step Wan LoRA" if source.sigmas else "Fine-tuned Wan LoRA"
+    write_atomically(out.with_suffix(".md"), model_card(title, base, source.sigmas, notes, lines, source.solver))
     return files
 
 
@@ -77,24 +76,23 @@ def _write_lora(out: Path, tensors: dict[str, torch.Tensor], dtype: torch.dtype,
 
 
 def lora_usage(base: Path, source: Generator, files: list[str]) -> list[str]:
-    """Lines of Python that put LoRA files and the levels they were trained for into a stock pipeline."""
-    assert source.sigmas is not None
-    config, name = scheduler_for(source.sigmas, source.solver).config, SCHEDULERS[source.solver].__name__
+    """Lines of Python that put LoRA files, and the levels a few-step student was trained for, into a stock pipeline."""
     own, several = model_name(base), ", WanTransformer3DModel" if len(files) > 1 else ""
     more = ", expand_timesteps=True" if source.animates else ""  # the first frame is given at level 0
     pipeline = "WanImageToVideoPipeline" if source.animates or wan.is_image_to_video(base) else "WanPipeline"
-    lines = [f"from diffusers import {name}, {pipeline}{several}\n"]
+    scheduler = f"{SCHEDULERS[source.solver].__name__}, " if source.sigmas else ""
+    lines = [f"from diffusers import {scheduler}{pipeline}{several}\n"]
     boundary = "" if source.boundary is None else f"boundary_ratio={stock_boundary(source.boundary, source.sigmas)}"
     if len(files) > 1 and boundary_of(base) is None:
         lines.append(f'low = WanTransformer3DModel.from_pretrained("{own}", subfolder="transformer")')
         more += f", transformer_2=low, {boundary}"
     elif len(files) > 1:
         more += f", {boundary}"
-    lines += [
-        f'pipe = {pipeline}.from_pretrained("{own}"{more})',
-        f"pipe.scheduler = {name}(shift={config.shift}, shift_terminal={config.shift_terminal})",
-        f'pipe.load_lora_weights("{files[0]}")',
-    ]
+    lines.append(f'pipe = {pipeline}.from_pretrained("{own}"{more})')
+    if source.sigmas:
+        told = scheduler_for(source.sigmas, source.solver).config
+        lines.append(f"pipe.scheduler = {scheduler[:-2]}(shift={told.shift}, shift_terminal={told.shift_terminal})")
+    lines.append(f'pipe.load_lora_weights("{files[0]}")')
     return lines + [f'pipe.load_lora_weights("{file}", load_into_transformer_2=True)' for file in files[1:]]
 
 

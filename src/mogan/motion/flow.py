@@ -146,28 +146,39 @@ def load_raft(path: str | Path) -> RAFT:
         UserError: there is nothing at the path, or something else.
     """
     path = Path(path)
-    if (path / "config.json").is_file():
-        model = read_raft_config(path / "config.json").build()
-        model.load_state_dict(load_file(path / "model.safetensors"))
-    elif path.suffix in (".pth", ".pt", ".safetensors") and path.is_file():
-        model = raft_large()
-        try:
-            state = (
-                load_file(path)
-                if path.suffix == ".safetensors"
-                else torch.load(path, map_location="cpu", weights_only=True)
-            )
-            model.load_state_dict(torchvision_names(state))
-        except (SafetensorError, UnpicklingError, RuntimeError, TypeError, AttributeError, EOFError) as error:
-            raise UserError(
-                f"{path} does not hold the weights of a large RAFT, torchvision's or the original's, or is damaged: fetch it "
-                "with `mogan weights fetch raft_large_C_T_V1`"
-            ) from error
-    else:
+    own = (path / "config.json").is_file()
+    if not own and not (path.suffix in (".pth", ".pt", ".safetensors") and path.is_file()):
         raise UserError(
             f"no flow network at {path}: give a folder with config.json and model.safetensors, or a .pth file of "
             "torchvision's raft_large or the original RAFT, or a name that `mogan weights list` shows"
         )
+    model = read_raft_config(path / "config.json").build() if own else raft_large()
+    try:
+        if own:
+            model.load_state_dict(load_file(path / "model.safetensors"))
+        else:
+            safe = path.suffix == ".safetensors"
+            model.load_state_dict(
+                torchvision_names(load_file(path) if safe else torch.load(path, map_location="cpu", weights_only=True))
+            )
+    except (
+        SafetensorError,
+        UnpicklingError,
+        RuntimeError,
+        TypeError,
+        AttributeError,
+        EOFError,
+        FileNotFoundError,
+    ) as error:
+        what = (
+            "are not those that its config.json describes"
+            if own
+            else "are no large RAFT's, torchvision's or the original's"
+        )
+        raise UserError(
+            f"the weights of {path} {what}, or are damaged or missing: get them again, such as with "
+            "`mogan weights fetch raft_large_C_T_V1`"
+        ) from error
     return model.float().eval().requires_grad_(False)
 
 

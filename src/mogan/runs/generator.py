@@ -29,8 +29,9 @@ class Generator:
 
     ``told``: the run's student reads where its steps end. ``counts``: numbers of steps it was trained for, if several.
     ``causal``: how it makes clips, if it sees the past alone. ``states``: that it can be told (:mod:`mogan.models.states`).
-    ``animates``: the run's student was distilled to go on from a first frame that it is given at level 0. ``fine_tuned``: the
-    run trained a model on clips, which is sampled in many guided steps as its base is.
+    ``animates``: the run's student was distilled to go on from a first frame that it is given at level 0. ``continues``: it is
+    given that, and is sampled with guidance. ``fine_tuned``: the run trained a model on clips, which is sampled in many guided
+    steps as its base is.
     """
 
     folder: Path
@@ -45,6 +46,7 @@ class Generator:
     causal: Causal | None = None
     states: tuple[str, ...] = ()
     animates: bool = False
+    continues: bool = False
     fine_tuned: bool = False
 
     def in_steps(self, count: int) -> "Generator":
@@ -153,6 +155,7 @@ def open_generator(name: str) -> Generator:
             boundary_of(folder) if own_boundary is None else own_boundary, causal_of_config(kind.get("causal")),
             tuple(sorted(config.get("states") or read_states(folder))),
             bool(config.get("given")) and config.get("solver", LCM) == EULER,
+            bool(config.get("given")) and config.get("solver", LCM) == LCM and not kind.get("causal"),
             set(config.get("objectives") or ()) == {"flow_matching"} and not (kind or config.get("given")),
         )  # fmt: skip
     folder = wan.resolve_model(name)
@@ -187,4 +190,4 @@ def open_motion(run: Path, base: Path, frames: int) -> tuple[torch.nn.Module, in
     given = next((k for k in (1, 0) if [k, frames - 1] in windows), None)
     if given is None:
         raise UserError(f"{run} never saw a whole clip of {frames} latents (windows {windows}): add (1, {frames - 1})")
-    return Generator(folder, None, wan.geometry(folder), run).load().transformer, given
+    return Generator(folder, None, wan.geometry(folder), run, config.get("lora")).load().transformer, given

@@ -74,7 +74,9 @@ def attention(
         for number, level in enumerate(levels):
             sigma = torch.full((1,), level, device=target)
             noisy = add_noise(
-                clip, torch.randn(clip.shape, generator=torch.Generator().manual_seed(number)).to(clip), sigma
+                clip,
+                torch.randn(clip.shape, generator=torch.Generator().manual_seed(len(lines) + number)).to(clip),
+                sigma,
             )
             expert = _expert(denoiser, level)
 

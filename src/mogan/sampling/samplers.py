@@ -1,7 +1,7 @@
 """Samplers: a student by its own levels, a teacher by many guided steps of UniPC (arXiv 2302.04867); latents to clips' frames.
 
 A clip depends on its prompt and its seed alone, not on the batch it was made in: seed ``k`` gives what
-``torch.manual_seed(k)`` followed by a call of the stock pipeline gives.
+``torch.manual_seed(k)`` followed by a call of the stock pipeline on a CPU gives.
 """
 
 from collections.abc import Callable, Iterator
