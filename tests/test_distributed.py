@@ -165,6 +165,7 @@ def test_two_processes_follow_the_trajectory_of_one_and_each_resumes_the_other(f
         ("shift", 2, ()),
         ("shift", 2, ("--context-parallel", "2")),
         ("dmd", 4, ("--hsdp", "2", "--context-parallel", "2")),
+        ("dmd", 2, ("--hsdp", "2")),
         ("phased", 2, ()),
         ("phased_alternating", 2, ()),
         ("tdm", 2, ()),

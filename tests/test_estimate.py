@@ -18,8 +18,15 @@ from conftest import TRANSFORMER, VAE
 from mogan.cli import main
 from mogan.config import Optimizer, Update
 from mogan.costs import machines
-from mogan.costs.calls import Tracer, build_transformer, judge_call, network_parameters, transformer_calls
-from mogan.costs.codec import Codec
+from mogan.costs.calls import (
+    Tracer,
+    build_transformer,
+    judge_call,
+    network_parameters,
+    observe_calls,
+    transformer_calls,
+)
+from mogan.costs.codec import Codec, random_flow
 from mogan.costs.machines import MACHINES
 from mogan.costs.shapes import PUBLISHED, Shapes, read_shapes, resized
 from mogan.costs.trace import Call, Work, fake, sizes, trace
@@ -498,18 +505,40 @@ def test_a_run_that_has_begun_keeps_what_was_chosen(tmp_path, family, cache):
     assert "goes on" in said[0]
 
 
-@pytest.mark.parametrize("lora", [None, 3])
-def test_a_checkpoint_is_as_large_as_was_said(tmp_path, family, cache, lora):
+@pytest.mark.parametrize(
+    ("recipe", "lora"), [("mogan", None), ("mogan", 3), ("efficient_vdit_mcd", None), ("efficient_vdit_mcd", 3)]
+)
+def test_a_checkpoint_is_as_large_as_was_said(tmp_path, family, cache, recipe, lora):
     model = family / "teacher"
-    config = replace(tiny_recipes.mogan(), lora=lora)
+    config = replace(getattr(tiny_recipes, recipe)(), lora=lora)
     said = price_on(config, 24.0, model, open_cache(cache))(config, 1, lora).checkpoint
-    words = ["train", "tiny_recipes:mogan", "--data", str(cache), "--out", str(tmp_path / "run"), "--model", str(model)]
-    words += ["--student", str(family / "student")]
+    words = ["train", f"tiny_recipes:{recipe}", "--data", str(cache), "--out", str(tmp_path / "run")]
+    words += ["--model", str(model), *(["--student", str(family / "student")] if recipe == "mogan" else [])]
     assert main([*words, "--iterations", "1", *(["--lora", "3"] if lora else [])]) == 0
     files = latest_checkpoint(tmp_path / "run").glob("*.safetensors")
     tensors = [tensor for file in files for tensor in load_file(file).values()]
     assert sum(t.numel() * t.element_size() for t in tensors) == pytest.approx(said, rel=0.01)
     assert price(mogan_wan_1_3b(), gpus=8).checkpoint == pytest.approx(price(mogan_wan_1_3b()).checkpoint)
+
+
+def test_flow_is_priced_at_the_resolution_it_is_estimated_at():
+    tracer = Tracer(PUBLISHED["wan2.1-t2v-1.3b"], True, torch.bfloat16)
+    flow, _ = tracer.flow("raft_large_C_T_SKHT_V2", 12)
+    whole, half = (observe_calls(tracer, flow, 3, 0, grad=False, part=part) for part in (None, 0.5))
+    assert (
+        3.5 < whole["flow"].work.flops / half["flow"].work.flops < 5
+    )  # correlations grow with the square of the pixels
+    assert whole["encode"] == half["encode"]
+
+
+@pytest.mark.parametrize("name", ["farneback", "dis"])
+def test_a_classical_estimator_costs_a_gpu_nothing(name):
+    assert random_flow(name, 12, False) == (None, 0)
+
+
+def test_flow_of_one_frame_is_refused_in_a_sentence(capsys):
+    assert main(["estimate", "redmd_lab", "--frames", "1"]) == 2
+    assert "optical flow is between frames" in capsys.readouterr().err
 
 
 @pytest.mark.slow

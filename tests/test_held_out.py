@@ -136,7 +136,10 @@ def test_a_run_stops_when_motion_no_longer_rises_and_its_student_is_the_best_one
 def test_motion_on_other_prompts_is_not_compared(parts_of, held_out, cache, tmp_path):
     run = tmp_path / "run"
     parts = parts_of(run)
-    Gain(run, held_out, parts, 3).forget_after(0)
+    first = Gain(run, held_out, parts, 3)
+    first.forget_after(0)
+    assert not (run / "held_out.json").exists()  # nothing is written of a run that has measured nothing
+    write_held_out_motions(run, {2: 0.5}, first.of)
     moved = tmp_path / "moved"
     shutil.copytree(held_out, moved)
     assert Gain(run, moved, parts, 3).prompts  # a cache that has moved holds the same prompts

@@ -82,6 +82,12 @@ def test_what_a_run_will_draw_is_known_before_it_starts(folder, recipe, seed, ra
     assert asked == drawn(config, len(cache), 2)
 
 
+def test_of_a_run_without_an_end_as_many_observations_are_found_as_there_are():
+    config = replace(mogan_lab(), iterations=10**9)
+    starts = len(config.objectives["gan"].starts)
+    assert len(drawn(config, 40)) == 40 * starts  # and in a moment
+
+
 def test_of_the_papers_clips_a_third_of_all_windows_are_drawn():
     found = drawn(mogan_wan_1_3b(), 15000)
     assert len(found) <= 800 * 64

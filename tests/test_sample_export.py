@@ -23,8 +23,9 @@ from mogan.disk.files import write_atomically
 from mogan.disk.shards import share_of
 from mogan.errors import UserError
 from mogan.exchange.card import model_card
-from mogan.exchange.export import FOLDER_USAGE, export, save_student
+from mogan.exchange.export import export, save_student
 from mogan.exchange.schedulers import scheduler_for
+from mogan.exchange.usage import FOLDER_USAGE
 from mogan.models import attention, autoencoder, wan
 from mogan.models.denoiser import Denoiser
 from mogan.runs.generator import open_generator

@@ -495,3 +495,38 @@ def test_the_recipes_own_checkpoints_outlast_those_of_the_clock(tmp_path):
         save_checkpoint(tmp_path, number, {"student.x": torch.zeros(2)}, config)
         left = [int(path.name) for path in checkpoints(tmp_path)]
         assert left == {8: [8], 9: [8, 9], 10: [9, 10], 11: [10, 11], 12: [10, 12], 20: [10, 20], 21: [20, 21]}[number]
+
+
+def test_moments_of_an_optimiser_with_a_dot_in_its_name_are_resumed(family, cache, tmp_path):
+    config = replace(
+        flow_matching(),
+        optimizers={"student.motion": Optimizer(lr=1e-3)},
+        plan=tuple(replace(u, optimizer="student.motion") for u in flow_matching().plan),
+    )
+    parts = build(config, family, cache)
+    step(parts, Position(0, 0, 0, 0))
+    saved, again = parts.state(), build(config, family, cache)
+    again.prepare_to_load(saved)
+    assert again.state().keys() == saved.keys()
+    assert any(name.startswith("student.motion_optimizer.") for name in saved)
+
+
+def test_what_a_kill_leaves_of_an_old_checkpoint_is_swept(family, cache, tmp_path, monkeypatch):
+    config = replace(flow_matching(), keep=1)
+    parts = build(config, family, cache, tmp_path)
+    save_checkpoint(tmp_path, 1, parts.state(), config)
+
+    def killed(path, **more):
+        if path.name == ".000001.new":
+            (path / "config.json").unlink()
+            raise KeyboardInterrupt
+        return rmtree(path, **more)
+
+    rmtree = shutil.rmtree
+    monkeypatch.setattr("mogan.runs.checkpoint.shutil.rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        save_checkpoint(tmp_path, 2, parts.state(), config)
+    monkeypatch.undo()
+    assert latest_checkpoint(tmp_path).name == "000002"
+    save_checkpoint(tmp_path, 3, parts.state(), config)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["000003"]

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from itertools import pairwise
 from typing import Any, ClassVar, Protocol
 
-from mogan.terms import Lesson, Terms, joined, several, whole_numbers
+from mogan.terms import Lesson, Terms, joined, require_kept, several, whole_numbers
 
 
 class Block(Protocol):
@@ -255,7 +255,7 @@ class Config:
                     f"{name}: settings are a dataclass, since a run keeps them; {type(settings).__name__} is none"
                 )
         for field in fields(self):
-            _check_kept(field.name, getattr(self, field.name))
+            require_kept(field.name, getattr(self, field.name))
         if self.states is not None and not self.states:
             raise ValueError("states: at least one, or None")
         for kind in filter(None, (self.rollout, *(update.rollout for update in self.plan))):
@@ -325,24 +325,6 @@ class Config:
             raise ValueError(
                 f"{update.label}: what a causal student makes while it trains begins with nothing: leave out given"
             )
-
-
-def _check_kept(name: str, value: Any) -> None:
-    """Refuse a setting that ``config.json`` cannot hold, or that would not equal itself when it is read again."""
-    if is_dataclass(value) and not isinstance(value, type):
-        for field in fields(value):
-            _check_kept(f"{name}.{field.name}", getattr(value, field.name))
-    elif isinstance(value, dict) and all(isinstance(key, str) for key in value):
-        for key, one in value.items():
-            _check_kept(f"{name}.{key}", one)
-    elif isinstance(value, (list, tuple)):
-        for place, one in enumerate(value):
-            _check_kept(f"{name}[{place}]", one)
-    elif not (value is None or isinstance(value, (int, float, str))) or value != value:
-        kind = "NaN" if isinstance(value, float) else f"a {type(value).__name__}"
-        raise ValueError(
-            f"{name} is {kind}: settings are numbers, text, lists, and names with values, as JSON holds them, since a run keeps them"
-        )
 
 
 def _check_numbers(update: Update) -> None:

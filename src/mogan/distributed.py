@@ -158,6 +158,11 @@ def join(device: str = "auto", replicas: int = 1, context: int = 1) -> Iterator[
     for option, count in (("--hsdp", replicas), ("--context-parallel", context)):
         if count < 1 or ranks % count:
             raise UserError(f"{option} {count} does not divide the {ranks} processes")
+    if replicas == ranks and context > 1:
+        raise UserError(
+            f"--hsdp {replicas} gives each process a whole copy, and --context-parallel {context} has several work on one sample: "
+            "give --hsdp fewer"
+        )
     if ":" in device:
         raise UserError(
             f"--device {device} names one GPU for {ranks} processes: give --device cuda, and each takes its own"

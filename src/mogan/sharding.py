@@ -83,7 +83,9 @@ def shard(
     for module in network.modules():
         if isinstance(module, FSDPModule):
             module.set_force_sum_reduction_for_comms(True)  # gloo can only sum
-            module.set_gradient_divide_factor(world.shares if partial else world.ranks)
+            # where every process holds a whole copy, FSDP2 divides by a given factor twice, and by its own, the ranks, once
+            if world.mesh.size(-1) > 1:
+                module.set_gradient_divide_factor(world.shares if partial else world.ranks)
     return network
 
 

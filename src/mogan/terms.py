@@ -1,7 +1,7 @@
 """What an objective asks of a run: what its networks learn from, what to watch."""
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
 LATENT, OBSERVATION = "latent", "observation"  # what an update may need of real clips
@@ -109,6 +109,24 @@ def whole_numbers(of: Any, least: Mapping[str, int], where: str = "") -> None:
         value = getattr(of, name)
         if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < low):
             raise ValueError(f"{where}{name} must be a whole number of at least {low}, not {value!r}")
+
+
+def require_kept(name: str, value: Any) -> None:
+    """Refuse a setting that ``config.json`` cannot hold, or that would not equal itself when it is read again. Raises ValueError."""
+    if is_dataclass(value) and not isinstance(value, type):
+        for field in fields(value):
+            require_kept(f"{name}.{field.name}", getattr(value, field.name))
+    elif isinstance(value, dict) and all(isinstance(key, str) for key in value):
+        for key, one in value.items():
+            require_kept(f"{name}.{key}", one)
+    elif isinstance(value, (list, tuple)):
+        for place, one in enumerate(value):
+            require_kept(f"{name}[{place}]", one)
+    elif not (value is None or isinstance(value, (int, float, str))) or value != value:
+        kind = "NaN" if isinstance(value, float) else f"a {type(value).__name__}"
+        raise ValueError(
+            f"{name} is {kind}: settings are numbers, text, lists, and names with values, as JSON holds them, since a run keeps them"
+        )
 
 
 def joined(lessons: Iterable[Lesson]) -> Lesson:

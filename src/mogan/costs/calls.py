@@ -268,13 +268,19 @@ def judge_call(
 # ---------------------------------------------------------------------------------------------- observation
 
 
-def observe_calls(tracer: Tracer, flow: RaftFlow | None, window: int, start: int, *, grad: bool) -> dict[str, Call]:
-    """The stages of an observation of a window from latent frame ``start`` on, in order; the picture is encoded in fp32."""
+def observe_calls(
+    tracer: Tracer, flow: RaftFlow | None, window: int, start: int, *, grad: bool, part: float | None = None
+) -> dict[str, Call]:
+    """The stages of an observation of a window from latent frame ``start`` on, in order; the picture is encoded in fp32.
+
+    ``part`` is that of height and width at which flow is estimated; ``None``: all.
+    """
     frames, size, checkpointing = 4 * window - 3, tracer.shapes.size, tracer.checkpointing
+    coarse = size if part is None else replace(size, height=round(size.height * part), width=round(size.width * part))
     fields = torch.empty(1, 2, frames - 1, size.height, size.width, device="meta", requires_grad=grad)
     return {
         "window decode": tracer.codec().decode(window, start, grad, checkpointing),
-        "flow": estimate_flow(flow, tracer.shapes, frames, grad, checkpointing),
+        "flow": estimate_flow(flow, replace(tracer.shapes, size=coarse), frames, grad, checkpointing),
         "picture": trace((), lambda: motion_picture(fields, 1.0), backward=grad),
         "encode": tracer.codec(torch.float32).encode(frames, grad, checkpointing),
     }

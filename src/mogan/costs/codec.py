@@ -12,8 +12,10 @@ from torchvision.models.optical_flow import raft_large
 
 from mogan.costs.shapes import Shapes
 from mogan.costs.trace import Call, Work, fake, sizes, trace
+from mogan.errors import UserError
 from mogan.models.autoencoder import decode_window, encode_video, stream_video
 from mogan.models.host import in_pieces
+from mogan.motion.estimators import CLASSICAL
 from mogan.motion.flow import RaftConfig, RaftFlow, read_raft_config
 
 
@@ -96,7 +98,7 @@ class Codec:
 
 def random_flow(name: str, iterations: int, one_by_one: bool) -> tuple[RaftFlow | None, int]:
     """The recipe's RAFT with random weights; None for a classical estimator, whose cost is the CPU's."""
-    if name == "farneback":
+    if name in CLASSICAL:
         return None, 0
     settings = Path(name) / "config.json"
     if settings.is_file():
@@ -110,6 +112,8 @@ def estimate_flow(flow: RaftFlow | None, shapes: Shapes, frames: int, grad: bool
     """RAFT on a window: chunks of pairs one after the other, ``iterations`` refinements each."""
     if flow is None:
         return Call(Work(), 0.0, 0.0)
+    if frames < 2:
+        raise UserError("optical flow is between frames: give --frames 5 or more, or a recipe that sees no motion")
     size = shapes.size
     pairs = min(flow.pairs_at_once(size.height, size.width), frames - 1)
     flow.checkpointing = checkpointing

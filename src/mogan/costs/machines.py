@@ -25,7 +25,8 @@ class Machine:
 
 
 T, G = 1e12, 1e9
-# Memory is what the driver shows, in GB of 1e9 bytes. NVLink is quoted as the sum of both directions: half of it here.
+# Memory is the data sheet's number, as GB of 1e9 bytes. Most cards hold 5 to 6 % more, for that number is of 2^30 bytes; since no
+# prediction has been compared with a GPU yet, that stays in reserve. NVLink is quoted as the sum of both directions: half of it here.
 # Network: one 400 Gb/s (H100, H200) or 200 Gb/s (A100) adapter per GPU, as in NVIDIA's DGX; 100 Gb/s for the others (assumed).
 MACHINES = {
     # NVIDIA H200 data sheet, SXM: 141 GB, 989 TFLOPS BF16 and 495 TF32 dense, 67 FP32, 4.8 TB/s, NVLink 900 GB/s

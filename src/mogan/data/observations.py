@@ -124,9 +124,13 @@ def drawn(config: Config, clips: int, first: int = 0) -> set[tuple[int, int]]:
         lesson = config.lesson(update)
         if OBSERVATION not in lesson.clips:
             continue
+        mine: set[tuple[int, int]] = set()
         for iteration in filter(update.happens, range(first, config.iterations)):
+            if len(mine) == clips * len(set(lesson.starts)):
+                break  # all there are: a run that is meant to be stopped by hand has millions of iterations
             for repeat in range(update.times):
                 start = start_at(lesson.starts, config.seed, iteration, number, repeat)
                 places = range(iteration * update.batch, (iteration + 1) * update.batch)
-                found |= {(clip_at(clips, config.seed, number, repeat, place), start) for place in places}
+                mine |= {(clip_at(clips, config.seed, number, repeat, place), start) for place in places}
+        found |= mine
     return found

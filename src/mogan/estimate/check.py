@@ -37,14 +37,9 @@ def allocated_peak(call: Callable[[], Any]) -> float:
     """Most bytes ``call`` allocates at once, above what was there: every allocation of PyTorch's, as its profiler saw it.
 
     The call runs twice and the second time counts: then weights have their gradients, as from the second part of a batch
-    on. On CUDA the allocator's own count is taken.
+    on. Tensors are a CPU's.
     """
     call()
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        call()
-        return torch.cuda.max_memory_allocated() - before
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
         call()
     events = [e for e in found.profiler.kineto_results.events() if e.name() == "[memory]"]

@@ -163,8 +163,8 @@ def _whole(found: Estimate) -> list[str]:
         f"{hours:.1f} h, {hours * found.gpus:.0f} GPU-hours",
         f"memory: {found.peak / GB:.1f} GB of {found.available / GB:.1f} that {found.machine.memory / GB:.0f} GB leave for tensors: "
         + ("it fits" if found.fits else "it does not fit"),
-        f"main memory while starting: {found.main_memory / GB:.0f} GB for the text encoder, then "
-        + (f"{found.host / GB:.0f} GB per GPU" if found.host else "none"),
+        f"main memory of a machine while starting: {found.main_memory / GB:.0f} GB, for the text encoder or for each GPU's "
+        "transformer" + (f"; then {found.host / GB:.0f} GB per GPU" if found.host else ""),
         f"disk: {found.checkpoint / GB:.1f} GB a checkpoint, {found.checkpoints} kept and one more while it is written",
     ]
     return [*lines, found.note] if found.note else lines

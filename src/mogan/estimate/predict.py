@@ -19,7 +19,9 @@ PREPARE = "prepare"  # what an objective makes once per iteration, in the place 
 
 @dataclass(frozen=True)
 class Network:
-    """What one network occupies on one GPU, bytes; ``waiting`` are moments in the host's memory."""
+    """What one network occupies on one GPU, bytes; ``waiting`` are moments in the host's memory, ``saved`` is what of all its GPUs
+    goes into a checkpoint beside what it learns.
+    """
 
     name: str
     parameters: int
@@ -28,6 +30,7 @@ class Network:
     moments: float = 0.0
     average: float = 0.0
     waiting: float = 0.0
+    saved: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -102,9 +105,10 @@ class Estimate:
 
     @property
     def checkpoint(self) -> float:
-        """Bytes of one checkpoint: what learns, its moments and the average, of all GPUs together."""
+        """Bytes of one checkpoint: what learns, its moments, averages, and what objectives keep, of all GPUs together."""
         whole = 1 if self.lora else self.gpus // self.copies  # adapters lie on every GPU
-        return whole * sum(n.gradients + n.moments + n.waiting + n.average for n in self.networks)
+        learnt = whole * sum(n.gradients + n.moments + n.waiting + n.average for n in self.networks)
+        return learnt + sum(n.saved for n in self.networks)
 
     @property
     def fits(self) -> bool:
@@ -173,7 +177,7 @@ def predict(
         config.iterations,
         beside(config, tracer, tuple(prices.values()), machine, gpus, clips, stays, more),
         sampling(config, tracer, machine),
-        text_encoder_bytes(tracer),
+        max(text_encoder_bytes(tracer), min(gpus, GPUS_PER_NODE) * FP32 * tracer.parameters["transformer"]),
         config.keep,
         f"a batch of {odd[0]} does not split over {gpus} GPUs: train with --batch, a multiple of {gpus}" if odd else "",
         copies,
@@ -276,7 +280,7 @@ def _networks(
         moments = 2 * optimizers(kept.name) * mine
         waits = bool(config.offload) and (adapts or gpus == 1)
         here, there = (0.0, moments) if waits else (moments, 0.0)
-        return Network(kept.name, parameters, weights, mine, here, averaged * mine, there)
+        return Network(kept.name, parameters, weights, mine, here, averaged * mine, there, kept.beside)
 
     every = list({kept.name: kept for price in prices.values() for kept in price.kept}.values())
     # adapters share the frozen weights of a network that starts as they do, unless the student starts elsewhere
@@ -291,7 +295,9 @@ def _networks(
         elif kept.sharded:
             frozen = held_once * (kept.parameters / one) if kept.transformer else FP32 * kept.parameters
             whole = lora is not None and kept.transformer
-            found.append(Network(kept.name, kept.parameters, frozen if whole else frozen / shards))
+            learnt = rank * tracer.parameters["adapters"] * kept.parameters // one if whole else kept.parameters
+            saved = FP32 * learnt if kept.saved else 0.0
+            found.append(Network(kept.name, kept.parameters, frozen if whole else frozen / shards, saved=saved))
     vae = tracer.parameters["vae"]
     found.append(Network("autoencoder", vae, (FP32 if config.precision == "fp32" else BF16) * vae))
     found += [Network(k.name, k.parameters, FP32 * k.parameters) for k in every if not k.learns and not k.sharded]

@@ -26,12 +26,12 @@ from mogan.exchange.elsewhere import usage as how_to_call
 from mogan.exchange.lora_file import DTYPES, check_range, files_of_lora, save_lora
 from mogan.exchange.schedulers import flow_map_scheduler, scheduler_for
 from mogan.exchange.stock_sampler import stock_sampler
+from mogan.exchange.usage import CONTINUING, usage_of
 from mogan.models import wan
 from mogan.models.causal_cache import Causal
 from mogan.models.experts import LOW, stock_boundary
 from mogan.models.frame_sparse import mask_of, write_mask
 from mogan.models.lora import factors, merge
-from mogan.models.parts import config_of
 from mogan.models.states import detach_states, write_states
 from mogan.models.step_condition import is_told, tell_steps, to_stock
 from mogan.ranges import at_least
@@ -41,12 +41,6 @@ from mogan.runs.identity import part_of_run, read_config
 from mogan.schedule import levels_of
 
 SUFFIXES = {"lora": ".safetensors", "self-forcing": ".pt", "comfyui": ".safetensors"}  # the others write folders
-FOLDER_USAGE = ["from diffusers import WanPipeline\n", 'pipe = WanPipeline.from_pretrained("PATH")']
-CONTROLLED_USAGE = [line.replace("WanPipeline", "WanVACEPipeline") for line in FOLDER_USAGE]
-CODEC_USAGE = [
-    "\npipe.vae_scale_factor_spatial = pipe.vae.config.scale_factor_spatial  # which this pipeline reckons as Wan 2.1's"
-]
-ANIMATING_USAGE = [line.replace("WanPipeline", "WanImageToVideoPipeline") for line in FOLDER_USAGE]
 TOLD_INDEX = {"_class_name": "AnyFlowPipeline", "transformer": ["diffusers", "AnyFlowTransformer3DModel"]}
 CAUSAL_INDEX = {"_class_name": "MoganCausalStudent", "transformer": ["mogan", "CausalWan"]}  # names that are nowhere
 BY_LEVEL_INDEX = {
@@ -55,21 +49,6 @@ BY_LEVEL_INDEX = {
     "image_encoder": [None, None],
     "image_processor": [None, None],
 }
-CAUSAL_USAGE = [
-    "# chunk by chunk, which WanPipeline does not: it would sample whole clips, and wrongly\n",
-    "mogan sample --model PATH --prompts prompts.txt --out clips",
-]
-CONTINUING_USAGE = [
-    "# from the first frames of captioned clips, which pipelines do not give to a text-to-video model\n",
-    "mogan sample --model PATH --first-frames CLIPS --prompts captions.txt --out clips",
-]
-CONTINUING = f"""```bash
-{CONTINUING_USAGE[0]}{CONTINUING_USAGE[1]}
-```
-
-It goes on from a first frame that it is given at level 0, in guided steps of Euler. `WanPipeline` gives it none: its clips would look
-plausible and be wrong."""
-TOLD_USAGE = [line.replace("WanPipeline", "AnyFlowPipeline") for line in FOLDER_USAGE]
 
 
 def export(
@@ -143,7 +122,7 @@ def export(
     if to == "teacher":
         _refuse_as_teacher(run, source, fake_score)
         source = replace(source, sigmas=None)
-    usage = _usage(source)
+    usage = usage_of(source)
     notes = counts_notes(source) + states_notes(source.states) + notes + stock_sampler(source)
     card = model_card(
         "Few-step Wan student" if source.sigmas and not source.continues else "Fine-tuned Wan",
@@ -238,21 +217,6 @@ def _refuse_as_teacher(run: Path, source: Generator, fake_score: bool) -> None:
             f"{run} trained {config['recipe']}, and a teacher comes of fine-tuning by flow matching alone: leave out "
             + ("--fake-score" if plain else "--to teacher")
         )
-
-
-def _usage(source: Generator) -> list[str]:
-    """The lines that open the folder of a student."""
-    if source.causal:
-        return CAUSAL_USAGE
-    if source.told:
-        return TOLD_USAGE
-    if source.continues:
-        return CONTINUING_USAGE
-    if source.animates or wan.is_image_to_video(source.folder):
-        return ANIMATING_USAGE
-    if not wan.has_controls(source.folder):
-        return FOLDER_USAGE
-    return CONTROLLED_USAGE + (CODEC_USAGE if (config_of(source.folder, "vae") or {}).get("patch_size") else [])
 
 
 def counts_notes(source: Generator) -> list[str]:

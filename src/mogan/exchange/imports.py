@@ -14,11 +14,12 @@ from torch import Tensor
 from mogan.disk.files import writable_folder
 from mogan.errors import UserError
 from mogan.exchange.card import model_card
-from mogan.exchange.export import ANIMATING_USAGE, CAUSAL_USAGE, FOLDER_USAGE, save_student
+from mogan.exchange.export import save_student
 from mogan.exchange.layouts import IMAGE, QUANTISED, UNMERGED, adapters_in, diffusers_name, is_lora, parts_of_lora
 from mogan.exchange.lora_file import DTYPES
 from mogan.exchange.schedulers import scheduler_for
 from mogan.exchange.tensors import check_numbers, declared_alpha, files_of, read_tensors, some
+from mogan.exchange.usage import ANIMATING_USAGE, CAUSAL_USAGE, FOLDER_USAGE
 from mogan.models import wan
 from mogan.models.causal_cache import Causal, Policy
 from mogan.models.experts import boundary_of

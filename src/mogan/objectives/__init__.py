@@ -98,6 +98,7 @@ class Kept:
         transformer: it is a whole transformer of the model, which adapters can replace and frozen ones can share.
         trunk: of a network that learns, the number of blocks that are such a transformer's first ones.
         sharded: over the GPUs; else each GPU holds all of it.
+        saved: it does not learn, and is in checkpoints, as averages are.
     """
 
     name: str
@@ -107,6 +108,7 @@ class Kept:
     transformer: bool = False
     trunk: int = 0
     sharded: bool = True
+    saved: bool = False
 
 
 @dataclass(frozen=True)

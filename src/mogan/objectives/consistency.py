@@ -109,7 +109,7 @@ class ConsistencyConfig:
         if self.guidance is not None:
             steps, names = [forward.times(guided_calls(self.guidance)).freed(), *steps], ["teacher", "target"]
         bill = Bill(tuple(steps), 1 + len(steps), forward.work.flops if config.checkpointing else 0.0)
-        kept = (Kept(name, weights, learns=False, transformer=True) for name in names)
+        kept = (Kept(name, weights, learns=False, transformer=True, saved=name == "target") for name in names)
         return Price({"student": bill}, tuple(kept))
 
 

@@ -77,7 +77,10 @@ class MCDConfig:
         steps = (tracer.forward.times(guided_calls(self.guidance)).freed(), train, forward.freed())
         bill = Bill(steps, 4, forward.work.flops if config.checkpointing else 0.0)
         weights = tracer.parameters["transformer"] * (1 if tracer.shapes.boundary is None else 2)
-        kept = (Kept(name, weights, learns=False, transformer=True) for name in ("teacher", "target"))
+        kept = (
+            Kept(name, weights, learns=False, transformer=True, saved=name == "target")
+            for name in ("teacher", "target")
+        )
         return Price({"student": bill}, tuple(kept))
 
 

@@ -74,8 +74,10 @@ def price_observation(gan: "GANConfig", config: Config, tracer: Tracer) -> View:
     start = round(sum(gan.starts) / len(gan.starts))
 
     def traced(grad: bool) -> dict[str, Call]:
-        key = ("observe", gan.window, start, gan.flow, gan.flow_iterations, grad)
-        return tracer.once(key, lambda: observe_calls(tracer, flow, gan.window, start, grad=grad))
+        key = ("observe", gan.window, start, gan.flow, gan.flow_iterations, gan.flow_resolution, grad)
+        return tracer.once(
+            key, lambda: observe_calls(tracer, flow, gan.window, start, grad=grad, part=gan.flow_resolution)
+        )
 
     stages = traced(True)
     kept = [Kept("flow network", parameters, learns=False, sharded=False)] if parameters else []

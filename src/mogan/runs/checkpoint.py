@@ -73,7 +73,8 @@ def save_checkpoint(run: Path, iteration: int, state: dict[str, Tensor], config:
             shutil.rmtree(final)
         temporary.rename(final)
         for old in set(checkpoints(run)) - _kept(run, config):
-            shutil.rmtree(old)
+            # under such a name it is no checkpoint any more, and the next one sweeps what a kill leaves of it
+            shutil.rmtree(old.rename(old.with_name(f".{old.name}.new")))
     world.barrier()  # nobody leaves, and so ends the others, before the checkpoint is in its place
     return final
 

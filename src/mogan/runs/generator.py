@@ -94,8 +94,8 @@ class Generator:
         return told | ({"causal": self.causal.facts()} if self.causal else {})
 
     def load(self, dtype: torch.dtype = torch.float32) -> Denoiser:
-        """The network, computing in ``dtype``; of a run, with the averaged weights or adapters of its newest checkpoint, the
-        latter merged.
+        """The network, computing in ``dtype``; of a run, with the averaged weights or adapters of the checkpoint that
+        :func:`mogan.runs.checkpoint.student_checkpoint` names, the latter merged.
         """
         low = None if self.boundary is None else self.start(low_noise(self.folder))
         if self.causal is not None:

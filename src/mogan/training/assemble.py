@@ -104,9 +104,8 @@ class Assembly:
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
             moments: dict[int, dict[str, Tensor]] = {}
             for key in names:
-                part, _, rest = key.partition(".")
-                if part == f"{name}_optimizer":
-                    number, kind = rest.split(".")
+                if key.startswith(prefix := f"{name}_optimizer."):
+                    number, kind = key.removeprefix(prefix).split(".")
                     like = torch.zeros(()) if kind == "step" else torch.zeros_like(parameters[int(number)])
                     moments.setdefault(int(number), {})[kind] = like
             optimizer.load_state_dict(optimizer.state_dict() | {"state": moments})

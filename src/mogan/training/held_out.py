@@ -92,9 +92,11 @@ class Gain:
         return motion
 
     def forget_after(self, iteration: int) -> None:
-        """What was measured of iterations that will be done again."""
-        kept = {k: v for k, v in held_out_motions(self.run).items() if k <= iteration}
-        write_held_out_motions(self.run, kept, self.of)
+        """What was measured of iterations that will be done again. Nothing is written of a run that has measured nothing."""
+        measured = held_out_motions(self.run)
+        kept = {k: v for k, v in measured.items() if k <= iteration}
+        if kept != measured:
+            write_held_out_motions(self.run, kept, self.of)
 
     @property
     def over(self) -> bool:

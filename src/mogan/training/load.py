@@ -184,7 +184,7 @@ def _check_window(config: Config, frames: int) -> None:
 
 
 def _check_clips(config: Config, cache: Cache, model: Path) -> None:
-    """A batch of clips takes each once, and is as large as who learns of it needs; a teacher's paths are this model's."""
+    """A batch of clips is no larger than the cache, and as large as who learns of it needs; a teacher's paths are this model's."""
     for update in config.plan:
         lesson = config.lesson(update)
         if update.batch < lesson.least:

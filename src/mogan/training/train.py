@@ -137,7 +137,7 @@ def train(
                 write_atomically(out / "config.json", _as_text(resolved) + "\n")
                 note_parts(out, of)
 
-            with _memory_told(resolved, cache, model, student, world):
+            with _memory_told(resolved, cache, model, student, out, world):
                 parts = assemble(resolved, cache, model=model, student=student, prompts=words, run=out, world=world)
                 run_training(parts, out, Gain(out, held_out, parts, patience) if held_out else None, begin)
 
@@ -186,7 +186,9 @@ def _fitted(
 
 
 @contextmanager
-def _memory_told(config: Config, cache: Cache, model: str, student: str | None, world: World) -> Iterator[None]:
+def _memory_told(
+    config: Config, cache: Cache, model: str, student: str | None, out: Path, world: World
+) -> Iterator[None]:
     """Where a GPU's memory does not suffice, what would have."""
     try:
         yield
@@ -194,7 +196,12 @@ def _memory_told(config: Config, cache: Cache, model: str, student: str | None, 
         memory = torch.cuda.get_device_properties(world.device).total_memory / 1e9
         print("out of memory; looking for settings that fit ...", file=sys.stderr, flush=True)
         said = would_fit(config, memory, find_models(config, model, student)[0], cache, world.ranks, world.copies)
-        raise UserError(f"the GPU's {memory:.0f} GB do not suffice: {said}") from error
+        begun = (
+            ", and another --out, for this run goes on with what it began with"
+            if (out / "config.json").is_file()
+            else ""
+        )
+        raise UserError(f"the GPU's {memory:.0f} GB do not suffice: {said}{begun}") from error
 
 
 def _as_text(config: Config) -> str:
