@@ -8,7 +8,7 @@ import pytest
 
 from mogan.world.captions import Caption, parse_caption
 from mogan.world.instruments import read_instruments
-from mogan.world.laws import chord_speed, lawful_path, physics_residual
+from mogan.world.laws import _broken_bases, chord_speed, lawful_path, physics_residual
 from mogan.world.scenes import COLOURS, KINDS, make_scene, render
 from mogan.world.tracking import cover, track
 
@@ -160,6 +160,19 @@ def test_a_subject_under_another_is_not_free():
     gap = np.linalg.norm(scene.sprites[0].centres_F2 - scene.sprites[1].centres_F2, axis=1)
     reach = scene.sprites[0].radius + scene.sprites[1].radius
     assert not found.free_F[gap < 0.5 * reach].any()
+
+
+@pytest.mark.parametrize("frames", [5, 6, 9, 17])
+def test_every_way_to_turn_twice_is_a_way_of_its_own(frames):
+    time = np.arange(frames)
+    for basis in _broken_bases(frames):
+        # continuous lines with turns at half frames: what they span has no column made of rounding errors, which
+        # the lawful path of noise would be fitted by
+        assert np.allclose(basis.T @ basis, np.eye(4))
+        bends = np.abs(np.diff(basis, 2, axis=0)).sum(1) > 1e-9
+        assert bends.sum() <= 4
+        line = np.stack([np.ones(frames), time], 1)
+        assert np.allclose(basis @ (basis.T @ line), line)
 
 
 def test_laws_are_fitted_exactly_by_paths_that_obey_them():
