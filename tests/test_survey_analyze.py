@@ -162,6 +162,8 @@ def test_one_prompt_gives_no_interval_and_nobody_kept_gives_no_numbers(tmp_path)
     assert everybody["detectable"] is None
     assert results["kept"]["comparisons"][0]["win"] is None
     assert any("exclude everybody" in warning for warning in results["warnings"])
+    Rater(folder, {}, stop=0)  # who came and judged nothing breaks no rule
+    assert any("exclude everybody" in warning for warning in analyze(folder)["warnings"])
     assert json.loads((folder / "results" / "results.json").read_text())
 
 

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import tyro
 
 from mogan import __version__
+from mogan.data.lists import printable
 from mogan.disk.files import replacing, writable_file, writable_folder
 from mogan.ranges import is_seed
 from mogan.survey.ballots import Rater, Vote, read_votes
@@ -61,7 +62,7 @@ def analyze(
         "kept": summarise(design, [vote for vote in votes if vote.rater in kept], seed),
         "everybody": summarise(design, votes, seed),
     }
-    table = markdown(design, results)
+    table = printable(markdown(design, results))
     if values is not None:
         judged = [vote for vote in votes if vote.rater in kept]
         results["metrics"] = {q.id: agreement(judged, values, q.id, seed) for q in design.questions}
@@ -92,7 +93,8 @@ def _warnings(survey: Survey, votes: list[Vote], raters: list[Rater]) -> Iterabl
     missing = len(survey.of_kind("pair")) - len(judged)
     if missing:
         yield f"{missing} pairs have no vote yet."
-    if all(rater.reasons for rater in raters):
+    voted = {vote.rater for vote in pairs}
+    if all(rater.reasons for rater in raters if rater.id in voted):
         yield "The rules exclude everybody: the main table is empty."
 
 

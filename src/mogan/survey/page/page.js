@@ -219,8 +219,9 @@ function step(direction) {
   if (!seen) return;
   pause();
   const fps = visit.screens[visit.done].fps;
+  // From the farther one, for both: while they played they may have drifted apart.
+  const frame = Math.round(Math.max(...videos.map((video) => video.currentTime)) * fps - 0.5) + direction;
   for (const video of videos) {
-    const frame = Math.round(video.currentTime * fps - 0.5) + direction;
     const last = Math.max(0, Math.floor(video.duration * fps + 0.01) - 1);
     video.currentTime = (Math.max(0, Math.min(last, frame)) + 0.5) / fps;
   }
@@ -350,7 +351,7 @@ async function deliver(vote) {
   // Refused: somebody answered from another window, or the page is out of step. The server knows best.
   const again = await insist("GET", "/api/visit", null, "The study cannot be reached.");
   if (again.status === 200) visit = again.content;
-  else tell(again.content.error || "Please open your link again.");
+  tell((again.status === 200 ? reply : again).content.error || "Please open your link again.");
 }
 
 async function sendUnsent() {
