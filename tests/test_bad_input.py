@@ -7,10 +7,12 @@ import pytest
 
 from mogan.cli import main
 from mogan.data.cache import open_cache
+from mogan.data.video import write_video
 from mogan.disk.files import replacing, writable_folder
 from mogan.errors import UserError
 from mogan.models.wan import Geometry, fingerprint, latent_shape, load_text, load_transformer, resolve_model
 from mogan.training.loop import run_training
+from mogan.world.scenes import make_scene, render
 from test_train import build
 from tiny_recipes import flow_matching
 
@@ -97,6 +99,32 @@ def test_a_cache_whose_prompts_were_read_by_another_network_is_refused(part, mod
     said = told(train_on(model, own_cache, tmp_path / "run"), capsys)
     assert f"{part} 0123456789abcdef, not" in said
     assert "make it again" in said
+
+
+@pytest.mark.parametrize(("part", "what"), [("vae", "videos"), ("text_encoder", "prompts.txt")])
+def test_a_cache_is_tied_to_nothing_by_weights_that_broke_off(part, what, model, family, tmp_path, capsys):
+    (weights,) = (model / part).glob("*.safetensors")
+    cut_short(weights)
+    (tmp_path / "prompts.txt").write_text("a red circle falling\n")
+    (tmp_path / "videos").mkdir()
+    scene = make_scene(0, 0, motion="rich", frames=17)
+    write_video(tmp_path / "videos" / f"{scene.caption}.mp4", render(scene), 16)
+    words = [
+        "prepare",
+        tmp_path / what,
+        "--model",
+        model,
+        "--out",
+        tmp_path / "cache",
+        "--caption",
+        "a red circle falling",
+    ]
+    words = [str(word) for word in (words if what == "videos" else words[:-2])]
+    assert main(words) == 2
+    assert "get it again" in capsys.readouterr().err
+    weights.unlink()
+    shutil.copy(family / "teacher" / part / weights.name, weights)
+    assert main(words) == 0
 
 
 @pytest.mark.parametrize("part", ["transformer", "vae", "text_encoder"])

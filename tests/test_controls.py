@@ -102,6 +102,15 @@ def test_controls_and_pictures_may_be_called_in_capitals(videos, vace, tmp_path)
     assert open_cache(tmp_path / "cache").references == 2
 
 
+def test_pictures_that_would_be_left_out_are_named(videos, vace, tmp_path, capsys):
+    pictures = sorted((tmp_path / "pictures" / "sub").glob("*.png"))
+    stem = pictures[0].name.split(".")[0]
+    shutil.copy(pictures[0], tmp_path / "pictures" / "sub" / f"{stem}.7.png")
+    more = ["--controls", tmp_path / "shown", "--references", tmp_path / "pictures"]
+    assert prepare(videos, vace, tmp_path / "cache", *more) == 2
+    assert f"{stem}.7.png would be left out: pictures of a video are numbered .1, .2, .3" in capsys.readouterr().err
+
+
 def test_two_videos_do_not_share_a_control(videos, vace, tmp_path, capsys):
     shutil.copy(videos / "sub" / "0.mp4", videos / "sub" / "0.mov")
     assert prepare(videos, vace, tmp_path / "cache", "--controls", tmp_path / "shown") == 2

@@ -25,6 +25,7 @@ from mogan.evaluation.clips import read_folder
 from mogan.evaluation.evaluate import evaluate
 from mogan.exchange.export import save_student
 from mogan.models import wan
+from mogan.models.causal_cache import Causal, Policy
 from mogan.models.defaults import (
     ANIMATING,
     ANIMATING_22,
@@ -338,7 +339,7 @@ def test_the_report_names_how_clips_were_sampled(tmp_path, nothing_fetched):
     (folder / "samples.jsonl").write_text(json.dumps(row) + "\n")
     evaluate((folder,), out=tmp_path / "r.json", quick=True)
     report((tmp_path / "r.json",), out=tmp_path / "r.html")
-    assert "steps 50, guidance 5.0, shift 5.0, negative_prompt 静止" in (tmp_path / "r.html").read_text()
+    assert "steps 50, guidance 5.0, shift 5.0, negative prompt 静止" in (tmp_path / "r.html").read_text()
 
 
 @pytest.mark.parametrize(
@@ -402,6 +403,13 @@ def test_dis_is_nearer_to_fast_motion_than_farneback():
     truth = torch.tensor([20.0, 0.0]).view(1, 2, 1, 1, 1)
     error = {f.__name__: float((f(video) - truth).norm(dim=1)[..., 32:-32, 32:-32].mean()) for f in (dis, farneback)}
     assert error["dis"] < 0.5 * error["farneback"]
+
+
+def test_a_window_that_no_chunk_fits_into_is_named_with_its_file():
+    facts = Defaults(causal=Causal(3, 3, Policy(window=4))).facts()
+    facts["causal"] = facts["causal"] | {"window": 2}
+    with pytest.raises(UserError, match=r"mogan.json: clips of 81 frames cannot be made as causal says"):
+        read_defaults(facts, Geometry(), Path("mogan.json"))
 
 
 @pytest.mark.parametrize("stock", [{}, ANIMATING, ANIMATING_22, TWO_EXPERTS])

@@ -376,6 +376,27 @@ def test_names_that_do_not_go_with_prompts_are_counted(tmp_path):
     assert {(e.prompt, e.index) for e in read_folder(tmp_path, "x").clips} == {("a cat", 0), ("a dog", 0), ("a cat", 1)}
 
 
+def test_two_clips_of_a_name_in_two_folders_have_numbers_of_their_own(tmp_path):
+    rows = ["file_name,caption"]
+    for folder in ("seed0", "seed1"):
+        for number in range(2):
+            write_video(tmp_path / folder / f"a cat-{number}.mp4", np.zeros((3, 16, 16, 3), np.uint8), 8)
+            rows.append(f"{folder}/a cat-{number}.mp4,a cat")
+    (tmp_path / "metadata.csv").write_text("\n".join(rows) + "\n")
+    assert sorted(entry.index for entry in read_folder(tmp_path, "x").clips) == [0, 1, 2, 3]
+
+
+def test_how_clips_were_sampled_is_what_is_said_of_those_that_are_there(tmp_path):
+    write_video(tmp_path / "a-0.mp4", np.zeros((3, 16, 16, 3), np.uint8), 8)
+    line = {"file": "a-0.mp4", "prompt": "a", "index": 0}
+    rows = [line | {"guidance": g, "prompts_sha256": str(g)} for g in (5, 6)]
+    rows.append(line | {"file": "gone-0.mp4", "guidance": 7, "prompts_sha256": "7"})
+    (tmp_path / "samples.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    found = read_folder(tmp_path, "x")
+    assert [way["guidance"] for way in found.sampling] == [6]
+    assert found.prompt_lists == ("6",)
+
+
 def test_names_prompts_and_numbers_are_read_from_lists_and_from_file_names(tmp_path):
     (tmp_path / "plain").mkdir()
     for name in ("a red fox-0.mp4", "a red fox-1.mp4", "well-known-12.mp4", "no number.mp4"):

@@ -416,6 +416,13 @@ def test_interval_covers_the_truth_about_as_often_as_it_says():
     assert hits >= 86
 
 
+@pytest.mark.parametrize("value", [16 / 17, 0.1, 2 / 3])
+@pytest.mark.parametrize("count", [2, 3, 7, 10, 24])
+def test_an_interval_holds_its_mean_where_all_values_are_alike(value, count):
+    found = mean_interval([value] * count, range(count))
+    assert found.ci95[0] <= found.mean <= found.ci95[1]
+
+
 def test_nothing_is_claimed_from_one_prompt_or_from_nothing():
     assert mean_interval([1.0, 3.0], ["a", "a"]).ci95 is None
     assert np.isnan(mean_interval([float("nan")], ["a"]).mean)

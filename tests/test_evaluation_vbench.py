@@ -110,6 +110,13 @@ def test_names_that_nearly_match_are_explained(info, tmp_path, wrong, words):
     assert any(words in note for note in notes)
 
 
+def test_a_stray_file_whose_name_begins_as_the_whole_of_another_is_no_mistake_of_ours(info, tmp_path):
+    folder = fill(tmp_path / "clips", MOTION)
+    for path in folder.glob("a person*"):
+        path.rename(folder / f"{path.name}-1.mp4")
+    assert check_folder(folder, read_info(info), ("dynamic_degree",)).missing
+
+
 def test_prompts_that_cannot_be_names_are_pointed_out(tmp_path):
     rows = [{"prompt_en": text, "dimension": ["scene"]} for text in ("either/or", "why?", "x" * 260)]
     (tmp_path / "info.json").write_text(json.dumps(rows))

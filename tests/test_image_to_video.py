@@ -29,7 +29,7 @@ from mogan.exchange.layouts import original_module, split_leaf
 from mogan.lab.teacher import build_text_encoder, build_tokenizer
 from mogan.models import attention, wan
 from mogan.models.conditions import conditioned
-from mogan.models.defaults import Defaults, Geometry
+from mogan.models.defaults import WAN_NEGATIVE_PROMPT, Defaults, Geometry
 from mogan.models.denoiser import Denoiser, guided_velocity
 from mogan.runs.generator import open_generator
 from mogan.training.assemble import assemble
@@ -255,7 +255,9 @@ def test_a_teacher_animates_with_guidance_as_the_stock_pipeline_does(model, clip
 
 def test_it_is_sampled_as_wans_own_code_does_where_its_folder_says_nothing(without):
     size = {k: v for k, v in SIZE.items() if k in ("fps", "height", "width", "frames")}
-    assert vars(wan.defaults(without)) == vars(Defaults(steps=40, shift=3.0, size=Geometry(**size)))
+    assert vars(wan.defaults(without)) == vars(
+        Defaults(steps=40, shift=3.0, negative_prompt="镜头晃动，" + WAN_NEGATIVE_PROMPT, size=Geometry(**size))
+    )
     (without / "transformer_2").mkdir()  # Wan2.2 A14B
     assert vars(wan.defaults(without)) == vars(Defaults(steps=40, guidance=3.5, size=Geometry(**size)))
     (without / "mogan.json").write_text(json.dumps(size | {"steps": 7, "shift": 2.5}))

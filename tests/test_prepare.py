@@ -25,6 +25,7 @@ from mogan.data.choice import entries as entries_of
 from mogan.data.choice import vbench_threshold
 from mogan.data.clips import clips_of, motion_of, shots
 from mogan.data.listing import Source, scan
+from mogan.data.measure import file_sha
 from mogan.data.prepare_clips import prepare_clips
 from mogan.data.prepare_prompts import prepare_prompts
 from mogan.data.stream import picture
@@ -362,6 +363,20 @@ def test_a_changed_video_is_measured_and_encoded_again(tmp_path):
     assert before["id"] != after["id"]
     os.utime(tmp_path / "v/a.mp4")  # touched, not changed
     assert run(tmp_path / "v", tmp_path / "c").encoded == 0
+
+
+def test_a_video_that_changes_between_the_two_passes_is_named(tmp_path, monkeypatch):
+    write_video(tmp_path / "v" / "a.mp4", textured(0, 9), 16)
+
+    def replaced(path):
+        write_video(path, textured(1, 9, step=2), 16)
+        return file_sha(path)
+
+    monkeypatch.setattr("mogan.data.encode.file_sha", replaced)
+    with pytest.raises(UserError, match=r"a.mp4 changed while it was read \(its contents are others\)"):
+        run(tmp_path / "v", tmp_path / "c")
+    monkeypatch.undo()
+    assert run(tmp_path / "v", tmp_path / "c").encoded == 1
 
 
 def test_touched_videos_are_measured_as_they_were_by_shards_too(tmp_path):

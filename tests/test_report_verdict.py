@@ -31,6 +31,9 @@ def test_differences_are_of_the_same_prompt_and_number():
     one, two = result("a", [1.0, 2.0, None, 4.0]), result("b", [1.5, 2.0, 7.0])
     assert paired(one.good, two.good, "flow_top5") == ([0.5, 0.0], ["p0", "p1"])
     assert paired(one.good, two.good, "lab_net") == ([], [])
+    told = result("c", [1.0, 2.0], task="depth")  # a clip under another control is no partner
+    assert paired(one.good, told.good, "flow_top5") == ([], [])
+    assert paired(told.good, told.good, "flow_top5")[0] == [0.0, 0.0]
 
 
 @pytest.mark.parametrize("sign", [1, -1])

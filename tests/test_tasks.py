@@ -198,6 +198,16 @@ def test_a_row_that_cannot_be_meant_is_a_sentence(row, said, tmp_path):
         read_tasks(tmp_path / "tasks.jsonl")
 
 
+@pytest.mark.parametrize("name", ["tasks.jsonl", "tasks.json"])
+def test_a_bare_prompt_among_tasks_is_refused(name, tmp_path):
+    write_video(tmp_path / "a.mp4", np.zeros((5, 16, 16, 3), np.uint8), 16)
+    rows = [{"task": "b", "prompt": "a red circle falling", "control": "a.mp4"}, "a blue square falling"]
+    text = json.dumps(rows) if name.endswith("json") else "".join(f"{json.dumps(row)}\n" for row in rows)
+    (tmp_path / name).write_text(text)
+    with pytest.raises(UserError, match=name):
+        read_tasks(tmp_path / name)
+
+
 def test_a_list_of_prompts_is_no_list_of_tasks(tmp_path):
     for name, text in (("a.txt", "a red circle falling\n"), ("a.json", '["a", "b"]'), ("a.jsonl", '{"prompt": "a"}\n')):
         (tmp_path / name).write_text(text)

@@ -437,7 +437,7 @@ def test_only_clips_that_the_student_made_are_judged_again():
     [
         (mogan, "gan", {"space": "Motion"}, "space is motion or latent, not 'Motion'"),
         (mogan, "gan", {"taps": (1, 9)}, "taps are of blocks 0 to"),
-        (mogan, "gan", {"starts": ()}, "a window has a start"),
+        (mogan, "gan", {"starts": ()}, "a window has at least one start"),
         (shift, "shift", {"weight": "expo"}, "weight is exp or linear, not 'expo'"),
     ],
 )

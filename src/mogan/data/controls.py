@@ -4,6 +4,7 @@ Controls come from files of the user's own, named as the videos are, from a func
 way. However they come, a control is frames and a mask of what is to be made; see :mod:`mogan.models.conditions`.
 """
 
+import glob
 import hashlib
 import json
 import zlib
@@ -218,8 +219,20 @@ class Show:
         for number in count(1):
             found.append(_called(stem, f".{number}", PICTURES))
             if found[-1] is None:
-                return [path for path in found if path is not None]
-        raise AssertionError
+                break
+        known = [path for path in found if path is not None]
+        if unread := sorted({p.name for p in self._numbered_pictures(stem)} - {p.name for p in known}):
+            raise UserError(
+                f"{stem.parent / unread[0]} would be left out: pictures of a video are numbered .1, .2, .3 without a gap"
+            )
+        return known
+
+    def _numbered_pictures(self, stem: Path) -> Iterator[Path]:
+        """Pictures beside ``stem`` that are called as it, with any number."""
+        for path in stem.parent.glob(f"{glob.escape(stem.name)}.*"):
+            number = path.name[len(stem.name) + 1 :].rpartition(".")[0]
+            if number.isdecimal() and path.suffix.lower() in PICTURES:
+                yield path
 
     def mark(self, source: Source, entry: dict) -> str:
         """Changes with what a clip's control is made of."""

@@ -125,7 +125,8 @@ def drawn(config: Config, clips: int, first: int = 0) -> set[tuple[int, int]]:
         if OBSERVATION not in lesson.clips:
             continue
         mine: set[tuple[int, int]] = set()
-        for iteration in filter(update.happens, range(first, config.iterations)):
+        last = config.iterations if update.stop is None else min(config.iterations, update.stop)
+        for iteration in filter(update.happens, range(first, last)):
             if len(mine) == clips * len(set(lesson.starts)):
                 break  # all there are: a run that is meant to be stopped by hand has millions of iterations
             for repeat in range(update.times):

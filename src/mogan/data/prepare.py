@@ -138,6 +138,8 @@ def prepare(
         show = _show(controls, references, folder, target, vae, estimate_flow)
     writable_folder(out)
     with alone_in(out, shard), claimed_by_work_alone(out, shard):
+        if data.read_facts(out) is None:
+            vae()  # damaged weights are found before hours of measuring, and tie the folder to nothing
         summary = prepare_clips(
             source,
             out,
@@ -176,7 +178,7 @@ def _prepare_list(
     tokens: Tokens,
 ) -> None:
     writable_folder(out)
-    with alone_in(out):
+    with alone_in(out), claimed_by_work_alone(out, None):
         count = prepare_prompts(prompts, out, facts, encode, extra, tokens)
     print(f"{count} prompts cached in {out}")
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from mogan.data.clips import to_video
 from mogan.data.controls import Control, clips_at, everywhere, put_together, read_picture
 from mogan.data.lists import CAPTION_COLUMNS, TABLES, Row, read_rows
+from mogan.disk.files import from_json
 from mogan.errors import UserError
 from mogan.models.conditions import encode_control, pictures_of_references
 from mogan.models.defaults import Geometry
@@ -103,6 +104,8 @@ def read_tasks(path: Path) -> list[tuple[str, Task]]:
     try:
         rows = read_rows(path, CAPTION_COLUMNS)
     except UserError:  # prompts need not be rows; who reads those says what is wrong
+        if _names_task(path):
+            raise
         return []
     found = [(row, read_task(row, path.parent)) for row in rows]
     if all(task is None for _, task in found):
@@ -113,6 +116,22 @@ def read_tasks(path: Path) -> list[tuple[str, Task]]:
         if lacking := [file for file in task.files if not file.is_file()]:
             raise UserError(f"{row.where} names {lacking[0]}, which is not there: correct the name")
     return [(row.caption or "", task) for row, task in found if task is not None]
+
+
+def _names_task(path: Path) -> bool:
+    """Whether a list of JSON that is not all rows has one with a task, whose controls would be left out."""
+    if path.suffix.lower() not in (".jsonl", ".json"):
+        return False
+    try:
+        text = path.read_text(encoding="utf-8")
+        lines = (
+            from_json(text)
+            if path.suffix.lower() == ".json"
+            else [from_json(line) for line in text.splitlines() if line.strip()]
+        )
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(lines, list) and any(isinstance(line, dict) and line.get("task") for line in lines)
 
 
 def control_of(vae: Any, task: Task, size: Geometry) -> Tensor:

@@ -125,6 +125,7 @@ def read_folder(folder: Path, name: str) -> System:
     entries, nameless = _entries(here, found)
     there = [file for file, _ in found if file.there]
     missing = tuple(dict.fromkeys(file.name for file, _ in found if not file.there))
+    last = list({file.name: row for file, row in found if file.there}.values())  # of a clip that was sampled again
     if not there:
         raise UserError(f"none of the {len(missing)} files that {path} lists is in {folder}: check the names")
     return System(
@@ -134,10 +135,10 @@ def read_folder(folder: Path, name: str) -> System:
         path.name,
         missing,
         _left(here, there),
-        tuple(sorted({str(row.values["prompts_sha256"]) for row in rows if row.values.get("prompts_sha256")})),
+        tuple(sorted({str(row.values["prompts_sha256"]) for row in last if row.values.get("prompts_sha256")})),
         tuple(dict.fromkeys(file.name for file in there if file.outside)),
         nameless,
-        _ways(rows) if path is samples else (),
+        _ways(last) if path is samples else (),
     )
 
 
@@ -196,8 +197,10 @@ def _numbers(files: list[File], prompts: list[str]) -> list[int]:
     """
     stems = [match[1] if (match := _numbered(file)) else None for file in files]
     pairs = set(zip(stems, prompts, strict=True))
-    if None not in stems and len(pairs) == len(set(stems)) == len(set(prompts)) and len(set(files)) == len(files):
-        return [_by_name(file).index for file in files]
+    if None not in stems and len(pairs) == len(set(stems)) == len(set(prompts)):
+        numbers = [_by_name(file).index for file in files]
+        if len(set(zip(prompts, numbers, strict=True))) == len(files):  # in two folders there may be two of a name
+            return numbers
     places: dict[str, count] = defaultdict(count)
     return [next(places[prompt]) for prompt in prompts]
 

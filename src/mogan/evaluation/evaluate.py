@@ -10,7 +10,7 @@ import tyro
 from mogan.data.lists import printable
 from mogan.disk.files import from_json, writable_file, write_atomically
 from mogan.disk.locks import alone_at
-from mogan.errors import UserError
+from mogan.errors import UserError, goes_with
 from mogan.evaluation import official
 from mogan.evaluation.clips import System, find_systems, read_folder, unshared_prompts
 from mogan.evaluation.kept import Kept, Record
@@ -24,6 +24,8 @@ from mogan.evaluation.tools import choose_flow, gather_tools
 from mogan.evaluation.vbench import read_info, restrict
 from mogan.evaluation.warnings import about_reference
 
+MOTION_DIMENSIONS = ("dynamic_degree", "motion_smoothness")
+
 
 def evaluate(
     dirs: Annotated[tuple[Path, ...], tyro.conf.Positional],
@@ -34,7 +36,7 @@ def evaluate(
     networks: Path | None = None,
     reference: Path | None = None,
     vbench_info: Path | None = None,
-    vbench_dimensions: tuple[str, ...] = ("dynamic_degree", "motion_smoothness"),
+    vbench_dimensions: tuple[str, ...] | None = None,
     compare_vbench: str | None = None,
     lab: bool = True,
     quick: bool = False,
@@ -57,7 +59,7 @@ def evaluate(
             ...); what is there is measured.
         reference: a folder of real clips; adds distances to them.
         vbench_info: VBench_full_info.json; measure exactly the clips VBench averages, and stop if one is missing.
-        vbench_dimensions: whose clips; they must share their prompts.
+        vbench_dimensions: whose clips (dynamic_degree motion_smoothness if left out); they must share their prompts.
         compare_vbench: a Python that has the package vbench; runs it on the same clips and writes down the differences.
         lab: subjects of clips whose caption is the lab's are tracked; --no-lab leaves that out.
         quick: leave out what needs flow in both directions.
@@ -72,12 +74,13 @@ def evaluate(
         UserError: nothing to measure, or folders that cannot be compared.
     """
     writable_file(out, ours=rb'\s*\{\s*"systems"', suffix=".json")
+    goes_with("--vbench-info", vbench_info is not None, vbench_dimensions=vbench_dimensions is not None)
     systems = find_systems(dirs)
     if compare_vbench:
         official.check(compare_vbench)
     about: dict[str, Any] = {}
     if vbench_info:
-        systems, about["vbench"] = _restricted(systems, vbench_info, vbench_dimensions)
+        systems, about["vbench"] = _restricted(systems, vbench_info, vbench_dimensions or MOTION_DIMENSIONS)
     about["unshared_prompts"] = unshared_prompts(systems)
     real = read_folder(reference, "reference") if reference else None
     every = [*systems, *([real] if real else [])]

@@ -24,6 +24,8 @@ def follow_values(clip: Clip, task: Task, prompt: str, flow: FlowEstimator) -> V
     """
     said, shown = parse_caption(prompt), task.mask if task.kind == "mask" else task.control
     values: Values = {}
+    if clip.shape[0] < 2:  # nothing moves in it
+        return values
     if task.kind == "flow" and shown is not None:
         fields = np.stack(list(flow_of_pairs(neighbours(clip), flow)))
         values = flow_followed(fields, flow_of_picture(_as_large(shown, clip)[1:], clip.shape[1] / FASTEST))

@@ -72,7 +72,7 @@ def _measure_clip(entry: Entry, tools: Tools, kept: Kept) -> Record:
     tracked = tools.lab and parse_caption(entry.prompt) is not None
     held = entry.task if entry.task is not None and entry.task.kind else None
     settings = json.dumps(
-        [tools.how, entry.prompt if tracked else None, *([held.mark()] if held else [])], sort_keys=True
+        [tools.how, entry.prompt if tracked or held else None, *([held.mark()] if held else [])], sort_keys=True
     )
     key = f"{clip.sha256}-{hashlib.sha256(settings.encode()).hexdigest()[:16]}"
     record = kept.get(key)

@@ -20,16 +20,20 @@ def column_of(clips: Sequence[Record], metric: str) -> list[float]:
 
 
 def paired(first: Sequence[Record], other: Sequence[Record], metric: str) -> tuple[list[float], list[str]]:
-    """Differences of a metric, other minus first, clip by clip on the same prompt and number; and their prompts."""
-    values = {(clip["prompt"], clip["index"]): clip["values"].get(metric) for clip in first if "error" not in clip}
+    """Differences of a metric, other minus first, clip by clip on the same prompt, task and number; and their prompts."""
+    values = {_which(clip): clip["values"].get(metric) for clip in first if "error" not in clip}
     pairs = [
         (mine - theirs, clip["prompt"])
         for clip in other
         if "error" not in clip
         and (mine := clip["values"].get(metric)) is not None
-        and (theirs := values.get((clip["prompt"], clip["index"]))) is not None
+        and (theirs := values.get(_which(clip))) is not None
     ]
     return [gap for gap, _ in pairs], [prompt for _, prompt in pairs]
+
+
+def _which(clip: Record) -> tuple[str, str | None, int]:
+    return clip["prompt"], clip.get("task"), clip["index"]
 
 
 def set_metrics(clips: Sequence[Record], reference: Sequence[Record]) -> dict[str, Interval]:

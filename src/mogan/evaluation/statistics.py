@@ -46,7 +46,9 @@ def mean_interval(values: Sequence[float], *factors: Sequence[Hashable]) -> Inte
     total = _resampled_sums(np.ones_like(numbers), codes, draws)
     means = _resampled_sums(numbers, codes, draws)[total > 0] / total[total > 0]
     low, high = np.quantile(means, (0.025, 0.975))
-    return Interval(float(numbers.mean()), (float(low), float(high)), numbers.size)
+    mean = float(numbers.mean())
+    # where all values are alike, rounding may put the mean beside its own resamples
+    return Interval(mean, (min(float(low), mean), max(float(high), mean)), numbers.size)
 
 
 def wasserstein_interval(values: Sequence[float], reference: Sequence[float], *factors: Sequence[Hashable]) -> Interval:

@@ -153,7 +153,12 @@ def _near_misses(missing: tuple[str, ...], unexpected: tuple[str, ...]) -> list[
     alike = [(by_plain[plain(name)], name) for name in missing if plain(name) in by_plain]
     starts = {start: name for name in unexpected if len(start := name.rpartition("-")[0]) >= SHORTEST_CUT}
     lengths = {len(start) for start in starts}
-    cut = [starts[n[:size]] for n in missing for size in lengths if n[:size] in starts and n[size] != "-"]
+    cut = [
+        starts[n[:size]]
+        for n in missing
+        for size in lengths
+        if n[:size] in starts and n[size : size + 1] not in ("", "-")
+    ]
     notes = []
     if alike:
         notes.append(

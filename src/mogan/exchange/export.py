@@ -121,6 +121,13 @@ def export(
         print("fine-tuned on clips: exported to be sampled as its base is, in many guided steps (--to teacher)")
     if to == "teacher":
         _refuse_as_teacher(run, source, fake_score)
+        notes += (
+            [
+                "- it was trained to go on from a first frame that it is given at level 0: name it as `--model` of a distillation"
+            ]
+            if source.continues
+            else []
+        )
         source = replace(source, sigmas=None)
     usage = usage_of(source)
     notes = counts_notes(source) + states_notes(source.states) + notes + stock_sampler(source)
@@ -133,7 +140,7 @@ def export(
         source.solver,
         source.causal,
         origin_of(run),
-        CONTINUING if source.continues else None,
+        CONTINUING if source.continues and source.sigmas else None,
     )
     _save_folder(source, out, precision, card, _fake_score(run, source) if fake_score else None)
     print(f"exported to {out}; use it with: {usage[1].removeprefix('pipe = ').replace('PATH', str(out))}")

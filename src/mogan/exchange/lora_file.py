@@ -78,8 +78,9 @@ def _write_lora(out: Path, tensors: dict[str, torch.Tensor], dtype: torch.dtype,
 def lora_usage(base: Path, source: Generator, files: list[str]) -> list[str]:
     """Lines of Python that put LoRA files, and the levels a few-step student was trained for, into a stock pipeline."""
     own, several = model_name(base), ", WanTransformer3DModel" if len(files) > 1 else ""
-    more = ", expand_timesteps=True" if source.animates else ""  # the first frame is given at level 0
-    pipeline = "WanImageToVideoPipeline" if source.animates or wan.is_image_to_video(base) else "WanPipeline"
+    from_picture = source.animates or source.continues
+    more = ", expand_timesteps=True" if from_picture else ""  # the first frame is given at level 0
+    pipeline = "WanImageToVideoPipeline" if from_picture or wan.is_image_to_video(base) else "WanPipeline"
     scheduler = f"{SCHEDULERS[source.solver].__name__}, " if source.sigmas else ""
     lines = [f"from diffusers import {scheduler}{pipeline}{several}\n"]
     boundary = "" if source.boundary is None else f"boundary_ratio={stock_boundary(source.boundary, source.sigmas)}"

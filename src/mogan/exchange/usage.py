@@ -15,7 +15,7 @@ CAUSAL_USAGE = [
     "mogan sample --model PATH --prompts prompts.txt --out clips",
 ]
 CONTINUING_USAGE = [
-    "# from the first frames of captioned clips, which pipelines do not give to a text-to-video model\n",
+    "# from the first frames of captioned clips, which WanPipeline does not give\n",
     "mogan sample --model PATH --first-frames CLIPS --prompts captions.txt --out clips",
 ]
 CONTINUING = f"""```bash
@@ -33,7 +33,7 @@ def usage_of(source: Generator) -> list[str]:
         return CAUSAL_USAGE
     if source.told:
         return TOLD_USAGE
-    if source.continues:
+    if source.continues and source.sigmas:
         return CONTINUING_USAGE
     if source.animates or wan.is_image_to_video(source.folder):
         return ANIMATING_USAGE

@@ -71,5 +71,6 @@ def _forget_older_student(out: Path) -> None:
     export_of_run, clips = out / "export", out / "samples" / "mogan"
     if export_of_run.exists() and export_of_run.stat().st_mtime < student_checkpoint(out / "run").stat().st_mtime:
         print(f"the run went on since {export_of_run} was made: exporting and sampling again")
-        for old in (export_of_run, clips):
-            shutil.rmtree(old, ignore_errors=True)
+        if clips.exists():  # before the export, by whose age a killed call knows what to do
+            shutil.rmtree(clips)
+        shutil.rmtree(export_of_run.rename(export_of_run.with_name(".tmp-export")))

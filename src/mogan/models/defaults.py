@@ -73,12 +73,12 @@ class Defaults:
     flow: str | None = None
 
     def facts(self) -> dict[str, Any]:
-        """As ``mogan.json`` holds it: sizes, steps, guidance and shift in full, since stock models differ in them; of the
-        others what is not stock Wan's.
+        """As ``mogan.json`` holds it: sizes, steps, guidance, shift and negative prompt in full, since stock models differ in them;
+        of the others what is not stock Wan's.
         """
         own = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "size"}
         own["causal"] = self.causal and self.causal.facts()
-        whole = ("steps", "guidance", "shift")
+        whole = ("steps", "guidance", "shift", "negative_prompt")
         return vars(self.size) | {k: v for k, v in own.items() if k in whole or v != getattr(Defaults, k)}
 
 
@@ -99,6 +99,13 @@ def read_defaults(facts: dict[str, Any], usual: Geometry, path: Path) -> Default
     own = {f.name: facts[f.name] for f in fields(Defaults) if f.name in facts}
     lists = {"sigmas": tuple(own["sigmas"]) if own.get("sigmas") else None, "counts": tuple(own.get("counts", ()))}
     causal = read_causal(own["causal"]) if own.get("causal") else None
+    try:
+        for how in causal.variants if causal else ():
+            how.policy.seen(how.chunks(1 + (size.frames - 1) // 4))
+    except ValueError as error:
+        raise UserError(
+            f"{path}: clips of {size.frames} frames cannot be made as causal says: {error}; correct it"
+        ) from error
     return Defaults(**own | lists | {"size": size, "causal": causal})
 
 
@@ -118,12 +125,7 @@ def is_levels(value: Any) -> bool:
 
 def _causal(value: Any) -> bool:
     try:
-        if value is None:
-            return True
-        how = read_causal(value)
-        for one in how.variants:  # on a clip that fills the window
-            one.policy.seen(one.chunks(one.first + one.rest + 2 * (one.policy.window or 0)))
-        return how.facts() == value
+        return value is None or read_causal(value).facts() == value
     except (ValueError, TypeError, KeyError):
         return False
 

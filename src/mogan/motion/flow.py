@@ -175,10 +175,8 @@ def load_raft(path: str | Path) -> RAFT:
             if own
             else "are no large RAFT's, torchvision's or the original's"
         )
-        raise UserError(
-            f"the weights of {path} {what}, or are damaged or missing: get them again, such as with "
-            "`mogan weights fetch raft_large_C_T_V1`"
-        ) from error
+        again = "get them again" if own else "fetch it with `mogan weights fetch raft_large_C_T_V1`"
+        raise UserError(f"the weights of {path} {what}, or are damaged or missing: {again}") from error
     return model.float().eval().requires_grad_(False)
 
 

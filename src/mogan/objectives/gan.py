@@ -92,10 +92,10 @@ class GANConfig:
             raise ValueError(f"gan: space is motion or latent, not {self.space!r}")
         several("gan: taps", self.taps, int)
         several("gan: starts", self.starts, int)
-        if not self.starts or not self.taps or not all(0 <= tap < self.blocks for tap in self.taps):
-            raise ValueError(
-                f"gan: taps are of blocks 0 to {self.blocks - 1}, and a window has a start, not {self.taps} and {self.starts}"
-            )
+        if not self.taps or not all(0 <= tap < self.blocks for tap in self.taps):
+            raise ValueError(f"gan: taps are of blocks 0 to {self.blocks - 1}, at least one, not {self.taps}")
+        if not self.starts:
+            raise ValueError("gan: a window has at least one start")
 
     @property
     def in_motion(self) -> bool:

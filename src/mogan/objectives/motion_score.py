@@ -29,7 +29,7 @@ class MotionScoreConfig:
     """A motion model; see :class:`MotionScore`.
 
     Attributes:
-        windows: pairs of given clean frames and differences to predict; one pair is drawn per update. ``(0, F - 1)`` is eq. 15,
+        windows: pairs of given clean frames and differences to predict; one pair is drawn per iteration. ``(0, F - 1)`` is eq. 15,
             ``(1, F - 1)`` eq. 16, ``(k, l)`` eq. 17.
         shift: of the drawn levels.
         drop_text: probability with which a clip is trained without its prompt.
@@ -71,7 +71,7 @@ class MotionScore:
     seed: int
 
     def prepare(self, batch: Batch, *, iteration: int, generator: Randomness, most: int) -> Batch:
-        """The window of this update, the same for all processes and parts of the batch."""
+        """The window of this iteration, the same for all processes and parts of the batch."""
         window = int(np.random.default_rng([self.seed, WINDOW, iteration]).integers(len(self.settings.windows)))
         return replace(batch, more=batch.more | {"window": [window] * len(batch.ids)})
 

@@ -68,7 +68,11 @@ def distinct_names(folders: Sequence[Path]) -> list[str]:
     paths = [folder.parts for folder in folders]
     head, tail = _shared(paths), _shared([path[::-1] for path in paths])
     names = [printable("/".join(path[head : len(path) - tail]) or path[-1]) for path in paths]
-    return names if len(set(names)) == len(set(paths)) else [printable("/".join(path)) for path in paths]
+    return (
+        names
+        if len(set(names)) == len(set(paths))
+        else [printable("/".join(path).replace("//", "/")) for path in paths]
+    )
 
 
 def _shared(paths: Sequence[tuple[str, ...]]) -> int:

@@ -65,7 +65,10 @@ def read_measured(path: Path, out: Path, jobs: list[Job], prompts: set[str]) -> 
     if not same:
         raise UserError(f"{path} was measured with other options: give another --out, or the same options")
     if measured.version != VERSION:
-        raise UserError(f"{path} holds numbers of another version of the metrics: remove it to measure anew")
+        mark = out / "logs" / f"{path.parent.name}-{path.name.partition('.')[0].removeprefix('seed')}-measure.done"
+        raise UserError(
+            f"{path} holds numbers of another version of the metrics: remove it, and {mark} if that is there, to measure anew"
+        )
     return measured
 
 

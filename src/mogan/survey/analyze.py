@@ -94,7 +94,7 @@ def _warnings(survey: Survey, votes: list[Vote], raters: list[Rater]) -> Iterabl
     if missing:
         yield f"{missing} pairs have no vote yet."
     voted = {vote.rater for vote in pairs}
-    if all(rater.reasons for rater in raters if rater.id in voted):
+    if voted and all(rater.reasons for rater in raters if rater.id in voted):
         yield "The rules exclude everybody: the main table is empty."
 
 

@@ -52,7 +52,7 @@ def _broken_bases(frames: int) -> np.ndarray:
     line = [np.ones(frames), time]
     if frames < 5:
         return np.linalg.qr(np.stack(line, 1)[None])[0]
-    # two turns on either side of the first or last step are one place of its own for that frame, and no four columns
+    # with these two pairs both turns bend the line at the same frame: the four columns have rank three
     same = {(0.5, 1.0), (frames - 2.0, frames - 1.5)}
     pairs = [pair for pair in combinations(turns, 2) if pair not in same]
     bent = [np.stack([*line, (time - a).clip(0), (time - b).clip(0)], 1) for a, b in pairs]

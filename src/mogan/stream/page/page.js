@@ -9,7 +9,6 @@ let stream = null;    // {id, seed, texts: by number, states, next: number of th
 let frames = [];      // to be shown: {pixels, flow, change, state, piece}
 let shown = [];       // times of the latest ones
 let playing = true, speed = 1, flowing = false;
-let begins = 0;       // how often one was begun: only the latest counts
 let asking = false, due = 0, could = Infinity, firstFrame = null, now = -1, nowState = null;
 
 // ---- talking to the server -------------------------------------------------------------------------------------
@@ -41,16 +40,15 @@ function tell(text, action, label) {
 // ---- streams ---------------------------------------------------------------------------------------------------
 
 async function begin(prompt, seed) {
-  const begun = performance.now(), mine = ++begins;
+  const begun = performance.now();
   stream = null; frames = []; shown = []; now = -1; due = 0; could = Infinity; firstFrame = null;
   tell("");
   say("Making the first frame …");
   $("save").disabled = true;
   const reply = await call("/api/stream", { prompt, state, seed });
-  if (mine !== begins) return;
   if (!reply.ok) { note(await sentence(reply)); say(""); return; }
   const told = await reply.json();
-  if (mine !== begins) return;
+  frames = [];  // of two that were begun at once the one the server answers last plays
   stream = { id: told.stream, seed, texts: [prompt], states: [state], next: 0, begun };
   note(told.notes.join(" "));
   pause(false);

@@ -429,7 +429,8 @@ document.addEventListener("keydown", (event) => {
   if (!$("lesson").hidden && event.key === "Enter" && !onButton) { event.preventDefault(); return send(); }
   if (event.key === " " && !onButton) { event.preventDefault(); return event.repeat || controls.play(); }
   const act = keys[event.key.length === 1 ? event.key.toLowerCase() : event.key];
-  const scrolls = event.key.startsWith("Arrow") && event.target.closest("#prompt");  // a long prompt, to be read to its end
+  const long = ["ArrowUp", "ArrowDown"].includes(event.key) && event.target.closest("#prompt");
+  const scrolls = long && long.scrollHeight > long.clientHeight;  // a prompt, to be read to its end
   if (!act || scrolls) return;
   const stepping = event.key === "," || event.key === ".";
   if (event.repeat && !stepping) return;
