@@ -80,7 +80,7 @@ def test_a_random_metric_has_an_interval_around_one_half():
 def test_the_table_says_the_share_the_interval_and_how_many():
     row = {"metric": "flow_top5", "prefers": "higher", "share": 0.75, "ci95": [0.6, 0.9], "votes": 8, "undecided": 0.25}
     text = agreement_markdown({"motion": [row], "text": []}, {"motion": "Motion", "text": "Match"})
-    assert "| Flow, top 5 % ↑ | 75 [60, 90], n 8 | - | 25 |" in text
+    assert "| Flow, top 5 % (per 1/8 s at 256 px) ↑ | 75 [60, 90], n 8 | - | 25 |" in text
     assert "| - | 75 [60, 90], n 8 | 25 |" in agreement_markdown(
         {"motion": [], "text": [row]}, {"motion": "Motion", "text": "Match"}
     )

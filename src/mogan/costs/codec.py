@@ -109,7 +109,7 @@ def random_flow(name: str, iterations: int, one_by_one: bool) -> tuple[RaftFlow 
 
 
 def estimate_flow(flow: RaftFlow | None, shapes: Shapes, frames: int, grad: bool, checkpointing: bool) -> Call:
-    """RAFT on a window: chunks of pairs one after the other, ``iterations`` refinements each."""
+    """RAFT on a window: chunks of pairs one after the other, ``iterations`` refinements each. Raises UserError for one frame."""
     if flow is None:
         return Call(Work(), 0.0, 0.0)
     if frames < 2:

@@ -211,7 +211,7 @@ class Show:
         return _called(stem, "", SUFFIXES), _called(stem, ".mask", SUFFIXES)
 
     def pictures_of(self, source: Source) -> list[Path]:
-        """The reference pictures of a source, in order."""
+        """The reference pictures of a source, in order. Raises UserError if one's number does not follow on."""
         if self.references is None:
             return []
         stem = _beside(self.references, source)

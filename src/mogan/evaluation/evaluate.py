@@ -36,7 +36,7 @@ def evaluate(
     networks: Path | None = None,
     reference: Path | None = None,
     vbench_info: Path | None = None,
-    vbench_dimensions: tuple[str, ...] | None = None,
+    vbench_dimensions: tuple[str, ...] = (),
     compare_vbench: str | None = None,
     lab: bool = True,
     quick: bool = False,
@@ -74,7 +74,7 @@ def evaluate(
         UserError: nothing to measure, or folders that cannot be compared.
     """
     writable_file(out, ours=rb'\s*\{\s*"systems"', suffix=".json")
-    goes_with("--vbench-info", vbench_info is not None, vbench_dimensions=vbench_dimensions is not None)
+    goes_with("--vbench-info", vbench_info is not None, vbench_dimensions=bool(vbench_dimensions))
     systems = find_systems(dirs)
     if compare_vbench:
         official.check(compare_vbench)

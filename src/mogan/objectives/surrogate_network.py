@@ -111,7 +111,9 @@ def spread(observation_BCFHW: Float[Tensor, "b c f h w"]) -> Tensor:
 
 
 def relative_error(predicted_BCFHW: Tensor, observation_BCFHW: Tensor, unit: Tensor) -> Tensor:
-    """Mean squared error over ``unit``, the :func:`spread` of all observations compared: 1 is the error of every channel's mean."""
+    """Mean squared error over ``unit``, the :func:`spread` of all observations compared, both scalars: 1 is the error of every
+    channel's mean.
+    """
     return (predicted_BCFHW - observation_BCFHW).square().mean() / unit
 
 
