@@ -103,7 +103,7 @@ DUE = {  # where a step chooses by what the device knows, and how
     "redmd._measure": "once, before the first update",
     "samplers.sample_teacher": "then, too",
     "surrogate._trusted": "an update is exact or predicted",
-    "surrogate.surrogate_loss": "it learns from what is remembered, if anything is",
+    "surrogate.prepare": "it learns from what is remembered, if anything is",
 }
 
 

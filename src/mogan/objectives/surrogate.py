@@ -157,12 +157,13 @@ class Surrogate:
             return batch
         like = self.network.observations
         observations, more = sent(batch.observation_BCFHW, like.device).to(like), batch.more
-        if int(self.network.count):  # a host synchronisation: what is learned from depends on it
+        count = len(observations)
+        remembered = int(self.network.count)  # a host synchronisation: what is learned from depends on it
+        if remembered:
             windows, seen = self.network.recall(len(observations), generator)
             observations, more = torch.cat([observations, seen]), more | {"windows": windows, "seen": seen}
-        return replace(
-            batch, more=more | {"unit": spread(self.rows(observations)).expand(len(batch.observation_BCFHW))}
-        )
+        unit, known = spread(self.rows(observations)), remembered >= len(self.network.errors)
+        return replace(batch, more=more | {"unit": unit.expand(count), "known": [known] * count})
 
     def surrogate_loss(self, rollout: None, batch: Batch, generator: Randomness) -> Loss:
         """Relative error on real clips and on as many of the student's that are remembered."""
@@ -176,8 +177,7 @@ class Surrogate:
         if "seen" in batch.more:
             windows = torch.cat([windows, batch.more["windows"]])
             observations = torch.cat([observations, batch.more["seen"]])
-        known = int(self.network.count) >= len(self.network.errors)  # else infinite
-        logs = {"surrogate_error": self.network.error()} if known else {}
+        logs = {"surrogate_error": self.network.error()} if batch.more["known"][0] else {}  # else infinite
         return relative_error(self.network(windows), observations, batch.more["unit"][0]), logs
 
 
