@@ -88,7 +88,9 @@ def test_a_whole_visit(browse, server, folder, size, tmp_path):  # noqa: F811
     text = studio.text(PROMPT)
     want = next(islice(pieces(studio, lambda latent: text, 3), number, None))
     seen = np.array(seen, np.uint8).reshape(-1, 32, 32, 4)
-    assert np.array_equal(seen[..., :3], want[-len(seen) :]), "the page shows other frames than the engine makes"
+    # but for rounding: products of the server and of this process may be shared by other numbers of threads
+    apart = np.abs(seen[..., :3].astype(int) - want[-len(seen) :]).max()
+    assert apart <= 1, f"the page shows other frames than the engine makes: {apart} of 255 apart"
 
     page.driver.find_element(By.CSS_SELECTOR, "[data-name=spinning]").click()
     page.until("document.querySelector('#now').textContent === 'a red circle spinning'")
