@@ -337,7 +337,7 @@ def test_a_file_that_was_broken_is_tried_again_and_the_rest_is_not(tmp_path, mon
     again = run(folder, tmp_path / "c", estimate_flow=lambda v: (measured.append(1), difference_flow(v))[1])
     assert (again.kept, again.skipped, again.encoded, len(measured)) == (2, 0, 1, 1)
     monkeypatch.setattr("mogan.data.measure.read_frames", None)  # nothing is opened a third time
-    monkeypatch.setattr("mogan.data.encode.read_frames", None)
+    monkeypatch.setattr("mogan.data.clips.read_frames", None)
     third = run(folder, tmp_path / "c", encode_video=None, encode_text=None, estimate_flow=None)
     assert (third.kept, third.encoded) == (2, 0)
 

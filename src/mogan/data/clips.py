@@ -4,6 +4,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import groupby, pairwise
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -11,8 +12,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mogan.data.video import Frame
+from mogan.data.video import Frame, read_frames
 from mogan.errors import UserError
+from mogan.models.defaults import Geometry
 from mogan.motion.flow import FlowEstimator
 
 # A cut is a pair of frames whose thumbnails (16 x 16, 0 to 255) differ on average by more than CUT_FLOOR, by more than
@@ -87,6 +89,18 @@ def make_clip(frames: list[Frame]) -> Clip:
     images = [frame.image_HWC for frame in frames]
     repeats = sum(a is b or np.array_equal(a, b) for a, b in pairwise(images))
     return Clip(frames[0].number, frames[0].time_s, repeats, np.stack(images))
+
+
+def clips_at(path: Path, starts: dict[int, dict], geometry: Geometry) -> Iterator[tuple[int, np.ndarray]]:
+    """Clips of a file that begin with these frames: the first frame's number, uint8 ``(F, H, W, 3)``."""
+    length, held = geometry.frames, []
+    only = {start + i for start in starts for i in range(length)}
+    for frame in read_frames(path, fps=geometry.fps, size=(geometry.height, geometry.width), only=only):
+        held.append(frame)
+        if frame.number - held[0].number == length - 1:
+            if len(held) == length and held[0].number in starts:
+                yield held[0].number, np.stack([f.image_HWC for f in held])
+            held = []
 
 
 def shots(frames: Iterable[Frame]) -> Iterator[tuple[Frame, bool]]:

@@ -4,7 +4,6 @@ Controls come from files of the user's own, named as the videos are, from a func
 way. However they come, a control is frames and a mask of what is to be made; see :mod:`mogan.models.conditions`.
 """
 
-import glob
 import hashlib
 import json
 import zlib
@@ -25,11 +24,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mogan.data import cache as data
-from mogan.data.clips import to_video
+from mogan.data.clips import clips_at, to_video
 from mogan.data.listing import Source
 from mogan.data.lists import printable, unreadable
 from mogan.data.measure import Done, in_threads
-from mogan.data.video import SUFFIXES, flow_picture, read_frames
+from mogan.data.video import SUFFIXES, flow_picture
 from mogan.errors import UserError
 from mogan.models.conditions import pictures_of_references
 from mogan.models.defaults import Geometry
@@ -181,7 +180,7 @@ class Show:
         """What a cache says of its controls, all of which have as many references.
 
         Raises:
-            UserError: a video lacks a control or references, or has another number of them.
+            UserError: a video lacks a control or references, or has another number of them, or a number is left out.
         """
         numbers = {len(self.pictures_of(source)): source for source in sources}
         if len(numbers) > 1:
@@ -201,6 +200,7 @@ class Show:
                     f"{self.references} has no reference picture of {printable(source.name)}: name it "
                     f"{Path(source.name).stem}.png, or .1.png, .2.png and so on"
                 )
+        self._refuse_gaps(sources)
         pictures = {} if self.look is None else {"pictures": True}
         return {"controls": self.kind, "references": next(iter(numbers), 0)} | pictures
 
@@ -211,7 +211,7 @@ class Show:
         return _called(stem, "", SUFFIXES), _called(stem, ".mask", SUFFIXES)
 
     def pictures_of(self, source: Source) -> list[Path]:
-        """The reference pictures of a source, in order. Raises UserError if one's number does not follow on."""
+        """The reference pictures of a source, in order."""
         if self.references is None:
             return []
         stem = _beside(self.references, source)
@@ -219,20 +219,20 @@ class Show:
         for number in count(1):
             found.append(_called(stem, f".{number}", PICTURES))
             if found[-1] is None:
-                break
-        known = [path for path in found if path is not None]
-        if unread := sorted({p.name for p in self._numbered_pictures(stem)} - {p.name for p in known}):
-            raise UserError(
-                f"{stem.parent / unread[0]} would be left out: pictures of a video are numbered .1, .2, .3 without a gap"
-            )
-        return known
+                return [path for path in found if path is not None]
+        raise AssertionError
 
-    def _numbered_pictures(self, stem: Path) -> Iterator[Path]:
-        """Pictures beside ``stem`` that are called as it, with any number."""
-        for path in stem.parent.glob(f"{glob.escape(stem.name)}.*"):
-            number = path.name[len(stem.name) + 1 :].rpartition(".")[0]
-            if number.isdecimal() and path.suffix.lower() in PICTURES:
-                yield path
+    def _refuse_gaps(self, sources: list[Source]) -> None:
+        """Refuse pictures that are called as a video and whose number does not follow on: nobody would see them."""
+        if self.references is None:
+            return
+        stems = {_beside(self.references, source) for source in sources}
+        known = {path for source in sources for path in self.pictures_of(source)}
+        for path in sorted(path for folder in {stem.parent for stem in stems} for path in folder.iterdir()):
+            stem, _, number = path.stem.rpartition(".")
+            named = number.isdecimal() and path.suffix.lower() in PICTURES and path.parent / stem in stems
+            if named and path not in known:
+                raise UserError(f"{path} would be left out: pictures of a video are numbered .1, .2, .3 without a gap")
 
     def mark(self, source: Source, entry: dict) -> str:
         """Changes with what a clip's control is made of."""
@@ -307,18 +307,6 @@ def put_together(frames: np.ndarray, shown: np.ndarray | None, mask: np.ndarray 
     if shown is None:
         return None if where is None else masked(frames, where)
     return everywhere(shown) if where is None else Control(shown, where)
-
-
-def clips_at(path: Path, starts: dict[int, dict], geometry: Geometry) -> Iterator[tuple[int, np.ndarray]]:
-    """Clips of a file that begin with these frames: the first frame's number, uint8 ``(F, H, W, 3)``."""
-    length, held = geometry.frames, []
-    only = {start + i for start in starts for i in range(length)}
-    for frame in read_frames(path, fps=geometry.fps, size=(geometry.height, geometry.width), only=only):
-        held.append(frame)
-        if frame.number - held[0].number == length - 1:
-            if len(held) == length and held[0].number in starts:
-                yield held[0].number, np.stack([f.image_HWC for f in held])
-            held = []
 
 
 def _same(

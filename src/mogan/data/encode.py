@@ -7,10 +7,9 @@ import numpy as np
 from tqdm import tqdm
 
 from mogan.data import cache as data
-from mogan.data.clips import make_clip, to_video
+from mogan.data.clips import clips_at, to_video
 from mogan.data.listing import Source
 from mogan.data.measure import Done, file_sha, in_threads
-from mogan.data.video import read_frames
 from mogan.errors import UserError
 from mogan.models.defaults import Geometry
 
@@ -30,20 +29,14 @@ def encode(
             missing.setdefault(entry["source"], []).append(entry)
     jobs = [s for s in sources if s.name in missing]
     total = sum(map(len, missing.values()))
-    size = (geometry.height, geometry.width)
 
     def read(source: Source) -> Iterator[tuple[dict, np.ndarray]]:
         entries = {e["start"]: e for e in missing[source.name]}
-        only = {start + i for start in entries for i in range(geometry.frames)}
-        if any(entry["sha"] != file_sha(source.path) for entry in missing[source.name][:1]):
+        if missing[source.name][0]["sha"] != file_sha(source.path):
             raise UserError("its contents are others")
-        held, made = [], 0
-        for frame in read_frames(source.path, fps=geometry.fps, size=size, only=only):
-            held.append(frame)
-            if len(held) == geometry.frames:
-                yield entries[held[0].number], make_clip(held).frames_FHWC
-                held, made = [], made + 1
-        if made < len(entries):
+        for start, frames_FHWC in clips_at(source.path, entries, geometry):
+            yield entries.pop(start), frames_FHWC
+        if entries:
             raise UserError("it has fewer frames")
 
     with tqdm(total=total, desc="encode", unit="clip", disable=not total) as bar:

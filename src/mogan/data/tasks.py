@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mogan.data.clips import to_video
-from mogan.data.controls import Control, clips_at, everywhere, put_together, read_picture
+from mogan.data.clips import clips_at, to_video
+from mogan.data.controls import Control, everywhere, put_together, read_picture
 from mogan.data.lists import CAPTION_COLUMNS, TABLES, Row, read_rows
 from mogan.disk.files import from_json
 from mogan.errors import UserError

@@ -77,12 +77,10 @@ def _use(load: list[str], usual: Defaults, sigmas: tuple[float, ...] | None, sol
     code, size, steps = "\n".join(load), usual.size, len(sigmas or ()) or usual.steps
     levels = _said(sigmas or ())
     guidance = "1.0" if sigmas else f"{usual.guidance:g}"
-    negative = (
-        f"negative = {json.dumps(usual.negative_prompt, ensure_ascii=False)}\n"
-        if usual.negative_prompt and not sigmas
-        else ""
-    )
-    more = "negative_prompt=negative, " if negative else ""
+    negative = more = ""
+    if usual.negative_prompt and not sigmas:
+        negative = f"negative = {json.dumps(usual.negative_prompt, ensure_ascii=False)}\n"
+        more = "negative_prompt=negative, "
     if causal is not None:
         return f"""```bash
 {code}

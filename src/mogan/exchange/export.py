@@ -121,13 +121,10 @@ def export(
         print("fine-tuned on clips: exported to be sampled as its base is, in many guided steps (--to teacher)")
     if to == "teacher":
         _refuse_as_teacher(run, source, fake_score)
-        notes += (
-            [
+        if source.continues:
+            notes.append(
                 "- it was trained to go on from a first frame that it is given at level 0: name it as `--model` of a distillation"
-            ]
-            if source.continues
-            else []
-        )
+            )
         source = replace(source, sigmas=None)
     usage = usage_of(source)
     notes = counts_notes(source) + states_notes(source.states) + notes + stock_sampler(source)

@@ -81,8 +81,8 @@ def lora_usage(base: Path, source: Generator, files: list[str]) -> list[str]:
     from_picture = source.animates or source.continues
     more = ", expand_timesteps=True" if from_picture else ""  # the first frame is given at level 0
     pipeline = "WanImageToVideoPipeline" if from_picture or wan.is_image_to_video(base) else "WanPipeline"
-    scheduler = f"{SCHEDULERS[source.solver].__name__}, " if source.sigmas else ""
-    lines = [f"from diffusers import {scheduler}{pipeline}{several}\n"]
+    scheduler = [SCHEDULERS[source.solver].__name__] if source.sigmas else []
+    lines = [f"from diffusers import {', '.join([*scheduler, pipeline])}{several}\n"]
     boundary = "" if source.boundary is None else f"boundary_ratio={stock_boundary(source.boundary, source.sigmas)}"
     if len(files) > 1 and boundary_of(base) is None:
         lines.append(f'low = WanTransformer3DModel.from_pretrained("{own}", subfolder="transformer")')
@@ -92,7 +92,7 @@ def lora_usage(base: Path, source: Generator, files: list[str]) -> list[str]:
     lines.append(f'pipe = {pipeline}.from_pretrained("{own}"{more})')
     if source.sigmas:
         told = scheduler_for(source.sigmas, source.solver).config
-        lines.append(f"pipe.scheduler = {scheduler[:-2]}(shift={told.shift}, shift_terminal={told.shift_terminal})")
+        lines.append(f"pipe.scheduler = {scheduler[0]}(shift={told.shift}, shift_terminal={told.shift_terminal})")
     lines.append(f'pipe.load_lora_weights("{files[0]}")')
     return lines + [f'pipe.load_lora_weights("{file}", load_into_transformer_2=True)' for file in files[1:]]
 

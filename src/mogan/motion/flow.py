@@ -137,6 +137,12 @@ def torchvision_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
+# what a file that holds no such weights raises, or one that is not there
+UNREADABLE = (
+    SafetensorError, UnpicklingError, RuntimeError, TypeError, AttributeError, EOFError, FileNotFoundError,
+)  # fmt: skip
+
+
 def load_raft(path: str | Path) -> RAFT:
     """Load a RAFT: a folder written by :func:`save_raft`, or a file of weights.
 
@@ -152,30 +158,18 @@ def load_raft(path: str | Path) -> RAFT:
             f"no flow network at {path}: give a folder with config.json and model.safetensors, or a .pth file of "
             "torchvision's raft_large or the original RAFT, or a name that `mogan weights list` shows"
         )
-    model = read_raft_config(path / "config.json").build() if own else raft_large()
+    if own:
+        model, file = read_raft_config(path / "config.json").build(), path / "model.safetensors"
+        what, again = "are not those that its config.json describes", "get them again"
+    else:
+        model, file = raft_large(), path
+        what = "are no large RAFT's, torchvision's or the original's"
+        again = "fetch it with `mogan weights fetch raft_large_C_T_V1`"
     try:
-        if own:
-            model.load_state_dict(load_file(path / "model.safetensors"))
-        else:
-            safe = path.suffix == ".safetensors"
-            model.load_state_dict(
-                torchvision_names(load_file(path) if safe else torch.load(path, map_location="cpu", weights_only=True))
-            )
-    except (
-        SafetensorError,
-        UnpicklingError,
-        RuntimeError,
-        TypeError,
-        AttributeError,
-        EOFError,
-        FileNotFoundError,
-    ) as error:
-        what = (
-            "are not those that its config.json describes"
-            if own
-            else "are no large RAFT's, torchvision's or the original's"
-        )
-        again = "get them again" if own else "fetch it with `mogan weights fetch raft_large_C_T_V1`"
+        safe = file.suffix == ".safetensors"
+        state = load_file(file) if safe else torch.load(file, map_location="cpu", weights_only=True)
+        model.load_state_dict(state if own else torchvision_names(state))
+    except UNREADABLE as error:
         raise UserError(f"the weights of {path} {what}, or are damaged or missing: {again}") from error
     return model.float().eval().requires_grad_(False)
 

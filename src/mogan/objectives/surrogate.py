@@ -160,7 +160,7 @@ class Surrogate:
         count = len(observations)
         remembered = int(self.network.count)  # a host synchronisation: what is learned from depends on it
         if remembered:
-            windows, seen = self.network.recall(len(observations), generator)
+            windows, seen = self.network.recall(count, generator)
             observations, more = torch.cat([observations, seen]), more | {"windows": windows, "seen": seen}
         unit, known = spread(self.rows(observations)), remembered >= len(self.network.errors)
         return replace(batch, more=more | {"unit": unit.expand(count), "known": [known] * count})

@@ -67,14 +67,8 @@ RECIPES: dict[str, Callable[[], Config]] = {
         efficient_vdit_kd_wan_1_3b, efficient_vdit_mcd_lab, efficient_vdit_mcd_wan_1_3b,
     )
 }  # fmt: skip
-__all__ = [
-    "ABLATIONS",
-    "NAMES",
-    "RECIPES",
-    "ablate",
-    "find_recipe",
-    *RECIPES,
-]  # functions; what follows has a name alone
+# so far all are functions; what follows has a name alone
+__all__ = ["ABLATIONS", "NAMES", "RECIPES", "ablate", "find_recipe", *RECIPES]
 RECIPES |= {
     f"{recipe.__name__}_{ablation.replace('-', '_')}": partial(ablate, recipe, ablation)
     for recipe in (mogan_lab, mogan_wan_1_3b)

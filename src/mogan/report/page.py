@@ -277,28 +277,23 @@ def _warnings(results: list[Result], curves: list[Curves]) -> list[tuple[str, st
 
 
 def _how(result: Result) -> list[tuple[str, str]]:
-    rows = []
-    for name, value in result.how.items():
-        if name in ("warnings", "failed") or value is None or value in ({}, []):
-            continue
-        label = name.replace("_", " ")
-        if isinstance(value, dict):
-            rows.append((label, _listed(value)))
-        elif isinstance(value, list):
-            rows.append((label, ", ".join(_said(v) for v in value)))
-        else:
-            rows.append((label, _said(value)))
-    return rows
+    facts = {name: value for name, value in result.how.items() if name not in ("warnings", "failed")}
+    return [
+        (label, ", ".join(map(_said, value)) if isinstance(value, list) else _said(value))
+        for label, value in _given(facts)
+    ]
 
 
-def _listed(facts: dict[str, Any]) -> str:
-    told = {name: value for name, value in facts.items() if value is not None and value not in ({}, [])}
-    return ", ".join(f"{name.replace('_', ' ')} {_said(value)}" for name, value in told.items())
+def _given(facts: dict[str, Any]) -> list[tuple[str, Any]]:
+    """Labels and values of what was given."""
+    return [
+        (name.replace("_", " "), value) for name, value in facts.items() if value is not None and value not in ({}, [])
+    ]
 
 
 def _said(value: Any) -> str:
     if isinstance(value, dict):
-        return _listed(value)
+        return ", ".join(f"{label} {_said(one)}" for label, one in _given(value))
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, list):

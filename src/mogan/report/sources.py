@@ -68,11 +68,9 @@ def distinct_names(folders: Sequence[Path]) -> list[str]:
     paths = [folder.parts for folder in folders]
     head, tail = _shared(paths), _shared([path[::-1] for path in paths])
     names = [printable("/".join(path[head : len(path) - tail]) or path[-1]) for path in paths]
-    return (
-        names
-        if len(set(names)) == len(set(paths))
-        else [printable("/".join(path).replace("//", "/")) for path in paths]
-    )
+    if len(set(names)) < len(set(paths)):  # one folder within another of its name
+        return [printable(str(folder)) for folder in folders]
+    return names
 
 
 def _shared(paths: Sequence[tuple[str, ...]]) -> int:
@@ -89,17 +87,20 @@ def _read_results(path: Path) -> list[Result]:
 
 def _distinctly_named(read: Sequence[Sequence[Result]], files: Sequence[Path]) -> list[Result]:
     """All results; before a name that several files have, what tells these files apart. Clips are found by these names."""
-    by_name: dict[str, list[int]] = {}
-    for number, results in enumerate(read):
+    having: dict[str, list[Path]] = {}
+    for file, results in zip(files, read, strict=True):
         for result in results:
-            by_name.setdefault(result.name, []).append(number)
-    found: list[Result] = []
-    for number, results in enumerate(read):
-        for result in results:
-            alike = by_name[result.name]
-            of = distinct_names([files[one].resolve().with_suffix("") for one in alike])[alike.index(number)]
-            found.append(replace(result, name=f"{of}/{result.name}") if len(alike) > 1 else result)
-    return found
+            having.setdefault(result.name, []).append(file)
+    before = {
+        name: dict(zip(of, distinct_names([file.resolve().with_suffix("") for file in of]), strict=True))
+        for name, of in having.items()
+        if len(of) > 1
+    }
+    return [
+        replace(result, name=f"{before[result.name][file]}/{result.name}") if result.name in before else result
+        for file, results in zip(files, read, strict=True)
+        for result in results
+    ]
 
 
 def _read_curves(path: Path, name: str) -> Curves:

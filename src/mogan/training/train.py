@@ -196,12 +196,9 @@ def _memory_told(
         memory = torch.cuda.get_device_properties(world.device).total_memory / 1e9
         print("out of memory; looking for settings that fit ...", file=sys.stderr, flush=True)
         said = would_fit(config, memory, find_models(config, model, student)[0], cache, world.ranks, world.copies)
-        begun = (
-            ", and another --out, for this run goes on with what it began with"
-            if (out / "config.json").is_file()
-            else ""
-        )
-        raise UserError(f"the GPU's {memory:.0f} GB do not suffice: {said}{begun}") from error
+        if (out / "config.json").is_file():
+            said += ", and another --out, for this run goes on with what it began with"
+        raise UserError(f"the GPU's {memory:.0f} GB do not suffice: {said}") from error
 
 
 def _as_text(config: Config) -> str:
