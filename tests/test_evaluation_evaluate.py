@@ -20,6 +20,7 @@ from mogan.evaluation.frames import Clip, read_frames
 from mogan.evaluation.kept import NEEDED, Kept
 from mogan.evaluation.measure import measure
 from mogan.evaluation.sets import appearance_distance
+from mogan.evaluation.statistics import RESAMPLES, cluster_draws, moved_ends
 from mogan.evaluation.table import table
 from mogan.world.scenes import make_scene, render
 
@@ -474,3 +475,12 @@ def test_distance_of_several_models_looks_is_the_mean_of_theirs():
     low, high = found.ci95
     assert low <= found.mean <= high
     assert high - low > max(one.ci95[1] - one.ci95[0] for one in alone)  # the third model lies apart
+
+    def drawn(prompts_N, models_N):
+        """The distance of a resample written out: copies of clips, and of models."""
+        own = [looks[np.repeat(np.arange(k, k + 100), prompts_N[k : k + 100])] for k in (0, 100, 200)]
+        copies = [one for one, k in zip(own, (0, 100, 200), strict=True) for _ in range(models_N[k])]
+        return np.mean([appearance_distance(one, real).mean for one in copies])
+
+    draws = [drawn(*rows) for rows in zip(*cluster_draws([prompts, models], RESAMPLES // 20), strict=True)]
+    assert found.ci95 == pytest.approx(moved_ends(found.mean, draws))

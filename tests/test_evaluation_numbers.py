@@ -15,6 +15,8 @@ from mogan.evaluation.appearance import (
     aesthetic_score,
     consistency,
     consistency_score,
+    contrast,
+    frame_features,
     musiq_size,
     saturation,
 )
@@ -38,7 +40,14 @@ from mogan.evaluation.flow_statistics import (
     trajectory_smoothness,
     warping_error,
 )
-from mogan.evaluation.statistics import RESAMPLES, joint_draws, mean_interval, wasserstein, wasserstein_interval
+from mogan.evaluation.statistics import (
+    RESAMPLES,
+    cluster_draws,
+    joint_draws,
+    mean_interval,
+    wasserstein,
+    wasserstein_interval,
+)
 from mogan.world.scenes import exact_flow, make_scene
 
 # ---------------------------------------------------------------- warping error, W1 to W4
@@ -88,6 +97,17 @@ def test_motion_that_does_not_return_and_motion_boundaries_are_occluded():
     hidden = occluded(half, -half)
     assert hidden[:, 63].all()
     assert not hidden[:, :60].any()
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("component", [0, 1])
+def test_a_motion_boundary_is_the_last_pixel_before_either_component_jumps(axis, component):
+    half = constant(0, 0, 64, 64)
+    after = (component, slice(32, None)) if axis == 0 else (component, slice(None), slice(32, None))
+    half[after] = 4
+    hidden = occluded(half, -half)
+    assert hidden.all(1 - axis).nonzero()[0].tolist() == [31]
+    assert hidden.sum() == 64
 
 
 def test_round_trip_is_zero_for_flow_that_returns():
@@ -144,6 +164,16 @@ def test_a_zoom_is_the_camera():
     assert found.rest_top5 < 0.05
 
 
+def test_a_homography_that_sends_what_it_does_not_explain_far_away_is_no_camera():
+    rng = np.random.default_rng(0)
+    field = rng.normal(size=(2, 64, 96)).astype(np.float32)
+    field[:, :, :40] = 0
+    field[0, :, :40] = 0.3 * np.arange(
+        40
+    )  # a stretch that would move the other edge by 28 px, where flow is 12 at most
+    assert camera_split(field).camera == 0
+
+
 def test_points_ride_on_constant_flow_without_acceleration_and_jitter_is_seen():
     tracks = Tracks((64, 96))
     for _ in range(8):
@@ -162,6 +192,19 @@ def test_points_ride_on_constant_flow_without_acceleration_and_jitter_is_seen():
     assert trajectory_smoothness(parabola, 16, 64).acceleration == pytest.approx(4 * 256 / 64)
     assert trajectory_smoothness(parabola, 16, 64).jerk == pytest.approx(0, abs=1e-9)
     assert np.isnan(trajectory_smoothness(np.zeros((9, 4, 2)), 16, 64).jerk)
+    trembling = 0.04 * (np.arange(9) % 2)[:, None, None] * np.ones(2)  # 0.45 px in all
+    assert trajectory_smoothness(np.concatenate([parabola, trembling], 1), 16, 64) == trajectory_smoothness(
+        parabola, 16, 64
+    )
+
+
+def test_log_dimensionless_jerk_of_a_cubic_path():
+    cubic = np.zeros((9, 1, 2))
+    cubic[:, 0, 1] = 0.1 * np.arange(9) ** 3
+    peak, jerk, duration = 0.1 * (8**3 - 7**3) * 16, 0.6 * 16**3, 8 / 16  # px/s, px/s^3, s; six differences of jerk
+    expected = -np.log(duration**3 / peak**2 * jerk**2 * 6 / 16)
+    assert trajectory_smoothness(cubic, 16, 64).log_jerk == pytest.approx(expected)
+    assert trajectory_smoothness(cubic, 16, 64).jerk == pytest.approx(jerk / 64)
 
 
 # ---------------------------------------------------------------- consistency and preprocessing, C1 to C7
@@ -206,6 +249,24 @@ def test_sizes_and_indices_of_the_preprocessing():
 def test_saturation_of_grey_and_of_pure_colour():
     assert saturation([np.full((4, 4, 3), 90, np.uint8)]) == 0.0
     assert saturation([np.array([[[200, 0, 0], [0, 0, 0]]], np.uint8)]) == 0.5
+
+
+def test_contrast_weighs_colours_as_luma_does():
+    for channel, weight in enumerate((0.299, 0.587, 0.114)):
+        frame = np.zeros((4, 4, 3), np.uint8)
+        frame[:2, :, channel] = 255  # half at the weight, half at 0
+        assert contrast([frame]) == pytest.approx(weight / 2, rel=1e-5)
+
+
+def test_features_of_a_look_with_known_values():
+    flat = frame_features(np.full((48, 48, 3), (255, 0, 51), np.uint8))
+    assert flat[:27].reshape(9, 3) == pytest.approx(np.tile([1.0, 0.0, 0.2], (9, 1)), abs=1e-6)
+    assert flat[27:29] == pytest.approx([1.0, 0.0])
+    assert flat[29:32] == pytest.approx([-4.0] * 3, abs=1e-3)  # no detail: the logarithm of its floor
+    assert flat[32:].sum() == pytest.approx(0, abs=1e-3)
+    rising = np.repeat(np.linspace(0, 255, 48).astype(np.uint8)[None, :, None], 48, 0).repeat(3, 2)
+    assert frame_features(rising)[32:].argmax() == 0  # brighter to the right
+    assert frame_features(rising.transpose(1, 0, 2))[32:].argmax() == 2  # brighter downwards
 
 
 # ---------------------------------------------------------------- VBench totals, A1 to A5
@@ -427,6 +488,8 @@ def test_nothing_is_claimed_from_one_prompt_or_from_nothing():
     assert mean_interval([1.0, 3.0], ["a", "a"]).ci95 is None
     assert np.isnan(mean_interval([float("nan")], ["a"]).mean)
     assert mean_interval([1.0, float("nan"), 2.0], ["a", "b", "c"]).n == 2
+    assert wasserstein_interval([1.0, float("inf"), float("nan"), 2.0], [0.0], list("abcd")).n == 2
+    assert mean_interval([1.0, 3.0], ["a", "b"], ["one seed"] * 2).ci95 is None
 
 
 def test_two_factors_widen_the_interval():
@@ -436,6 +499,12 @@ def test_two_factors_widen_the_interval():
     prompts = list(range(40)) * 3
     one, two = mean_interval(values, prompts), mean_interval(values, prompts, runs.tolist())
     assert two.ci95[1] - two.ci95[0] > 3 * (one.ci95[1] - one.ci95[0])
+
+
+def test_factors_of_as_many_levels_are_drawn_independently():
+    one, two = cluster_draws([range(8), range(8)], RESAMPLES)
+    assert abs(np.corrcoef(one.ravel(), two.ravel())[0, 1]) < 0.03
+    assert np.array_equal(joint_draws([range(8), range(8)], RESAMPLES), one * two)
 
 
 def test_intervals_are_those_of_resampled_sets_written_out():
@@ -483,6 +552,7 @@ def test_the_interval_of_a_distance_holds_it_also_where_it_is_small():
         found = wasserstein_interval(values, reference, [i // 5 for i in range(320)])
         assert found.ci95[0] <= found.mean <= found.ci95[1]
         inside += found.ci95[0] <= truth <= found.ci95[1]
+        assert found.ci95[0] >= 0
     assert inside >= 6  # of resamples as they are, none; some distance of so few values to any set is left in all
 
 

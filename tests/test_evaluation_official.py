@@ -9,7 +9,7 @@ import torch
 
 from mogan.data.video import write_video
 from mogan.errors import UserError
-from mogan.evaluation.cd_fvd import cd_fvd
+from mogan.evaluation.cd_fvd import cd_fvd, noise_floor
 from mogan.evaluation.evaluate import evaluate
 from mogan.evaluation.official import check
 from mogan.evaluation.sets import set_metrics
@@ -178,3 +178,5 @@ def test_cd_fvd_of_records_is_the_distance_of_their_features():
     features = [np.array([r["video_features"] for r in some]) for some in (one, two)]
     assert found.mean == cd_fvd(*features)
     assert (found.ci95, found.n) == (None, 30)
+    floor = set_metrics(one, two[:20])["cd_fvd_floor"]
+    assert (floor.mean, floor.n) == (noise_floor(features[1][:20]), 10)  # the reference's own
