@@ -148,6 +148,23 @@ def test_guidance_and_gradient_are_where_they_belong(family):
     assert not torch.allclose(plain, guided)
 
 
+def test_the_target_is_the_student_until_averaging_begins_and_then_follows(family):
+    student, target = Denoiser(loaded(family)), Denoiser(loaded(family))
+    objective = MCD(student, target, target, NULL, replace(SETTINGS, since=3, decay=0.75), (0.0,))
+
+    def learnt():
+        """The student after an update; how far behind it the target is then, as part of the update."""
+        with torch.no_grad():
+            for p in student.parameters():
+                p.add_(1.0)
+        return lambda: float((next(student.parameters()) - next(target.parameters())).detach().mean())
+
+    for iteration, behind in ((2, 0.0), (3, 0.0), (4, 0.75), (5, 1.3125)):
+        gap = learnt()
+        objective.prepare(BATCH, iteration=iteration, generator=[], most=2)
+        assert gap() == pytest.approx(behind, abs=1e-5)
+
+
 def trained(config, model, start, cache, folder):
     folder.mkdir(exist_ok=True)
     parts = assemble(config, open_cache(cache), model=str(model), student=str(start), run=folder, device="cpu")

@@ -272,6 +272,27 @@ def test_chunks_that_begin_before_their_state_are_not_asked_for_and_labels_are_d
     assert 330 < kept < 385
 
 
+def test_the_loss_is_the_mean_over_clips_of_the_frames_that_are_asked_for():
+    labels, names = {"a": ("listening", 0), "b": ("idle", 2)}, ("idle", "listening")
+    one = replace(BATCH, latent_BCFHW=CLIPS[1:].repeat(2, 1, 1, 1, 1))
+    exact = OneClip(CLIPS[1:])  # what is meant is the clip at all levels; the student finds the other one
+    objective = Consistency(
+        OneClip(CLIPS[:1]), exact, None, torch.zeros(1, 2, 66), Causal(1, 1), SETTINGS, 1, 0, names, labels
+    )
+    loss = float(objective.student_loss(None, one, torch.Generator().manual_seed(0))[0])
+    gap_F = (CLIPS[0] - CLIPS[1]).square().mean((0, 2, 3))
+    assert loss == pytest.approx(float(gap_F[1:].mean() + gap_F[2:].mean()) / 2, rel=1e-4)
+
+
+def test_a_state_holds_from_the_first_latent_frame_that_is_wholly_in_it(cache):
+    opened = open_cache(cache)
+    fps, entry = opened.facts["fps"], opened.entries[0]
+    # latent frame k > 0 is made of pictures 4 k - 3 to 4 k
+    for picture, latent in ((0, 0), (1, 1), (2, 2), (4, 2), (5, 2), (6, 3), (9, 3)):
+        entry["state_from"] = picture / fps
+        assert labels_of(opened, ("idle", "listening", "speaking"))[entry["id"]] == (entry["state"], latent)
+
+
 def test_clips_without_states_or_with_others_are_refused(cache):
     found = labels_of(open_cache(cache), ("idle", "listening", "speaking"))
     assert [found[f"clip{k}"] for k in range(3)] == [("idle", 0), ("listening", 1), ("speaking", 0)]

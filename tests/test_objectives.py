@@ -17,7 +17,7 @@ from mogan.models.denoiser import Denoiser, frozen, guided_velocity, recomputed,
 from mogan.models.discriminator import Discriminator, approximate_penalty, discriminator_loss, generator_loss
 from mogan.motion import estimators
 from mogan.motion.flow import motion_picture
-from mogan.motion.observation import MotionObservation, full_scale, motion_amount, saturation
+from mogan.motion.observation import MotionObservation, Observed, full_scale, motion_amount, saturation
 from mogan.objectives.dmd import DMD, DMDConfig, dmd_direction
 from mogan.objectives.gan import GAN, GANConfig
 from mogan.sampling.rollout import Rollout, roll_out
@@ -129,6 +129,14 @@ def test_dmd_loss_is_the_papers_arithmetic_and_its_gradient_is_g_over_numel():
     direction = (fake - real) / np.abs(x - real).mean(axis=(1, 2, 3, 4), keepdims=True)
     np.testing.assert_allclose(loss.item(), 0.5 * (direction**2).mean(), rtol=1e-4)
     np.testing.assert_allclose(gradient, direction / x.size, rtol=1e-3, atol=1e-7)
+
+
+def test_a_teacher_that_gives_no_numbers_leaves_no_loss_rather_than_no_direction():
+    x0 = latents(3).requires_grad_()
+    dmd = DMD(Denoiser(Linear(torch.nan)), Denoiser(Linear()), torch.zeros(1, 2, 8), DMDConfig(guidance=3.0, shift=1.0))
+    loss, logs = dmd.student_loss(Rollout(x0, 0, TEXT), BATCH, torch.Generator())
+    assert loss.isnan()
+    assert logs["direction"].isnan()
 
 
 def test_dmd_moves_samples_from_the_fake_mean_to_the_real_one():
@@ -354,6 +362,21 @@ def test_drawn_levels_noise_the_observation_to_the_level_the_trunk_is_told(discr
         torch.testing.assert_close(timestep, 1000 * sigma)
 
 
+def test_what_is_penalised_is_told_the_level_of_the_observation_it_is_beside(discriminator):
+    x, real = torch.randn(2, 4, 2, 4, 4), torch.randn(2, 4, 2, 4, 4)
+    gan, seen = gan_with(discriminator, r1=0.3, r2=0.3, drawn_levels=True), []
+    hook = discriminator.transformer.register_forward_pre_hook(lambda m, a: seen.append(a[:2]))
+    with torch.no_grad():
+        gan.judge_loss(Rollout(x, 0, TEXT), Batch([], [], [], latent_BCFHW=real), torch.Generator().manual_seed(2))
+    hook.remove()
+    clips, timesteps = (torch.cat(found) for found in zip(*seen, strict=True))
+    (of_real, of_fake, by_real, by_fake), levels = clips.chunk(4), timesteps.chunk(4)
+    for clean, noisy, level, same in ((of_real, by_real, 0, 2), (of_fake, by_fake, 1, 3)):
+        assert (noisy - clean).std() == pytest.approx(gan.settings.noise, rel=0.2)
+        assert torch.equal(levels[level], levels[same])
+    assert len(timesteps.unique()) == 4
+
+
 def test_recomputed_activations_leave_the_gan_gradients_as_they_are(family):
     base, text = family / "teacher", torch.randn(1, 3, 64, generator=torch.Generator().manual_seed(0))
     gradients = {}
@@ -457,3 +480,18 @@ def test_saturation_is_hsv():
     red[:, 0] = 1.0
     assert saturation(grey).item() == 0
     assert saturation(red).item() == pytest.approx(1.0)
+    assert saturation((red + 1) * 0.02 - 1).item() == pytest.approx(1.0)  # dark red is red
+
+
+def test_the_log_of_motion_and_saturation_is_the_mean_of_the_clips(discriminator):
+    flow, video = torch.zeros(2, 2, 4, 8, 8), -torch.ones(2, 3, 5, 8, 8)
+    flow[0, 0], flow[1, 1] = 1.0, 4.0
+    video[1, 0] = 1.0
+
+    def observe(latent, start):
+        return Observed(latent, flow, video)
+
+    x = torch.randn(2, 4, 2, 4, 4)
+    with torch.no_grad():
+        logs = gan_with(discriminator, observe).student_loss(Rollout(x, 0, TEXT), BATCH, torch.Generator())[1]
+    assert (logs["motion"].item(), logs["saturation"].item()) == (2.5, 0.5)

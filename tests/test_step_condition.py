@@ -16,6 +16,7 @@ from conftest import CAPTIONS
 from mogan.cli import main
 from mogan.costs.calls import network_parameters
 from mogan.costs.shapes import PUBLISHED, read_shapes
+from mogan.data.batches import Batch
 from mogan.data.cache import open_cache
 from mogan.data.video import read_video
 from mogan.disk.files import write_atomically
@@ -155,9 +156,12 @@ def test_the_student_hears_where_its_step_ends_and_the_fake_score_which_number_o
         made = parts.rollout(parts.config.plan[0]).make(
             parts.student, latents(), TEXT, parts.config.sigmas, None, stage, False
         )
-        parts.objectives["dmd"].losses["fake_score"](made, None, torch.Generator())
+        losses = parts.objectives["dmd"].losses
+        losses["fake_score"](made, None, torch.Generator())
+        with torch.no_grad():
+            losses["student"](made, Batch([], [], []), torch.Generator())
         assert [level for call in heard["student"] for level in call] == pytest.approx(ends)
-        assert heard["fake_score"] == [[pytest.approx(number)]]
+        assert heard["fake_score"] == 2 * [[pytest.approx(number)]]  # when it learns, and when it judges
         heard["student"].clear()
         heard["fake_score"].clear()
 

@@ -113,6 +113,14 @@ def test_it_remembers_the_newest_pairs_and_how_far_off_it_was_on_them():
     assert windows.shape == (20, 4, 3, 4, 4)
 
 
+def test_places_that_nothing_is_stored_in_are_not_recalled():
+    s = network(pairs=8)
+    s.remember(seeded(1, 3, 4, 4, 4, 4), 1, seeded(2, 3, 4, 2, 4, 4))
+    windows, seen = s.recall(100, torch.Generator().manual_seed(0))
+    assert windows.flatten(1).any(1).all()
+    assert len(seen.unique(dim=0)) == 3
+
+
 @settings(max_examples=20, deadline=None)
 @given(st.lists(st.integers(1, 7), min_size=1, max_size=5), st.integers(1, 5))
 def test_of_any_number_of_pairs_the_newest_stay(batches, pairs):
@@ -193,6 +201,10 @@ def test_the_surrogate_learns_from_real_and_remembered_pairs_alone(judged):
     loss.backward()
     assert all(p.grad is not None for p in ours.network.parameters())
     assert all(p.grad is None for p in discriminator.parameters())
+    others = 3 * seeded(8, 2, 4, 2, 4, 4)  # another process's: the unit is of both
+    both = replace(ours, rows=lambda mine: torch.cat([mine, others]))
+    batch = both.prepare(real, iteration=1, generator=torch.Generator().manual_seed(0), most=2)
+    torch.testing.assert_close(batch.more["unit"], spread(torch.cat([compared, others])).expand(2))
 
 
 def test_above_the_limit_everything_is_as_without_a_surrogate_but_for_the_penalties(judged):
@@ -371,10 +383,14 @@ def test_flow_at_half_resolution_is_in_pixels_of_the_whole_video(judged):
             1, 2, 1, 1, 1
         )
 
-    seen = replace(observe, flow=moving, flow_resolution=0.5)(seeded(1, 1, 4, 3, 4, 4), 0)
+    coarse = replace(observe, flow=moving, flow_resolution=0.5)
+    seen = coarse(seeded(1, 1, 4, 3, 4, 4), 0)
     assert sizes == [(16, 16)]
     assert seen.flow_BCFHW.shape == (1, 2, 4, 32, 32)
     torch.testing.assert_close(seen.flow_BCFHW[0, :, 2, 5, 7], torch.tensor([2.0, -4.0]))
+    wide = coarse._coarse_flow(torch.zeros(1, 3, 3, 24, 40), 0.3)  # 7 of 24 lines, 12 of 40 columns
+    assert sizes[1:] == [(7, 12)]
+    torch.testing.assert_close(wide[0, :, 1, 5, 7], torch.tensor([40 / 12, -2 * 24 / 7]))
 
 
 def test_columns_change_what_they_say():

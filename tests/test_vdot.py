@@ -103,6 +103,24 @@ def test_equal_sets_pull_only_where_the_bias_is_left_in():
     assert pulls[False].abs().max() > 1e-2
 
 
+def test_the_pull_is_written_out_with_the_rows_of_a_plan_that_is_not_there_yet_and_the_bias_is_the_first_sets_own():
+    fake, real, x = clips(0), clips(1) + 1.0, clips(2)
+
+    def pull(a, b):
+        plan, _ = sinkhorn(torch.cdist(a, b).square(), 0.5, 1)
+        assert (plan.sum(2) - 1 / a.shape[1]).abs().max() > 1e-3
+        return 2 * torch.stack(
+            [(p[:, :, None] * (q[:, None] - r[None])).sum(1) for p, q, r in zip(plan, a, b, strict=True)]
+        )
+
+    a, b = frame_tokens(fake), frame_tokens(real)
+    torch.testing.assert_close(transport_gradient(a, b, 0.5, 1)[0], pull(a, b))
+    for debias, gradient in ((False, pull(a, b)), (True, pull(a, b) - pull(a, a))):
+        settings = TransportConfig(rho=1.0, eps=0.5, iterations=1, debias=debias)
+        found = Transport(settings, dmd_direction, lambda a, b: torch.ones(()))(x, real, fake, SIGMA)
+        torch.testing.assert_close(found, frames_of(gradient * (a.shape[1] / 2), x))
+
+
 def test_the_error_of_the_marginals_falls_with_iterations_and_is_what_rows_miss():
     a, b = tokens(0), tokens(1)
     cost = torch.cdist(a, b).square()

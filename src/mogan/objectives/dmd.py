@@ -207,7 +207,7 @@ class DMD:
             velocity = guided_velocity(self.teacher, x_t, sigma, rollout.text_BLD, self.null_1LD, guidance)
             real = velocity_to_x0(x_t, velocity, sigma)
             fake = self.fake_score(x_t, sigma, rollout.text_BLD, **_told(rollout))
-            gradient = torch.nan_to_num(self.direction(rollout.guess_BCFHW, real, fake, sigma))
+            gradient = self.direction(rollout.guess_BCFHW, real, fake, sigma)
         gap = x - (x.detach() - gradient)
         error = broadcast(batch.more["weight"], x) * gap.square() if "weight" in batch.more else gap.square()
         c = self.settings.huber
