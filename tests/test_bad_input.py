@@ -220,7 +220,10 @@ def test_a_cached_clip_cut_short_is_named_and_the_run_keeps_its_checkpoint(famil
             "from 0 to 9223372036854775807, not 9223372036854775808",
         ),
         (["sample", "--prompts", "x", "--guidance", "inf"], "of at least 0, and finite, not inf"),
-        (["prepare", "x", "--extra-prompts", "a", ""], "x is not a folder of videos"),
+        (
+            ["prepare", "x", "--extra-prompts", "a", ""],
+            "x is not there: give a folder of videos, a video, or a file of prompts (.txt",
+        ),
     ],
 )
 def test_what_would_say_nothing_or_what_is_said_of_numbers(words, said, tmp_path, monkeypatch, capsys):

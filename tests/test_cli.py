@@ -111,6 +111,9 @@ def test_unknown_command_is_one_clear_error(capsys):
         (["estimate", "mogan_lab", "--gpu", "a100"], "a100-80"),
         (["estimate", "mogan_lab", "--gpu", "H100-80GB"], "h100"),
         (["estimate", "mogan_lab", "--model", "wan2.1-t2v-13b"], "wan2.1-t2v-1.3b"),
+        (["study", "methdos"], "methods"),
+        (["export", "x", "--to=lra"], "lora"),
+        (["sample", "--precision", "bf61"], "bf16"),
     ],
 )
 def test_a_misspelt_word_is_answered_with_the_word_that_was_meant(words, meant, capsys):
@@ -262,7 +265,7 @@ def test_words_that_came_through_a_text_document_are_named(words, said, tmp_path
 def test_texts_may_hold_every_dash_and_quotation_mark(caption, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(["prepare", "nowhere", "--out", "c", "--caption", caption]) == 2
-    assert "nowhere is not a folder" in capsys.readouterr().err
+    assert "nowhere is not there" in capsys.readouterr().err
 
 
 def test_a_ctrl_c_that_a_library_tells_as_an_error_of_its_own_is_still_one(monkeypatch, capsys):

@@ -204,7 +204,7 @@ def test_options_of_a_teacher_are_refused_for_a_student(family, tmp_path, capsys
     command = ["sample", "--prompts", str(tmp_path / "p.txt"), "--out", str(tmp_path / "s")]
     options = ["--model", str(family / "student"), "--guidance", "5", "--negative-prompt", "blurred"]
     assert main([*command, *options]) == 2
-    assert "leave out --guidance, --negative-prompt, or use --mode teacher" in capsys.readouterr().err
+    assert "leave out --guidance, --negative-prompt, or name a teacher by --model" in capsys.readouterr().err
     assert not (tmp_path / "s").exists()
 
 

@@ -533,12 +533,13 @@ def test_a_process_alone_needs_nothing(monkeypatch):
         pass
 
 
-def test_a_signal_that_torchrun_repeats_is_one_request_to_stop():
-    with _graceful_stop() as stop:
+def test_a_signal_that_torchrun_repeats_is_one_request_to_stop(capsys):
+    with _graceful_stop(True) as stop:
         assert not stop
         for _ in range(2):
             os.kill(os.getpid(), signal.SIGTERM)
         assert stop
+        assert capsys.readouterr().err.count("stopping after this iteration") == 1
         stop.asked -= 2
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGTERM)

@@ -22,7 +22,7 @@ from mogan.exchange.layouts import diffusers_name, original_module, split_leaf
 from mogan.models.causal import CausalDenoiser
 from mogan.models.causal_cache import Causal
 from mogan.models.lora import TARGETS
-from mogan.models.wan import load_transformer
+from mogan.models.wan import load_transformer, resolve_model
 from mogan.runs.generator import open_generator
 from mogan.sampling.sample import sample
 from mogan.training.assemble import assemble
@@ -130,6 +130,21 @@ def test_weights_of_every_layout_arrive_whole(layout, student, family, tmp_path)
     if layout == "self-forcing":  # its critic is the fake score
         critic = load_transformer(tmp_path / "in", "fake_score").state_dict()
         assert all(torch.equal(critic[k], 2 * student[k]) for k in student)
+
+
+def test_a_lora_of_the_lab_is_merged_into_the_model_that_a_run_of_it_is_over(tmp_path):
+    base = load_transformer(resolve_model("lab-teacher")).state_dict()
+    name = "blocks.0.attn1.to_q"
+    down, up = torch.randn(2, base[f"{name}.weight"].shape[1]), torch.randn(base[f"{name}.weight"].shape[0], 2)
+    file = tensors(
+        {f"transformer.{name}.lora_A.weight": down, f"transformer.{name}.lora_B.weight": up}, tmp_path / "l.safetensors"
+    )
+    import_student(file, base="lab", out=tmp_path / "in", sigmas=SIGMAS)
+    torch.testing.assert_close(
+        load_transformer(tmp_path / "in").state_dict()[f"{name}.weight"], base[f"{name}.weight"] + up @ down
+    )
+    card = (tmp_path / "in" / "README.md").read_text()
+    assert "- base: `lab-teacher`" in card
 
 
 def test_a_causal_student_is_one_if_it_is_said_to_be(student, family, tmp_path, capsys):

@@ -289,9 +289,13 @@ def test_an_impossible_threshold_says_how_much_the_clips_move_and_keeps_the_old_
     (tmp_path / "v").mkdir()
     write_video(tmp_path / "v/a.mp4", textured(0, 9), 16)
     run(tmp_path / "v", tmp_path / "c")
-    with pytest.raises(UserError, match="liveliest moves"):
+    with pytest.raises(UserError, match=r"/c keeps those it has\); the liveliest moves"):
         run(tmp_path / "v", tmp_path / "c", min_motion=1e6)
     assert len(open_cache(tmp_path / "c")) == 1
+    assert lines(tmp_path / "c/dropped.jsonl") == []  # of the list that stands
+    with pytest.raises(UserError, match=r"see .*/new/dropped\.jsonl"):
+        run(tmp_path / "v", tmp_path / "new", min_motion=1e6)
+    assert [row["source"] for row in lines(tmp_path / "new/dropped.jsonl")] == ["a.mp4"]
 
 
 # ---------------------------------------------------------------------------------------------- the whole path

@@ -323,7 +323,9 @@ def test_sigterm_and_ctrl_c_save_first(ending, code, family, cache, tmp_path):
     assert process.wait(60) == code
     assert latest_checkpoint(tmp_path) is not None
     said = process.stderr.read()
+    assert "stopping after this iteration" in said
     assert "goes on from there" in said
+    assert f" {int(latest_checkpoint(tmp_path).name)}/500 " in said  # the bar ends where the run does
     assert "Traceback" not in said
 
 

@@ -7,14 +7,14 @@ import os
 import shutil
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from inspect import signature
 from pathlib import Path
 from threading import current_thread, main_thread
 from typing import NoReturn, get_args, get_origin
 
-from mogan.completion import completion, options_of
+from mogan.completion import completion, options_of, values_of
 from mogan.disk.files import none_left_empty, refusal
 from mogan.errors import UserError, closest, too_little_memory
 
@@ -176,7 +176,8 @@ def _list_commands(words: list[str]) -> int:
 
 def _check_options(command: Callable[..., None], words: list[str]) -> None:
     """Name an option that was misspelt: tyro does so only where no other one is missing."""
-    known = {"--help", *options_of(command)}
+    known = {"--help": (), **options_of(command)}
+    places = [p.annotation for p in signature(command).parameters.values() if p.kind is not p.KEYWORD_ONLY]
     for number, word in enumerate(words):
         before = words[number - 1] if number else ""
         option = next((w for w in reversed(words[:number]) if w.startswith("--")), "")  # may take several words
@@ -194,8 +195,18 @@ def _check_options(command: Callable[..., None], words: list[str]) -> None:
             raise UserError(f"no option {option}: leave out {switch} instead")
         if option.startswith("--") and option not in known and (hint := closest(option, sorted(known))):
             raise UserError(f"no option {option}{hint}")
+        if value and (joined or not word.startswith("-")):
+            first = number == 0 and not joined
+            words_of = values_of(places[0]) if first and places else known.get(name, ())
+            _check_choice("the first word" if first else name, value, words_of)
         if f"-{option}" in known:
             raise UserError(f"no option {option}: did you mean '-{option}'?")
+
+
+def _check_choice(name: str, value: str, choices: Collection[str]) -> None:
+    """Refuse what is none of an argument's few words, by one sentence as all else."""
+    if choices and value not in choices:
+        raise UserError(f"{name} is {value!r}, and not one of {', '.join(choices)}{closest(value, choices)}")
 
 
 def _check_pasted(word: str, value: str, text: bool) -> None:

@@ -72,7 +72,12 @@ def scan(folder: str | Path, default_caption: str | None = None, uncaptioned: bo
             raise UserError(f"{folder} {problem}: give a folder of videos, a video, or a file of prompts")
         here, listed = Folder(folder.parent, only=folder.name), []
     else:
-        raise UserError(f"{folder} is not a folder of videos, a video, or a .txt file of prompts")
+        what = (
+            "is not a folder of videos, a video"
+            if os.path.exists(folder)
+            else "is not there: give a folder of videos, a video"
+        )
+        raise UserError(f"{folder} {what}, or a file of prompts (.txt, .jsonl, .json, .csv, .tsv)")
     files = here.videos | {file.name: file for file, _ in listed}
     if not files:
         raise UserError(f"{folder} holds no video ({', '.join(SUFFIXES)})")

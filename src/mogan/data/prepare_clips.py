@@ -93,19 +93,22 @@ def prepare_clips(
     left_out = dropped(usable, records, found, threshold, geometry)
     skipped = [{"source": s.name, "reason": s.problem} for s in sources if s.problem]
     skipped += [{"source": s.name, "reason": r["error"]} for s, r in zip(usable, records, strict=True) if r["error"]]
-    write_lines(out / "skipped.jsonl", skipped)
-    write_lines(out / "dropped.jsonl", left_out)
-    if found:
+    index = out / "index.jsonl"
+    keeps = not kept and index.is_file()  # a cache that was made before stays as it is
+    if not keeps:
+        write_lines(out / "skipped.jsonl", skipped)
+        write_lines(out / "dropped.jsonl", left_out)
+    if found and not keeps:
         draw_motion(out / "motion.png", motions, threshold)
     if not kept:
+        look = f"{out} keeps those it has" if keeps else f"see {out}/dropped.jsonl and skipped.jsonl"
         most = f"; the liveliest moves {max(motions):.2f} px/frame" if found else ""
         first = f"; first of the skipped: {printable(skipped[0]['source'])}: {skipped[0]['reason']}" if skipped else ""
-        raise UserError(f"no clip is left of {source} (see {out}/dropped.jsonl and skipped.jsonl){most}{first}")
+        raise UserError(f"no clip is left of {source} ({look}){most}{first}")
     encoded = encode(usable, kept, out, geometry, encode_video, workers)
     encoded = max(encoded, encode_controls(usable, kept, out, geometry, show, workers) if show else 0)
     captions = {e["source"]: e["caption"] for e in kept if e["caption"] is not None}
     embedded = data.ensure_text(out, [*captions.values(), "", *extra_prompts], encode_text)
-    index = out / "index.jsonl"
     before = index.read_bytes() if index.is_file() else b""
     write_lines(index, kept)
     changed = embedded > 0 or index.read_bytes() != before

@@ -210,7 +210,11 @@ def _cell(text: str) -> str:
 
 
 def model_name(folder: Path) -> str:
-    """A hub id where the folder is a hub snapshot (``.../models--A--B/snapshots/hash``), else the folder's name."""
+    """A hub id where the folder is a hub snapshot (``.../models--A--B/snapshots/hash``), else the folder's name; of the lab's
+    family the one that it has here.
+    """
+    if folder.resolve().parent == wan.lab_folder().resolve():
+        return f"lab-{folder.resolve().name}"
     found = re.search(r"models--([^/]+?)--([^/]+)/snapshots/", f"{folder}/")
     return f"{found[1]}/{found[2]}" if found else folder.resolve().name
 

@@ -96,6 +96,8 @@ def export(
     writable_folder(out.parent)
     source, precision = open_generator(str(run)), DTYPES[dtype]
     assert source.sigmas is not None
+    if to in PROGRAMS:
+        require_sampled_alike(source, to, run)
     beside = files_of_lora(out, source) if to == "lora" else []
     beside += [out.with_suffix(".md")] if to in SUFFIXES else []
     if there := [file for file in beside if file.exists()]:
@@ -161,7 +163,6 @@ def _require_lora(source: Generator, run: Path) -> None:
 
 def _to_program(source: Generator, run: Path, out: Path, to: str, dtype: torch.dtype, notes: list[str]) -> None:
     """Write a causal student as a program reads it, and say how that is called."""
-    require_sampled_alike(source, to, run)
     assert source.sigmas is not None
     use = f"{how_to_call(source, to, out.name)}\n\n{UNTRIED}"
     card = model_card(

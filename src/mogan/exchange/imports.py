@@ -71,7 +71,7 @@ def import_student(
         raise UserError(f"--sigmas fall from 1 to above 0 (a timestep of 757 is 0.757), not {list(sigmas)}")
     causal = _causal(chunks, (window, sink, sink_decay, relative))
     scheduler_for(sigmas)  # refuse before reading gigabytes
-    files, folder = files_of(file), wan.resolve_model(base)
+    files, folder = files_of(file), wan.resolve_model(wan.base_named(base))
     if boundary_of(folder) is not None:
         raise UserError(
             f"{base} has two experts, and a file of a student is imported as one: give the --base of a student of one transformer"

@@ -77,7 +77,8 @@ def _write_lora(out: Path, tensors: dict[str, torch.Tensor], dtype: torch.dtype,
 
 def lora_usage(base: Path, source: Generator, files: list[str]) -> list[str]:
     """Lines of Python that put LoRA files, and the levels a few-step student was trained for, into a stock pipeline."""
-    own, several = model_name(base), ", WanTransformer3DModel" if len(files) > 1 else ""
+    name, several = model_name(base), ", WanTransformer3DModel" if len(files) > 1 else ""
+    own = name if "/" in name else f"PATH/{name}"
     from_picture = source.animates or source.continues
     more = ", expand_timesteps=True" if from_picture else ""  # the first frame is given at level 0
     pipeline = "WanImageToVideoPipeline" if from_picture or wan.is_image_to_video(base) else "WanPipeline"

@@ -11,6 +11,7 @@ from torch import Tensor
 from mogan.disk.files import link_or_copy, new_folder, read_json, writable_folder, write_atomically
 from mogan.errors import UserError
 from mogan.exchange.card import mask_notes
+from mogan.models import wan
 from mogan.models.experts import LOW
 from mogan.models.frame_sparse import Mask, search, write_mask
 from mogan.ranges import at_least
@@ -44,7 +45,7 @@ def tiles(
         raise UserError(f"{out} exists already: give another --out or remove it")
     writable_folder(out.parent)
     facts = _read(measured)
-    source = open_generator("lab-teacher" if facts["model"] == "lab" else facts["model"])
+    source = open_generator(wan.base_named(facts["model"]))
     if source.run is not None:
         raise UserError(
             f"{facts['model']} is a training run: export it (`mogan export`) and measure the export's attention"

@@ -42,7 +42,7 @@ def vace(
     if out.exists():
         raise UserError(f"{out} exists already: give another --out or remove it")
     writable_folder(out.parent)
-    source = open_generator("lab-teacher" if model == "lab" else model)
+    source = open_generator(wan.base_named(model))
     _refuse_others(model, source)
     transformer = with_control_blocks(source.start(), channels_of(config_of(source.folder, "vae")), every)
     check_range(transformer.state_dict(), DTYPES[dtype])

@@ -72,9 +72,16 @@ def resolve_model(name: str | Path) -> Path:
             f"{name} is neither a folder nor a name that the hub can have: give a diffusers folder"
         ) from error
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise UserError(f"could not get {name} from the hub ({type(error).__name__}): give a local folder") from error
+        raise UserError(
+            f"there is no folder {name}, and the hub gave no model of that name ({type(error).__name__}): give a local folder"
+        ) from error
     check_parts(folder)
     return folder
+
+
+def base_named(name: str | Path) -> str:
+    """A model that something is made of, by name: of ``lab`` its teacher, as whose run or difference it then is."""
+    return "lab-teacher" if str(name) == "lab" else str(name)
 
 
 def _nearby(path: Path) -> str:

@@ -59,7 +59,7 @@ def attention(
         raise UserError(f"--thresholds are at least 0, not {' '.join(map(str, thresholds))}")
     target = choose_device(device)
     lines = list(dict.fromkeys(read_prompts(prompts)))
-    source = open_generator("lab-teacher" if model == "lab" else model)
+    source = open_generator(wan.base_named(model))
     wan.refuse_controls(source.folder, "attention is measured without them")
     source.require_whole_clips(model)
     if thresholds and source.mask is not None:

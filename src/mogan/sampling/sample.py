@@ -70,7 +70,7 @@ def sample(
             VBench_full_info.json. Of rows with a column `task` every clip is one of that task, and made under the `control`, `mask`
             and `references` that it names by a VACE.
         out: folder for the clips and samples.jsonl.
-        model: lab, lab-teacher, a diffusers folder, an export, or a training run.
+        model: lab (its 3-step student), lab-teacher, a diffusers folder, an export, or a training run.
         mode: few steps at the student's own levels, or many guided steps; auto asks the model.
         seeds: clips per prompt.
         first_seed: seed of the first clip of every prompt; the others follow.
@@ -217,7 +217,9 @@ def _guided(model: str, source: Generator, few_steps: bool, by_level: bool, own:
     if useless:
         names = ", ".join(f"--{name.replace('_', '-')}" for name in own if name in useless)
         how = "at its own levels" if by_level else "at its own levels, without guidance"
-        raise UserError(f"{model} samples {how}: leave out {names}, or use --mode teacher")
+        raise UserError(
+            f"{model} samples {how}: leave out {names}, or name a teacher by --model (--mode teacher has a student take its steps)"
+        )
     usual = wan.defaults(source.folder)
     # a distilled student, which Euler steps say it is, has guidance in its weights
     guidance = 1.0 if source.solver == EULER else usual.first_frame_guidance

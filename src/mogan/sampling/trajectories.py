@@ -80,7 +80,7 @@ def trajectories(
     between(0, 2**63 - seeds * len(lines), first_seed=first_seed)
     if (Path(model) / "run.json").is_file():
         raise UserError(f"{model} is a training run: give its export (`mogan export`) as --model")
-    source = open_generator("lab-teacher" if model == "lab" else model)
+    source = open_generator(wan.base_named(model))
     source.require_whole_clips(model)
     wan.refuse_few_steps(source.folder, model)
     wan.refuse_controls(source.folder, "a store of paths keeps none")

@@ -91,7 +91,7 @@ def find_models(config: Config, model: str, student: str | None) -> tuple[Path, 
     Raises:
         UserError: a model is missing, or cannot take its part in the recipe.
     """
-    base = wan.resolve_model("lab-teacher" if model == "lab" else model)
+    base = wan.resolve_model(wan.base_named(model))
     if wan.is_told(base):
         raise UserError(
             f"{model} is told where its steps end, which a teacher is not: name the model it was made from with --model"

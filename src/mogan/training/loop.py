@@ -55,9 +55,9 @@ def run_training(parts: Assembly, run: Path, gain: Gain | None = None, begin: Be
         _tell_of_observations(parts, start)
     walk = one_ahead(lambda where: (where, draw(parts, where)), positions(config, start))
     records, saved = _Records(parts, run, start, begin), time.monotonic()
-    with _graceful_stop() as stop, closing(walk), closing(records):
-        bar = tqdm(todo, initial=start, total=config.iterations, desc=config.recipe, disable=not world.main)
-        for iteration, steps in zip(bar, _by_iteration(walk, start), strict=False):
+    bar = tqdm(initial=start, total=config.iterations, desc=config.recipe, disable=not world.main)
+    with _graceful_stop(world.main) as stop, closing(walk), closing(records), bar:
+        for iteration, steps in zip(todo, _by_iteration(walk, start), strict=False):
             learnt: list[tuple[Position, dict[str, Tensor]]] = []
             made: list[Rollout] = []
             for where, batch in steps:
@@ -68,15 +68,17 @@ def run_training(parts: Assembly, run: Path, gain: Gain | None = None, begin: Be
                 learnt.append((where, done.numbers))
                 made = done.rollouts if update.learns == "student" else made
             bar.set_postfix(records.write(learnt), refresh=False)
+            bar.update()
             leaving, late = world.any(bool(stop)), world.any(world.main and time.monotonic() > saved + SAVE_WITHIN)
             over = _keep(parts, run, iteration + 1, gain, records, leaving or late)
             if leaving or late or _due(config, iteration + 1):
                 saved = time.monotonic()
             if leaving:
                 world.barrier()  # who ends first may end the others, of whom one may still be making a sheet
+                bar.close()
                 if world.main:
                     said = f"stopped after iteration {iteration + 1} and saved; the same command goes on from there"
-                    print(f"\n{said}", file=sys.stderr)
+                    print(said, file=sys.stderr)
                 raise SystemExit(stop.code)
             if over:
                 break
@@ -219,12 +221,15 @@ def resume(parts: Assembly, run: Path) -> int:
 
 
 class _graceful_stop:
-    """SIGTERM and SIGINT ask for a stop after the current iteration; a second one stops at once.
+    """SIGTERM and SIGINT ask for a stop after the current iteration; a second one stops at once. It ``tells`` so.
 
     ``torchrun`` passes a Ctrl-C on to processes that have already got it: two within a second are one. ``code`` is what a
     process that it ended leaves with: 130 after SIGINT, 143 after SIGTERM. Signals are the main thread's: in another, as a notebook
     may start one, none is asked.
     """
+
+    def __init__(self, tells: bool):
+        self.tells = tells
 
     def __enter__(self):
         self.asked, self.code = 0.0, 128 + signal.SIGINT
@@ -235,6 +240,8 @@ class _graceful_stop:
     def _ask(self, number, frame):
         if self.asked and time.monotonic() > self.asked + 1:
             raise KeyboardInterrupt
+        if self.tells and not self.asked:
+            print("\nstopping after this iteration; once more stops at once, and loses it", file=sys.stderr)
         self.code = 128 + number
         self.asked = self.asked or time.monotonic()
 
