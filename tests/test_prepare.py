@@ -166,8 +166,11 @@ def test_metadata_that_cannot_be_meant_names_its_line(tmp_path, text, message):
 def test_a_folder_without_videos_is_a_mistake(tmp_path):
     with pytest.raises(UserError, match="holds no video"):
         scan(tmp_path)
-    with pytest.raises(UserError, match="not a folder of videos"):
+    with pytest.raises(UserError, match="is not there"):
         scan(tmp_path / "nowhere")
+    (tmp_path / "a.odt").touch()
+    with pytest.raises(UserError, match="is not a folder of videos"):
+        scan(tmp_path / "a.odt")
 
 
 # ---------------------------------------------------------------------------------------------- shots
