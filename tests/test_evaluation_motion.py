@@ -9,9 +9,11 @@ from mogan.evaluation.interpolators import blend, flow_warp
 from mogan.evaluation.motion import (
     Decision,
     dynamic_degree,
+    end_scores,
     interval,
     motion_score,
     motion_smoothness,
+    static_decision,
     static_filter,
     temporal_flickering,
 )
@@ -297,6 +299,32 @@ def test_time_reversal_and_mirroring_change_nothing():
     for changed in (frames[::-1], frames[:, :, ::-1]):
         assert temporal_flickering(changed) == pytest.approx(temporal_flickering(frames), abs=1e-12)
         assert motion_smoothness(changed, blend) == pytest.approx(motion_smoothness(frames, blend), abs=1e-12)
+
+
+def test_the_static_filter_lets_as_many_pairs_move_as_vbench_and_not_one_more():
+    assert static_decision((4.0, 4.0, 0.0), (), 16, 256).decision  # two of 16 frames may
+    assert not static_decision((4.0, 4.0, 4.0), (), 16, 256).decision
+
+
+def test_the_static_filters_last_scores_are_from_the_first_frame_to_the_last_and_back():
+    def brighter(video):
+        rise = video.diff(dim=2).clamp(min=0)[:, :1]
+        return torch.cat([rise, 0 * rise], 1)
+
+    black, white = np.zeros((16, 16, 3), np.uint8), np.full((16, 16, 3), 255, np.uint8)
+    there, back = end_scores(black, white, brighter)
+    assert there > 0
+    assert back == 0
+
+
+def test_interpolated_levels_are_cut_off_as_in_vbench():
+    grey = [np.full((8, 8, 3), 10, np.uint8)] * 3
+    assert motion_smoothness(grey, lambda one, two: torch.full_like(one, 10.9 / 255)) == 1
+
+
+def test_a_cut_stands_out_from_the_median_and_from_the_spread_around_it():
+    assert cuts([10.0] * 8 + [25.0]) == []  # not three times the median
+    assert cuts([10.0] * 8 + [31.0]) == [9]  # one that stands out is no spread
 
 
 def test_shuffled_frames_are_less_smooth():

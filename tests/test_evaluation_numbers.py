@@ -264,6 +264,13 @@ def test_features_of_a_look_with_known_values():
     assert flat[27:29] == pytest.approx([1.0, 0.0])
     assert flat[29:32] == pytest.approx([-4.0] * 3, abs=1e-3)  # no detail: the logarithm of its floor
     assert flat[32:].sum() == pytest.approx(0, abs=1e-3)
+    dark = frame_features(np.full((8, 8, 3), (100, 0, 0), np.uint8))
+    assert dark[27:29] == pytest.approx([1.0, 0.0])  # dark red is red
+    noise = frame_features(np.random.default_rng(0).integers(0, 255, (32, 32, 3), dtype=np.uint8))
+    assert noise[32:].sum() == pytest.approx(1, abs=1e-3)
+    y, x = np.mgrid[:32, :32]
+    oblique = np.repeat((3 * x + 2 * y)[..., None], 3, 2).astype(np.uint8)  # 34 degrees: 45 is nearer than 0
+    assert frame_features(oblique)[33] > 0.9
     rising = np.repeat(np.linspace(0, 255, 48).astype(np.uint8)[None, :, None], 48, 0).repeat(3, 2)
     assert frame_features(rising)[32:].argmax() == 0  # brighter to the right
     assert frame_features(rising.transpose(1, 0, 2))[32:].argmax() == 2  # brighter downwards
@@ -367,6 +374,14 @@ def test_constant_speed_fills_one_bin_of_velocity_and_none_of_acceleration(speed
     assert np.allclose(velocity[0].sum(-1), 0.75 * held)
 
 
+def test_a_cube_of_fvmd_is_a_corner_of_the_picture():
+    tracks = np.zeros((1, 16, 20, 20, 2))
+    tracks[:, :, :5, :5, 1] = np.arange(16)[None, :, None, None]
+    found = fvmd_histograms(tracks.reshape(1, 16, 400, 2)).sum(-1)[0, 0]
+    assert (found[:, 0, 0] > 0).all()
+    assert found.sum() == pytest.approx(found[:, 0, 0].sum())
+
+
 def test_a_motion_straight_up_is_in_the_last_bin():
     """Its angle is exactly pi, past the last edge."""
     velocity, _ = fvmd_histograms(drifting(-2))[0]
@@ -409,7 +424,8 @@ def test_tap_vid_leaves_out_the_frames_that_do_not_count():
     found = tap_vid(true, shown, off, shown, scored_NF=scored)
     assert (found.average_jaccard, found.position_accuracy, found.occlusion_accuracy) == (0, 0, 1)
     found = tap_vid(true, shown, off, scored, scored_NF=~scored)
-    assert found.occlusion_accuracy == 1
+    assert (found.average_jaccard, found.occlusion_accuracy) == (1, 1)  # nor is the other frame a false positive
+    assert tap_vid(true, shown, off, shown, scored_NF=~scored).average_jaccard == 1
 
 
 def test_trajans_notebook_is_stricter_on_larger_videos_and_skips_frame_0():

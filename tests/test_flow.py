@@ -6,7 +6,16 @@ import torch
 from torchvision.models.optical_flow import raft_large
 
 from mogan.errors import UserError
-from mogan.motion.flow import RaftConfig, RaftFlow, load_raft, motion_picture, refinements, save_raft, warp
+from mogan.motion.flow import (
+    RaftConfig,
+    RaftFlow,
+    flow_of_pieces,
+    load_raft,
+    motion_picture,
+    refinements,
+    save_raft,
+    warp,
+)
 
 SMALL = RaftConfig((8, 8, 8, 8, 16), (8, 8, 8, 8, 16), 8, 2, 2, 16, stride=8)  # the stride that torchvision knows
 
@@ -44,6 +53,13 @@ def test_raft_stays_frozen_and_in_evaluation_mode(raft):
     estimator = RaftFlow(raft).train()
     assert not any(p.requires_grad for p in estimator.parameters())
     assert not any(m.training for m in estimator.modules())
+
+
+def test_what_a_size_lacks_is_repeated_on_both_sides_the_odd_line_below(raft):
+    frames = torch.rand(1, 2, 3, 35, 42) * 2 - 1
+    padded = torch.nn.functional.pad(frames, (3, 3, 2, 3, 0, 0), mode="replicate")
+    (found,), (whole,) = (refinements(raft, some, 2) for some in (frames, padded))
+    torch.testing.assert_close(found, whole[..., 2:37, 3:45])
 
 
 def test_every_refinement_is_torchvisions(raft):
@@ -109,6 +125,14 @@ def test_still_pixels_have_a_finite_gradient():
     flow = torch.zeros(1, 2, 2, 2, 2, requires_grad=True)
     motion_picture(flow, 4.0).sum().backward()
     assert torch.isfinite(flow.grad).all()
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 1, 1), (1, 3), (2, 1, 1), (4,)])
+def test_flow_of_a_video_in_pieces_is_that_of_the_whole(sizes):
+    video = torch.rand(1, 3, 4, 4, 4)
+    change = lambda x: x.diff(dim=2)[:, :2]  # noqa: E731
+    found = list(flow_of_pieces(iter(video.split(sizes, 2)), change))
+    assert torch.equal(torch.cat(found, 2), change(video))
 
 
 def test_warp_by_whole_pixels_is_indexing():

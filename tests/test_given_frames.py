@@ -59,6 +59,8 @@ def test_a_network_sees_the_given_frames_at_level_zero_and_answers_what_leads_to
     torch.testing.assert_close(clean[:, :, 2:], (x - sigma.view(2, 1, 1, 1, 1) * velocity)[:, :, 2:])
     per_frame = Denoiser(network)(x, sigma[:, None].expand(2, 4), conditioned(TEXT, given))
     torch.testing.assert_close(per_frame, clean)
+    Denoiser(network)(x, torch.tensor([[0.9, 0.8, 0.5, 0.2]]).expand(2, 4), conditioned(TEXT, given))
+    torch.testing.assert_close(network.calls[-1][1].view(2, 4, 4)[0, :, 0], torch.tensor([0.0, 0.0, 500.0, 200.0]))
     (found,) = torch.autograd.grad(clean[:, :, :2].sum(), network.scale, allow_unused=True)
     assert found is None or found == 0  # nobody learns from what is given
     other = Denoiser(network)(x, sigma, conditioned(TEXT, given + 1))

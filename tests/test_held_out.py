@@ -3,6 +3,7 @@
 import json
 import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from mogan.models.wan import load_text
 from mogan.motion.pixel_flux import net_motion
 from mogan.runs.checkpoint import checkpoints, held_out_motions, student_checkpoint, write_held_out_motions
 from mogan.runs.generator import open_generator
+from mogan.training import held_out as of_held_out
 from mogan.training.assemble import assemble
 from mogan.training.held_out import Gain
 from mogan.training.loop import run_training
@@ -62,6 +64,27 @@ def parts_of(family, cache, monkeypatch):
         return parts
 
     return build
+
+
+def test_of_prompts_that_processes_do_not_share_evenly_none_counts_twice(monkeypatch, parts_of, held_out, tmp_path):
+    """Three prompts and two processes: the second makes the first prompt's clip, too, since both call the network as often."""
+    parts = parts_of(tmp_path / "run")
+    gain, made = Gain(tmp_path / "run", held_out, parts, 3), {}
+    gain.prompts = 3 * gain.prompts[:1]  # numbers stand in for clips
+    monkeypatch.setattr(of_held_out, "sample_student", lambda *given: torch.tensor(given[4]).float())
+    monkeypatch.setattr(of_held_out, "net_motion", lambda pieces: pieces)
+    monkeypatch.setattr(of_held_out, "flow_of_pieces", lambda pieces, flow: pieces)
+    monkeypatch.setattr(of_held_out, "stream_video", lambda vae, latent: latent)
+    for share in range(2):
+        world = SimpleNamespace(
+            device=parts.device,
+            share=share,
+            shares=2,
+            mean=lambda sent, share=share: made.setdefault(share, torch.stack(sent)),
+        )
+        gain.measure(replace(parts, world=world))
+    total, judged = (sum(float(sent[k]) for sent in made.values()) for k in range(2))
+    assert (total, judged) == (0 + 1 + 2, 3)
 
 
 @pytest.fixture(scope="module")

@@ -54,6 +54,17 @@ class Stub(nn.Module):
         return (self.a * x + self.b * level + self.c * x[:, :, :1].mean((1, 2, 3, 4), keepdim=True),)
 
 
+def test_the_motion_model_is_guided_away_from_what_it_says_of_no_text():
+    class OfText(Stub):
+        def forward(self, x, timestep, text, return_dict=False):
+            return (0 * x + text.mean((1, 2)).view(-1, 1, 1, 1, 1),)
+
+    x, none = torch.zeros(1, 2, 2, 4, 4), torch.zeros(1, 3, 8)
+    model = OfText(0.4, 0.3, 0.2)
+    found = motion_velocity(Denoiser(model), x[:, :, :1], x, torch.tensor([0.5]), none + 1, none, 3.0)
+    torch.testing.assert_close(found, torch.full_like(found, 3.0))
+
+
 # ------------------------------------------------------------------------------------------- training
 
 

@@ -73,6 +73,43 @@ def test_adding_a_constant_changes_nothing_normalised_and_scales_the_others():
     torch.testing.assert_close(scaled, torch.full_like(scaled, math.exp(3 / 0.5)))
 
 
+def halves(world_of):
+    """What two processes with a half of the clips each make of it; ``world_of`` gives the other's numbers."""
+    mine, theirs = torch.tensor([0.0, 1.0]).double(), torch.tensor([2.0, 3.0]).double()
+    return [world_of(*both) for both in ((mine, theirs), (theirs, mine))]
+
+
+def test_weights_of_processes_are_those_of_the_whole_batch():
+    def weighed(own, other):
+        also = iter([(other - 3).exp().mean(), (other - 3).exp().square().mean()])
+        world = SimpleNamespace(largest=lambda x: torch.cat([own, other]).max(), average=lambda x: (x + next(also)) / 2)
+        return clip_weights(own, 1.0, True, world)
+
+    (first, share), (second, same) = halves(weighed)
+    whole, expected = clip_weights(torch.arange(4.0).double(), 1.0, True, ONE)
+    torch.testing.assert_close(torch.cat([first, second]), whole)
+    torch.testing.assert_close(torch.stack([share, same]), expected.expand(2))
+
+
+def test_the_unit_of_rewards_is_of_the_clips_of_all_processes():
+    def measured(own, other):
+        also = iter([other.mean(), (other - 1.5).square().mean()])
+        weights = Weights(
+            None,
+            None,
+            WeightsConfig(beta=1.0, flow="lab"),
+            Standard(None),
+            world=SimpleNamespace(average=lambda x: (x + next(also)) / 2),
+            reference=lambda: iter([(own, ["a", "b"])]),
+        )
+        weights.rewards = lambda latent, prompts: latent
+        weights._measure()
+        return weights.standard.numbers_2
+
+    for found in halves(measured):
+        torch.testing.assert_close(found, torch.tensor([1.5, 1.25**0.5]))
+
+
 @pytest.mark.parametrize("count", [1, 3, 7])
 def test_equal_rewards_and_infinite_beta_weigh_one_exactly(count):
     assert torch.equal(clip_weights(torch.full((count,), 1.37), 0.5, True, ONE)[0], torch.ones(count))

@@ -28,6 +28,7 @@ from mogan.motion.pixel_flux import (
     chain_flow,
     correlation,
     flux_maps,
+    mismatch,
     sample_at,
     state_size,
     track_states,
@@ -103,6 +104,15 @@ def test_a_point_that_leaves_the_picture_is_lost():
     tracks = chain_flow(flow, -flow, torch.tensor([[[2.0, 3.0], [6.0, 3.0]]]))
     assert tracks.points_BFN2[0, :, 0, 0].tolist() == [2, 5, 8, 11, 14]
     assert tracks.visible_BFN[0].T.tolist() == [[1, 1, 0, 0, 0], [1, 0, 0, 0, 0]]
+
+
+def test_where_nothing_moves_the_way_there_and_back_may_miss_by_the_root_of_a_half():
+    still = torch.zeros(1, 2, 1, 4, 4)
+    back = still.clone()
+    back[:, 0] = 0.6
+    miss, allowed = mismatch(still, back)
+    torch.testing.assert_close(miss, torch.full_like(miss, 0.36))
+    torch.testing.assert_close(allowed, torch.full_like(allowed, 0.5 + 0.01 * 0.36))
 
 
 def test_maps_are_the_residual_of_transport_and_the_confidence_of_flow():

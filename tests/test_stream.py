@@ -74,6 +74,7 @@ def test_it_goes_on_beyond_the_clip_and_keeps_no_more_than_a_window(student, mon
     assert kept[18] == (0, 14, 15, 16, 17)  # the first frame, and what five more have room for beside the chunk
     assert bounded(Causal(1, 1), 5) == Policy(5, 1, None, True)
     assert bounded(Causal(3, 3), 21) == Policy(21, 3, None, True)
+    assert (bounded(Causal(1, 4), 5).sink, bounded(Causal(1, 5), 5).sink) == (1, 0)  # if both fit into what it sees
     assert bounded(Causal(40, 40), 5) == Policy(5, 0, None, True)
     assert bounded(Causal(1, 1, Policy(3)), 5) == Policy(3)
 

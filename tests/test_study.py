@@ -19,7 +19,9 @@ from matplotlib.text import Text
 from mogan.cli import main
 from mogan.errors import UserError
 from mogan.evaluation.statistics import mean_interval
+from mogan.models.denoiser import Denoiser
 from mogan.recipes import find_recipe, mogan_lab
+from mogan.sampling import samplers
 from mogan.sampling.flowmo import FlowMo, temporal_variance
 from mogan.study import columns
 from mogan.study.bars import bars
@@ -609,6 +611,44 @@ def test_flowmo_guidance_lowers_the_variance_of_each_clip_by_itself():
     torch.testing.assert_close(guided(x[:1]), z[:1])
     still = torch.ones(1, 3, 6, 4, 4)
     torch.testing.assert_close(guided(still), still)
+
+
+def test_flowmo_goes_down_the_variance_of_the_prediction_through_the_network_too():
+    torch.manual_seed(0)
+    x = torch.randn(1, 3, 6, 4, 4)
+    z = FlowMo(0.02)(
+        x, lambda z: 2 * z, torch.tensor(1.0)
+    )  # x0 is -z: with the network held still it would be taken for z
+    assert temporal_variance(-z) < temporal_variance(-x)
+
+
+def test_flowmos_steps_are_those_of_one_adam():
+    torch.manual_seed(0)
+    x, guide = torch.randn(1, 3, 6, 4, 4), FlowMo(0.02)
+    still = lambda z: 0 * z  # noqa: E731  x0 is z itself
+    z = guide(guide(x, still, torch.tensor(1.0)), still, torch.tensor(1.0))
+    moved = torch.nn.Parameter(x.clone())
+    adam = torch.optim.Adam([moved], lr=0.02)
+    for _ in range(2):
+        adam.zero_grad()
+        temporal_variance(moved).sum().backward()
+        adam.step()
+    torch.testing.assert_close(z, moved.data)
+
+
+def test_flowmo_guides_the_first_twelve_steps(monkeypatch):
+    steps = []
+    monkeypatch.setattr(samplers, "FlowMo", lambda: lambda x, velocity, sigma: (steps.append(float(sigma)), x)[1])
+
+    class Still(torch.nn.Module):
+        def forward(self, x, timestep, text, return_dict=False):
+            return (0 * x,)
+
+    text = torch.zeros(1, 2, 4)
+    settings = {"steps": 20, "guidance": 1.0, "shift": 3.0, "flowmo": True, "solver": "euler"}
+    samplers.sample_teacher(Denoiser(Still()), text, text, (2, 2, 2, 2), [0], **settings)
+    assert len(steps) == 12
+    assert steps == sorted(steps, reverse=True)
 
 
 def test_flowmo_is_refused_for_a_student(tmp_path, family, capsys):

@@ -260,9 +260,14 @@ def test_the_plan_has_one_motion_update_of_each_kind_in_every_iteration():
             assert sorted(u.learns for u in motion if u.by != "dmd") == ["discriminator", "student"]
 
 
-def test_the_discriminator_judges_the_clips_of_the_students_update_again(family, cache, tmp_path, monkeypatch):
+@pytest.mark.parametrize("pieces", [1, 2])
+def test_the_discriminator_judges_the_clips_of_the_students_update_again(pieces, family, cache, tmp_path, monkeypatch):
     config = surrogate()
     config = config.changed("surrogate", limit=None)
+    plan = [
+        replace(u, accumulate=pieces) if u.by == "surrogate" and u.learns != "surrogate" else u for u in config.plan
+    ]
+    config = replace(config, plan=tuple(plan))
     parts = assemble(
         config, open_cache(cache), model=str(family / "teacher"), student=str(family / "student"), run=tmp_path,
         device="cpu",
@@ -284,7 +289,9 @@ def test_the_discriminator_judges_the_clips_of_the_students_update_again(family,
     hook.remove()
     assert 0 < rolled == len(seen)
     start = draw(parts, where).window_start
-    torch.testing.assert_close(judged[0], parts.networks["surrogate"].see(made[0].sample_BCFHW, start).detach())
+    assert len(judged) == len(made) == pieces
+    for one, again in zip(judged, made, strict=True):
+        torch.testing.assert_close(one, parts.networks["surrogate"].see(again.sample_BCFHW, start).detach())
 
 
 def spy(fakes, gan):
