@@ -601,6 +601,12 @@ def test_a_chunk_may_have_steps_of_its_own_and_a_noisy_context(student):
     )  # fmt: skip
     levels = [round(level, 4) for _, level in calls]
     assert levels == [1.0, round(6 / 7, 4), 0.6, 0.1, 1.0, 0.1, 1.0]  # no pass after the last chunk, which nobody sees
+    calls.clear()
+    roll_out_causal(
+        student, NOISY, TEXT, SIGMAS[:1], torch.Generator(), chunks=CHUNKS, context_sigma=0.1,
+        given_BCFHW=NOISY[:, :, : CHUNKS[0]],
+    )  # fmt: skip
+    assert [round(level, 4) for _, level in calls] == [0.0, 1.0, 0.1, 1.0]  # what is given is seen as it is
 
 
 def test_frames_that_stream_are_those_of_the_whole_clip(student, family):

@@ -450,6 +450,22 @@ def test_every_estimator_of_the_same_interface_will_do(folders):
     assert values["flow_top5"] == 0
     assert values["camera_motion"] == pytest.approx(0, abs=1e-4)
 
+    class Pan(torch.nn.Module):
+        def forward(self, video):
+            field = (
+                torch.tensor([2.0, -1.0])
+                .view(1, 2, 1, 1, 1)
+                .repeat(len(video), 1, video.shape[2] - 1, *video.shape[3:])
+            )
+            field[..., : video.shape[3] // 3, : video.shape[4] // 3] = (
+                0  # a ninth stands still: it moves against the camera
+            )
+            return field
+
+    values = measure(Clip(sorted(folders[0].glob("*.mp4"))[0]), Pan(), lambda first, second: first).values
+    assert values["camera_motion"] == pytest.approx(5**0.5, rel=0.05)
+    assert values["object_motion"] == pytest.approx(5**0.5, rel=0.05)
+
 
 def test_distance_of_looks_is_small_for_equal_worlds_and_large_for_another():
     rng = np.random.default_rng(0)

@@ -22,7 +22,7 @@ from mogan.errors import UserError
 from mogan.recipes import mogan_lab, mogan_surrogate_lab, mogan_wan_1_3b
 from mogan.training.assemble import assemble
 from mogan.training.loop import run_training
-from mogan.training.steps import Position, positions, step
+from mogan.training.steps import Position, draw, positions, step
 from test_data import folder  # noqa: F401  # a fixture
 from test_distributed import train_together
 from tiny_recipes import mogan, surrogate
@@ -302,6 +302,23 @@ def test_captions_that_are_needed_are_asked_for(recipe, with_prompts, message, f
             run=None,
             device="cpu",
         )
+
+
+def test_who_compares_clips_with_the_students_on_one_caption_reads_the_clips_own(family, fresh, prompts):
+    config, words = tiny_recipes.vdot(), open_cache(prompts)
+    parts = assemble(
+        config, open_cache(fresh), model=str(family / "teacher"), student=tiny_recipes.start(config, family),
+        prompts=words, run=None, device="cpu",
+    )  # fmt: skip
+    captions = {entry["id"]: entry["caption"] for entry in parts.cache.entries}
+    theirs = {entry["caption"] for entry in words.entries}
+    for place, update in enumerate(config.plan):
+        batch = draw(parts, Position(0, 1, place, 0))
+        if config.lesson(update).captions:
+            assert batch.prompts == [captions[name] for name in batch.ids]
+        else:
+            assert {*batch.prompts} <= theirs
+    assert any(config.lesson(update).captions for update in config.plan)
 
 
 def test_prompts_of_another_text_encoder_are_refused(family, fresh, prompts):

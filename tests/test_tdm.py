@@ -185,6 +185,14 @@ def test_small_gaps_count_as_squares_and_large_ones_as_lengths():
 # ------------------------------------------------------------------------------------------------ within an interval
 
 
+def test_all_levels_but_for_a_tenth_at_each_end_are_all():
+    whole = [
+        DMDConfig(guidance=1.0, shift=1.0, low=low, high=high).whole
+        for low, high in ((0.1, 0.9), (0.11, 0.9), (0.1, 0.89))
+    ]
+    assert whole == [True, False, False]
+
+
 def test_levels_of_an_interval_are_those_of_all_levels_that_fall_into_it():
     low, high, k = 0.77, 0.89, 3.0
     found = draw_between(200_000, torch.Generator().manual_seed(1), low=low, high=high, k=k)
