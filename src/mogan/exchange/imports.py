@@ -50,7 +50,7 @@ def import_student(
 
     Args:
         file: .safetensors, .sft, .pt, .pth, .ckpt or .bin, or a folder with the .safetensors of one model.
-        base: the model it was made from: a diffusers folder or a hub id; everything but the transformer is taken from it.
+        base: the model it was made from: a diffusers folder, a hub id, or lab (its teacher). All but the transformer is taken from it.
         out: the folder to write; must not exist yet.
         sigmas: noise levels it samples at, from 1 downwards, final 0 left out (timesteps divided by 1000).
         chunks: of a causal student: latent frames of the first chunk and of each later one (Self-Forcing 3 3); without it the
